@@ -1,0 +1,1137 @@
+#!/usr/bin/env python3
+"""BA-LoRA (Bias-Alleviating Low-Rank Adaptation, arXiv 2408.04556): fine-tunes a causal language model.
+
+BA-LoRA trains a low-rank adapter that starts from the weights' principal singular vectors (PiSSA, arXiv 2404.02948) and
+adds three regularizers on the model's *outputs*: consistency with the pre-trained model, diversity of the predictions,
+and concentration of the logits' singular values. Plain PiSSA, LoRA and full fine-tuning are the same script with
+another --method.
+
+How to run
+    python train.py --config configs/demo.yaml                              on any machine, no model hub needed
+    python train.py --model FOLDER --data FILE.jsonl --fields question answer
+    torchrun --nproc_per_node 8 train.py --config configs/llama2_7b_metamath.yaml
+    deepspeed train.py --config configs/llama2_7b_metamath.yaml --deepspeed configs/ds_zero2.json
+
+What comes out, in --output-dir
+    adapter/        an ordinary LoRA adapter in PEFT's format, for the published base model
+    merged/         a plain checkpoint with its tokenizer, for transformers, vLLM and eval/
+    config.yaml     every argument as it was used; `--config` takes it
+    run.json        seed, versions, command, counts and times
+    metrics.jsonl   one line per logging step; the same in tensorboard/
+
+Read from top to bottom: arguments, adapters, regularizers, objective, data, trainer, export, main.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+
+IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
+
+# The prompt that BA-LoRA, PiSSA and MetaMath train and evaluate with (Stanford Alpaca's, without input).
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
+# takes its value from here.
+FORMULATIONS: dict[str, dict[str, Any]] = {
+    "iclr2026": {
+        "lambda_consistency": 0.025,
+        "lambda_diversity": 0.005,
+        "lambda_spectral": 0.005,
+        "temperature": 2.0,
+        "entropy_top_k": 20,
+        "spectral_norm": "frobenius",
+        "consistency_schedule": "cosine",
+        "regularizer_schedule": "two_phase",
+    },
+    "arxiv2024": {
+        "lambda_consistency": 1e-4,
+        "lambda_diversity": 3e-4,
+        "lambda_spectral": 1e-4,
+        "temperature": 1.0,
+        "entropy_top_k": 0,
+        "spectral_norm": "nuclear",
+        "consistency_schedule": "constant",
+        "regularizer_schedule": "constant",
+    },
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field that is also a command-line option with the help `text`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    # What is trained, on what
+    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
+    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
+    model_revision: str | None = option(None, "hub revision of the model")
+    trust_remote_code: bool = option(False, "run code that the model's repository ships")
+    data: str | None = option(
+        None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
+    )
+    data_subset: str | None = option(None, "folder inside a hub data set, such as metamath in fxmeng/pissa-dataset")
+    split: str = option("train", "split of a hub data set")
+    fields: list[str] = option(["instruction", "output"], "the data's two fields: instruction and response")
+    max_examples: int | None = option(None, "use the first N examples")
+    max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
+    output_dir: str = option("output/ba-lora", "folder for everything this run writes")
+    overwrite: bool = option(False, "replace an output folder that already holds something")
+
+    # Adapter
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
+    rank: int = option(128, "adapter rank r")
+    alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
+    target_modules: list[str] = option(TARGET_MODULES, "names of the linear layers that get an adapter")
+
+    # Regularizers, for --method ba-lora only; None: the formulation's published value
+    formulation: Literal["iclr2026", "arxiv2024"] = option("iclr2026", "which published form of the regularizers")
+    lambda_consistency: float | None = option(None, "weight λ₁ of L_CR, consistency with the pre-trained model")
+    lambda_diversity: float | None = option(None, "weight λ₂ of L_DR, diversity of the predictions")
+    lambda_spectral: float | None = option(None, "weight λ₃ of L_SVDR, concentration of the singular values")
+    temperature: float | None = option(None, "distillation temperature T of L_CR")
+    entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
+    spectral_k: int = option(10, "k of L_SVDR: the leading singular values")
+    spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "what L_SVDR divides by")
+    consistency_schedule: Literal["constant", "cosine", "adaptive"] | None = option(
+        None, "λ₁ over training; adaptive: by the teacher's confidence on each micro-batch"
+    )
+    regularizer_schedule: Literal["constant", "two_phase", "linear_warmup", "quadratic_warmup"] | None = option(
+        None, "λ₂ and λ₃ over training"
+    )
+    warmup_fraction: float = option(0.1, "part of training over which linear_warmup and quadratic_warmup rise")
+
+    # Optimization; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences per step
+    epochs: float = option(1.0, "passes over the data")
+    max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
+    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
+    gradient_accumulation: int = option(4, "micro-batches per optimizer step")
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
+    lr_scheduler: str = option("cosine", "learning-rate schedule after warm-up, a name that transformers knows")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
+    seed: int = option(42, "seed of initialisation and data order")
+
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "type of base weights and activations; auto: bfloat16 where the GPU has it, else float32"
+    )
+    attn_implementation: str | None = option(None, "attention of transformers: sdpa, eager, flash_attention_2")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    deepspeed: str | None = option(None, "DeepSpeed configuration (JSON); start through deepspeed or torchrun")
+    logging_steps: int = option(10, "optimizer steps between two lines of metrics.jsonl")
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line that names the thing and the remedy; scripts exit with 2."""
+
+
+ArgumentsType = TypeVar("ArgumentsType")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv: list[str]) -> ArgumentsType:
+    """Reads `argv` into the dataclass; a `--config` file's entries come first, so that the command line wins.
+
+    Raises:
+        UserError: an unknown option or key, or a value that does not fit.
+    """
+    parser = _Parser(
+        arguments_type, description=description, formatter_class=_HelpFormatter, allow_abbrev=False, add_help=True
+    )
+    parser.add_argument("--local_rank", "--local-rank", help="==SUPPRESS==")  # the deepspeed launcher adds it
+    config = parser.parse_known_args(argv)[0].__dict__.get("config")
+    if config:
+        argv = _config_as_argv(Path(config), [item.name for item in dataclasses.fields(arguments_type)]) + argv
+    values = vars(parser.parse_args(argv))
+    values.pop("local_rank")
+    return arguments_type(**values)
+
+
+class _HelpFormatter(transformers.hf_argparser.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines as they are written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def _config_as_argv(path: Path, names: list[str]) -> list[str]:
+    try:
+        entries = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the configuration {path}: {_first_line(error)}") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} is not a configuration: expected lines of the form 'option: value'")
+    argv = []
+    for key, value in entries.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{key}={value}")
+    return argv
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def resolve_arguments(args: Arguments) -> Arguments:
+    """Returns `args` with every open value filled in, after checking all that can be checked without reading anything.
+
+    Raises:
+        UserError: a value out of range, or nothing to train or to train on.
+    """
+    args = dataclasses.replace(args)
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
+    if args.alpha is None:
+        args.alpha = float(args.rank)
+    for name, value in FORMULATIONS[args.formulation].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    positive = ("rank", "alpha", "max_length", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
+    for name in (*positive, "epochs", "logging_steps", "spectral_k"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
+    for name in ("lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
+    if not 0 < args.warmup_fraction <= 1:
+        raise UserError(f"--warmup-fraction is {args.warmup_fraction}: it must be above 0 and at most 1")
+    if args.max_examples is not None and args.max_examples <= 0:
+        raise UserError(f"--max-examples is {args.max_examples}: it must be above 0")
+    if len(args.fields) != 2:
+        raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
+    if args.lr_scheduler not in list(transformers.SchedulerType):
+        known = ", ".join(item.value for item in transformers.SchedulerType)
+        raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {known}")
+    if args.deepspeed and not Path(args.deepspeed).is_file():
+        raise UserError(f"no such DeepSpeed configuration: {args.deepspeed}")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output-dir {output_dir} is a file")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
+        raise UserError(f"--output-dir {output_dir} is not empty: name another one, or replace it with --overwrite")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """A linear layer W, unchanged and frozen, with a trainable low-rank term: y = W x + ΔW x.
+
+    LoRA (arXiv 2106.09685):   ΔW = s·B A,  A Kaiming-uniform, B zero.
+    PiSSA (arXiv 2404.02948):  ΔW = s·(B A − B₀ A₀),  s·B₀A₀ the best rank-r approximation of W; A, B start at A₀, B₀.
+
+    PiSSA's paper subtracts s·B₀A₀ from W once and for all. Subtracted here instead, W stays the published weight: the
+    pre-trained model is this model with the adapters off, and the trained adapter is a LoRA of rank 2r on W.
+
+    Attributes:
+        base: the layer itself, nn.Linear, (out × in).
+        lora_A, lora_B: the trainable factors, fp32, (r × in) and (out × r).
+        initial_A, initial_B: PiSSA's A₀ and B₀, fp32; None for LoRA.
+        scaling: s = alpha / r.
+        enabled: False while `adapters_disabled` is in force.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, principal: bool):
+        super().__init__()
+        self.base = base
+        self.scaling = alpha / rank
+        self.enabled = True
+        factory = {"dtype": torch.float32, "device": base.weight.device}
+        if principal:
+            initial_A, initial_B = principal_factors(base.weight, rank, self.scaling)
+            self.register_buffer("initial_A", initial_A)
+            self.register_buffer("initial_B", initial_B)
+            self.lora_A = nn.Parameter(initial_A.clone())
+            self.lora_B = nn.Parameter(initial_B.clone())
+        else:
+            self.initial_A = self.initial_B = None
+            self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **factory))
+            self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **factory))
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def stacked_factors(self) -> tuple[Tensor, Tensor]:
+        """A' (R × in) and B' (out × R) with ΔW = s·B'A'. PiSSA: [A; A₀] and [B, −B₀], R = 2r. LoRA: A and B, R = r."""
+        if self.initial_A is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.initial_A]), torch.cat([self.lora_B, -self.initial_B], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        A, B = (factor.to(x.dtype) for factor in self.stacked_factors())
+        return y + F.linear(F.linear(x, A), B) * self.scaling
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + ΔW (out × in), added in fp32 and rounded once to W's own type."""
+        A, B = (factor.float() for factor in self.stacked_factors())
+        return torch.addmm(self.base.weight.float(), B, A, alpha=self.scaling).to(self.base.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, principal={self.initial_A is not None}"
+
+
+@torch.no_grad()
+def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """PiSSA's initial factors A₀ (r × in) and B₀ (out × r): s·B₀A₀ is the best rank-r approximation of `weight`.
+
+    With W = U S Vᵀ: A₀ = (S_r/s)^{1/2} V_rᵀ, B₀ = U_r (S_r/s)^{1/2} (arXiv 2404.02948, eq. 2 and 3, where s = 1; for
+    other s this is PEFT's reading, under which the residual W − s·B₀A₀ does not depend on alpha).
+    """
+    U, S, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    root = (S[:rank] / scaling).sqrt()
+    return (root[:, None] * Vh[:rank]).contiguous(), (U[:, :rank] * root).contiguous()
+
+
+def find_target_modules(model: nn.Module, target_modules: list[str], rank: int) -> dict[str, nn.Linear]:
+    """The linear layers of `model` that an entry of `target_modules` names, by their last name or a dotted suffix.
+
+    Raises:
+        UserError: an entry matches nothing, or `rank` is larger than a layer's smaller side.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for target in target_modules:
+        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not matches:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(f"target module {target!r} names no linear layer of {type(model).__name__}; it has {known}")
+        found.update((name, linear[name]) for name in matches)
+    for name, module in found.items():
+        smaller = min(module.in_features, module.out_features)
+        if rank > smaller:
+            raise UserError(f"rank {rank} is larger than {name} allows ({smaller}): use a smaller --rank")
+    return dict(sorted(found.items(), key=lambda item: list(linear).index(item[0])))
+
+
+def add_adapters(
+    model: nn.Module, method: str, rank: int, alpha: float, target_modules: list[str], progress: bool = False
+) -> nn.Module:
+    """Freezes `model` and puts a LoRALinear in the place of each target layer, in place; returns `model`.
+
+    Args:
+        method: lora; pissa or ba-lora (the same adapter: PiSSA's); full adds nothing and leaves everything trainable.
+        alpha: the adapter acts with s = alpha / rank.
+
+    Raises:
+        UserError: see `find_target_modules`.
+    """
+    if method not in ("full", "lora", "pissa", "ba-lora"):
+        raise UserError(f"unknown method {method!r}: one of full, lora, pissa, ba-lora")
+    if method == "full":
+        return model.requires_grad_(True)
+    found = find_target_modules(model, target_modules, rank)
+    model.requires_grad_(False)
+    for name, module in tqdm(found.items(), desc=f"{method} initialisation", unit="layer", disable=not progress):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, principal=method != "lora"))
+    return model
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's LoRALinear layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is the pre-trained model, bit for bit."""
+    layers = list(adapter_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Regularizers: each formula of the paper once, on (M, V) logits, differentiable, computed in fp32 or better.
+# Degenerate input has a value, never NaN: no rows, one row, a zero matrix.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def consistency_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """L_CR = T² · mean over rows of KL( softmax(Z_P / T) ‖ softmax(Z_F / T) ); `arxiv2024`: T = 1.
+
+    Args:
+        student_logits, teacher_logits: Z_F and Z_P, (M, V).
+    """
+    student = F.log_softmax(_at_least_fp32(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(_at_least_fp32(teacher_logits) / temperature, dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)  # (M,)
+    return temperature**2 * _mean(divergence)
+
+
+def normalized_mse_consistency_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """L_CR of `arxiv2024` for NLU: mean squared error between the L2-normalised rows of Z_F and Z_P, both (M, V)."""
+    student = F.normalize(_at_least_fp32(student_logits), dim=-1)
+    teacher = F.normalize(_at_least_fp32(teacher_logits), dim=-1)
+    return _mean((student - teacher).square())
+
+
+def topk_entropy_loss(logits: Tensor, top_k: int | None) -> Tensor:
+    """L_DR for NLG: minus the mean over rows of the entropy of softmax over each row's `top_k` largest logits.
+
+    Args:
+        logits: Z_F, (M, V).
+        top_k: K, at most V of them are taken; None: the whole vocabulary (`arxiv2024`).
+    """
+    logits = _at_least_fp32(logits)
+    if top_k is not None:
+        logits = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values
+    log_p = F.log_softmax(logits, dim=-1)
+    return _mean((log_p.exp() * log_p).sum(dim=-1))
+
+
+def covariance_loss(logits: Tensor) -> Tensor:
+    """L_DR for NLU: (1/D) Σ_{i≠j} C_ij², C = Z_cᵀ Z_c / (N − 1) the covariance of the (N, D) logits; 0 for N ≤ 1."""
+    logits = _at_least_fp32(logits)
+    num_rows, num_classes = logits.shape
+    if num_rows <= 1:
+        return logits.sum() * 0.0
+    centred = logits - logits.mean(dim=0)
+    covariance = centred.T @ centred / (num_rows - 1)
+    return (covariance - covariance.diagonal().diag()).square().sum() / num_classes
+
+
+def spectral_loss(logits: Tensor, k: int, norm: str) -> Tensor:
+    """L_SVDR = −Σ_{i≤k} σ_i / ‖Z‖_F (norm "frobenius") or −Σ_{i≤k} σ_i / Σ_j σ_j (norm "nuclear", `arxiv2024` and NLU).
+
+    With "nuclear" and k ≥ min(M, V) this is the constant −1. A zero matrix gives 0.
+
+    Args:
+        logits: Z, (M, V), singular values σ descending.
+    """
+    logits = _at_least_fp32(logits)
+    if logits.numel() == 0:
+        return logits.sum() * 0.0
+    sigma = torch.linalg.svdvals(logits)  # (min(M, V),)
+    if norm == "frobenius":
+        # From the values, not the entries: the gradient of both then runs through one decomposition.
+        total = sigma.square().sum()
+        total = torch.where(total > 0, total, torch.ones_like(total)).sqrt()
+    elif norm == "nuclear":
+        total = sigma.sum()
+        total = torch.where(total > 0, total, torch.ones_like(total))
+    else:
+        raise ValueError(f"unknown norm {norm!r}: 'frobenius' or 'nuclear'")
+    return -sigma[:k].sum() / total
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.sum() / max(x.numel(), 1)
+
+
+def schedule_factor(schedule: str, progress: float, warmup_fraction: float) -> float:
+    """What a weight λ is multiplied with at `progress`, the fraction of training done in [0, 1] (the authors' code).
+
+    constant: 1. cosine: 1 to 0.1. two_phase: 0 for the first 20 %, a linear ramp over the next 5 %, then 1.
+    linear_warmup, quadratic_warmup: rises over `warmup_fraction`. adaptive depends on the teacher: see `objective`.
+    """
+    match schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        case "two_phase":
+            return min(max((progress - 0.20) / 0.05, 0.0), 1.0)
+        case "linear_warmup":
+            return min(progress / warmup_fraction, 1.0)
+        case "quadratic_warmup":
+            return min(progress / warmup_fraction, 1.0) ** 2
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+def adaptive_factor(teacher_logits: Tensor) -> Tensor:
+    """λ₁'s factor under the `adaptive` schedule: 0.1 + 0.9·c, c the mean over rows of 1 − H(softmax(Z_P)) / ln V.
+
+    Args:
+        teacher_logits: Z_P, (M, V).
+    """
+    negative_entropy = topk_entropy_loss(teacher_logits.detach(), None)
+    return 0.1 + 0.9 * (1 + negative_entropy / math.log(teacher_logits.shape[-1]))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Objective: L = L_task + λ₁·L_CR + λ₂·L_DR + λ₃·L_SVDR
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Regularizers:
+    """The regularizers' settings at one step of training; `Arguments` names and explains them."""
+
+    lambda_consistency: float | Tensor
+    lambda_diversity: float
+    lambda_spectral: float
+    temperature: float
+    entropy_top_k: int | None
+    spectral_k: int
+    spectral_norm: str
+    adaptive: bool = False
+
+    @classmethod
+    def at(cls, args: Arguments, progress: float) -> "Regularizers":
+        """The settings of `args` at `progress`, the fraction of training done."""
+        adaptive = args.consistency_schedule == "adaptive"
+        consistency_schedule = "constant" if adaptive else args.consistency_schedule
+        consistency = schedule_factor(consistency_schedule, progress, args.warmup_fraction)
+        others = schedule_factor(args.regularizer_schedule, progress, args.warmup_fraction)
+        return cls(
+            lambda_consistency=args.lambda_consistency * consistency,
+            lambda_diversity=args.lambda_diversity * others,
+            lambda_spectral=args.lambda_spectral * others,
+            temperature=args.temperature,
+            entropy_top_k=args.entropy_top_k or None,
+            spectral_k=args.spectral_k,
+            spectral_norm=args.spectral_norm,
+            adaptive=adaptive,
+        )
+
+
+def objective(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    regularizers: Regularizers | None,
+    num_tokens: int | Tensor,
+    num_micro_batches: int,
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """One micro-batch's part of an optimizer step's loss, and of each term; the parts add up to the step's values.
+
+    The step's mean is over all its valid tokens, whatever micro-batch and rank they fall in, so that splitting a batch
+    differently changes nothing. L_SVDR has no such mean: it is the spectrum of one micro-batch's logits, averaged over
+    micro-batches.
+
+    Args:
+        student_logits: Z_F at the valid positions (those whose next token is a response token), (M, V).
+        teacher_logits: Z_P at the same positions, (M, V); not needed when λ₁ is 0.
+        targets: the next tokens, (M,).
+        regularizers: None: the task's loss alone.
+        num_tokens: valid tokens of the whole optimizer step, over all micro-batches and ranks.
+        num_micro_batches: micro-batches of the whole optimizer step, over all ranks.
+    """
+    token_share = len(targets) / num_tokens
+    task = F.cross_entropy(_at_least_fp32(student_logits), targets, reduction="sum") / num_tokens
+    terms: dict[str, float | Tensor] = {"task": task.detach()}
+    if regularizers is None:
+        return task, terms
+    weight = regularizers.lambda_consistency
+    if regularizers.adaptive and teacher_logits is not None:
+        weight = weight * adaptive_factor(teacher_logits)
+
+    loss = task
+    if teacher_logits is not None:
+        consistency = consistency_loss(student_logits, teacher_logits, regularizers.temperature) * token_share
+        terms["consistency"] = consistency.detach()
+        loss = loss + weight * consistency
+
+    # A weight of zero still reports its term, but does not pay for its gradient.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_diversity > 0):
+        diversity = topk_entropy_loss(student_logits, regularizers.entropy_top_k) * token_share
+    terms["diversity"] = diversity.detach()
+    loss = loss + regularizers.lambda_diversity * diversity
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_spectral > 0):
+        spectral = spectral_loss(student_logits, regularizers.spectral_k, regularizers.spectral_norm)
+    spectral = spectral / num_micro_batches
+    terms["spectral"] = spectral.detach()
+    loss = loss + regularizers.lambda_spectral * spectral
+
+    terms["lambda_consistency"] = weight / num_micro_batches
+    terms["lambda_diversity"] = regularizers.lambda_diversity / num_micro_batches
+    terms["lambda_spectral"] = regularizers.lambda_spectral / num_micro_batches
+    return loss, terms
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------------
+
+DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def load_records(source: str, split: str = "train", subset: str | None = None) -> datasets.Dataset:
+    """Reads a data set from a local file, a folder of files of one kind, or the hub.
+
+    Raises:
+        UserError: nothing there, or nothing readable.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in DATA_BUILDERS)
+        if not files:
+            raise UserError(f"{source} holds no {', '.join(DATA_BUILDERS)} file")
+    elif path.is_file():
+        files = [path]
+        if path.suffix not in DATA_BUILDERS:
+            raise UserError(f"cannot tell the format of {source}: expected {', '.join(DATA_BUILDERS)}")
+    elif path.suffix in DATA_BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(f"no such data file or folder: {source}")
+    else:
+        try:
+            return datasets.load_dataset(source, data_dir=subset, split=split)
+        except Exception as error:  # the hub's client has dozens of kinds
+            raise UserError(f"cannot load the data set {source!r} from the hub: {_first_line(error)}") from error
+    suffixes = sorted({file.suffix for file in files})
+    if len({DATA_BUILDERS[suffix] for suffix in suffixes}) > 1:
+        raise UserError(f"{source} mixes kinds of files ({', '.join(suffixes)}): name one file")
+    extra = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(
+            DATA_BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train", **extra
+        )
+    except Exception as error:  # each format's reader raises its own
+        cause = error.__cause__ or error
+        raise UserError(f"cannot read {source}: {_first_line(cause)}") from error
+
+
+def require_fields(records: datasets.Dataset, fields: list[str], source: str, remedy: str) -> None:
+    """Raises a UserError that lists what there is, where `records` lacks one of `fields`."""
+    for name in fields:
+        if name not in records.column_names:
+            known = ", ".join(records.column_names)
+            raise UserError(f"{source} has no field {name!r}; its fields are {known}: {remedy}")
+
+
+def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, instruction: str) -> list[int]:
+    """The prompt's tokens, with the tokenizer's own start token where it has one."""
+    ids = tokenizer(ALPACA_PROMPT.format(instruction=instruction))["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+
+
+def encode_response(tokenizer: transformers.PreTrainedTokenizerBase, response: str) -> list[int]:
+    """The response's tokens and the end-of-sequence token."""
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def encode_example(
+    tokenizer: transformers.PreTrainedTokenizerBase, instruction: str, response: str, max_length: int
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of one example, cut to `max_length`.
+
+    Prompt and response are tokenised apart and joined: tokenised as one text, a tokenizer may merge across the border,
+    and the border that the prompt's own length gives is then wrong. It is also what the model meets when it generates.
+    """
+    prompt = encode_prompt(tokenizer, instruction)
+    tokens = encode_response(tokenizer, response)
+    return {
+        "input_ids": (prompt + tokens)[:max_length],
+        "labels": ([IGNORE_INDEX] * len(prompt) + tokens)[:max_length],
+    }
+
+
+def build_dataset(
+    records: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, fields: list[str], max_length: int
+) -> tuple[datasets.Dataset, int]:
+    """Tokenises `records`; returns the examples and how many were dropped for having no response token left."""
+    instruction_field, response_field = fields
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = {"input_ids": [], "labels": []}
+        for instruction, response in zip(batch[instruction_field], batch[response_field], strict=True):
+            if instruction is None or response is None or not str(response).strip():
+                continue
+            example = encode_example(tokenizer, str(instruction), str(response), max_length)
+            if any(label != IGNORE_INDEX for label in example["labels"][1:]):
+                for name, ids in example.items():
+                    encoded[name].append(ids)
+        return encoded
+
+    encoded = records.map(encode, batched=True, remove_columns=records.column_names, desc="tokenising")
+    return encoded, len(records) - len(encoded)
+
+
+@dataclass
+class PaddingCollator:
+    """Makes a micro-batch of examples: padded on the right, attention by length.
+
+    `input_ids`, `attention_mask`: (B, L). `valid_positions`: (M,) indices into the flattened (B·L) positions whose next
+    token is a response token. `targets`: (M,) those next tokens. Which token pads never matters: where it is the
+    end-of-sequence token too, the real ones stay attended and learnt.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, IGNORE_INDEX)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            input_ids[row, :length] = torch.tensor(example["input_ids"])
+            labels[row, :length] = torch.tensor(example["labels"])
+            attention_mask[row, :length] = 1
+        next_token = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        # Found here, on the CPU: a boolean mask on the device would make it wait for the count.
+        valid_positions = (next_token != IGNORE_INDEX).nonzero().squeeze(1)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "valid_positions": valid_positions,
+            "targets": next_token[valid_positions],
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Trainer
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class BALoRATrainer(Trainer):
+    """The transformers Trainer with BA-LoRA's objective, one definition of the mean, and the terms' metrics."""
+
+    def __init__(self, *, arguments: Arguments, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.arguments = arguments
+        self.loss_is_scaled_for_ga = True  # `objective` normalises over the whole optimizer step
+        self._num_micro_batches = 1
+        self._sums: dict[str, float | Tensor] = {}
+        self._reset_clock()
+
+    def _reset_clock(self) -> None:
+        self._sums = {}
+        self._last_log = (time.monotonic(), self.state.global_step)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], int]:
+        """One optimizer step's micro-batches, and its number of valid tokens over all ranks."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        counts = torch.tensor([sum(len(batch["targets"]) for batch in batches), len(batches)], device=device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        num_tokens, self._num_micro_batches = counts.tolist()
+        return batches, num_tokens
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Tensor | tuple[Tensor, dict]:
+        regularizers = None
+        if self.arguments.method == "ba-lora":
+            regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
+        teacher_logits = None
+        if regularizers is not None and regularizers.lambda_consistency > 0:
+            teacher_logits = self._teacher_logits(model, inputs)
+        loss, terms = objective(
+            _valid_logits(model, inputs),
+            teacher_logits,
+            inputs["targets"],
+            regularizers,
+            num_items_in_batch,
+            self._num_micro_batches,
+        )
+        terms["tokens"] = inputs["attention_mask"].sum()
+        # Kept as tensors: reading them here would make the device wait at every micro-step.
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        # Gradients are averaged over ranks, but the parts of the loss add up.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    @staticmethod
+    @torch.no_grad()
+    def _teacher_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Z_P (M, V): the same model without its adapters, and without dropout."""
+        training = model.training
+        model.eval()
+        try:
+            with adapters_disabled(model):
+                return _valid_logits(model, inputs)
+        finally:
+            model.train(training)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the terms, the λs, tokens per second and peak memory to a training step's log; writes metrics.jsonl."""
+        if "loss" in logs:
+            names = sorted(self._sums)
+            sums = torch.stack([torch.as_tensor(self._sums[name], device=self.args.device).float() for name in names])
+            sums = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
+            then, step = self._last_log
+            tokens = sums.pop("tokens")
+            logs |= {name: value / (self.state.global_step - step) for name, value in sums.items()}
+            logs["tokens_per_second"] = tokens / (time.monotonic() - then)
+            logs["peak_memory_gib"] = peak_memory_gib()
+            self._reset_clock()
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(self.state.log_history[-1]) + "\n")
+
+
+def _valid_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits at the valid positions, (M, V)."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    return logits.flatten(0, 1)[inputs["valid_positions"]]
+
+
+def peak_memory_gib() -> float:
+    """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class _ProgressBar(transformers.ProgressCallback):
+    """The Trainer's progress bar with the loss on the bar itself; metrics.jsonl has the rest."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            shown = {"loss": logs["loss"], "task": logs["task"], "tok/s": logs["tokens_per_second"]}
+            self.training_bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def export_adapter(model: nn.Module, folder: Path, base_model: str, target_modules: list[str], task_type: str) -> None:
+    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; PiSSA's has rank 2r."""
+    layers = adapter_layers(model)
+    tensors = {}
+    for name, layer in layers.items():
+        A, B = layer.stacked_factors()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    rank = len(A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": layer.scaling * rank,
+        "target_modules": target_modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Adds each adapter to its base weight and takes the LoRALinear out, in place; returns the plain model."""
+    for name, layer in adapter_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        layer.base.weight.data = layer.merged_weight()
+        setattr(model.get_submodule(parent), child, layer.base)
+    return model
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "datasets", "deepspeed", "safetensors", "numpy", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(name: str) -> None:
+    """Raises a UserError where the local folder `name` cannot be a checkpoint; reads no weights. Hub names pass."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"no such model folder: {name}")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} has no config.json: not a transformers checkpoint")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name} has no .safetensors file (pickled weights are not loaded: convert them first)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
+        if missing:
+            raise UserError(f"{name} lacks {sorted(missing)[0]}, which its index names: the checkpoint is incomplete")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception as error:
+            raise UserError(f"{file} is damaged ({_first_line(error)}): fetch or copy it again") from error
+
+
+def load_tokenizer_and_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PretrainedConfig]:
+    """The tokenizer and configuration of a checkpoint.
+
+    Raises:
+        UserError: neither a readable folder nor a hub name that answers, or no end-of-sequence token.
+    """
+    check_checkpoint(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # OSError, ValueError, and the hub client's own
+        raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its configuration")
+    return tokenizer, config
+
+
+def resolve_demo(name: str | None, kind: Literal["model", "train", "test"]) -> str | None:
+    """The path behind the reserved name `demo`; any other name as it is."""
+    if name != "demo":
+        return name
+    from data import demo
+
+    try:
+        return str(demo.model() if kind == "model" else demo.problems(kind))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot make the demo's {kind}: {_first_line(error)}") from error
+
+
+def training_arguments(args: Arguments, dtype: torch.dtype) -> TrainingArguments:
+    """What the transformers Trainer needs to know of `args`."""
+    # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
+    mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
+        lr_scheduler_type=args.lr_scheduler,
+        max_grad_norm=args.max_grad_norm,
+        optim="adamw_torch",
+        seed=args.seed,
+        bf16=mixed,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        deepspeed=args.deepspeed,
+        logging_steps=args.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
+        save_strategy="no",
+        report_to="tensorboard",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    args = resolve_arguments(parse_arguments(Arguments, __doc__, argv))
+    model_path = resolve_demo(args.model, "model")
+    tokenizer, config = load_tokenizer_and_config(model_path, args.model_revision, args.trust_remote_code)
+    with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    if args.method != "full":
+        find_target_modules(skeleton, args.target_modules, args.rank)
+
+    data_path = resolve_demo(args.data, "train")
+    records = load_records(data_path, args.split, args.data_subset)
+    require_fields(records, args.fields, args.data, "name two of them with --fields")
+    if args.max_examples is not None:
+        records = records.select(range(min(args.max_examples, len(records))))
+    dtype = resolve_dtype(args.dtype)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
+    trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
+    with trainer_args.main_process_first(desc="tokenising"):
+        dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
+    is_main = trainer_args.process_index == 0
+    if num_dropped and is_main:
+        print(f"dropped {num_dropped} of {len(records)} examples: no response token within {args.max_length} tokens")
+    if len(dataset) == 0:
+        raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
+
+    output_dir = Path(args.output_dir)
+    if is_main:
+        if args.overwrite and output_dir.is_dir():
+            shutil.rmtree(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(config_text(args))
+        print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
+
+    transformers.set_seed(args.seed)
+    # The masters that full fine-tuning needs; with adapters the base is frozen and its own type is enough.
+    load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path,
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=load_dtype,
+        attn_implementation=args.attn_implementation,
+        use_safetensors=True,
+    )
+    use_cache = model.config.use_cache
+    if args.deepspeed is None:
+        model.to(trainer_args.device)  # so that the decompositions run where they are fast
+    add_adapters(model, args.method, args.rank, args.alpha, args.target_modules, progress=is_main)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if is_main:
+        share = f"{trainable / 1e6:.2f} M trainable parameters on a model of {skeleton.num_parameters() / 1e6:.2f} M"
+        print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
+
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    trainer = BALoRATrainer(
+        arguments=args,
+        model=model,
+        args=trainer_args,
+        train_dataset=dataset,
+        data_collator=PaddingCollator(pad_token_id),
+    )
+    trainer.pop_callback(transformers.ProgressCallback)
+    trainer.add_callback(_ProgressBar)
+    result = trainer.train()
+
+    if is_main:
+        model.config.use_cache = use_cache  # the Trainer switches it off; the exported model generates with it
+        if args.method != "full":
+            export_adapter(model, output_dir / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+        merge_adapters(model).to(dtype).save_pretrained(output_dir / "merged")
+        tokenizer.save_pretrained(output_dir / "merged")
+        run = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "seed": args.seed,
+            "versions": package_versions(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "processes": trainer_args.world_size,
+            "examples": len(dataset),
+            "dropped_examples": num_dropped,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "steps": trainer.state.global_step,
+            "train_loss": result.training_loss,
+            "train_seconds": result.metrics["train_runtime"],
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+        print(summary(args, run))
+
+
+def config_text(args: Arguments) -> str:
+    """The resolved arguments as YAML that `--config` takes."""
+    entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("config", "overwrite")}
+    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
+        entries, sort_keys=False
+    )
+
+
+def summary(args: Arguments, run: dict[str, Any]) -> str:
+    """What the run leaves behind, for the terminal."""
+    output_dir = Path(args.output_dir)
+    lines = [
+        "",
+        f"{args.method}: {run['steps']} steps in {run['train_seconds']:.0f} s, mean loss {run['train_loss']:.4f}, "
+        f"peak memory {run['peak_memory_gib']:.2f} GiB",
+    ]
+    if args.method != "full":
+        lines.append(f"  adapter         {output_dir / 'adapter'}  (PEFT's format, on {args.model})")
+    lines += [
+        f"  merged model    {output_dir / 'merged'}",
+        f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
+        f"  metrics         {output_dir / 'metrics.jsonl'}  (tensorboard --logdir {output_dir / 'tensorboard'})",
+        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main)
