@@ -467,7 +467,8 @@ def covariance_loss(logits: Tensor) -> Tensor:
 def spectral_loss(logits: Tensor, k: int, norm: str) -> Tensor:
     """L_SVDR = −Σ_{i≤k} σ_i / ‖Z‖_F (norm "frobenius") or −Σ_{i≤k} σ_i / Σ_j σ_j (norm "nuclear", `arxiv2024` and NLU).
 
-    With "nuclear" and k ≥ min(M, V) this is the constant −1. A zero matrix gives 0.
+    With "nuclear" and k ≥ min(M, V) this is the constant −1. A zero matrix gives 0. A singular value that is rounding
+    noise counts as zero and has no gradient: its singular vectors are arbitrary.
 
     Args:
         logits: Z, (M, V), singular values σ descending.
@@ -476,6 +477,8 @@ def spectral_loss(logits: Tensor, k: int, norm: str) -> Tensor:
     if logits.numel() == 0:
         return logits.sum() * 0.0
     sigma = torch.linalg.svdvals(logits)  # (min(M, V),)
+    noise = 4 * len(sigma) ** 0.5 * torch.finfo(sigma.dtype).eps * sigma[0].detach()
+    sigma = torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
     if norm == "frobenius":
         # From the values, not the entries: the gradient of both then runs through one decomposition.
         total = sigma.square().sum()
@@ -625,8 +628,13 @@ def objective(
 DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-def load_records(source: str, split: str = "train", subset: str | None = None) -> datasets.Dataset:
+def load_records(
+    source: str, split: str = "train", subset: str | None = None, name: str | None = None
+) -> datasets.Dataset:
     """Reads a data set from a local file, a folder of files of one kind, or the hub.
+
+    Args:
+        split, subset, name: of a hub data set: its split, a folder inside it, its configuration.
 
     Raises:
         UserError: nothing there, or nothing readable.
@@ -644,7 +652,7 @@ def load_records(source: str, split: str = "train", subset: str | None = None) -
         raise UserError(f"no such data file or folder: {source}")
     else:
         try:
-            return datasets.load_dataset(source, data_dir=subset, split=split)
+            return datasets.load_dataset(source, name, data_dir=subset, split=split)
         except Exception as error:  # the hub's client has dozens of kinds
             raise UserError(f"cannot load the data set {source!r} from the hub: {_first_line(error)}") from error
     suffixes = sorted({file.suffix for file in files})
@@ -1030,7 +1038,7 @@ def main(argv: list[str]) -> None:
     if args.max_examples is not None:
         records = records.select(range(min(args.max_examples, len(records))))
     dtype = resolve_dtype(args.dtype)
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "tensorboard"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
     trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
     with trainer_args.main_process_first(desc="tokenising"):
         dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)

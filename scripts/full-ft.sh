@@ -1,0 +1,3 @@
+#!/bin/sh
+# The same experiment as scripts/ba-lora.sh, by another method; its header explains the settings.
+METHOD=full exec sh "$(dirname "$0")/ba-lora.sh" "$@"

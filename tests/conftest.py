@@ -1,0 +1,91 @@
+"""Tiny random models and a byte-level tokenizer: everything a test needs is made here, nothing is downloaded."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
+EOS, MERGED = "<|end|>", ":T"  # MERGED crosses the border between the prompt's last ":" and a response's first "T"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and one merge across the prompt's border; the end-of-sequence token is the padding token too."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*alphabet, MERGED, EOS])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(MERGED)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+
+
+def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:
+    """A Llama of two layers with grouped-query attention, V = 258."""
+    settings = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,  # weights of a size at which attention and logits are not all alike
+        "bos_token_id": None,
+        "eos_token_id": 257,
+        "pad_token_id": 257,
+    }
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return make_model()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny model with its tokenizer, on disk."""
+    folder = tmp_path / "base"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    """Sixteen short examples in the fields instruction and output."""
+    import json
+
+    path = tmp_path / "data.jsonl"
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder with real benchmark files; tests that need it are skipped where it is not there."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no real benchmark data beside the checkout")
+    return SHARED_DATA
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()

@@ -1,0 +1,204 @@
+"""Adapters against the base model, PEFT, and the published parameter counts."""
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import make_model, relative_error
+
+import train
+
+METHODS = ["lora", "pissa", "ba-lora"]
+INPUT_IDS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Moves the trainable factors away from their start, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in train.adapter_layers(model).values():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor.data += 0.05 * torch.randn(factor.shape, generator=generator)
+
+
+@pytest.mark.parametrize("alpha", [4, 16])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_adding_adapters_changes_nothing(method, alpha):
+    base, model = make_model(), make_model()
+    assert train.add_adapters(model, method, 4, alpha, train.TARGET_MODULES) is model
+    expected = base(INPUT_IDS).logits
+    assert relative_error(model(INPUT_IDS).logits, expected) < 1e-5
+    perturb(model)
+    assert relative_error(model(INPUT_IDS).logits, expected) > 1e-3
+    with train.adapters_disabled(model):
+        assert torch.equal(model(INPUT_IDS).logits, expected)
+    assert relative_error(model(INPUT_IDS).logits, expected) > 1e-3  # on again
+    base_weights = dict(base.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, base_weights[name.replace(".base.", ".")])
+
+
+def test_adapters_come_back_on_after_an_error(model):
+    train.add_adapters(model, "pissa", 4, 4, ["q_proj"])
+    with pytest.raises(RuntimeError), train.adapters_disabled(model):
+        raise RuntimeError
+    assert all(layer.enabled for layer in train.adapter_layers(model).values())
+
+
+def test_only_the_factors_train_and_they_are_fp32():
+    model = make_model().to(torch.bfloat16)
+    train.add_adapters(model, "ba-lora", 4, 4, train.TARGET_MODULES)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 7 * 2  # two factors, seven projections, two layers
+    assert all(name.endswith(("lora_A", "lora_B")) and p.dtype == torch.float32 for name, p in trainable.items())
+    assert model(INPUT_IDS).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("alpha", [4, 16])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "gate_proj", "down_proj"])
+def test_pissa_starts_at_the_best_low_rank_approximation(name, alpha):
+    """Against numpy's float64 SVD (Eckart and Young), and the balance |A₀ row| = |B₀ column|."""
+    model = make_model()
+    train.add_adapters(model, "pissa", 4, alpha, [name])
+    for layer in train.adapter_layers(model).values():
+        U, S, Vh = torch.linalg.svd(layer.base.weight.double(), full_matrices=False)
+        best = (U[:, :4] * S[:4]) @ Vh[:4]
+        assert relative_error(layer.scaling * layer.lora_B @ layer.lora_A, best) < 1e-5
+        assert torch.allclose(layer.lora_A.norm(dim=1), layer.lora_B.norm(dim=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [4, 16])
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_peft_loads_the_adapter_on_the_unmodified_base(method, alpha, tmp_path):
+    model = make_model()
+    train.add_adapters(model, method, 4, alpha, train.TARGET_MODULES)
+    perturb(model)
+    train.export_adapter(model, tmp_path, "some/base", train.TARGET_MODULES, "CAUSAL_LM")
+    expected = model(INPUT_IDS).logits
+    loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
+    assert relative_error(loaded(INPUT_IDS).logits, expected) < 1e-4
+    assert relative_error(loaded.merge_and_unload()(INPUT_IDS).logits, expected) < 1e-4
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == (4 if method == "lora" else 8)
+    assert config["base_model_name_or_path"] == "some/base"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_the_merged_model_is_plain_and_equal(method, tmp_path):
+    model = make_model()
+    train.add_adapters(model, method, 4, 8, train.TARGET_MODULES)
+    perturb(model)
+    expected = model(INPUT_IDS).logits
+    train.merge_adapters(model).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert relative_error(plain(INPUT_IDS).logits, expected) < 1e-4
+    assert plain.state_dict().keys() == make_model().state_dict().keys()
+
+
+@torch.no_grad()
+def test_merging_rounds_once():
+    """A bf16 base: the merged weight is the float64 sum, rounded once to bf16 (but for ties of fp32 rounding)."""
+    model = make_model().to(torch.bfloat16)
+    train.add_adapters(model, "pissa", 4, 4, ["up_proj"])
+    perturb(model)
+    for layer in train.adapter_layers(model).values():
+        A, B, A0, B0 = (f.double() for f in (layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B))
+        exact = layer.base.weight.double() + layer.scaling * (B @ A - B0 @ A0)
+        equal = layer.merged_weight() == exact.to(torch.bfloat16)
+        assert equal.double().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "millions"),
+    [
+        (
+            transformers.LlamaConfig(
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                vocab_size=32000,
+            ),
+            128,
+            319.8,
+        ),
+        (
+            transformers.MistralConfig(
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                vocab_size=32000,
+            ),
+            64,
+            167.8,
+        ),
+        (
+            transformers.GemmaConfig(
+                hidden_size=3072,
+                intermediate_size=24576,
+                num_hidden_layers=28,
+                num_attention_heads=16,
+                num_key_value_heads=16,
+                head_dim=256,
+                vocab_size=256000,
+            ),
+            64,
+            200.0,
+        ),
+    ],
+    ids=["llama-2-7b", "mistral-7b", "gemma-7b"],
+)
+def test_parameter_counts_of_the_published_table(config, rank, millions):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        train.add_adapters(model, "lora", rank, rank, train.TARGET_MODULES)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert round(trainable / 1e6, 1) == millions
+
+
+def test_full_fine_tuning_trains_everything(model):
+    train.add_adapters(model, "full", 4, 4, train.TARGET_MODULES)
+    assert not train.adapter_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_target_that_names_nothing_is_an_error(model):
+    with pytest.raises(train.UserError, match=r"'query'.*names no linear layer.*q_proj"):
+        train.add_adapters(model, "lora", 4, 4, ["q_proj", "query"])
+
+
+def test_a_rank_larger_than_a_layer_is_an_error(model):
+    with pytest.raises(train.UserError, match=r"rank 17 is larger than .*k_proj allows \(16\)"):
+        train.add_adapters(model, "pissa", 17, 17, train.TARGET_MODULES)
+    assert not train.adapter_layers(model), "nothing may be replaced before the check"
+
+
+def test_an_unknown_method_is_an_error(model):
+    with pytest.raises(train.UserError, match="dora"):
+        train.add_adapters(model, "dora", 4, 4, ["q_proj"])
+
+
+def test_lora_starts_like_pefts():
+    """The same Kaiming-uniform A and zero B."""
+    model, reference = make_model(), make_model()
+    train.add_adapters(model, "lora", 4, 8, ["q_proj"])
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+    reference = peft.get_peft_model(reference, config)
+    bound = 1 / math.sqrt(model.config.hidden_size)  # of Kaiming-uniform with a = √5
+    for (_, layer), theirs in zip(
+        train.adapter_layers(model).items(),
+        [module for module in reference.modules() if isinstance(module, peft.tuners.lora.Linear)],
+        strict=True,
+    ):
+        assert layer.lora_A.abs().max() <= bound
+        assert layer.lora_A.std().item() == pytest.approx(theirs.lora_A["default"].weight.std().item(), rel=0.2)
+        assert torch.count_nonzero(layer.lora_B) == 0
+        assert layer.scaling == theirs.scaling["default"]

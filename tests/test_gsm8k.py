@@ -1,0 +1,207 @@
+"""Grading, intervals and both generation back ends; real problems and real weights where they are at hand."""
+
+import json
+from fractions import Fraction
+
+import gsm8k
+import oracle
+import pytest
+import report
+import results
+import torch
+import transformers
+from generation import TransformersBackend, load_backend
+
+import train
+from data import demo
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is: 72", 72),
+        ("The answer is: $1,234.50.", Fraction(2469, 2)),
+        ("The answer is: -3 apples", -3),
+        ("The answer is: 3/4", Fraction(3, 4)),
+        ("The answer is: .5", Fraction(1, 2)),
+        ("The answer is: 50%", 50),
+        ("The answer is: 7.", 7),
+        ("The answer is: 7/0", 7),
+        ("The answer is: 1,2", 1),  # not a thousands separator
+        ("The answer is: 1,000,000", 10**6),
+        ("The answer is: 3\n\nThe answer is: 4", 4),
+        ("steps 1 + 1 = 2\n#### 2", 2),
+        ("The answer is: unknown", None),
+        ("The sum is 72", None),
+        ("", None),
+    ],
+)
+def test_extracted_answers(text, expected):
+    assert gsm8k.extract_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3 + 4 = 7 apples", 7), ("it is -2.", -2), ("no number", None), ("a 1, b 2, c 3", 3)]
+)
+def test_last_numbers(text, expected):
+    assert gsm8k.extract_last_number(text) == expected
+
+
+def test_a_right_answer_without_the_marker_counts_only_leniently():
+    verdict = gsm8k.grade("So there are 12.", Fraction(12))
+    assert (verdict["correct"], verdict["correct_lenient"]) == (False, True)
+    assert gsm8k.grade("The answer is: 12.0", Fraction(12))["correct"]
+    assert not gsm8k.grade("The answer is: 12.5", Fraction(12))["correct"]
+
+
+def test_gsm8ks_own_solutions_are_all_right(shared_data):
+    """Every gold number, read by a parser of one line that knows GSM8K's format; every solution graded against it."""
+    rows = [json.loads(line) for line in (shared_data / "gsm8k_test.jsonl").read_text().splitlines()]
+    assert len(rows) == 1319
+    for row in rows:
+        gold = Fraction(row["answer"].split("#### ")[1].replace(",", ""))
+        assert gsm8k.grade(row["answer"], gold)["correct"]
+        metamath_style = row["answer"].replace("####", "The answer is:")
+        assert gsm8k.grade(metamath_style, gold)["correct"]
+        assert not gsm8k.grade(metamath_style, gold + 1)["correct"]
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0)])
+def test_wilson_interval(successes, trials):
+    assert results.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
+
+
+def test_wilson_interval_of_a_textbook():
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    assert results.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert results.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+def test_demo_problems_are_right_and_disjoint():
+    """Each worked solution is evaluated line by line, each answer against reasoning-gym's own."""
+    items = demo.generate_problems(300, seed=1)
+    assert len({item["question"] for item in items}) == 300
+    assert items == demo.generate_problems(300, seed=1)
+    assert items != demo.generate_problems(300, seed=2)
+    for item in items:
+        *steps, last = item["answer"].splitlines()
+        for step in steps:
+            left, right = step.rpartition(":")[2].split("=")
+            assert eval(left) == int(right)
+        assert last == f"#### {int(right)}"
+        assert item["response"].endswith(f"\nThe answer is: {int(right)}")
+        assert gsm8k.extract_answer(item["response"]) == int(right)
+
+
+def test_demo_splits_share_no_question():
+    train_rows, test_rows = (demo.problems(split).read_text().splitlines() for split in ("train", "test"))
+    assert len(train_rows) == demo.NUM_TRAIN
+    assert len(test_rows) == demo.NUM_TEST
+    questions = [{json.loads(row)["question"] for row in rows} for rows in (train_rows, test_rows)]
+    assert not questions[0] & questions[1]
+
+
+def test_a_package_with_another_checksum_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="expected 0000"):
+        demo.fetch_package("reasoning-gym==0.1.25", "0000", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M with eight prompts of uneven length."""
+    path = str(demo.model())
+    tokenizer, config = train.load_tokenizer_and_config(path)
+    questions = [json.loads(line)["question"] for line in demo.problems("test").read_text().splitlines()[:7]]
+    prompts = [train.encode_prompt(tokenizer, question) for question in [*questions, "Hi"]]
+    return path, tokenizer, config, prompts
+
+
+@pytest.fixture(scope="module")
+def transformers_backend(smollm2):
+    path, tokenizer, config, _ = smollm2
+    return load_backend("transformers", path, tokenizer, config, dtype="float32", batch_size=3, max_length=512)
+
+
+def test_batched_generation_equals_one_prompt_at_a_time(smollm2, transformers_backend):
+    """Against transformers' own generate, without batches, padding or sorting."""
+    path, tokenizer, _, prompts = smollm2
+    completions = transformers_backend.generate(prompts, max_new_tokens=12)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
+        assert completion.text == tokenizer.decode(output, skip_special_tokens=True)
+        assert completion.finished == (output[-1] == tokenizer.eos_token_id)
+
+
+def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
+    path, tokenizer, _, prompts = smollm2
+    responses = [train.encode_response(tokenizer, text) for text in ("4 + 4 = 8", "The answer is: 12", "Hello!")]
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    total = 0.0
+    for prompt, response in zip(prompts, responses, strict=False):
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        with torch.no_grad():
+            total += model(torch.tensor([prompt + response]), labels=labels).loss.item() * len(response)
+    expected = total / sum(map(len, responses))
+    assert transformers_backend.response_loss(prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
+
+
+def test_vllm_and_transformers_agree(smollm2, transformers_backend):
+    """The real engine on the real model: greedy completions and response losses."""
+    pytest.importorskip("vllm")
+    path, tokenizer, config, prompts = smollm2
+    vllm_backend = load_backend("vllm", path, tokenizer, config, dtype="float32", batch_size=1, max_length=512)
+    ours, theirs = (backend.generate(prompts, 16) for backend in (transformers_backend, vllm_backend))
+    agreeing = sum(a.text == b.text for a, b in zip(ours, theirs, strict=True))
+    assert agreeing >= len(prompts) - 1  # fp32 sums in another order may turn one near tie
+    responses = [train.encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
+    losses = [backend.response_loss(prompts, responses) for backend in (transformers_backend, vllm_backend)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
+    options = {"dtype": "float32", "batch_size": 1, "max_length": 8}
+    assert isinstance(load_backend("auto", str(checkpoint), tokenizer, config, **options), TransformersBackend)
+    with pytest.raises(train.UserError, match="not installed"):
+        load_backend("vllm", str(checkpoint), tokenizer, config, **options)
+
+
+def test_a_checkpoint_is_scored_and_reported(checkpoint, tmp_path, capsys):
+    """The script's files against their own items; then the table of two results."""
+    problems = tmp_path / "problems.jsonl"
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}", "response": "x"} for i in range(5)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("base", "tuned"):
+        gsm8k.main(
+            [
+                *("--ckpt", str(checkpoint), "--data", str(problems), "--output-dir", str(tmp_path / name)),
+                *("--backend", "transformers", "--max-new-tokens", "5", "--batch-size", "2"),
+                *("--loss-field", "response", "--limit", "4"),
+            ]
+        )
+    items = [json.loads(line) for line in (tmp_path / "base" / "gsm8k.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "base" / "gsm8k.json").read_text())
+    assert [item["index"] for item in items] == [0, 1, 2, 3]
+    assert all(item["prompt"].endswith("### Response:") for item in items)
+    assert summary["accuracy"]["of"] == 4
+    assert summary["accuracy"]["count"] == sum(item["correct"] for item in items)
+    assert summary["response_loss"] > 0
+    capsys.readouterr()
+    report.main([str(tmp_path / "base"), str(tmp_path / "tuned")])
+    printed = capsys.readouterr().out
+    assert "| base " in printed
+    assert "overlap: no difference is shown" in printed
+
+
+def test_the_verdict_compares_intervals():
+    def summary(successes: int) -> dict:
+        return {"accuracy": results.proportion(successes, 100)}
+
+    assert "helped" in report.verdict(summary(4), summary(40))
+    assert "hurt" in report.verdict(summary(40), summary(4))
+    assert "no difference" in report.verdict(summary(4), summary(8))

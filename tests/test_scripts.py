@@ -1,0 +1,74 @@
+"""The command lines that cannot run here: a dry run prints them whole, and their options exist."""
+
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import train
+
+
+def dry_run(script: str, **environment: str) -> str:
+    result = subprocess.run(
+        ["sh", str(ROOT / "scripts" / script)],
+        env=os.environ | {"DRY_RUN": "1", "OUTPUT": "out"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+def train_options(printed: str) -> train.Arguments:
+    (line,) = (line for line in printed.splitlines() if "train.py" in line)
+    words = shlex.split(line)
+    return train.resolve_arguments(train.parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :]))
+
+
+@pytest.mark.parametrize(
+    ("script", "method"),
+    [("ba-lora.sh", "ba-lora"), ("pissa.sh", "pissa"), ("lora.sh", "lora"), ("full-ft.sh", "full")],
+)
+@pytest.mark.parametrize("num_gpus", [1, 2, 8])
+def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    printed = dry_run(script, NUM_GPUS=str(num_gpus), SEED="7")
+    assert f"{num_gpus} CUDA GPUs; EXPERIMENT=demo for the small one" in printed
+    assert f"deepspeed --no_local_rank --num_gpus {num_gpus} train.py" in printed
+    args = train_options(printed)
+    assert (args.method, args.seed, args.model, args.rank) == (method, 7, "meta-llama/Llama-2-7b-hf", 128)
+    assert args.batch_size * args.gradient_accumulation * num_gpus == 128
+    assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
+    assert (args.max_length, args.max_examples, args.data_subset) == (512, 100_000, "metamath")
+    assert "eval/gsm8k.py --ckpt meta-llama/Llama-2-7b-hf" in printed
+    assert "eval/gsm8k.py --ckpt out/merged" in printed
+    assert "eval/report.py" in printed
+
+
+def test_the_demo_without_gpus(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    printed = dry_run("ba-lora.sh", NUM_GPUS="0")
+    assert "no CUDA GPU; EXPERIMENT=paper for LLaMA-2-7B" in printed
+    assert train_options(printed).model == "demo"
+
+
+def test_local_copies_take_the_hubs_place(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = train_options(dry_run("ba-lora.sh", NUM_GPUS="4", MODEL="/models/llama", DATA="/data/metamath.jsonl"))
+    assert (args.model, args.data) == ("/models/llama", "/data/metamath.jsonl")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_is_valid(path):
+    names = train.Arguments.__dataclass_fields__
+    assert set(yaml.safe_load(path.read_text())) <= set(names)
+    train.resolve_arguments(train.parse_arguments(train.Arguments, "", ["--config", str(path)]))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.json")), ids=lambda path: path.name)
+def test_every_deepspeed_configuration_is_json(path):
+    assert "zero_optimization" in json.loads(path.read_text())

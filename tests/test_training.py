@@ -1,0 +1,301 @@
+"""The data pipeline, the trainer's arithmetic and whole runs, on tiny models; PEFT and transformers are the peers."""
+
+import json
+
+import datasets
+import oracle
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import MERGED, make_model, make_tokenizer, relative_error
+
+import train
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
+    response = "The sum"
+    prompt = train.ALPACA_PROMPT.format(instruction="Add")
+    together = tokenizer(prompt + response)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids(MERGED) in together  # the trap is there
+    example = train.encode_example(tokenizer, "Add", response, 512)
+    learnt = [token for token in example["labels"] if token != train.IGNORE_INDEX]
+    assert tokenizer.decode(learnt[:-1]) == response
+    assert learnt[-1] == tokenizer.eos_token_id
+    unlearnt = [t for t, label in zip(*example.values(), strict=True) if label == train.IGNORE_INDEX]
+    assert tokenizer.decode(unlearnt) == prompt
+
+
+def test_the_end_of_sequence_token_is_attended_where_it_also_pads(tokenizer):
+    short = train.encode_example(tokenizer, "a", "b", 512)
+    long = train.encode_example(tokenizer, "a", "b" * 9, 512)
+    batch = train.PaddingCollator(tokenizer.pad_token_id)([short, long])
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
+    assert batch["targets"].tolist().count(tokenizer.eos_token_id) == 2
+
+
+def test_valid_positions_predict_exactly_the_response(tokenizer):
+    """Against the plain reading: position i is valid where label i + 1 is not ignored."""
+    examples = [train.encode_example(tokenizer, "a" * n, "b" * (5 - n), 512) for n in range(1, 5)]
+    batch = train.PaddingCollator(0)(examples)
+    width = batch["input_ids"].shape[1]
+    expected = [
+        (row * width + i, example["labels"][i + 1])
+        for row, example in enumerate(examples)
+        for i in range(len(example["labels"]) - 1)
+        if example["labels"][i + 1] != train.IGNORE_INDEX
+    ]
+    assert list(zip(batch["valid_positions"].tolist(), batch["targets"].tolist(), strict=True)) == expected
+    prompt_end = len(train.encode_prompt(tokenizer, "a")) - 1
+    assert batch["valid_positions"][0] == prompt_end  # the last prompt token predicts the first response token
+
+
+def test_padding_changes_neither_logits_nor_which_are_taken(model, tokenizer):
+    examples = [train.encode_example(tokenizer, "a", "b" * n, 512) for n in (1, 6)]
+    together = train._valid_logits(model, train.PaddingCollator(3)(examples))
+    alone = torch.cat([train._valid_logits(model, train.PaddingCollator(3)([example])) for example in examples])
+    assert relative_error(together, alone) < 1e-5
+
+
+def test_examples_without_a_response_token_are_dropped_and_counted(tokenizer):
+    rows = [
+        {"q": "short", "a": "kept"},
+        {"q": "x" * 600, "a": "cut away by max_length"},
+        {"q": "empty", "a": "  "},
+        {"q": None, "a": "no instruction"},
+    ]
+    dataset, dropped = train.build_dataset(datasets.Dataset.from_list(rows), tokenizer, ["q", "a"], 512)
+    assert (len(dataset), dropped) == (1, 3)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_every_local_format_and_a_folder_of_it(suffix, tmp_path):
+    rows = [{"instruction": f"q, {i}", "output": f"a\n{i}"} for i in range(5)]
+    dataset = datasets.Dataset.from_list(rows)
+    file = tmp_path / f"part.{suffix}"
+    match suffix:
+        case "json":
+            file.write_text(json.dumps(rows))
+        case "jsonl":
+            dataset.to_json(file)
+        case "csv":
+            dataset.to_csv(file)
+        case "tsv":
+            dataset.to_csv(file, sep="\t")
+        case "parquet":
+            dataset.to_parquet(file)
+    assert train.load_records(str(file)).to_list() == rows
+    assert train.load_records(str(tmp_path)).to_list() == rows
+
+
+# ---------------------------------------------------------------------------------------------- trainer
+
+
+def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> train.BALoRATrainer:
+    settings = {
+        "model": "m",
+        "data": "d",
+        "output_dir": str(output_dir),
+        "rank": 4,
+        "batch_size": 4,
+        "gradient_accumulation": 2,
+        "learning_rate": 1e-2,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "consistency_schedule": "constant",
+        "regularizer_schedule": "constant",
+    }
+    args = train.resolve_arguments(train.Arguments(**(settings | overrides)))
+    records = train.load_records(str(data_file))
+    dataset, _ = train.build_dataset(records, tokenizer, args.fields, args.max_length)
+    transformers.set_seed(args.seed)
+    train.add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
+    return train.BALoRATrainer(
+        arguments=args,
+        model=model,
+        args=train.training_arguments(args, torch.float32),
+        train_dataset=dataset,
+        data_collator=train.PaddingCollator(tokenizer.pad_token_id),
+    )
+
+
+def one_step(trainer, examples, sizes) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one optimizer step over `examples`, split into micro-batches of `sizes`."""
+    trainer.model.zero_grad()
+    trainer.state.max_steps = 1
+    rows = iter(examples)
+    batches = [trainer.data_collator([next(rows) for _ in range(size)]) for size in sizes]
+    batches, num_tokens = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
+    loss = sum(trainer.training_step(trainer.model, batch, num_tokens) for batch in batches)
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("formulation", ["iclr2026", "arxiv2024"])
+def test_splitting_a_batch_changes_nothing(formulation, tokenizer, data_file, tmp_path):
+    """8 sequences at once, as 2 x 4, and as 5 + 3: task, L_CR and L_DR; L_SVDR belongs to a micro-batch."""
+    trainer = make_trainer(
+        make_model(),
+        tokenizer,
+        data_file,
+        tmp_path / "out",
+        formulation=formulation,
+        lambda_consistency=0.5,
+        lambda_diversity=0.5,
+        lambda_spectral=0.0,
+    )
+    for layer in train.adapter_layers(trainer.model).values():
+        layer.lora_B.data += 0.05  # away from the teacher, so that L_CR has a gradient
+    examples = [trainer.train_dataset[i] for i in range(8)]
+    whole_loss, whole = one_step(trainer, examples, [8])
+    for sizes in ([4, 4], [5, 3]):
+        loss, gradients = one_step(trainer, examples, sizes)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            assert relative_error(gradient, whole[name]) < 1e-4, name
+
+
+def test_the_spectral_term_is_the_mean_over_micro_batches(tokenizer, data_file, tmp_path):
+    trainer = make_trainer(
+        make_model(), tokenizer, data_file, tmp_path / "out", lambda_consistency=0.0, lambda_diversity=0.0
+    )
+    examples = [trainer.train_dataset[i] for i in range(8)]
+    _, _ = one_step(trainer, examples, [4, 4])
+    expected = 0.0
+    for rows in (examples[:4], examples[4:]):
+        logits = train._valid_logits(trainer.model, trainer.data_collator(rows))
+        expected += oracle.spectral(logits.detach().double().numpy(), 10, "frobenius")[0] / 2
+    assert trainer._sums["spectral"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_teacher_is_the_untouched_base(tokenizer, data_file, tmp_path):
+    trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out")
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    teacher = trainer._teacher_logits(trainer.model, batch)
+    assert not teacher.requires_grad
+    assert torch.equal(teacher, train._valid_logits(make_model(), batch))
+    assert relative_error(train._valid_logits(trainer.model, batch), teacher) > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
+    """PEFT's adapter under the stock Trainer and the stock loss, same data, seed and optimizer."""
+    ours = make_trainer(make_model(), tokenizer, data_file, tmp_path / "ours", method=method, alpha=float(alpha))
+    theirs = make_model()
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=alpha,
+        target_modules=train.TARGET_MODULES,
+        init_lora_weights="pissa" if method == "pissa" else True,
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(theirs, config)
+    if method == "lora":  # the same random start
+        for name, layer in train.adapter_layers(ours.model).items():
+            theirs.base_model.model.get_submodule(name).lora_A["default"].weight.data = layer.lora_A.data.clone()
+
+    def collate(examples):
+        width = max(len(example["input_ids"]) for example in examples)
+        pad = lambda ids, value: ids + [value] * (width - len(ids))  # noqa: E731
+        return {
+            "input_ids": torch.tensor([pad(e["input_ids"], 0) for e in examples]),
+            "attention_mask": torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in examples]),
+            "labels": torch.tensor([pad(e["labels"], -100) for e in examples]),
+        }
+
+    args = train.training_arguments(ours.arguments, torch.float32)
+    args.output_dir = str(tmp_path / "theirs")
+    reference = transformers.Trainer(model=theirs, args=args, train_dataset=ours.train_dataset, data_collator=collate)
+    start = {name: layer.merged_weight() for name, layer in train.adapter_layers(ours.model).items()}
+    our_loss, their_loss = ours.train().training_loss, reference.train().training_loss
+    assert our_loss == pytest.approx(their_loss, rel=1e-4)
+    for name, layer in train.adapter_layers(ours.model).items():
+        their_layer = theirs.base_model.model.get_submodule(name)
+        expected = their_layer.base_layer.weight + their_layer.get_delta_weight("default")
+        assert relative_error(layer.merged_weight(), expected) < 1e-4, name
+        assert relative_error(layer.merged_weight(), start[name]) > 1e-3, "nothing was learnt"
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def run(checkpoint, data_file, output_dir, *options) -> None:
+    train.main(
+        [
+            *("--model", str(checkpoint), "--data", str(data_file), "--output-dir", str(output_dir)),
+            *("--rank", "4", "--max-steps", "3", "--logging-steps", "1", "--learning-rate", "1e-2"),
+            *options,
+        ]
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "pissa", "ba-lora"])
+@torch.no_grad()
+def test_a_run_leaves_what_it_promises(method, checkpoint, data_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    with torch.enable_grad():
+        run(checkpoint, data_file, out, "--method", method)
+    input_ids = torch.tensor([make_tokenizer()("Add 1 and 1")["input_ids"]])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert transformers.AutoTokenizer.from_pretrained(out / "merged").eos_token_id == 257
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert relative_error(merged(input_ids).logits, base(input_ids).logits) > 1e-3
+    unchanged = {k: v for k, v in base.config.to_dict().items() if k != "_name_or_path"}
+    assert unchanged == {k: v for k, v in merged.config.to_dict().items() if k != "_name_or_path"}
+    if method == "full":
+        assert not (out / "adapter").exists()
+    else:
+        adapted = peft.PeftModel.from_pretrained(base, out / "adapter")
+        assert relative_error(adapted(input_ids).logits, merged(input_ids).logits) < 1e-4
+        assert peft.PeftConfig.from_pretrained(out / "adapter").base_model_name_or_path == str(checkpoint)
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    names = {"loss", "task", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib"}
+    if method == "ba-lora":
+        names |= {"consistency", "diversity", "spectral"}
+        names |= {"lambda_consistency", "lambda_diversity", "lambda_spectral"}
+    assert names <= steps[0].keys()
+    if method != "ba-lora":
+        assert "consistency" not in steps[0]
+    assert list((out / "tensorboard").glob("events*"))
+
+    record = json.loads((out / "run.json").read_text())
+    assert record["seed"] == 42
+    assert record["versions"]["torch"] == torch.__version__
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["method"] == method
+    printed = capsys.readouterr().out
+    assert str(out / "merged") in printed
+    assert "eval/gsm8k.py --ckpt" in printed
+
+
+def test_the_written_configuration_repeats_the_run(checkpoint, data_file, tmp_path):
+    run(checkpoint, data_file, tmp_path / "one")
+    train.main(["--config", str(tmp_path / "one" / "config.yaml"), "--output-dir", str(tmp_path / "two")])
+    tensors = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert tensors[0] == tensors[1]
+
+
+def test_logged_terms_add_up_to_the_logged_loss(checkpoint, data_file, tmp_path):
+    run(checkpoint, data_file, tmp_path / "out", "--consistency-schedule", "adaptive", "--formulation", "arxiv2024")
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        if "loss" in step:
+            total = step["task"] + sum(
+                step[f"lambda_{name}"] * step[name] for name in ("consistency", "diversity", "spectral")
+            )
+            assert step["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_another_seed_is_another_run(checkpoint, data_file, tmp_path):
+    for seed in ("1", "2"):
+        run(checkpoint, data_file, tmp_path / seed, "--seed", seed)
+    one, two = ((tmp_path / seed / "adapter" / "adapter_model.safetensors").read_bytes() for seed in ("1", "2"))
+    assert one != two

@@ -1,0 +1,223 @@
+"""What bad input gets: one line that names the thing, exit code 2, before any model is loaded, and nothing lost."""
+
+import json
+import subprocess
+import sys
+
+import gsm8k
+import pytest
+import report
+import transformers
+from conftest import ROOT
+
+import train
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the input was checked")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def error_of(script, argv, monkeypatch, capsys) -> str:
+    """The one line that a script ends with on bad input."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
+    with pytest.raises(SystemExit) as exit_info:
+        train.run_script(script.main)
+    assert exit_info.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture
+def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
+    """Runs train.py with valid arguments and the given ones over them; returns the error line."""
+
+    def run(*options, model=checkpoint, data=data_file):
+        capsys.readouterr()
+        defaults = ["--model", model, "--data", data, "--output-dir", tmp_path / "out", "--rank", 4]
+        line = error_of(train, [*defaults, *options], monkeypatch, capsys)
+        assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()), "an empty folder was left"
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--rnak", "8"], "--rnak"),
+        (["--rank", "eight"], "--rank"),
+        (["--method", "dora"], "dora"),
+        (["--rank", "0"], "--rank is 0"),
+        (["--rank", "17"], "rank 17 is larger than"),
+        (["--target-modules", "c_attn"], "'c_attn' names no linear layer"),
+        (["--temperature", "0"], "--temperature"),
+        (["--lambda-spectral", "-1"], "--lambda-spectral"),
+        (["--warmup-fraction", "0"], "--warmup-fraction"),
+        (["--lr-scheduler", "sine"], "'sine'"),
+        (["--fields", "instruction"], "--fields takes two names"),
+        (["--fields", "question", "answer"], "no field 'question'; its fields are instruction, output"),
+        (["--max-length", "8"], "no example of"),
+        (["--max-examples", "0"], "--max-examples"),
+        (["--deepspeed", "nowhere.json"], "nowhere.json"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(options, expected, train_error):
+    assert expected in train_error(*options)
+
+
+def test_no_model_and_no_data(monkeypatch, capsys):
+    assert "no --model" in error_of(train, [], monkeypatch, capsys)
+    assert "no --data" in error_of(train, ["--model", "m"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rnak: 8\n", "unknown key 'rnak'"),
+        ("rank: many\n", "--rank"),
+        ("- rank\n", "is not a configuration"),
+        ("rank: [\n", "cannot read the configuration"),
+    ],
+)
+def test_bad_configurations(text, expected, train_error, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    assert expected in train_error("--config", config)
+
+
+def test_an_unknown_key_gets_the_nearest_name(train_error, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rat: 1e-4\n")
+    assert "did you mean 'learning_rate'?" in train_error("--config", config)
+
+
+def test_the_command_line_overrides_the_configuration(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("rank: 8\nlearning_rate: 1e-4\nfields: [a, b]\noverwrite: true\nalpha: null\n")
+    args = train.parse_arguments(train.Arguments, "", ["--config", str(config), "--rank", "16"])
+    assert (args.rank, args.learning_rate, args.fields, args.overwrite, args.alpha) == (
+        16,
+        1e-4,
+        ["a", "b"],
+        True,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("data.jsonl", "", "cannot read"),
+        ("data.jsonl", '{"instruction": "a", "output": ', "cannot read"),
+        ("data.txt", "a b", "cannot tell the format"),
+        ("data.parquet", "not parquet", "cannot read"),
+    ],
+)
+def test_unreadable_data(name, text, expected, train_error, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert expected in train_error(data=tmp_path / name)
+
+
+def test_data_that_is_not_there(train_error, tmp_path):
+    assert "no such data file" in train_error(data=tmp_path / "nowhere.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "holds no" in train_error(data=tmp_path / "empty")
+    assert "from the hub" in train_error(data="nobody/nothing")
+
+
+def test_a_folder_of_mixed_formats(train_error, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.csv"):
+        (folder / name).write_text("")
+    assert "mixes kinds of files" in train_error(data=folder)
+
+
+def test_checkpoints_that_cannot_be_read(train_error, checkpoint, tmp_path):
+    assert "no such model folder" in train_error(model=tmp_path / "nowhere")
+    assert "nobody/nothing" in train_error(model="nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in train_error(model=tmp_path / "empty")
+    weights = checkpoint / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in train_error()
+    weights.rename(checkpoint / "pytorch_model.bin")
+    assert "no .safetensors file" in train_error()
+    weights.write_bytes(whole)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-00002.safetensors" in train_error()
+
+
+def test_nothing_is_overwritten_without_being_asked(train_error, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("precious")
+    assert "is not empty" in train_error()
+    # Even with --overwrite, a later mistake is found before anything is removed.
+    assert "--rank is 0" in train_error("--overwrite", "--rank", "0")
+    assert "no field" in train_error("--overwrite", "--fields", "a", "b")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "precious"
+    (tmp_path / "file").write_text("")
+    assert "is a file" in train_error("--output-dir", tmp_path / "file")
+
+
+@pytest.fixture
+def gsm8k_error(checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs eval/gsm8k.py with valid arguments and the given ones over them; returns the error line."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}) + "\n")
+
+    def run(*options, ckpt=checkpoint, data=problems):
+        capsys.readouterr()
+        defaults = ["--ckpt", ckpt, "--data", data, "--output-dir", tmp_path / "results"]
+        return error_of(gsm8k, [*defaults, "--max-new-tokens", 8, *options], monkeypatch, capsys)
+
+    return run
+
+
+def test_bad_input_of_gsm8k(gsm8k_error, data_file, tmp_path, monkeypatch, capsys):
+    assert "no --ckpt" in error_of(gsm8k, [], monkeypatch, capsys)
+    assert "no such model folder" in gsm8k_error(ckpt=tmp_path / "nowhere")
+    assert "no such data file" in gsm8k_error(data=tmp_path / "nowhere.jsonl")
+    assert "no field 'question'" in gsm8k_error(data=data_file)
+    assert "no field 'response'" in gsm8k_error("--loss-field", "response")
+    assert "holds no problem" in gsm8k_error("--limit", "0")
+    assert "--max-new-tokens is 0" in gsm8k_error("--max-new-tokens", "0")
+    assert "holds 512 tokens" in gsm8k_error("--max-new-tokens", "4000")
+    no_gold = tmp_path / "no_gold.jsonl"
+    no_gold.write_text(json.dumps({"question": "1 + 1?", "answer": "two"}) + "\n")
+    assert "item 0" in gsm8k_error(data=no_gold)
+    (tmp_path / "results" / "gsm8k.json").write_text("precious")
+    assert "is there already" in gsm8k_error()
+    assert (tmp_path / "results" / "gsm8k.json").read_text() == "precious"
+
+
+def test_bad_input_of_the_report(tmp_path, monkeypatch, capsys):
+    assert "no results in" in error_of(report, [tmp_path], monkeypatch, capsys)
+    (tmp_path / "gsm8k.json").write_text("{")
+    assert "is damaged" in error_of(report, [tmp_path], monkeypatch, capsys)
+
+
+def test_the_whole_script_prints_one_line_and_exits_with_2(tmp_path):
+    """The real process: nothing but the line, no traceback."""
+    command = [sys.executable, str(ROOT / "train.py"), "--model", "m", "--data", "d", "--rank", "-1"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == ["train.py: error: --rank is -1: it must be above 0"]
+    assert result.stdout == ""
+
+
+def test_a_wrong_method_of_the_shell_script():
+    result = subprocess.run(
+        ["sh", str(ROOT / "scripts/ba-lora.sh")], env={"METHOD": "dora", "PATH": "/usr/bin:/bin"}, capture_output=True
+    )
+    assert result.returncode == 2
+    assert b"METHOD=dora" in result.stderr
