@@ -157,6 +157,8 @@ class Arguments:
         "auto", "type of base weights and activations; auto: bfloat16 where the GPU has it, else float32"
     )
     attn_implementation: str | None = option(None, "attention of transformers: sdpa, eager, flash_attention_2")
+    packing: bool = option(True, "lay sequences end to end instead of padding them, where the model can")
+    objective_memory: float = option(256.0, "MiB for the objective's chunks of logits; more is a little faster")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     deepspeed: str | None = option(None, "DeepSpeed configuration (JSON); start through deepspeed or torchrun")
     logging_steps: int = option(10, "optimizer steps between two lines of metrics.jsonl")
@@ -250,7 +252,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
-    for name in (*positive, "epochs", "logging_steps", "spectral_k"):
+    for name in (*positive, "epochs", "logging_steps", "spectral_k", "objective_memory"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
     for name in ("lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k"):
@@ -317,16 +319,13 @@ class LoRALinear(nn.Module):
 
     def stacked_factors(self) -> tuple[Tensor, Tensor]:
         """A' (R × in) and B' (out × R) with ΔW = s·B'A'. PiSSA: [A; A₀] and [B, −B₀], R = 2r. LoRA: A and B, R = r."""
-        if self.initial_A is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.initial_A]), torch.cat([self.lora_B, -self.initial_B], dim=1)
+        return _stack(self.lora_A, self.lora_B, self.initial_A, self.initial_B)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if not self.enabled:
             return y
-        A, B = (factor.to(x.dtype) for factor in self.stacked_factors())
-        return y + F.linear(F.linear(x, A), B) * self.scaling
+        return _AddLowRank.apply(y, x, self.lora_A, self.lora_B, self.initial_A, self.initial_B, self.scaling)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -336,6 +335,42 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, principal={self.initial_A is not None}"
+
+
+def _stack(A: Tensor, B: Tensor, initial_A: Tensor | None, initial_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    if initial_A is None:
+        return A, B
+    return torch.cat([A, initial_A]), torch.cat([B, -initial_B], dim=1)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """y + s·B'A' x in place of y; keeps x and the low-rank A'x for the backward pass, and stacks the factors anew.
+
+    y: (…, out), x: (…, in). The products run in x's type, the factors' gradients come back in theirs.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, initial_A, initial_B, scaling):
+        stacked_A, stacked_B = (factor.to(x.dtype) for factor in _stack(A, B, initial_A, initial_B))
+        rows = x.reshape(-1, x.shape[-1])
+        low_rank = rows @ stacked_A.T  # (tokens, R)
+        y.view(-1, y.shape[-1]).addmm_(low_rank, stacked_B.T, alpha=scaling)
+        ctx.mark_dirty(y)
+        # Only the trainable half of A'x has a gradient to give.
+        ctx.save_for_backward(x, low_rank[:, : len(A)].contiguous(), A, B, initial_A, initial_B)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, low_rank, A, B, initial_A, initial_B = ctx.saved_tensors
+        stacked_A, stacked_B = (factor.to(x.dtype) for factor in _stack(A, B, initial_A, initial_B))
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
+        grad_low_rank = (grad_rows @ stacked_B).mul_(ctx.scaling)  # (tokens, R)
+        grad_x = (grad_low_rank @ stacked_A).view_as(x) if ctx.needs_input_grad[1] else None
+        grad_A = (grad_low_rank[:, : len(A)].T @ rows).to(A.dtype)
+        grad_B = (grad_rows.T @ low_rank).mul_(ctx.scaling).to(B.dtype)
+        return grad_y, grad_x, grad_A, grad_B, None, None, None
 
 
 @torch.no_grad()
@@ -519,14 +554,15 @@ def schedule_factor(schedule: str, progress: float, warmup_fraction: float) -> f
     raise ValueError(f"unknown schedule {schedule!r}")
 
 
-def adaptive_factor(teacher_logits: Tensor) -> Tensor:
-    """λ₁'s factor under the `adaptive` schedule: 0.1 + 0.9·c, c the mean over rows of 1 − H(softmax(Z_P)) / ln V.
+def adaptive_factor(confidence: Tensor) -> Tensor:
+    """λ₁'s factor under the `adaptive` schedule: 0.1 + 0.9·c, c the mean of the teacher's `confidence` (M,)."""
+    return 0.1 + 0.9 * _mean(confidence)
 
-    Args:
-        teacher_logits: Z_P, (M, V).
-    """
-    negative_entropy = topk_entropy_loss(teacher_logits.detach(), None)
-    return 0.1 + 0.9 * (1 + negative_entropy / math.log(teacher_logits.shape[-1]))
+
+def teacher_confidence(teacher_logits: Tensor) -> Tensor:
+    """1 − H(softmax(Z_P)) / ln V for each row of Z_P (M, V): 0 knows nothing, 1 is certain. Returns (M,)."""
+    log_p = F.log_softmax(_at_least_fp32(teacher_logits), dim=-1)
+    return 1 + (log_p.exp() * log_p).sum(dim=-1) / math.log(teacher_logits.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -565,6 +601,10 @@ class Regularizers:
             adaptive=adaptive,
         )
 
+    def scaled_consistency(self, factor: Tensor) -> "Regularizers":
+        """The same with λ₁ multiplied by `factor`."""
+        return dataclasses.replace(self, lambda_consistency=self.lambda_consistency * factor)
+
 
 def objective(
     student_logits: Tensor,
@@ -593,15 +633,14 @@ def objective(
     terms: dict[str, float | Tensor] = {"task": task.detach()}
     if regularizers is None:
         return task, terms
-    weight = regularizers.lambda_consistency
     if regularizers.adaptive and teacher_logits is not None:
-        weight = weight * adaptive_factor(teacher_logits)
+        regularizers = regularizers.scaled_consistency(adaptive_factor(teacher_confidence(teacher_logits)))
 
     loss = task
     if teacher_logits is not None:
         consistency = consistency_loss(student_logits, teacher_logits, regularizers.temperature) * token_share
         terms["consistency"] = consistency.detach()
-        loss = loss + weight * consistency
+        loss = loss + regularizers.lambda_consistency * consistency
 
     # A weight of zero still reports its term, but does not pay for its gradient.
     with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_diversity > 0):
@@ -615,10 +654,316 @@ def objective(
     terms["spectral"] = spectral.detach()
     loss = loss + regularizers.lambda_spectral * spectral
 
-    terms["lambda_consistency"] = weight / num_micro_batches
-    terms["lambda_diversity"] = regularizers.lambda_diversity / num_micro_batches
-    terms["lambda_spectral"] = regularizers.lambda_spectral / num_micro_batches
+    return loss, terms | _lambda_shares(regularizers, num_micro_batches)
+
+
+def _lambda_shares(regularizers: Regularizers, num_micro_batches: int) -> dict[str, float | Tensor]:
+    """Each λ as this micro-batch's part of its mean over the step."""
+    names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
+    return {name: getattr(regularizers, name) / num_micro_batches for name in names}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The same objective without logits: from hidden states, in chunks of tokens, its gradient computed in the same pass.
+# `objective` above is the definition that this is tested against.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def objective_from_hidden(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head_weight: Tensor,
+    head_factor: Tensor | None,
+    targets: Tensor,
+    regularizers: Regularizers | None,
+    num_tokens: int | Tensor,
+    num_micro_batches: int,
+    memory_mib: float = 256.0,
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """`objective` for logits Z = H Eᵀ with a frozen head E, without ever holding Z: the same values and gradient.
+
+    Args:
+        hidden: H_F at the valid positions, (M, d), any floating type; sums and the gradient are kept in fp32 (fp64).
+        teacher_hidden: H_P at the same positions, (M, d), or None.
+        head_weight: E, (V, d), without gradient.
+        head_factor: from `head_factor`, (d, d); needed when there are regularizers.
+        targets, regularizers, num_tokens, num_micro_batches: see `objective`.
+        memory_mib: what the chunks' buffers may take; the number of tokens per chunk follows from it.
+    """
+    if regularizers is not None and regularizers.adaptive and teacher_hidden is not None:
+        confidence = _confidence_from_hidden(teacher_hidden, head_weight, memory_mib)
+        regularizers = regularizers.scaled_consistency(adaptive_factor(confidence))
+    loss, task, consistency, diversity, spectral = _ObjectiveFromHidden.apply(
+        hidden,
+        teacher_hidden,
+        head_weight,
+        head_factor,
+        targets,
+        regularizers,
+        num_tokens,
+        num_micro_batches,
+        memory_mib,
+    )
+    terms: dict[str, float | Tensor] = {"task": task}
+    if regularizers is not None:
+        if teacher_hidden is not None:
+            terms["consistency"] = consistency
+        terms |= {"diversity": diversity, "spectral": spectral} | _lambda_shares(regularizers, num_micro_batches)
     return loss, terms
+
+
+class _ObjectiveFromHidden(torch.autograd.Function):
+    """The forward pass returns the loss and its terms, and keeps ∂loss/∂H, (M, d), for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        teacher_hidden,
+        head_weight,
+        head_factor,
+        targets,
+        regularizers,
+        num_tokens,
+        num_micro_batches,
+        memory_mib,
+    ):
+        needs_gradient = ctx.needs_input_grad[0]
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sums = torch.zeros(3, dtype=dtype, device=hidden.device)  # task, consistency, diversity
+        gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
+        for rows in _chunks(hidden, head_weight, memory_mib):
+            logit_gradient = _token_terms(
+                _logits(hidden[rows], head_weight, dtype),
+                None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, dtype),
+                targets[rows],
+                regularizers,
+                sums,
+                needs_gradient,
+            )
+            if needs_gradient:
+                gradient[rows] = logit_gradient.to(head_weight.dtype) @ head_weight
+        sums /= num_tokens
+        spectral = sums.new_zeros(())
+        loss = sums[0]
+        if needs_gradient:
+            gradient /= num_tokens
+        if regularizers is not None:
+            loss = loss + regularizers.lambda_consistency * sums[1] + regularizers.lambda_diversity * sums[2]
+            factor = head_factor.to(dtype)
+            spectral, spectral_gradient = spectral_value_and_gradient(
+                hidden.to(dtype) @ factor, regularizers.spectral_k, regularizers.spectral_norm
+            )
+            spectral = spectral.to(dtype) / num_micro_batches
+            loss = loss + regularizers.lambda_spectral * spectral
+            if needs_gradient and regularizers.lambda_spectral > 0:
+                gradient += (regularizers.lambda_spectral / num_micro_batches) * (spectral_gradient @ factor.T)
+        if needs_gradient:
+            ctx.save_for_backward(gradient)
+            ctx.input_dtype = hidden.dtype
+        terms = sums[0].clone(), sums[1].clone(), sums[2].clone(), spectral
+        ctx.mark_non_differentiable(*terms)
+        return loss, *terms
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss).to(ctx.input_dtype), *[None] * 8
+
+
+def _token_terms(
+    z: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    regularizers: Regularizers | None,
+    sums: Tensor,
+    needs_gradient: bool,
+) -> Tensor | None:
+    """Adds one chunk's L_task, L_CR and L_DR, summed over its tokens, to `sums`; returns ∂/∂z of their weighted sum.
+
+    Overwrites `z` and `teacher`, (m, V): next to the two there is one more buffer of their size, and nothing else.
+
+        ∂L_task/∂z = softmax(z) − onehot(y)
+        ∂L_CR/∂z   = T·(softmax(z/T) − softmax(z_P/T))
+        ∂L_DR/∂z   = p·(log p + H(p)) on the top-K entries (all of them where K is None), p their softmax
+    """
+    onehot = targets[:, None]
+    top_values = None
+    if regularizers is not None and regularizers.entropy_top_k is not None:
+        top_values, top_indices = _top_k(z, regularizers.entropy_top_k)
+        z -= top_values[:, :1].clone()  # shifted by the row's maximum, softmax is the same and exp does not overflow
+        top_values = top_values - top_values[:, :1]
+    else:
+        z -= z.amax(dim=1, keepdim=True)
+
+    if teacher is not None:
+        T, weight = regularizers.temperature, regularizers.lambda_consistency * regularizers.temperature
+        teacher -= teacher.amax(dim=1, keepdim=True)
+        difference = teacher - z  # (m, V)
+        teacher_p = teacher.div_(T).exp_()
+        teacher_sum = teacher_p.sum(dim=1, keepdim=True)
+        cross = difference.mul_(teacher_p).sum(dim=1, keepdim=True) / (T * teacher_sum)
+        student_p = torch.div(z, T, out=difference).exp_()
+        student_sum = student_p.sum(dim=1, keepdim=True)
+        sums[1] += T**2 * (cross + student_sum.log() - teacher_sum.log()).sum()
+        if needs_gradient:
+            # T·(softmax(z/T) − softmax(z_P/T)), in the teacher's buffer
+            consistency_gradient = teacher_p.mul_(-weight / teacher_sum).addcmul_(student_p, weight / student_sum)
+        buffer = difference
+    else:
+        buffer = torch.empty_like(z)
+
+    p = torch.exp(z, out=buffer)
+    p_sum = p.sum(dim=1, keepdim=True)
+    sums[0] += (p_sum.log() - z.gather(1, onehot)).sum()
+    if needs_gradient:
+        p /= p_sum
+    if regularizers is not None and regularizers.entropy_top_k is None:
+        log_p = z.sub_(p_sum.log())
+        full_p = p if needs_gradient else p / p_sum
+        negative_entropy = torch.linalg.vecdot(full_p, log_p)[:, None]
+        sums[2] += negative_entropy.sum()
+        if needs_gradient and regularizers.lambda_diversity > 0:
+            # p + λ₂·p·(log p + H), still without the one-hot
+            p.mul_(log_p.sub_(negative_entropy).mul_(regularizers.lambda_diversity).add_(1.0))
+    if needs_gradient:
+        p.scatter_add_(1, onehot, p.new_full((), -1.0).expand_as(onehot))
+        if teacher is not None:
+            p += consistency_gradient
+    if top_values is not None:
+        log_q = F.log_softmax(top_values, dim=1)  # (m, K)
+        q = log_q.exp()
+        negative_entropy = (q * log_q).sum(dim=1, keepdim=True)
+        sums[2] += negative_entropy.sum()
+        if needs_gradient and regularizers.lambda_diversity > 0:
+            p.scatter_add_(1, top_indices, regularizers.lambda_diversity * q * (log_q - negative_entropy))
+    return p if needs_gradient else None
+
+
+def _top_k(z: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
+    """`z.topk(k)` of wide rows in two steps, exact: the k largest entries lie in the k blocks of the largest maxima."""
+    rows, width = z.shape
+    k = min(k, width)
+    whole = width // block * block
+    if k * block >= width // 4:
+        return z.topk(k, dim=1)
+    maxima = z[:, :whole].view(rows, -1, block).amax(dim=2)
+    chosen = maxima.topk(k, dim=1).indices  # (m, k)
+    candidates = (chosen[:, :, None] * block + torch.arange(block, device=z.device)).flatten(1)
+    if whole < width:
+        rest = torch.arange(whole, width, device=z.device).expand(rows, -1)
+        candidates = torch.cat([candidates, rest], dim=1)
+    values, positions = z.gather(1, candidates).topk(k, dim=1)
+    return values, candidates.gather(1, positions)
+
+
+def _logits(hidden: Tensor, head_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Z = H Eᵀ (m, V), rounded as the model's own head rounds it, then held in `dtype`."""
+    return (hidden.to(head_weight.dtype) @ head_weight.T).to(dtype)
+
+
+def _chunks(hidden: Tensor, head_weight: Tensor, memory_mib: float) -> Iterator[slice]:
+    """Equal chunks of rows whose three (m, V) buffers fit into the budget."""
+    bytes_per_row = 3 * len(head_weight) * torch.promote_types(hidden.dtype, torch.float32).itemsize
+    most = max(1, int(memory_mib * 2**20 / bytes_per_row))
+    count = math.ceil(len(hidden) / most)
+    for index in range(count):
+        yield slice(len(hidden) * index // count, len(hidden) * (index + 1) // count)
+
+
+def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_mib: float) -> Tensor:
+    """`teacher_confidence` in chunks: one more product with the head, because the whole mean is needed first."""
+    dtype = torch.promote_types(teacher_hidden.dtype, torch.float32)
+    confidence = torch.empty(len(teacher_hidden), dtype=dtype, device=teacher_hidden.device)
+    for rows in _chunks(teacher_hidden, head_weight, memory_mib):
+        confidence[rows] = teacher_confidence(_logits(teacher_hidden[rows], head_weight, dtype))
+    return confidence
+
+
+@torch.no_grad()
+def head_factor(head_weight: Tensor) -> Tensor:
+    """L (d × d) with L Lᵀ = EᵀE: H L has the singular values of the logits H Eᵀ, whatever the vocabulary's size.
+
+    Computed once, in fp64. Where E has dependent columns, the symmetric root of EᵀE takes the place of Cholesky's.
+    """
+    gram = head_weight.new_zeros(head_weight.shape[1], head_weight.shape[1], dtype=torch.float64)
+    for rows in head_weight.split(8192):
+        rows = rows.double()
+        gram.addmm_(rows.T, rows)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info != 0:
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+        factor = vectors * eigenvalues.clamp(min=0).sqrt()
+    return factor.to(torch.promote_types(head_weight.dtype, torch.float32))
+
+
+SPECTRAL_EXACT_SIZE = 512  # up to here a full eigendecomposition is as fast as an iteration
+
+
+@torch.no_grad()
+def spectral_value_and_gradient(Y: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
+    """`spectral_loss` of Y (M × d) and its gradient, from the leading eigenpairs of Y Yᵀ or YᵀY.
+
+    With Y = U S Vᵀ the gradient of Σ_{i≤k} σ_i is U_k V_kᵀ. Where σ_k = σ_{k+1} it is one of the subgradients.
+    """
+    if Y.numel() == 0 or not Y.any():
+        return Y.new_zeros(()), torch.zeros_like(Y)
+    total = torch.linalg.vector_norm(Y, dtype=torch.float64)
+    if norm == "frobenius" and min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k):
+        sigma, polar = _leading_by_iteration(Y, k)
+    else:
+        sigma, polar = _leading_by_eigh(Y, k)
+    leading = sigma[:k].sum()
+    if norm == "frobenius":
+        gradient = polar / total.to(Y.dtype) - Y * (leading / total**3).to(Y.dtype)
+    elif norm == "nuclear":
+        total = sigma.sum()
+        _, whole_polar = _leading_by_eigh(Y, len(sigma))
+        gradient = (polar - whole_polar * (leading / total).to(Y.dtype)) / total.to(Y.dtype)
+    else:
+        raise ValueError(f"unknown norm {norm!r}: 'frobenius' or 'nuclear'")
+    return (-leading / total).to(Y.dtype), -gradient
+
+
+def _leading_by_eigh(Y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All singular values of Y in fp64, and U_k V_kᵀ, by an eigendecomposition of the smaller Gram matrix in fp64."""
+    wide = Y.shape[0] <= Y.shape[1]
+    exact = Y.double() if wide else Y.double().T
+    eigenvalues, vectors = torch.linalg.eigh(exact @ exact.T)
+    sigma = eigenvalues.flip(0).clamp(min=0).sqrt()
+    # Y itself is rounded: below this a singular value is noise, its vectors arbitrary.
+    noise = 4 * len(sigma) ** 0.5 * torch.finfo(Y.dtype).eps * sigma[0]
+    sigma = torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
+    U = vectors.flip(1)[:, :k]
+    inverse = torch.where(sigma[:k] > 0, 1 / sigma[:k], torch.zeros_like(sigma[:k]))
+    polar = (U * inverse) @ (U.T @ exact)
+    return sigma, (polar if wide else polar.T).to(Y.dtype)
+
+
+def _leading_by_iteration(
+    Y: Tensor, k: int, tolerance: float = 1e-5, max_iterations: int = 60
+) -> tuple[Tensor, Tensor]:
+    """The k leading singular values of Y in fp64, and U_k V_kᵀ, by block subspace iteration with Rayleigh–Ritz.
+
+    Converged when every leading pair's residual ‖Y Yᵀ u − σ² u‖ is at most `tolerance`·σ². Where that does not come,
+    the eigendecomposition takes over.
+    """
+    generator = torch.Generator(Y.device).manual_seed(0)
+    basis = torch.randn(Y.shape[0], 3 * k + 10, generator=generator, device=Y.device, dtype=Y.dtype)
+    basis = torch.linalg.qr(Y @ (Y.T @ basis)).Q
+    for _ in range(max_iterations):
+        projected = Y.T @ basis  # (d, b)
+        eigenvalues, rotation = torch.linalg.eigh((projected.T @ projected).double())
+        eigenvalues, rotation = eigenvalues.flip(0), rotation.flip(1).to(Y.dtype)
+        image = Y @ (projected @ rotation)  # Y Yᵀ u for the Ritz vectors u, (M, b)
+        U = basis @ rotation[:, :k]
+        squares = eigenvalues[:k].to(Y.dtype)
+        residual = torch.linalg.vector_norm(image[:, :k] - U * squares, dim=0)
+        if (residual <= tolerance * squares).all():
+            sigma = eigenvalues[:k].sqrt()
+            return sigma, (U / sigma.to(Y.dtype)) @ (projected @ rotation[:, :k]).T
+        basis = torch.linalg.qr(image).Q
+    return _leading_by_eigh(Y, k)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -725,8 +1070,30 @@ def build_dataset(
 
 
 @dataclass
+class PackingCollator:
+    """Makes a micro-batch of examples without padding: laid end to end in one row, each with its own positions.
+
+    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints. `valid_positions`, `targets`: see
+    PaddingCollator.
+    """
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Any]:
+        lengths = [len(example["input_ids"]) for example in examples]
+        # The first label of each example is never a target: position i predicts label i + 1 of the same example.
+        next_token = [label for example in examples for label in [*example["labels"][1:], IGNORE_INDEX]]
+        valid_positions = torch.tensor([i for i, label in enumerate(next_token) if label != IGNORE_INDEX])
+        return {
+            "input_ids": torch.tensor([[token for example in examples for token in example["input_ids"]]]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "sequence_lengths": lengths,
+            "valid_positions": valid_positions,
+            "targets": torch.tensor(next_token)[valid_positions],
+        }
+
+
+@dataclass
 class PaddingCollator:
-    """Makes a micro-batch of examples: padded on the right, attention by length.
+    """Makes a micro-batch of examples: padded on the right, attention by length. For models that cannot be packed.
 
     `input_ids`, `attention_mask`: (B, L). `valid_positions`: (M,) indices into the flattened (B·L) positions whose next
     token is a response token. `targets`: (M,) those next tokens. Which token pads never matters: where it is the
@@ -759,6 +1126,161 @@ class PaddingCollator:
 # ------------------------------------------------------------------------------------------------------------------
 # Trainer
 # ------------------------------------------------------------------------------------------------------------------
+
+
+class BALoRAModel(nn.Module):
+    """Student, teacher and objective in one forward pass: what the Trainer trains, and DDP and DeepSpeed wrap.
+
+    The objective is computed without logits where the head is a frozen linear map, else by its definition.
+
+    Attributes:
+        model: the causal language model.
+    """
+
+    def __init__(self, model: transformers.PreTrainedModel, objective_memory: float = 256.0):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.objective_memory = objective_memory
+        self.head_is_linear = head_is_linear(model)
+        self._head_factor: Tensor | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the objective is computed from hidden states."""
+        return self.head_is_linear and not self.model.get_output_embeddings().weight.requires_grad
+
+    def forward(
+        self,
+        inputs: dict[str, Any],
+        regularizers: Regularizers | None,
+        num_tokens: int | Tensor,
+        num_micro_batches: int,
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """See `objective`; `inputs` is a batch of PackingCollator or PaddingCollator."""
+        states = self.hidden_states if self.is_fused else self.logits
+        teacher = None
+        if regularizers is not None and regularizers.lambda_consistency > 0:
+            teacher = self.of_teacher(states, inputs)
+        rest = (inputs["targets"], regularizers, num_tokens, num_micro_batches)
+        if not self.is_fused:
+            return objective(states(inputs), teacher, *rest)
+        weight = self.model.get_output_embeddings().weight
+        if regularizers is not None and self._head_factor is None:
+            self._head_factor = head_factor(weight)
+        return objective_from_hidden(states(inputs), teacher, weight, self._head_factor, *rest, self.objective_memory)
+
+    def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
+        """The last hidden states at the valid positions, (M, d)."""
+        states = self.model.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[inputs["valid_positions"]]
+
+    def logits(self, inputs: dict[str, Any]) -> Tensor:
+        """The logits at the valid positions, (M, V)."""
+        if self.head_is_linear:
+            return self.model.get_output_embeddings()(self.hidden_states(inputs))
+        logits = self.model(**_model_inputs(inputs), use_cache=False).logits
+        return logits.flatten(0, 1)[inputs["valid_positions"]]
+
+    @torch.no_grad()
+    def of_teacher(self, states: Callable[[dict], Tensor], inputs: dict[str, Any]) -> Tensor:
+        """`states(inputs)` of the pre-trained model: without adapters, dropout and gradients."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with adapters_disabled(self.model):
+                return states(inputs)
+        finally:
+            self.model.train(training)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.model.gradient_checkpointing_enable(**kwargs)
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the causal language model itself takes."""
+    names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths")
+    model_inputs = {name: inputs[name] for name in names if name in inputs}
+    if inputs["input_ids"].is_cuda and "sequence_lengths" in inputs:  # FlashAttention's own form of the lengths
+        lengths = torch.tensor([0, *inputs["sequence_lengths"]], dtype=torch.int32)
+        ends = lengths.cumsum(0, dtype=torch.int32).to(inputs["input_ids"].device, non_blocking=True)
+        model_inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        model_inputs |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
+    return model_inputs
+
+
+@torch.no_grad()
+def head_is_linear(model: transformers.PreTrainedModel) -> bool:
+    """Whether the logits are H Eᵀ and nothing else: tried out, which finds biases, soft caps and scales alike."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    input_ids = torch.arange(8, device=head.weight.device)[None] % model.config.vocab_size
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-3, atol=1e-5)
+
+
+def attend_per_sequence(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sequence_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of the sequences that lie end to end; transformers' attention interface.
+
+    Args:
+        query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
+        sequence_lengths: their sum is the number of tokens; None: one sequence.
+    """
+    lengths = sequence_lengths or [query.shape[2]]
+    if sliding_window is not None and max(lengths) > sliding_window:
+        raise UserError(f"a sequence of {max(lengths)} tokens exceeds the model's window: use --no-packing")
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+PER_SEQUENCE = "per_sequence"
+transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
+transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
+
+
+@torch.no_grad()
+def enable_packing(model: transformers.PreTrainedModel) -> bool:
+    """Lets `model` take PackingCollator's batches, where it can: tried out against one sequence at a time."""
+    before = model.config._attn_implementation
+    if before != "flash_attention_2":  # which has a form for packed sequences of its own
+        model.set_attn_implementation(PER_SEQUENCE)
+    device = model.get_input_embeddings().weight.device
+    examples = [{"input_ids": list(range(2, 2 + n)), "labels": list(range(2, 2 + n))} for n in (3, 5)]
+    collate = PackingCollator()
+
+    def states(rows: list[dict]) -> Tensor:
+        batch = collate(rows)
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return model.get_decoder()(**_model_inputs(moved), use_cache=False).last_hidden_state.float()
+
+    try:
+        packed = states(examples)
+        model.set_attn_implementation(before)
+        alone = torch.cat([states([example]) for example in examples], dim=1)
+        fits = torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        fits = False
+    if fits and before != "flash_attention_2":
+        model.set_attn_implementation(PER_SEQUENCE)
+    return fits
 
 
 class BALoRATrainer(Trainer):
@@ -797,36 +1319,15 @@ class BALoRATrainer(Trainer):
         regularizers = None
         if self.arguments.method == "ba-lora":
             regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
-        teacher_logits = None
-        if regularizers is not None and regularizers.lambda_consistency > 0:
-            teacher_logits = self._teacher_logits(model, inputs)
-        loss, terms = objective(
-            _valid_logits(model, inputs),
-            teacher_logits,
-            inputs["targets"],
-            regularizers,
-            num_items_in_batch,
-            self._num_micro_batches,
-        )
-        terms["tokens"] = inputs["attention_mask"].sum()
+        loss, terms = model(inputs, regularizers, num_items_in_batch, self._num_micro_batches)
+        mask = inputs.get("attention_mask")
+        terms["tokens"] = inputs["input_ids"].numel() if mask is None else mask.sum()
         # Kept as tensors: reading them here would make the device wait at every micro-step.
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         # Gradients are averaged over ranks, but the parts of the loss add up.
         loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
-
-    @staticmethod
-    @torch.no_grad()
-    def _teacher_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Z_P (M, V): the same model without its adapters, and without dropout."""
-        training = model.training
-        model.eval()
-        try:
-            with adapters_disabled(model):
-                return _valid_logits(model, inputs)
-        finally:
-            model.train(training)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms, the λs, tokens per second and peak memory to a training step's log; writes metrics.jsonl."""
@@ -844,12 +1345,6 @@ class BALoRATrainer(Trainer):
         if self.is_world_process_zero():
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")
-
-
-def _valid_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits at the valid positions, (M, V)."""
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    return logits.flatten(0, 1)[inputs["valid_positions"]]
 
 
 def peak_memory_gib() -> float:
@@ -1077,13 +1572,19 @@ def main(argv: list[str]) -> None:
         share = f"{trainable / 1e6:.2f} M trainable parameters on a model of {skeleton.num_parameters() / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
 
+    packing = args.packing and enable_packing(model)
+    wrapped = BALoRAModel(model, args.objective_memory)
+    if is_main and args.packing and not packing:
+        print(f"note: {type(model).__name__} cannot attend to packed sequences; batches are padded")
+    if is_main and args.method != "full" and not wrapped.is_fused:
+        print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = BALoRATrainer(
         arguments=args,
-        model=model,
+        model=wrapped,
         args=trainer_args,
         train_dataset=dataset,
-        data_collator=PaddingCollator(pad_token_id),
+        data_collator=PackingCollator() if packing else PaddingCollator(pad_token_id),
     )
     trainer.pop_callback(transformers.ProgressCallback)
     trainer.add_callback(_ProgressBar)

@@ -140,14 +140,16 @@ def test_schedules_follow_the_authors_code(schedule):
 
 
 def test_the_adaptive_weight_follows_the_teachers_confidence():
+    def factor(logits: torch.Tensor) -> float:
+        return train.adaptive_factor(train.teacher_confidence(logits)).item()
+
     teacher = RNG.normal(size=(6, 30)) * 4
-    assert 0.2 * train.adaptive_factor(torch.tensor(teacher)).item() == pytest.approx(
-        oracle.adaptive_lambda(0.2, teacher), rel=1e-9
-    )
-    assert train.adaptive_factor(torch.zeros(3, 30)).item() == pytest.approx(0.1, abs=1e-6)  # knows nothing
+    assert 0.2 * factor(torch.tensor(teacher)) == pytest.approx(oracle.adaptive_lambda(0.2, teacher), rel=1e-9)
+    assert factor(torch.zeros(3, 30)) == pytest.approx(0.1, abs=1e-6)  # knows nothing
     certain = torch.full((3, 30), -1e4)
     certain[:, 0] = 1e4
-    assert train.adaptive_factor(certain).item() == pytest.approx(1.0)
+    assert factor(certain) == pytest.approx(1.0)
+    assert factor(torch.zeros(0, 30)) == pytest.approx(oracle.adaptive_lambda(1.0, np.zeros((0, 30))))
 
 
 def test_the_objective_is_the_weighted_sum_of_its_terms():

@@ -56,8 +56,9 @@ def test_valid_positions_predict_exactly_the_response(tokenizer):
 
 def test_padding_changes_neither_logits_nor_which_are_taken(model, tokenizer):
     examples = [train.encode_example(tokenizer, "a", "b" * n, 512) for n in (1, 6)]
-    together = train._valid_logits(model, train.PaddingCollator(3)(examples))
-    alone = torch.cat([train._valid_logits(model, train.PaddingCollator(3)([example])) for example in examples])
+    logits = train.BALoRAModel(model).logits
+    together = logits(train.PaddingCollator(3)(examples))
+    alone = torch.cat([logits(train.PaddingCollator(3)([example])) for example in examples])
     assert relative_error(together, alone) < 1e-5
 
 
@@ -114,12 +115,13 @@ def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> train.
     dataset, _ = train.build_dataset(records, tokenizer, args.fields, args.max_length)
     transformers.set_seed(args.seed)
     train.add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
+    assert not args.packing or train.enable_packing(model)
     return train.BALoRATrainer(
         arguments=args,
-        model=model,
+        model=train.BALoRAModel(model, args.objective_memory),
         args=train.training_arguments(args, torch.float32),
         train_dataset=dataset,
-        data_collator=train.PaddingCollator(tokenizer.pad_token_id),
+        data_collator=train.PackingCollator() if args.packing else train.PaddingCollator(tokenizer.pad_token_id),
     )
 
 
@@ -147,7 +149,7 @@ def test_splitting_a_batch_changes_nothing(formulation, tokenizer, data_file, tm
         lambda_diversity=0.5,
         lambda_spectral=0.0,
     )
-    for layer in train.adapter_layers(trainer.model).values():
+    for layer in train.adapter_layers(trainer.model.model).values():
         layer.lora_B.data += 0.05  # away from the teacher, so that L_CR has a gradient
     examples = [trainer.train_dataset[i] for i in range(8)]
     whole_loss, whole = one_step(trainer, examples, [8])
@@ -166,7 +168,7 @@ def test_the_spectral_term_is_the_mean_over_micro_batches(tokenizer, data_file, 
     _, _ = one_step(trainer, examples, [4, 4])
     expected = 0.0
     for rows in (examples[:4], examples[4:]):
-        logits = train._valid_logits(trainer.model, trainer.data_collator(rows))
+        logits = trainer.model.logits(trainer.data_collator(rows))
         expected += oracle.spectral(logits.detach().double().numpy(), 10, "frobenius")[0] / 2
     assert trainer._sums["spectral"].item() == pytest.approx(expected, rel=1e-5)
 
@@ -175,10 +177,12 @@ def test_the_teacher_is_the_untouched_base(tokenizer, data_file, tmp_path):
     trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out")
     trainer.train()
     batch = trainer.data_collator([trainer.train_dataset[0]])
-    teacher = trainer._teacher_logits(trainer.model, batch)
+    teacher = trainer.model.of_teacher(trainer.model.logits, batch)
     assert not teacher.requires_grad
-    assert torch.equal(teacher, train._valid_logits(make_model(), batch))
-    assert relative_error(train._valid_logits(trainer.model, batch), teacher) > 1e-3
+    base = make_model()
+    train.enable_packing(base)
+    assert torch.equal(teacher, train.BALoRAModel(base).logits(batch))
+    assert relative_error(trainer.model.logits(batch), teacher) > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [4, 8])
@@ -196,7 +200,7 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
     )
     theirs = peft.get_peft_model(theirs, config)
     if method == "lora":  # the same random start
-        for name, layer in train.adapter_layers(ours.model).items():
+        for name, layer in train.adapter_layers(ours.model.model).items():
             theirs.base_model.model.get_submodule(name).lora_A["default"].weight.data = layer.lora_A.data.clone()
 
     def collate(examples):
@@ -211,10 +215,10 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
     args = train.training_arguments(ours.arguments, torch.float32)
     args.output_dir = str(tmp_path / "theirs")
     reference = transformers.Trainer(model=theirs, args=args, train_dataset=ours.train_dataset, data_collator=collate)
-    start = {name: layer.merged_weight() for name, layer in train.adapter_layers(ours.model).items()}
+    start = {name: layer.merged_weight() for name, layer in train.adapter_layers(ours.model.model).items()}
     our_loss, their_loss = ours.train().training_loss, reference.train().training_loss
     assert our_loss == pytest.approx(their_loss, rel=1e-4)
-    for name, layer in train.adapter_layers(ours.model).items():
+    for name, layer in train.adapter_layers(ours.model.model).items():
         their_layer = theirs.base_model.model.get_submodule(name)
         expected = their_layer.base_layer.weight + their_layer.get_delta_weight("default")
         assert relative_error(layer.merged_weight(), expected) < 1e-4, name

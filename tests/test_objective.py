@@ -1,0 +1,265 @@
+"""The objective without logits against its definition, differentiated by autograd in float64."""
+
+import dataclasses
+import math
+
+import oracle
+import pytest
+import torch
+import transformers
+from conftest import make_model, relative_error
+
+import train
+
+ICLR = train.Regularizers(0.5, 0.4, 0.3, 2.0, 20, 10, "frobenius")
+ARXIV = train.Regularizers(0.5, 0.4, 0.3, 1.0, None, 10, "nuclear")
+SETTINGS = {
+    "iclr2026": ICLR,
+    "arxiv2024": ARXIV,
+    "adaptive": dataclasses.replace(ICLR, adaptive=True),
+    "no_teacher": dataclasses.replace(ICLR, lambda_consistency=0.0),
+    "zero_weights": dataclasses.replace(ICLR, lambda_diversity=0.0, lambda_spectral=0.0),
+    "task_alone": None,
+}
+SHAPES = [(40, 300, 16), (1, 300, 16), (7, 2000, 32), (90, 130, 20), (5, 10, 8), (0, 30, 8)]  # M, V, d
+
+
+def make_inputs(shape, seed=0, dtype=torch.float32):
+    num_tokens, vocabulary, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden, teacher = (torch.randn(num_tokens, width, generator=generator).to(dtype) for _ in range(2))
+    head = (torch.randn(vocabulary, width, generator=generator) * 0.7).to(dtype)
+    targets = torch.randint(vocabulary, (num_tokens,), generator=generator)
+    return hidden, teacher, head, targets
+
+
+def evaluate(function, hidden, *rest):
+    hidden = hidden.clone().requires_grad_()
+    loss, terms = function(hidden, *rest)
+    loss.backward()
+    return loss.detach(), {name: float(value) for name, value in terms.items()}, hidden.grad
+
+
+def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
+    hidden, teacher, head, targets = inputs
+    teacher = None if settings is None or settings.lambda_consistency == 0 else teacher
+    count = num_tokens or 2 * len(targets) + 1
+    factor = None if settings is None else train.head_factor(head)
+    return evaluate(train.objective_from_hidden, hidden, teacher, head, factor, targets, settings, count, 2, memory_mib)
+
+
+def definition(inputs, settings, num_tokens=None):
+    """`objective` on the materialised float64 logits of the same numbers."""
+    hidden, teacher, head, targets = (x.double() if x.is_floating_point() else x for x in inputs)
+    teacher = None if settings is None or settings.lambda_consistency == 0 else teacher @ head.T
+    count = num_tokens or 2 * len(targets) + 1
+    return evaluate(lambda h, *rest: train.objective(h @ head.T, *rest), hidden, teacher, targets, settings, count, 2)
+
+
+@pytest.mark.parametrize("memory_mib", [0.001, 0.05, 256.0])  # one token at a time, a few, all
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_values_and_gradient_equal_the_definition(name, shape, memory_mib):
+    for seed in range(3):
+        inputs = make_inputs(shape, seed)
+        loss, terms, gradient = fused(inputs, SETTINGS[name], memory_mib)
+        expected_loss, expected_terms, expected_gradient = definition(inputs, SETTINGS[name])
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5, abs=1e-7)
+        assert terms == pytest.approx(expected_terms, rel=1e-5, abs=1e-6)
+        if shape[0]:
+            assert relative_error(gradient, expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize(("term", "tolerance"), [("task", 1e-5), ("consistency", 1e-5), ("diversity", 1e-5)])
+def test_each_terms_own_gradient(term, tolerance):
+    """One term at a time, so that a large one cannot hide a small one."""
+    settings = None
+    if term != "task":
+        weights = {f"lambda_{name}": 1e4 * (name == term) for name in ("consistency", "diversity", "spectral")}
+        settings = dataclasses.replace(ICLR, **weights)
+    for shape in SHAPES[:-1]:
+        inputs = make_inputs(shape, seed=5)
+        assert relative_error(fused(inputs, settings)[2], definition(inputs, settings)[2]) < tolerance
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "nuclear"])
+@pytest.mark.parametrize("shape", [(40, 300, 16), (7, 2000, 32), (90, 130, 20), (700, 1500, 600)], ids=str)
+def test_the_spectral_term_in_hidden_space(norm, shape):
+    """Value within 1e-5 and gradient within 1e-3 of the float64 SVD of the logits; the largest shape iterates."""
+    hidden, _, head, _ = make_inputs(shape)
+    hidden = hidden * torch.linspace(1, 0.05, shape[2])  # a spectrum that decays, as real hidden states' does
+    factor = train.head_factor(head)
+    value, gradient = train.spectral_value_and_gradient(hidden @ factor, 10, norm)
+    z = (hidden.double() @ head.double().T).requires_grad_()
+    expected = train.spectral_loss(z, 10, norm)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    if not (norm == "nuclear" and min(shape) <= 10):  # the constant −1 has no gradient
+        assert relative_error(gradient @ factor.T, z.grad @ head.double()) < 1e-3
+    else:
+        assert (gradient @ factor.T).norm() < 1e-6
+
+
+def test_the_iteration_agrees_with_the_eigendecomposition():
+    generator = torch.Generator().manual_seed(0)
+    for decay in (0.3, 1.0):
+        Y = torch.randn(600, 550, generator=generator) * torch.arange(1, 551) ** -decay
+        sigma, polar = train._leading_by_iteration(Y, 10)
+        expected_sigma, expected_polar = train._leading_by_eigh(Y, 10)
+        assert relative_error(sigma, expected_sigma[:10]) < 1e-6
+        assert relative_error(polar, expected_polar) < 1e-3
+
+
+def test_repeated_singular_values_and_rank_deficiency():
+    """σ_k = σ_{k+1}: the value is defined; what comes is a subgradient (norm-one directions of the right number)."""
+    Y = torch.eye(12, 20)
+    value, gradient = train.spectral_value_and_gradient(Y, 5, "frobenius")
+    assert value.item() == pytest.approx(-5 / math.sqrt(12))
+    polar = -(gradient * math.sqrt(12)) + Y * 5 / 12
+    assert torch.linalg.svdvals(polar.double()) == pytest.approx([1.0] * 5 + [0.0] * 7, abs=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((30, 3), (3, 25)))
+    for norm in ("frobenius", "nuclear"):
+        expected, expected_gradient = oracle.spectral((left @ right).numpy(), 10, norm)  # k above the rank
+        value, gradient = train.spectral_value_and_gradient((left @ right).float(), 10, norm)
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+        assert (gradient - torch.tensor(expected_gradient)).norm() < 1e-5
+    value, gradient = train.spectral_value_and_gradient(torch.zeros(4, 5), 3, "frobenius")
+    assert value == 0
+    assert not gradient.any()
+
+
+def test_a_head_with_dependent_columns():
+    hidden, _, head, _ = make_inputs((20, 60, 12))
+    head[:, 3] = head[:, 5]
+    factor = train.head_factor(head)
+    sigma = torch.linalg.svdvals(hidden @ factor)
+    assert relative_error(sigma, torch.linalg.svdvals(hidden @ head.T)[:12]) < 1e-5
+
+
+def test_very_large_logits():
+    hidden, teacher, head, targets = make_inputs((12, 400, 8))
+    inputs = (hidden * 2e3, teacher * 2e3, head, targets)
+    loss, _, gradient = fused(inputs, ICLR)
+    expected_loss, _, expected_gradient = definition(inputs, ICLR)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert relative_error(gradient, expected_gradient) < 1e-3  # fp32 logits of 10⁴ know their differences to 10⁻³
+
+
+@pytest.mark.parametrize("name", ["iclr2026", "arxiv2024"])
+def test_bfloat16_inputs(name):
+    """bf16 hidden states and head: against float64 of the same bf16 numbers, to what rounding logits to bf16 explains.
+
+    A logit of size z is off by up to z·2⁻⁹; here |z| ≲ 10 and the errors are independent over tokens and words.
+    """
+    inputs = make_inputs((200, 500, 16), dtype=torch.bfloat16)
+    loss, _, gradient = fused(inputs, SETTINGS[name])
+    expected_loss, _, expected_gradient = definition(inputs, SETTINGS[name])
+    assert gradient.dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
+    assert relative_error(gradient, expected_gradient) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["iclr2026", "arxiv2024", "task_alone"])
+def test_gradcheck(name):
+    hidden, teacher, head, targets = make_inputs((6, 40, 5), dtype=torch.float64)
+    factor = train.head_factor(head)
+    settings = SETTINGS[name] and dataclasses.replace(SETTINGS[name], entropy_top_k=3, spectral_k=2)
+
+    def loss(h):
+        return train.objective_from_hidden(h, settings and teacher, head, factor, targets, settings, 6, 1)[0]
+
+    assert torch.autograd.gradcheck(loss, hidden.requires_grad_())
+
+
+@pytest.mark.parametrize(("width", "k"), [(49_152, 20), (1000, 3), (1003, 7), (64, 64), (50, 60), (130, 1)])
+def test_top_k_in_two_steps(width, k):
+    z = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
+    values, indices = train._top_k(z, k)
+    assert torch.equal(values, z.topk(min(k, width)).values)
+    assert torch.equal(z.gather(1, indices), values)
+
+
+def test_chunks_follow_the_memory_budget():
+    hidden, head = torch.zeros(1000, 4), torch.zeros(2**15, 4)
+    for memory in (1.0, 10.0, 100.0, 1e4):
+        rows = [chunk.stop - chunk.start for chunk in train._chunks(hidden, head, memory)]
+        assert sum(rows) == 1000
+        assert max(rows) * 3 * 2**15 * 4 <= memory * 2**20
+        assert max(rows) - min(rows) <= 1
+
+
+# ---------------------------------------------------------------------------------------------- the model around it
+
+
+def test_a_plain_head_is_found_by_trying():
+    assert train.head_is_linear(make_model())
+    assert train.head_is_linear(make_model(tie_word_embeddings=False))
+    with_bias = make_model(tie_word_embeddings=False)
+    with_bias.lm_head.bias = torch.nn.Parameter(torch.ones(258))
+    assert not train.head_is_linear(with_bias)
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    capped = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**shape, **heads, final_logit_softcapping=1.0, initializer_range=0.5)
+    ).eval()
+    assert not train.head_is_linear(capped)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sliding_window"),
+    [("Llama", None), ("Mistral", None), ("Mistral", 4096), ("Qwen2", None), ("Gemma", None)],
+)
+def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenizer):
+    """Loss and gradients of the adapters, with the stock attention under padding as the reference."""
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    extra = {"sliding_window": sliding_window} if architecture == "Mistral" else {}
+    config = getattr(transformers, f"{architecture}Config")(**shape, **heads, **extra, initializer_range=0.2)
+    examples = [train.encode_example(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
+    results = []
+    for packed in (False, True):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        train.add_adapters(model, "ba-lora", 4, 4, train.TARGET_MODULES)
+        if packed:
+            assert train.enable_packing(model)
+        wrapper = train.BALoRAModel(model)
+        batch = (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
+        for layer in train.adapter_layers(model).values():
+            layer.lora_B.data += 0.05
+        loss, _ = wrapper(batch, ICLR, len(batch["targets"]), 1)
+        loss.backward()
+        results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
+    for name, gradient in results[0][1].items():
+        assert relative_error(results[1][1][name], gradient) < 1e-4, name
+
+
+def test_a_model_that_cannot_be_packed_says_so():
+    """GPT-2's absolute positions and its own attention: whatever enable_packing says must be true."""
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    before = model.config._attn_implementation
+    fits = train.enable_packing(model)
+    assert model.config._attn_implementation == (train.PER_SEQUENCE if fits else before)
+
+
+@torch.no_grad()
+def test_the_adapters_own_backward_equals_autograd():
+    """LoRALinear's hand-written function against the same formula in plain autograd, in float64."""
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        layer = train.LoRALinear(torch.nn.Linear(12, 9).double(), 3, 6, principal=True).double()
+        layer.base.requires_grad_(False)
+        layer.lora_B.data += 0.1
+        x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(2, 5, 9, dtype=torch.float64)
+        (layer(x) * weight).sum().backward()
+        actual = [x.grad, layer.lora_A.grad, layer.lora_B.grad]
+        factors = [factor.detach().clone().requires_grad_() for factor in (x, layer.lora_A, layer.lora_B)]
+        delta = factors[2] @ factors[1] - layer.initial_B @ layer.initial_A
+        y = torch.nn.functional.linear(factors[0], layer.base.weight + layer.scaling * delta, layer.base.bias)
+        (y * weight).sum().backward()
+        for mine, factor in zip(actual, factors, strict=True):
+            assert relative_error(mine, factor.grad) < 1e-12
