@@ -23,8 +23,10 @@ Read from top to bottom: arguments, adapters, regularizers, objective, data, tra
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -34,8 +36,10 @@ import resource
 import shlex
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -46,7 +50,7 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
@@ -122,6 +126,7 @@ class Arguments:
     rank: int = option(128, "adapter rank r")
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] = option(TARGET_MODULES, "names of the linear layers that get an adapter")
+    init_cache: str | None = option(None, "folder that keeps PiSSA's initial factors for the next run")
 
     # Regularizers, for --method ba-lora only; None: the formulation's published value
     formulation: Literal["iclr2026", "arxiv2024"] = option("iclr2026", "which published form of the regularizers")
@@ -153,6 +158,9 @@ class Arguments:
     seed: int = option(42, "seed of initialisation and data order")
 
     # Machine
+    teacher_cache: str | None = option(
+        None, "folder that keeps the teacher's hidden states, so that further epochs, seeds and λs skip its pass"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type of base weights and activations; auto: bfloat16 where the GPU has it, else float32"
     )
@@ -299,14 +307,14 @@ class LoRALinear(nn.Module):
         enabled: False while `adapters_disabled` is in force.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, principal: bool):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, initial: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         self.base = base
         self.scaling = alpha / rank
         self.enabled = True
         factory = {"dtype": torch.float32, "device": base.weight.device}
-        if principal:
-            initial_A, initial_B = principal_factors(base.weight, rank, self.scaling)
+        if initial is not None:
+            initial_A, initial_B = initial
             self.register_buffer("initial_A", initial_A)
             self.register_buffer("initial_B", initial_B)
             self.lora_A = nn.Parameter(initial_A.clone())
@@ -379,10 +387,59 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
     With W = U S Vᵀ: A₀ = (S_r/s)^{1/2} V_rᵀ, B₀ = U_r (S_r/s)^{1/2} (arXiv 2404.02948, eq. 2 and 3, where s = 1; for
     other s this is PEFT's reading, under which the residual W − s·B₀A₀ does not depend on alpha).
+
+    The leading singular vectors are the leading eigenvectors of the smaller Gram matrix, several times cheaper than the
+    whole decomposition. Squaring loses what lies below σ₁·√ε: where σ_r comes within two digits of that in fp32, fp64.
     """
-    U, S, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    root = (S[:rank] / scaling).sqrt()
-    return (root[:, None] * Vh[:rank]).contiguous(), (U[:, :rank] * root).contiguous()
+    W = weight.detach().float()
+    wide = W if W.shape[0] <= W.shape[1] else W.T  # (n, m), n ≤ m
+    eigenvalues, vectors = torch.linalg.eigh(wide @ wide.T)
+    if eigenvalues[-rank] < 1e4 * torch.finfo(torch.float32).eps * eigenvalues[-1]:
+        _, vectors = torch.linalg.eigh(wide.double() @ wide.double().T)
+    basis = vectors[:, -rank:].to(W.dtype)
+    # Exact within the basis, so that values and balance do not carry the squared rounding.
+    rotation, S, Vh = torch.linalg.svd(basis.T @ wide, full_matrices=False)
+    root = (S / scaling).sqrt()
+    left, right = (basis @ rotation) * root, root[:, None] * Vh
+    return (right, left) if wide is W else (left.T.contiguous(), right.T.contiguous())
+
+
+def _principal_factors_of_all(
+    weights: dict[str, Tensor], rank: int, scaling: float, cache: Path | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`principal_factors` of each weight in order, one thread per core: one decomposition alone cannot use them."""
+
+    def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
+        if cache is None:
+            return principal_factors(weight, rank, scaling)
+        # Under the weight's own content: a stale entry cannot be met.
+        file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
+        if not file.exists():
+            A, B = principal_factors(weight, rank, scaling)
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+            save_file({"A": A.cpu(), "B": B.cpu()}, partial)
+            partial.rename(file)
+        stored = load_file(file, device=str(weight.device))
+        return stored["A"], stored["B"]
+
+    num_threads = torch.get_num_threads()
+    workers = num_threads if all(weight.device.type == "cpu" for weight in weights.values()) else 1
+    try:
+        torch.set_num_threads(num_threads // workers)
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(factors, weights.values())
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the tensors' types, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def find_target_modules(model: nn.Module, target_modules: list[str], rank: int) -> dict[str, nn.Linear]:
@@ -407,13 +464,21 @@ def find_target_modules(model: nn.Module, target_modules: list[str], rank: int) 
 
 
 def add_adapters(
-    model: nn.Module, method: str, rank: int, alpha: float, target_modules: list[str], progress: bool = False
+    model: nn.Module,
+    method: str,
+    rank: int,
+    alpha: float,
+    target_modules: list[str],
+    *,
+    cache: Path | None = None,
+    progress: bool = False,
 ) -> nn.Module:
     """Freezes `model` and puts a LoRALinear in the place of each target layer, in place; returns `model`.
 
     Args:
         method: lora; pissa or ba-lora (the same adapter: PiSSA's); full adds nothing and leaves everything trainable.
         alpha: the adapter acts with s = alpha / rank.
+        cache: folder in which PiSSA's initial factors are kept for the next run.
 
     Raises:
         UserError: see `find_target_modules`.
@@ -424,9 +489,16 @@ def add_adapters(
         return model.requires_grad_(True)
     found = find_target_modules(model, target_modules, rank)
     model.requires_grad_(False)
-    for name, module in tqdm(found.items(), desc=f"{method} initialisation", unit="layer", disable=not progress):
+    initial: Iterable[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
+    if method != "lora":
+        weights = {name: module.weight for name, module in found.items()}
+        initial = _principal_factors_of_all(weights, rank, alpha / rank, cache)
+    bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
+    for (name, module), factors in zip(found.items(), initial, strict=False):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, principal=method != "lora"))
+        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, factors))
+        bar.update()
+    bar.close()
     return model
 
 
@@ -1051,7 +1123,10 @@ def encode_example(
 def build_dataset(
     records: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, fields: list[str], max_length: int
 ) -> tuple[datasets.Dataset, int]:
-    """Tokenises `records`; returns the examples and how many were dropped for having no response token left."""
+    """Tokenises `records`; returns the examples and how many were dropped for having no response token left.
+
+    An example's `index` is its place in what is returned.
+    """
     instruction_field, response_field = fields
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
@@ -1066,7 +1141,7 @@ def build_dataset(
         return encoded
 
     encoded = records.map(encode, batched=True, remove_columns=records.column_names, desc="tokenising")
-    return encoded, len(records) - len(encoded)
+    return encoded.add_column("index", list(range(len(encoded)))), len(records) - len(encoded)
 
 
 @dataclass
@@ -1088,6 +1163,7 @@ class PackingCollator:
             "sequence_lengths": lengths,
             "valid_positions": valid_positions,
             "targets": torch.tensor(next_token)[valid_positions],
+            "example_ids": [example.get("index") for example in examples],
         }
 
 
@@ -1120,12 +1196,66 @@ class PaddingCollator:
             "attention_mask": attention_mask,
             "valid_positions": valid_positions,
             "targets": next_token[valid_positions],
+            "example_ids": [example.get("index") for example in examples],
         }
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Trainer
 # ------------------------------------------------------------------------------------------------------------------
+
+
+class TeacherCache:
+    """The teacher's last hidden states at every example's valid positions, on disk: exact, not approximated logits.
+
+    Filled as training meets the examples, read from then on. The file's name is a digest of the base weights and the
+    tokenised data, so that a stale cache is never met; an example counts only once all its states are written, so that
+    a killed run leaves a cache that the next one goes on with.
+    """
+
+    def __init__(self, folder: Path, model: transformers.PreTrainedModel, dataset: datasets.Dataset):
+        """Opens or makes the cache of the base weights in `model` (adapters aside) and the tokenised `dataset`.
+
+        Raises:
+            UserError: the disk cannot hold it.
+        """
+        counts = [sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]]
+        self.offsets = [0, *itertools.accumulate(counts)]
+        self.width = model.get_output_embeddings().weight.shape[1]
+        parameter = model.get_input_embeddings().weight
+        self.device, dtype = parameter.device, parameter.dtype
+        base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+        digest = hashlib.sha256(fingerprint(base.values()).encode())
+        for name in ("input_ids", "labels"):
+            for row in dataset[name]:
+                digest.update(torch.tensor(row).numpy())
+        path = folder / f"teacher-{digest.hexdigest()[:32]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.num_bytes = self.offsets[-1] * self.width * dtype.itemsize
+        states, done = path.with_suffix(".states"), path.with_suffix(".done")
+        missing = self.num_bytes - (states.stat().st_blocks * 512 if states.exists() else 0)
+        free = shutil.disk_usage(folder).free
+        if missing > free:
+            raise UserError(
+                f"--teacher-cache {folder} needs {self.num_bytes / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} "
+                "left: name another folder, or go without"
+            )
+        shape = (self.offsets[-1], self.width)
+        self.states = torch.from_file(str(states), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        self.done = torch.from_file(str(done), shared=True, size=len(counts), dtype=torch.bool)
+
+    def get(self, example_ids: list[int]) -> Tensor | None:
+        """The states of these examples, in order, (M, d); None where one is missing."""
+        if not all(self.done[i] for i in example_ids):
+            return None
+        return torch.cat([self.states[self.offsets[i] : self.offsets[i + 1]] for i in example_ids]).to(self.device)
+
+    def put(self, example_ids: list[int], states: Tensor) -> None:
+        """Keeps the states of these examples, (M, d) in order."""
+        sizes = [self.offsets[i + 1] - self.offsets[i] for i in example_ids]
+        for i, rows in zip(example_ids, states.split(sizes), strict=True):
+            self.states[self.offsets[i] : self.offsets[i + 1]] = rows.to(self.states)
+            self.done[i] = True  # after the states: a kill in between costs this example, never its truth
 
 
 class BALoRAModel(nn.Module):
@@ -1135,12 +1265,19 @@ class BALoRAModel(nn.Module):
 
     Attributes:
         model: the causal language model.
+        teacher_cache: where set, the teacher's hidden states come from there.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, objective_memory: float = 256.0):
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        objective_memory: float = 256.0,
+        teacher_cache: TeacherCache | None = None,
+    ):
         super().__init__()
         self.model = model
         self.config = model.config
+        self.teacher_cache = teacher_cache
         self.objective_memory = objective_memory
         self.head_is_linear = head_is_linear(model)
         self._head_factor: Tensor | None = None
@@ -1161,7 +1298,11 @@ class BALoRAModel(nn.Module):
         states = self.hidden_states if self.is_fused else self.logits
         teacher = None
         if regularizers is not None and regularizers.lambda_consistency > 0:
-            teacher = self.of_teacher(states, inputs)
+            teacher = self.teacher_cache and self.teacher_cache.get(inputs["example_ids"])
+            if teacher is None:
+                teacher = self.of_teacher(states, inputs)
+                if self.teacher_cache is not None:
+                    self.teacher_cache.put(inputs["example_ids"], teacher)
         rest = (inputs["targets"], regularizers, num_tokens, num_micro_batches)
         if not self.is_fused:
             return objective(states(inputs), teacher, *rest)
@@ -1347,6 +1488,16 @@ class BALoRATrainer(Trainer):
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")
 
 
+def prepare_memory() -> None:
+    """Lets glibc keep freed memory on a CPU: returning and faulting in each large tensor costs a fifth of a step."""
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: which is not given back at every free
+
+
 def peak_memory_gib() -> float:
     """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
@@ -1519,6 +1670,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 def main(argv: list[str]) -> None:
     started = time.time()
+    prepare_memory()
     args = resolve_arguments(parse_arguments(Arguments, __doc__, argv))
     model_path = resolve_demo(args.model, "model")
     tokenizer, config = load_tokenizer_and_config(model_path, args.model_revision, args.trust_remote_code)
@@ -1565,7 +1717,15 @@ def main(argv: list[str]) -> None:
     use_cache = model.config.use_cache
     if args.deepspeed is None:
         model.to(trainer_args.device)  # so that the decompositions run where they are fast
-    add_adapters(model, args.method, args.rank, args.alpha, args.target_modules, progress=is_main)
+    add_adapters(
+        model,
+        args.method,
+        args.rank,
+        args.alpha,
+        args.target_modules,
+        cache=Path(args.init_cache) if args.init_cache else None,
+        progress=is_main,
+    )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     if is_main:
@@ -1574,6 +1734,14 @@ def main(argv: list[str]) -> None:
 
     packing = args.packing and enable_packing(model)
     wrapped = BALoRAModel(model, args.objective_memory)
+    if args.teacher_cache is not None and args.method == "ba-lora" and args.lambda_consistency > 0:
+        if not wrapped.is_fused:
+            raise UserError("--teacher-cache keeps hidden states, and this model's head is not a plain linear map")
+        wrapped.teacher_cache = TeacherCache(Path(args.teacher_cache), model, dataset)
+        if is_main:
+            known = int(wrapped.teacher_cache.done.sum())
+            size = wrapped.teacher_cache.num_bytes / 2**30
+            print(f"teacher cache: {size:.2f} GiB when full, {known} of {len(dataset)} examples are there")
     if is_main and args.packing and not packing:
         print(f"note: {type(model).__name__} cannot attend to packed sequences; batches are padded")
     if is_main and args.method != "full" and not wrapped.is_fused:

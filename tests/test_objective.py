@@ -250,7 +250,8 @@ def test_the_adapters_own_backward_equals_autograd():
     """LoRALinear's hand-written function against the same formula in plain autograd, in float64."""
     torch.manual_seed(0)
     with torch.enable_grad():
-        layer = train.LoRALinear(torch.nn.Linear(12, 9).double(), 3, 6, principal=True).double()
+        base = torch.nn.Linear(12, 9).double()
+        layer = train.LoRALinear(base, 3, 6, train.principal_factors(base.weight, 3, 2.0)).double()
         layer.base.requires_grad_(False)
         layer.lora_B.data += 0.1
         x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)

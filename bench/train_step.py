@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""One training step, side by side: PEFT's PiSSA with the stock loss, the public BA-LoRA objective, and ours.
+
+    python bench/train_step.py --data FILE.jsonl --fields question answer
+
+Each contender lives in a process of its own, so that its peak memory is its own; they take turns on the same batches,
+one step each, so that a slow moment of the machine hits all of them. A step is forward, backward and AdamW. Printed:
+the median seconds, the ratio to PEFT's PiSSA step by step with its spread, and the peak resident memory.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+CONTENDERS = {
+    "peft": "PEFT's PiSSA, stock loss",
+    "public": "PEFT's PiSSA, public BA-LoRA objective",
+    "ours": "BA-LoRA, ours",
+    "cached": "BA-LoRA, ours, teacher cache",
+}
+
+
+def worker(name: str, connection, model_path: str, rank: int, batches: list[list[dict]], cache: str) -> None:
+    """Builds one contender, then makes the step that it is told to make."""
+    import contenders
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import train
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    if name in ("peft", "public"):
+        model = contenders.peft_model(model, rank)
+        if name == "public":
+            teacher = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
+    else:
+        train.prepare_memory()
+        train.add_adapters(model, "ba-lora", rank, rank, train.TARGET_MODULES)
+        assert train.enable_packing(model)
+        wrapper = train.BALoRAModel(model)
+        if name == "cached":
+            examples = [example for batch in batches for example in batch]
+            wrapper.teacher_cache = train.TeacherCache(Path(cache), model, datasets.Dataset.from_list(examples))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
+
+    def step(examples: list[dict]) -> float:
+        if name in ("peft", "public"):
+            batch = contenders.padded_batch(examples)
+            output = model(**batch)
+            loss = output.loss
+            if name == "public":
+                with torch.no_grad():
+                    reference = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                mask = batch["labels"] != train.IGNORE_INDEX
+                loss = loss + contenders.public_regularizers(output.logits, reference, mask)
+                del reference
+            del output
+        else:
+            batch = train.PackingCollator()(examples)
+            loss, _ = wrapper(batch, contenders.REGULARIZERS, len(batch["targets"]), 1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    if name == "cached":  # as a second epoch finds it
+        for batch in batches:
+            packed = train.PackingCollator()(batch)
+            wrapper.teacher_cache.put(packed["example_ids"], wrapper.of_teacher(wrapper.hidden_states, packed))
+    connection.send("ready")
+    while (index := connection.recv()) is not None:
+        started = time.perf_counter()
+        loss = step(batches[index])
+        seconds = time.perf_counter() - started
+        connection.send((seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
+    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
+    parser.add_argument("--fields", nargs=2, default=["question", "response"])
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each contender, after one to warm up")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    args = parser.parse_args()
+
+    import contenders
+
+    import train
+
+    model_path = train.resolve_demo(args.model, "model")
+    tokenizer, _ = train.load_tokenizer_and_config(model_path)
+    records = train.load_records(train.resolve_demo(args.data, "train"))
+    count = (args.steps + 1) * args.batch_size
+    dataset, _ = train.build_dataset(records.select(range(2 * count)), tokenizer, args.fields, args.max_length)
+    examples = [dataset[i] for i in range(count)]
+    batches = [examples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+    tokens = sum(len(example["input_ids"]) for example in examples) / len(batches)
+    padded = sum(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in batches) / len(batches)
+    valid = sum(label != -100 for example in examples for label in example["labels"]) / len(batches)
+
+    context = multiprocessing.get_context("spawn")
+    seconds = {name: [] for name in args.only}
+    memory, connections = {}, {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in args.only:
+            connections[name], theirs = context.Pipe()
+            rest = (model_path, args.rank, batches, cache)
+            context.Process(target=worker, args=(name, theirs, *rest), daemon=True).start()
+            connections[name].recv()  # one after the other: loading is not timed, but memory is shared
+        for index in range(len(batches)):
+            for name in args.only:
+                connections[name].send(index)
+                elapsed, loss, memory[name] = connections[name].recv()
+                if index > 0:
+                    seconds[name].append(elapsed)
+                print(f"step {index} {name}: {elapsed:.2f} s, loss {loss:.4f}", file=sys.stderr, flush=True)
+        for connection in connections.values():
+            connection.send(None)
+
+    reference = args.only[0]
+    print(f"| one training step | seconds | ratio to {reference} [min, max] | peak GiB | ratio |")
+    print("|---|---|---|---|---|")
+    for name in args.only:
+        ratios = [mine / base for mine, base in zip(seconds[name], seconds[reference], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        share = memory[name] / memory[reference]
+        label = CONTENDERS[name]
+        print(f"| {label} | {statistics.median(seconds[name]):.2f} | {spread} | {memory[name]:.2f} | {share:.2f} |")
+    print(
+        f"\n{args.steps} steps of {args.batch_size} sequences, {tokens:.0f} tokens ({padded:.0f} padded, {valid:.0f} of "
+        f"them valid); r = {args.rank}, fp32. {contenders.machine()}"
+    )
+    print(json.dumps({"seconds": seconds, "peak_gib": memory}), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
