@@ -23,9 +23,9 @@ Read from top to bottom: arguments, adapters, regularizers, objective, data, tra
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -166,7 +166,7 @@ class Arguments:
     )
     attn_implementation: str | None = option(None, "attention of transformers: sdpa, eager, flash_attention_2")
     packing: bool = option(True, "lay sequences end to end instead of padding them, where the model can")
-    objective_memory: float = option(256.0, "MiB for the objective's chunks of logits; more is a little faster")
+    objective_memory: float = option(128.0, "MiB for the objective's chunks of logits; more is a little faster")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     deepspeed: str | None = option(None, "DeepSpeed configuration (JSON); start through deepspeed or torchrun")
     logging_steps: int = option(10, "optimizer steps between two lines of metrics.jsonl")
@@ -401,7 +401,8 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     rotation, S, Vh = torch.linalg.svd(basis.T @ wide, full_matrices=False)
     root = (S / scaling).sqrt()
     left, right = (basis @ rotation) * root, root[:, None] * Vh
-    return (right, left) if wide is W else (left.T.contiguous(), right.T.contiguous())
+    A, B = (right, left) if wide is W else (left.T, right.T)
+    return A.contiguous(), B.contiguous()
 
 
 def _principal_factors_of_all(
@@ -750,7 +751,7 @@ def objective_from_hidden(
     regularizers: Regularizers | None,
     num_tokens: int | Tensor,
     num_micro_batches: int,
-    memory_mib: float = 256.0,
+    memory_mib: float = 128.0,
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """`objective` for logits Z = H Eᵀ with a frozen head E, without ever holding Z: the same values and gradient.
 
@@ -1271,7 +1272,7 @@ class BALoRAModel(nn.Module):
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        objective_memory: float = 256.0,
+        objective_memory: float = 128.0,
         teacher_cache: TeacherCache | None = None,
     ):
         super().__init__()
@@ -1386,10 +1387,10 @@ def attend_per_sequence(
     outputs = [
         F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        ).transpose(1, 2)
         for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=1), None  # (1, tokens, heads, head size)
 
 
 PER_SEQUENCE = "per_sequence"
@@ -1422,6 +1423,88 @@ def enable_packing(model: transformers.PreTrainedModel) -> bool:
     if fits and before != "flash_attention_2":
         model.set_attn_implementation(PER_SEQUENCE)
     return fits
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate)·up, keeping the two and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        grad_up = (gate * sigmoid).mul_(grad)
+        # d silu/d gate = σ·(1 + gate·(1 − σ))
+        slope = torch.rsub(sigmoid, 1).mul_(gate).add_(1).mul_(sigmoid)
+        return slope.mul_(grad).mul_(up), grad_up
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) · weight with a frozen weight, computed in fp32, keeping x and the row's 1 / rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        rows = x.float()
+        scale = torch.linalg.vecdot(rows, rows).div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (rows * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normalized = x.float() * scale
+        grad_normalized = (grad * weight).float()
+        mean = torch.linalg.vecdot(grad_normalized, normalized)[..., None] / x.shape[-1]
+        return grad_normalized.sub_(normalized.mul_(mean)).mul_(scale).to(x.dtype), None, None
+
+
+def _lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    product = _SwiGLU.apply(gate, up)
+    # down_proj's adapter would keep the product for its gradient, and it is cheap to have again.
+    kept = gate.detach(), up.detach()
+
+    def pack(tensor: Tensor) -> Any:
+        return kept if tensor.data_ptr() == product.data_ptr() else tensor
+
+    def unpack(packed: Any) -> Tensor:
+        return F.silu(packed[0]).mul_(packed[1]) if isinstance(packed, tuple) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return mlp.down_proj(product)
+
+
+def _lean_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def save_activations(model: nn.Module) -> int:
+    """Replaces the forward of gated SiLU MLPs and of frozen RMSNorms by ones that keep half for the backward pass.
+
+    Each is tried against the module's own forward first. Returns how many were replaced.
+    """
+    count = 0
+    for module in model.modules():
+        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            linear = getattr(module.gate_proj, "base", module.gate_proj)
+            lean, width = _lean_mlp, linear.in_features
+        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            if module.weight.requires_grad:
+                continue
+            lean, width = _lean_norm, len(module.weight)
+        else:
+            continue
+        parameter = next(module.parameters())
+        x = torch.linspace(-2, 2, 3 * width, device=parameter.device).view(3, width).to(parameter.dtype)
+        with torch.no_grad():
+            if torch.allclose(lean(module, x).float(), module(x).float(), rtol=1e-2, atol=1e-4):
+                module.forward = functools.partial(lean, module)
+                count += 1
+    return count
 
 
 class BALoRATrainer(Trainer):
@@ -1486,16 +1569,6 @@ class BALoRATrainer(Trainer):
         if self.is_world_process_zero():
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")
-
-
-def prepare_memory() -> None:
-    """Lets glibc keep freed memory on a CPU: returning and faulting in each large tensor costs a fifth of a step."""
-    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: which is not given back at every free
 
 
 def peak_memory_gib() -> float:
@@ -1670,7 +1743,6 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 def main(argv: list[str]) -> None:
     started = time.time()
-    prepare_memory()
     args = resolve_arguments(parse_arguments(Arguments, __doc__, argv))
     model_path = resolve_demo(args.model, "model")
     tokenizer, config = load_tokenizer_and_config(model_path, args.model_revision, args.trust_remote_code)
@@ -1733,6 +1805,8 @@ def main(argv: list[str]) -> None:
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
 
     packing = args.packing and enable_packing(model)
+    if args.method != "full":
+        save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
     if args.teacher_cache is not None and args.method == "ba-lora" and args.lambda_consistency > 0:
         if not wrapped.is_fused:

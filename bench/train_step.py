@@ -11,6 +11,7 @@ the median seconds, the ratio to PEFT's PiSSA step by step with its spread, and 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -22,10 +23,21 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 CONTENDERS = {
     "peft": "PEFT's PiSSA, stock loss",
+    "peft_tuned": "the same with ours' allocator settings",
     "public": "PEFT's PiSSA, public BA-LoRA objective",
     "ours": "BA-LoRA, ours",
     "cached": "BA-LoRA, ours, teacher cache",
 }
+
+
+PEFT = ("peft", "peft_tuned", "public")
+TUNED = ("peft_tuned", "ours", "cached")
+
+
+def allocator_settings() -> str:
+    """The GLIBC_TUNABLES that scripts/setup.sh gives to training on a CPU."""
+    text = (Path(__file__).resolve().parent.parent / "scripts" / "setup.sh").read_text()
+    return next(line.partition("=")[2] for line in text.splitlines() if line.startswith("cpu_allocator="))
 
 
 def worker(name: str, connection, model_path: str, rank: int, batches: list[list[dict]], cache: str) -> None:
@@ -38,14 +50,14 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
     import train
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    if name in ("peft", "public"):
+    if name in PEFT:
         model = contenders.peft_model(model, rank)
         if name == "public":
             teacher = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
     else:
-        train.prepare_memory()
         train.add_adapters(model, "ba-lora", rank, rank, train.TARGET_MODULES)
         assert train.enable_packing(model)
+        train.save_activations(model)
         wrapper = train.BALoRAModel(model)
         if name == "cached":
             examples = [example for batch in batches for example in batch]
@@ -54,7 +66,7 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
 
     def step(examples: list[dict]) -> float:
-        if name in ("peft", "public"):
+        if name in PEFT:
             batch = contenders.padded_batch(examples)
             output = model(**batch)
             loss = output.loss
@@ -119,6 +131,9 @@ def main() -> None:
         for name in args.only:
             connections[name], theirs = context.Pipe()
             rest = (model_path, args.rank, batches, cache)
+            os.environ.pop("GLIBC_TUNABLES", None)  # read by the C library when the process starts
+            if name in TUNED:
+                os.environ["GLIBC_TUNABLES"] = allocator_settings()
             context.Process(target=worker, args=(name, theirs, *rest), daemon=True).start()
             connections[name].recv()  # one after the other: loading is not timed, but memory is shared
         for index in range(len(batches)):
@@ -141,8 +156,8 @@ def main() -> None:
         label = CONTENDERS[name]
         print(f"| {label} | {statistics.median(seconds[name]):.2f} | {spread} | {memory[name]:.2f} | {share:.2f} |")
     print(
-        f"\n{args.steps} steps of {args.batch_size} sequences, {tokens:.0f} tokens ({padded:.0f} padded, {valid:.0f} of "
-        f"them valid); r = {args.rank}, fp32. {contenders.machine()}"
+        f"\n{args.steps} steps of {args.batch_size} sequences, {tokens:.0f} tokens ({padded:.0f} padded, {valid:.0f} "
+        f"valid); r = {args.rank}, fp32. {contenders.machine()}"
     )
     print(json.dumps({"seconds": seconds, "peak_gib": memory}), file=sys.stderr)
 

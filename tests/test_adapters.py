@@ -202,3 +202,29 @@ def test_lora_starts_like_pefts():
         assert layer.lora_A.std().item() == pytest.approx(theirs.lora_A["default"].weight.std().item(), rel=0.2)
         assert torch.count_nonzero(layer.lora_B) == 0
         assert layer.scaling == theirs.scaling["default"]
+
+
+def test_cached_factors_are_the_computed_ones(tmp_path):
+    """The second model reads what the first wrote; another weight, rank or alpha is computed anew."""
+    for alpha, seed, num_files in ((4, 0, 4), (4, 0, 4), (8, 0, 8), (4, 1, 12)):
+        cached, computed = make_model(seed), make_model(seed)
+        train.add_adapters(cached, "pissa", 4, alpha, ["q_proj", "up_proj"], cache=tmp_path)
+        train.add_adapters(computed, "pissa", 4, alpha, ["q_proj", "up_proj"])
+        assert len(list(tmp_path.iterdir())) == num_files
+        for mine, other in zip(
+            train.adapter_layers(cached).values(), train.adapter_layers(computed).values(), strict=True
+        ):
+            assert torch.equal(mine.initial_A, other.initial_A)
+            assert torch.equal(mine.lora_B, other.lora_B)
+
+
+@pytest.mark.parametrize("decay", [1e-4, 1e-2, 1.0])
+def test_principal_factors_of_weights_with_a_steep_spectrum(decay):
+    """σ_r far below σ₁, where squaring in fp32 would lose it: the residual is the best one's to 1e-4."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(60, 60, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    sigma = torch.logspace(0, math.log10(decay), 60, dtype=torch.float64)
+    weight = ((left * sigma) @ right.T).float()
+    A, B = train.principal_factors(weight, 40, 1.0)
+    residual = (weight.double() - B.double() @ A.double()).norm()
+    assert residual <= 1.0001 * sigma[40:].norm() + 1e-6

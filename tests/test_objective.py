@@ -264,3 +264,147 @@ def test_the_adapters_own_backward_equals_autograd():
         (y * weight).sum().backward()
         for mine, factor in zip(actual, factors, strict=True):
             assert relative_error(mine, factor.grad) < 1e-12
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma", "Qwen2"])
+def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
+    """Gated MLPs and norms with and without `save_activations`: loss and every adapter's gradient."""
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = getattr(transformers, f"{architecture}Config")(**shape, **heads, initializer_range=0.2)
+    examples = [train.encode_example(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
+    results, kept = [], []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+        train.add_adapters(model, "ba-lora", 4, 4, train.TARGET_MODULES)
+        for layer in train.adapter_layers(model).values():
+            layer.lora_B.data += 0.05
+        expected_count = {"Llama": 7, "Qwen2": 7, "Gemma": 0}[architecture]  # two MLPs, five norms; Gemma's are GELU's
+        assert not lean or train.save_activations(model) == expected_count
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = train.PaddingCollator(0)(examples)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = train.BALoRAModel(model)(batch, ICLR, len(batch["targets"]), 1)
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    for name, gradient in results[0][1].items():
+        assert relative_error(results[1][1][name], gradient) < 1e-4, name
+    assert architecture == "Gemma" or kept[1] < 0.9 * kept[0]
+
+
+# ---------------------------------------------------------------------------------------------- the teacher cache
+
+
+def cached_run(folder, tokenizer, max_steps):
+    from test_training import make_trainer
+
+    trainer = make_trainer(
+        make_model(), tokenizer, folder / "data.jsonl", folder / "out", max_steps=max_steps, overwrite=True
+    )
+    trainer.model.teacher_cache = train.TeacherCache(folder / "cache", trainer.model.model, trainer.train_dataset)
+    return trainer
+
+
+def count_teacher_passes(trainer) -> list:
+    calls, original = [], trainer.model.of_teacher
+
+    def counted(states, inputs):
+        calls.append(len(inputs["example_ids"]))
+        return original(states, inputs)
+
+    trainer.model.of_teacher = counted
+    return calls
+
+
+def adapter(trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_the_teacher_cache_is_exact_and_skips_the_pass(tokenizer, data_file, tmp_path):
+    """Two epochs of 16 examples: the first fills it, the second and any later run read it."""
+    first = cached_run(tmp_path, tokenizer, max_steps=4)
+    calls = count_teacher_passes(first)
+    first.train()
+    assert sum(calls) == 16
+    again = cached_run(tmp_path, tokenizer, max_steps=4)
+    calls = count_teacher_passes(again)
+    again.train()
+    assert calls == []
+    from test_training import make_trainer
+
+    without = make_trainer(make_model(), tokenizer, data_file, tmp_path / "plain", max_steps=4)
+    without.train()
+    expected = adapter(without)
+    for run in (first, again):
+        for name, tensor in adapter(run).items():
+            assert relative_error(tensor, expected[name]) < 1e-5, name
+
+
+def test_an_interrupted_cache_goes_on(tokenizer, data_file, tmp_path):
+    first = cached_run(tmp_path, tokenizer, max_steps=1)  # 8 of 16 examples
+    first.train()
+    del first
+    second = cached_run(tmp_path, tokenizer, max_steps=2)
+    assert int(second.model.teacher_cache.done.sum()) == 8
+    calls = count_teacher_passes(second)
+    second.train()
+    assert sum(calls) == 8
+
+
+def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
+    def files(model, count):
+        records = train.load_records(str(data_file)).select(range(count))
+        dataset, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
+        train.TeacherCache(tmp_path / "cache", model, dataset)
+        return len(list((tmp_path / "cache").glob("*.states")))
+
+    assert files(make_model(seed=0), 16) == 1
+    assert files(make_model(seed=0), 16) == 1
+    assert files(make_model(seed=1), 16) == 2  # other weights
+    assert files(make_model(seed=0), 15) == 3  # other data
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tokenizer, data_file, tmp_path, monkeypatch):
+    usage = train.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: usage._replace(free=10))
+    with pytest.raises(train.UserError, match=r"needs .* GiB and the disk has 0\.00"):
+        cached_run(tmp_path, tokenizer, max_steps=1)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("variant", ["definition", "padded"])
+def test_twenty_steps_end_in_the_same_adapter(variant, tokenizer, data_file, tmp_path):
+    """The objective without logits against the definition, and packed batches against padded ones."""
+    from test_training import make_trainer
+
+    options = {"max_steps": 20, "learning_rate": 1e-3, "lambda_consistency": 0.1, "lambda_spectral": 0.05}
+    fused = make_trainer(make_model(), tokenizer, data_file, tmp_path / "fused", **options)
+    fused.train()
+    other = make_trainer(make_model(), tokenizer, data_file, tmp_path / "other", packing=variant != "padded", **options)
+    if variant == "definition":
+        other.model.forward = definition_forward(other.model)
+    other.train()
+    expected = adapter(other)
+    for name, tensor in adapter(fused).items():
+        assert relative_error(tensor, expected[name]) < 1e-4, name
+
+
+def definition_forward(wrapper):
+    def forward(inputs, regularizers, num_tokens, num_micro_batches):
+        teacher = wrapper.of_teacher(wrapper.logits, inputs)
+        return train.objective(
+            wrapper.logits(inputs), teacher, inputs["targets"], regularizers, num_tokens, num_micro_batches
+        )
+
+    return forward
