@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""One evaluation of the objective with its gradient: the materialised public formulation, and ours without logits.
+
+    python bench/objective.py                   all shapes; the largest runs ours alone
+    python bench/objective.py --shapes 511,49152,576
+
+Each evaluation has a process of its own. Memory is the peak resident size beyond the process with the head and the hidden
+states in it; the head's factor, computed once per model, is not timed.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+
+import contenders  # first: it makes train.py importable
+import torch
+
+import train
+
+SHAPES = ["511,49152,576", "1022,49152,576", "512,32000,4096", "2048,256000,3072"]
+PUBLIC_LIMIT = 2**27  # logits beyond which the public form does not fit beside its copies
+
+
+def resident_peak() -> float:
+    """Peak resident size in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def worker(name: str, shape: tuple[int, int, int], repeats: int, connection) -> None:
+    """Times one contender on one shape; sends the seconds of each repeat and the extra memory."""
+    num_tokens, vocabulary, width = shape
+    torch.manual_seed(0)
+    hidden, teacher = torch.randn(num_tokens, width), torch.randn(num_tokens, width)
+    head = torch.randn(vocabulary, width) / width**0.5
+    targets = torch.randint(vocabulary, (num_tokens,))
+    # L itself needs V·d² operations once; any (d, d) matrix costs the same per evaluation.
+    factor = torch.randn(width, width)
+    hidden.requires_grad_()
+    before = resident_peak()
+
+    def evaluate() -> None:
+        hidden.grad = None
+        if name == "ours":
+            rest = (teacher, head, factor, targets, contenders.REGULARIZERS, num_tokens, 1)
+            train.objective_from_hidden(hidden, *rest)[0].backward()
+            return
+        logits = (hidden @ head.T)[None]
+        with torch.no_grad():
+            teacher_logits = (teacher @ head.T)[None]
+        mask = torch.ones(1, num_tokens)
+        task = torch.nn.functional.cross_entropy(logits[0].float(), targets)
+        (task + contenders.public_regularizers(logits, teacher_logits, mask)).backward()
+
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        evaluate()
+        seconds.append(time.perf_counter() - started)
+    connection.send((seconds[1:], resident_peak() - before))
+
+
+def measure(name: str, shape: tuple[int, int, int], repeats: int) -> tuple[list[float], float]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=worker, args=(name, shape, repeats, theirs))
+    process.start()
+    theirs.close()
+    result = ours.recv()
+    process.join()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="M,V,D")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    print("| M | V | d | public s | ours s | times faster [min, max] | public MiB | ours MiB | share |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for text in args.shapes:
+        shape = tuple(map(int, text.split(",")))
+        ours, our_memory = measure("ours", shape, args.repeats)
+        row = [*map(str, shape)]
+        if shape[0] * shape[1] > PUBLIC_LIMIT:
+            row += ["not run", f"{statistics.median(ours):.2f}", "", "not run", f"{our_memory:.0f}", ""]
+        else:
+            public, memory = measure("public", shape, args.repeats)
+            ratios = [theirs / mine for theirs, mine in zip(public, ours, strict=True)]
+            row += [
+                f"{statistics.median(public):.2f}",
+                f"{statistics.median(ours):.2f}",
+                f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]",
+                f"{memory:.0f}",
+                f"{our_memory:.0f}",
+                f"{our_memory / memory:.2f}",
+            ]
+        print("| " + " | ".join(row) + " |", flush=True)
+    print(f"\nMiB beyond weights and inputs; {args.repeats} evaluations after one to warm up. {contenders.machine()}")
+
+
+if __name__ == "__main__":
+    main()
