@@ -4,8 +4,8 @@
     python bench/objective.py                   all shapes; the largest runs ours alone
     python bench/objective.py --shapes 511,49152,576
 
-Each evaluation has a process of its own. Memory is the peak resident size beyond the process with the head and the hidden
-states in it; the head's factor, computed once per model, is not timed.
+Each contender has a process of its own. Memory is the peak resident size beyond that of the process with the head and
+the hidden states in it; the head's factor, computed once per model, is not timed.
 """
 
 import argparse
