@@ -4,7 +4,7 @@
 #     sh scripts/ba-lora.sh                  with CUDA GPUs: the paper's LLaMA-2-7B experiment; without: the demo
 #     METHOD=pissa sh scripts/ba-lora.sh     also lora, full (scripts/pissa.sh and its siblings do just this)
 #
-# EXPERIMENT=demo      SmolLM2-135M on generated word problems: a quarter of an hour on two CPU cores, no model hub
+# EXPERIMENT=demo      SmolLM2-135M on generated word problems: ten minutes on two CPU cores, no model hub
 # EXPERIMENT=paper     LLaMA-2-7B on MetaMathQA-100K, DeepSpeed ZeRO-2 on all visible GPUs, then GSM8K by vLLM;
 #                      needs the hub, or local copies: MODEL=/path/llama DATA=/path/metamath
 # SEED=42  OUTPUT=output/NAME               the run's seed and folder
