@@ -19,7 +19,7 @@ What comes out, in --output-dir
     run.json        seed, versions, command, counts and times
     metrics.jsonl   one line per logging step; the same in tensorboard/
 
-Read from top to bottom: arguments, adapters, regularizers, objective, data, trainer, export, main.
+Read from top to bottom: arguments, adapters, regularizers, objective, data, model, trainer, export, main.
 """
 
 import contextlib
@@ -495,7 +495,8 @@ def add_adapters(
         weights = {name: module.weight for name, module in found.items()}
         initial = _principal_factors_of_all(weights, rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
-    for (name, module), factors in zip(found.items(), initial, strict=False):
+    # `initial` first: zip then runs it to its end, where it gives the threads back.
+    for factors, (name, module) in zip(initial, found.items(), strict=False):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, factors))
         bar.update()
@@ -981,36 +982,36 @@ def spectral_value_and_gradient(Y: Tensor, k: int, norm: str) -> tuple[Tensor, T
     """
     if Y.numel() == 0 or not Y.any():
         return Y.new_zeros(()), torch.zeros_like(Y)
-    total = torch.linalg.vector_norm(Y, dtype=torch.float64)
-    if norm == "frobenius" and min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k):
-        sigma, polar = _leading_by_iteration(Y, k)
-    else:
-        sigma, polar = _leading_by_eigh(Y, k)
-    leading = sigma[:k].sum()
     if norm == "frobenius":
-        gradient = polar / total.to(Y.dtype) - Y * (leading / total**3).to(Y.dtype)
+        total = torch.linalg.vector_norm(Y, dtype=torch.float64)
+        iterate = min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k)
+        sigma, polar = _leading_by_iteration(Y, k) if iterate else _leading_by_eigh(Y, k)
+        total_gradient = Y / total.to(Y.dtype)
     elif norm == "nuclear":
+        sigma, polar, total_gradient = _leading_by_eigh(Y, k, min(Y.shape))
         total = sigma.sum()
-        _, whole_polar = _leading_by_eigh(Y, len(sigma))
-        gradient = (polar - whole_polar * (leading / total).to(Y.dtype)) / total.to(Y.dtype)
     else:
         raise ValueError(f"unknown norm {norm!r}: 'frobenius' or 'nuclear'")
-    return (-leading / total).to(Y.dtype), -gradient
+    ratio = sigma[:k].sum() / total
+    gradient = (polar - total_gradient * ratio.to(Y.dtype)) / total.to(Y.dtype)
+    return -ratio.to(Y.dtype), -gradient
 
 
-def _leading_by_eigh(Y: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All singular values of Y in fp64, and U_k V_kᵀ, by an eigendecomposition of the smaller Gram matrix in fp64."""
+def _leading_by_eigh(Y: Tensor, *counts: int) -> tuple[Tensor, ...]:
+    """All singular values of Y in fp64, and U_k V_kᵀ for each k in `counts`.
+
+    By an eigendecomposition of the smaller Gram matrix in fp64.
+    """
     wide = Y.shape[0] <= Y.shape[1]
     exact = Y.double() if wide else Y.double().T
     eigenvalues, vectors = torch.linalg.eigh(exact @ exact.T)
-    sigma = eigenvalues.flip(0).clamp(min=0).sqrt()
+    sigma, U = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     # Y itself is rounded: below this a singular value is noise, its vectors arbitrary.
     noise = 4 * len(sigma) ** 0.5 * torch.finfo(Y.dtype).eps * sigma[0]
     sigma = torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
-    U = vectors.flip(1)[:, :k]
-    inverse = torch.where(sigma[:k] > 0, 1 / sigma[:k], torch.zeros_like(sigma[:k]))
-    polar = (U * inverse) @ (U.T @ exact)
-    return sigma, (polar if wide else polar.T).to(Y.dtype)
+    inverse = torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
+    polars = ((U[:, :k] * inverse[:k]) @ (U[:, :k].T @ exact) for k in counts)
+    return sigma, *((polar if wide else polar.T).to(Y.dtype) for polar in polars)
 
 
 def _leading_by_iteration(
@@ -1202,7 +1203,7 @@ class PaddingCollator:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Trainer
+# Model: student, teacher and objective as one module; packed attention; fewer activations
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -1225,12 +1226,9 @@ class TeacherCache:
         self.width = model.get_output_embeddings().weight.shape[1]
         parameter = model.get_input_embeddings().weight
         self.device, dtype = parameter.device, parameter.dtype
-        base = {name: p for name, p in model.named_parameters() if "lora_" not in name}
-        digest = hashlib.sha256(fingerprint(base.values()).encode())
-        for name in ("input_ids", "labels"):
-            for row in dataset[name]:
-                digest.update(torch.tensor(row).numpy())
-        path = folder / f"teacher-{digest.hexdigest()[:32]}"
+        base = (tensor for name, tensor in model.named_parameters() if "lora_" not in name)
+        rows = (torch.tensor(row) for name in ("input_ids", "labels") for row in dataset[name])
+        path = folder / f"teacher-{fingerprint(itertools.chain(base, rows))[:32]}"
         folder.mkdir(parents=True, exist_ok=True)
         self.num_bytes = self.offsets[-1] * self.width * dtype.itemsize
         states, done = path.with_suffix(".states"), path.with_suffix(".done")
@@ -1402,8 +1400,8 @@ transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwarg
 def enable_packing(model: transformers.PreTrainedModel) -> bool:
     """Lets `model` take PackingCollator's batches, where it can: tried out against one sequence at a time."""
     before = model.config._attn_implementation
-    if before != "flash_attention_2":  # which has a form for packed sequences of its own
-        model.set_attn_implementation(PER_SEQUENCE)
+    # FlashAttention has a form for packed sequences of its own.
+    packable = before if before == "flash_attention_2" else PER_SEQUENCE
     device = model.get_input_embeddings().weight.device
     examples = [{"input_ids": list(range(2, 2 + n)), "labels": list(range(2, 2 + n))} for n in (3, 5)]
     collate = PackingCollator()
@@ -1413,15 +1411,14 @@ def enable_packing(model: transformers.PreTrainedModel) -> bool:
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         return model.get_decoder()(**_model_inputs(moved), use_cache=False).last_hidden_state.float()
 
-    try:
+    fits = False
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        model.set_attn_implementation(packable)
         packed = states(examples)
         model.set_attn_implementation(before)
         alone = torch.cat([states([example]) for example in examples], dim=1)
         fits = torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
-        fits = False
-    if fits and before != "flash_attention_2":
-        model.set_attn_implementation(PER_SEQUENCE)
+    model.set_attn_implementation(packable if fits else before)
     return fits
 
 
@@ -1505,6 +1502,11 @@ def save_activations(model: nn.Module) -> int:
                 module.forward = functools.partial(lean, module)
                 count += 1
     return count
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Trainer
+# ------------------------------------------------------------------------------------------------------------------
 
 
 class BALoRATrainer(Trainer):

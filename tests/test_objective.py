@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, relative_error
+from test_training import make_trainer
 
 import train
 
@@ -300,12 +301,22 @@ def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
     assert architecture == "Gemma" or kept[1] < 0.9 * kept[0]
 
 
+def test_a_failed_trial_of_packing_leaves_the_model_as_it_was(monkeypatch):
+    model = make_model()
+    before = model.config._attn_implementation
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    assert not train.enable_packing(model)
+    assert model.config._attn_implementation == before
+
+
 # ---------------------------------------------------------------------------------------------- the teacher cache
 
 
 def cached_run(folder, tokenizer, max_steps):
-    from test_training import make_trainer
-
     trainer = make_trainer(
         make_model(), tokenizer, folder / "data.jsonl", folder / "out", max_steps=max_steps, overwrite=True
     )
@@ -338,8 +349,6 @@ def test_the_teacher_cache_is_exact_and_skips_the_pass(tokenizer, data_file, tmp
     calls = count_teacher_passes(again)
     again.train()
     assert calls == []
-    from test_training import make_trainer
-
     without = make_trainer(make_model(), tokenizer, data_file, tmp_path / "plain", max_steps=4)
     without.train()
     expected = adapter(without)
@@ -386,8 +395,6 @@ def test_a_full_disk_is_told_before_anything_is_written(tokenizer, data_file, tm
 @pytest.mark.parametrize("variant", ["definition", "padded"])
 def test_twenty_steps_end_in_the_same_adapter(variant, tokenizer, data_file, tmp_path):
     """The objective without logits against the definition, and packed batches against padded ones."""
-    from test_training import make_trainer
-
     options = {"max_steps": 20, "learning_rate": 1e-3, "lambda_consistency": 0.1, "lambda_spectral": 0.05}
     fused = make_trainer(make_model(), tokenizer, data_file, tmp_path / "fused", **options)
     fused.train()
