@@ -38,10 +38,10 @@ def public_regularizers(student: Tensor, teacher: Tensor, mask: Tensor) -> Tenso
     return WEIGHTS[0] * consistency + WEIGHTS[1] * diversity + WEIGHTS[2] * spectral
 
 
-def peft_model(model: torch.nn.Module, rank: int) -> torch.nn.Module:
-    """PEFT's PiSSA on all seven projections, alpha = r."""
+def peft_model(model: torch.nn.Module, rank: int, init: str = "pissa") -> torch.nn.Module:
+    """PEFT's PiSSA (`pissa`, or `pissa_niter_4`) on all seven projections, alpha = r."""
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=train.TARGET_MODULES, init_lora_weights="pissa", task_type="CAUSAL_LM"
+        r=rank, lora_alpha=rank, target_modules=train.TARGET_MODULES, init_lora_weights=init, task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(model, config)
 

@@ -18,19 +18,16 @@ from transformers import AutoModelForCausalLM
 
 import train
 
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # B₀ and A₀ by layer
 
-def with_peft(model: torch.nn.Module, rank: int, variant: str) -> dict[str, torch.Tensor]:
-    """PEFT's s·B₀A₀ by layer."""
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=train.TARGET_MODULES, init_lora_weights=variant, task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(model, config).base_model.model
+
+def with_peft(model: torch.nn.Module, rank: int, init: str) -> Factors:
+    model = contenders.peft_model(model, rank, init).base_model.model
     layers = {name: m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     return {name: (m.lora_B["default"].weight, m.lora_A["default"].weight) for name, m in layers.items()}
 
 
-def with_ours(model: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
-    """Our s·B₀A₀ by layer."""
+def with_ours(model: torch.nn.Module, rank: int) -> Factors:
     train.add_adapters(model, "pissa", rank, rank, train.TARGET_MODULES)
     return {name: (layer.lora_B, layer.lora_A) for name, layer in train.adapter_layers(model).items()}
 
