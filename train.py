@@ -786,6 +786,9 @@ def objective_from_hidden(
     return loss, terms
 
 
+CACHED_BYTES = 2**21  # of one operand of a block on a CPU
+
+
 class _ObjectiveFromHidden(torch.autograd.Function):
     """The forward pass returns the loss and its terms, and keeps ∂loss/∂H, (M, d), for the backward pass."""
 
@@ -806,17 +809,21 @@ class _ObjectiveFromHidden(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = torch.zeros(3, dtype=dtype, device=hidden.device)  # task, consistency, diversity
         gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
-        for rows in _chunks(hidden, head_weight, memory_mib):
-            logit_gradient = _token_terms(
-                _logits(hidden[rows], head_weight, dtype),
-                None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, dtype),
-                targets[rows],
-                regularizers,
-                sums,
-                needs_gradient,
-            )
+        for rows in _chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib):
+            z = _logits(hidden[rows], head_weight, dtype)
+            teacher = None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, dtype)
+            for block in _blocks(z):
+                _token_terms(
+                    z[block],
+                    None if teacher is None else teacher[block],
+                    targets[rows][block],
+                    regularizers,
+                    sums,
+                    needs_gradient,
+                )
+            del teacher
             if needs_gradient:
-                gradient[rows] = logit_gradient.to(head_weight.dtype) @ head_weight
+                gradient[rows] = z.to(head_weight.dtype) @ head_weight
         sums /= num_tokens
         spectral = sums.new_zeros(())
         loss = sums[0]
@@ -852,8 +859,8 @@ def _token_terms(
     regularizers: Regularizers | None,
     sums: Tensor,
     needs_gradient: bool,
-) -> Tensor | None:
-    """Adds one chunk's L_task, L_CR and L_DR, summed over its tokens, to `sums`; returns ∂/∂z of their weighted sum.
+) -> None:
+    """Adds one block's L_task, L_CR and L_DR, summed over its tokens, to `sums`; z becomes their weighted sum's gradient.
 
     Overwrites `z` and `teacher`, (m, V): next to the two there is one more buffer of their size, and nothing else.
 
@@ -869,35 +876,35 @@ def _token_terms(
         top_values = top_values - top_values[:, :1]
     else:
         z -= z.amax(dim=1, keepdim=True)
+    at_target = z.gather(1, onehot)
+    buffer = torch.empty_like(z)
 
     if teacher is not None:
         T, weight = regularizers.temperature, regularizers.lambda_consistency * regularizers.temperature
         teacher -= teacher.amax(dim=1, keepdim=True)
-        difference = teacher - z  # (m, V)
+        difference = torch.sub(teacher, z, out=buffer)
         teacher_p = teacher.div_(T).exp_()
         teacher_sum = teacher_p.sum(dim=1, keepdim=True)
-        cross = difference.mul_(teacher_p).sum(dim=1, keepdim=True) / (T * teacher_sum)
-        student_p = torch.div(z, T, out=difference).exp_()
+        cross = torch.linalg.vecdot(difference, teacher_p)[:, None] / (T * teacher_sum)
+        student_p = torch.div(z, T, out=buffer).exp_()
         student_sum = student_p.sum(dim=1, keepdim=True)
         sums[1] += T**2 * (cross + student_sum.log() - teacher_sum.log()).sum()
         if needs_gradient:
             # T·(softmax(z/T) − softmax(z_P/T)), in the teacher's buffer
             consistency_gradient = teacher_p.mul_(-weight / teacher_sum).addcmul_(student_p, weight / student_sum)
-        buffer = difference
-    else:
-        buffer = torch.empty_like(z)
 
-    p = torch.exp(z, out=buffer)
+    over_vocabulary = regularizers is not None and regularizers.entropy_top_k is None
+    if over_vocabulary:
+        buffer.copy_(z)
+    p = z.exp_()
     p_sum = p.sum(dim=1, keepdim=True)
-    sums[0] += (p_sum.log() - z.gather(1, onehot)).sum()
-    if needs_gradient:
-        p /= p_sum
-    if regularizers is not None and regularizers.entropy_top_k is None:
-        log_p = z.sub_(p_sum.log())
-        full_p = p if needs_gradient else p / p_sum
-        negative_entropy = torch.linalg.vecdot(full_p, log_p)[:, None]
+    sums[0] += (p_sum.log() - at_target).sum()
+    p /= p_sum
+    if over_vocabulary:
+        log_p = buffer.sub_(p_sum.log())
+        negative_entropy = torch.linalg.vecdot(p, log_p)[:, None]
         sums[2] += negative_entropy.sum()
-        if needs_gradient and regularizers.lambda_diversity > 0:
+        if regularizers.lambda_diversity > 0:
             # p + λ₂·p·(log p + H), still without the one-hot
             p.mul_(log_p.sub_(negative_entropy).mul_(regularizers.lambda_diversity).add_(1.0))
     if needs_gradient:
@@ -911,7 +918,6 @@ def _token_terms(
         sums[2] += negative_entropy.sum()
         if needs_gradient and regularizers.lambda_diversity > 0:
             p.scatter_add_(1, top_indices, regularizers.lambda_diversity * q * (log_q - negative_entropy))
-    return p if needs_gradient else None
 
 
 def _top_k(z: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
@@ -936,20 +942,33 @@ def _logits(hidden: Tensor, head_weight: Tensor, dtype: torch.dtype) -> Tensor:
     return (hidden.to(head_weight.dtype) @ head_weight.T).to(dtype)
 
 
-def _chunks(hidden: Tensor, head_weight: Tensor, memory_mib: float) -> Iterator[slice]:
-    """Equal chunks of rows whose three (m, V) buffers fit into the budget."""
-    bytes_per_row = 3 * len(head_weight) * torch.promote_types(hidden.dtype, torch.float32).itemsize
+def _chunks(hidden: Tensor, head_weight: Tensor, num_buffers: int, memory_mib: float) -> Iterator[slice]:
+    """Equal chunks of rows whose (m, V) logits, `num_buffers` of them, fit into the budget."""
+    itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    rounded = 0 if head_weight.dtype.itemsize >= itemsize else head_weight.dtype.itemsize  # what the head itself gives
+    whole_buffer = itemsize if hidden.is_cuda else 0  # see _blocks
+    bytes_per_row = len(head_weight) * (num_buffers * itemsize + rounded + whole_buffer)
     most = max(1, int(memory_mib * 2**20 / bytes_per_row))
     count = math.ceil(len(hidden) / most)
     for index in range(count):
         yield slice(len(hidden) * index // count, len(hidden) * (index + 1) // count)
 
 
+def _blocks(z: Tensor) -> Iterator[slice]:
+    """Blocks of a chunk's rows: the product with the head wants many rows, a dozen passes over them want the cache."""
+    if z.is_cuda:  # as fast as its memory in one block, and each further one is a dozen kernels more
+        yield slice(None)
+        return
+    size = max(1, CACHED_BYTES // (z.shape[1] * z.element_size()))
+    for first in range(0, len(z), size):
+        yield slice(first, first + size)
+
+
 def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_mib: float) -> Tensor:
     """`teacher_confidence` in chunks: one more product with the head, because the whole mean is needed first."""
     dtype = torch.promote_types(teacher_hidden.dtype, torch.float32)
     confidence = torch.empty(len(teacher_hidden), dtype=dtype, device=teacher_hidden.device)
-    for rows in _chunks(teacher_hidden, head_weight, memory_mib):
+    for rows in _chunks(teacher_hidden, head_weight, 3, memory_mib):
         confidence[rows] = teacher_confidence(_logits(teacher_hidden[rows], head_weight, dtype))
     return confidence
 

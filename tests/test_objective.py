@@ -1,6 +1,7 @@
 """The objective without logits against its definition, differentiated by autograd in float64."""
 
 import dataclasses
+import itertools
 import math
 
 import oracle
@@ -57,10 +58,15 @@ def definition(inputs, settings, num_tokens=None):
     return evaluate(lambda h, *rest: train.objective(h @ head.T, *rest), hidden, teacher, targets, settings, count, 2)
 
 
-@pytest.mark.parametrize("memory_mib", [0.001, 0.05, 256.0])  # one token at a time, a few, all
+@pytest.mark.parametrize(
+    ("memory_mib", "cached_bytes"),
+    [(0.001, 2**21), (0.05, 2**21), (256.0, 2**21), (256.0, 5000)],
+    ids=["token_by_token", "chunks", "one_chunk", "blocks"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_values_and_gradient_equal_the_definition(name, shape, memory_mib):
+def test_values_and_gradient_equal_the_definition(name, shape, memory_mib, cached_bytes, monkeypatch):
+    monkeypatch.setattr(train, "CACHED_BYTES", cached_bytes)
     for seed in range(3):
         inputs = make_inputs(shape, seed)
         loss, terms, gradient = fused(inputs, SETTINGS[name], memory_mib)
@@ -183,10 +189,10 @@ def test_top_k_in_two_steps(width, k):
 
 def test_chunks_follow_the_memory_budget():
     hidden, head = torch.zeros(1000, 4), torch.zeros(2**15, 4)
-    for memory in (1.0, 10.0, 100.0, 1e4):
-        rows = [chunk.stop - chunk.start for chunk in train._chunks(hidden, head, memory)]
+    for memory, count in itertools.product((1.0, 10.0, 100.0, 1e4), (1, 2, 3)):
+        rows = [chunk.stop - chunk.start for chunk in train._chunks(hidden, head, count, memory)]
         assert sum(rows) == 1000
-        assert max(rows) * 3 * 2**15 * 4 <= memory * 2**20
+        assert max(rows) * count * 2**15 * 4 <= memory * 2**20
         assert max(rows) - min(rows) <= 1
 
 
