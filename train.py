@@ -860,7 +860,7 @@ def _token_terms(
     sums: Tensor,
     needs_gradient: bool,
 ) -> None:
-    """Adds one block's L_task, L_CR and L_DR, summed over its tokens, to `sums`; z becomes their weighted sum's gradient.
+    """Adds one block's L_task, L_CR and L_DR, summed over its tokens, to `sums`; z becomes the gradient of all three.
 
     Overwrites `z` and `teacher`, (m, V): next to the two there is one more buffer of their size, and nothing else.
 
