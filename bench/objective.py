@@ -10,9 +10,9 @@ the hidden states in it; the head's factor, computed once per model, is not time
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
+from pathlib import Path
 
 import contenders  # first: it makes train.py importable
 import torch
@@ -23,9 +23,14 @@ SHAPES = ["511,49152,576", "1022,49152,576", "512,32000,4096", "2048,256000,3072
 PUBLIC_LIMIT = 2**27  # logits beyond which the public form does not fit beside its copies
 
 
-def resident_peak() -> float:
-    """Peak resident size in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def resident(kind: str) -> float:
+    """This process's resident size in MiB: VmRSS now, VmHWM its peak since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")) / 2**10
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def worker(name: str, shape: tuple[int, int, int], repeats: int, connection) -> None:
@@ -33,12 +38,13 @@ def worker(name: str, shape: tuple[int, int, int], repeats: int, connection) -> 
     num_tokens, vocabulary, width = shape
     torch.manual_seed(0)
     hidden, teacher = torch.randn(num_tokens, width), torch.randn(num_tokens, width)
-    head = torch.randn(vocabulary, width) / width**0.5
+    head = torch.randn(vocabulary, width).div_(width**0.5)
     targets = torch.randint(vocabulary, (num_tokens,))
     # L itself needs V·d² operations once; any (d, d) matrix costs the same per evaluation.
     factor = torch.randn(width, width)
     hidden.requires_grad_()
-    before = resident_peak()
+    reset_peak()
+    before = resident("VmRSS")
 
     def evaluate() -> None:
         hidden.grad = None
@@ -58,7 +64,7 @@ def worker(name: str, shape: tuple[int, int, int], repeats: int, connection) -> 
         started = time.perf_counter()
         evaluate()
         seconds.append(time.perf_counter() - started)
-    connection.send((seconds[1:], resident_peak() - before))
+    connection.send((seconds[1:] or seconds, resident("VmHWM") - before))
 
 
 def measure(name: str, shape: tuple[int, int, int], repeats: int) -> tuple[list[float], float]:
@@ -75,7 +81,7 @@ def measure(name: str, shape: tuple[int, int, int], repeats: int) -> tuple[list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="M,V,D")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="after one to warm up; 0: that one counts")
     args = parser.parse_args()
     print("| M | V | d | public s | ours s | times faster [min, max] | public MiB | ours MiB | share |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -97,7 +103,7 @@ def main() -> None:
                 f"{our_memory / memory:.2f}",
             ]
         print("| " + " | ".join(row) + " |", flush=True)
-    print(f"\nMiB beyond weights and inputs; {args.repeats} evaluations after one to warm up. {contenders.machine()}")
+    print(f"\nMiB beyond weights and inputs; repeats after one to warm up: {args.repeats}. {contenders.machine()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Where one training step of ours goes, by part, beside the floor that its matrix products set.
+
+    python bench/step_parts.py --data FILE.jsonl --fields question answer
+
+The floor of a part is its counted multiply-adds, two operations each, at the rate that one large product of this
+machine reaches in the same run. The last row counts what PEFT's PiSSA with the stock loss multiplies on the same
+sequences, padded: r instead of 2r in the adapters, no teacher, and the head at every position.
+"""
+
+import argparse
+import statistics
+import time
+
+import contenders  # first: it makes train.py importable
+import torch
+from transformers import AutoModelForCausalLM
+
+import train
+
+
+def rate(size: int = 1536, repeats: int = 7) -> float:
+    """Operations per second of a square fp32 product: the median."""
+    a, b = torch.randn(2, size, size)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+class Clock:
+    """Seconds by part; `wrap` times a function's calls."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def wrap(self, part, function):
+        def timed(*args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
+    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
+    parser.add_argument("--fields", nargs=2, default=["question", "response"])
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after one to warm up")
+    args = parser.parse_args()
+
+    path = train.resolve_demo(args.model, "model")
+    tokenizer, _ = train.load_tokenizer_and_config(path)
+    count = (args.steps + 1) * args.batch_size
+    records = train.load_records(train.resolve_demo(args.data, "train")).select(range(2 * count))
+    dataset, _ = train.build_dataset(records, tokenizer, args.fields, args.max_length)
+    examples = [dataset[i] for i in range(count)]
+    batches = [examples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    train.add_adapters(model, "ba-lora", args.rank, args.rank, train.TARGET_MODULES)
+    assert train.enable_packing(model)
+    train.save_activations(model)
+    wrapper = train.BALoRAModel(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
+
+    clock = Clock()
+    of_teacher, from_hidden = wrapper.of_teacher, train.objective_from_hidden
+    wrapper.of_teacher = clock.wrap("teacher, forward", of_teacher)
+    train.objective_from_hidden = clock.wrap("objective", from_hidden)
+    forward = clock.wrap("whole forward", wrapper)
+    rows, rates = [], []
+    for batch in batches:
+        clock.seconds = {}
+        packed = train.PackingCollator()(batch)
+        loss, _ = forward(packed, contenders.REGULARIZERS, len(packed["targets"]), 1)
+        clock.wrap("student, backward", loss.backward)()
+        clock.wrap("AdamW", optimizer.step)()
+        optimizer.zero_grad()
+        seconds = clock.seconds
+        whole = seconds.pop("whole forward")
+        seconds["student, forward"] = whole - seconds["teacher, forward"] - seconds["objective"]
+        rows.append(seconds)
+        rates.append(rate())
+    rows, rates = rows[1:], rates[1:]
+    per_second = statistics.median(rates)
+
+    layers = train.adapter_layers(model).values()
+    body = sum(layer.base.weight.numel() for layer in layers)
+    sides = sum(sum(layer.base.weight.shape) for layer in layers)
+    head = model.get_output_embeddings().weight.numel()
+    timed = batches[1:]
+    tokens = statistics.mean(sum(len(e["input_ids"]) for e in batch) for batch in timed)
+    padded = statistics.mean(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in timed)
+    valid = statistics.mean(sum(label != train.IGNORE_INDEX for e in batch for label in e["labels"]) for batch in timed)
+    r = args.rank
+    # Backward: the gradient of x through W; that of the low-rank input and x through 2r; those of A and B through r.
+    operations = {
+        "teacher, forward": 2 * tokens * body,
+        "student, forward": 2 * tokens * (body + 2 * r * sides),
+        "objective": 3 * 2 * valid * head,
+        "student, backward": 2 * tokens * (body + (2 * r + r) * sides),
+        "AdamW": 0,
+    }
+    peft = 2 * padded * (2 * body + (r + 2 * r) * sides) + 2 * 2 * padded * head
+    print("| part | seconds | share | operations, 10⁹ | floor, seconds |")
+    print("|---|---|---|---|---|")
+    total = statistics.median(sum(row.values()) for row in rows)
+    for part, count in operations.items():
+        median = statistics.median(row[part] for row in rows)
+        print(f"| {part} | {median:.2f} | {median / total:.0%} | {count / 1e9:.0f} | {count / per_second:.2f} |")
+    ours = sum(operations.values())
+    print(f"| whole step | {total:.2f} | | {ours / 1e9:.0f} | {ours / per_second:.2f} |")
+    print(f"| PEFT's PiSSA, stock loss | | | {peft / 1e9:.0f} | {peft / per_second:.2f} |")
+    print(
+        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens ({padded:.0f} padded, {valid:.0f} valid); one product of "
+        f"1,536³ runs at {per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations are not "
+        f"counted. {contenders.machine()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
