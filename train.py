@@ -35,6 +35,7 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -46,10 +47,11 @@ from typing import Any, Literal, TypeVar
 
 import datasets
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -63,7 +65,10 @@ ALPACA_PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
+# The attention and feed-forward projections of Llama, Mistral, Gemma and Qwen2, and their fused forms in Phi-3. The
+# experts of Mixtral are no linear layers in transformers: there, attention alone.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED_TARGET_MODULES = ["qkv_proj", "gate_up_proj"]
 
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
 # takes its value from here.
@@ -120,12 +125,19 @@ class Arguments:
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
+    dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
+    export_from: str | None = option(
+        None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
+    )
 
     # Adapter
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
     rank: int = option(128, "adapter rank r")
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
-    target_modules: list[str] = option(TARGET_MODULES, "names of the linear layers that get an adapter")
+    target_modules: list[str] | None = option(
+        None, "names of the linear layers that get an adapter; None: the model's attention and feed-forward projections"
+    )
+    init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     init_cache: str | None = option(None, "folder that keeps PiSSA's initial factors for the next run")
 
     # Regularizers, for --method ba-lora only; None: the formulation's published value
@@ -157,6 +169,12 @@ class Arguments:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
     seed: int = option(42, "seed of initialisation and data order")
 
+    # Interruptions
+    resume: bool = option(False, "go on from the newest complete checkpoint in --output-dir, or start where none is")
+    save_steps: int = option(100, "optimizer steps between two checkpoints; 0: none, except on SIGTERM and SIGINT")
+    keep_checkpoints: int = option(2, "how many checkpoints are kept")
+    on_nonfinite: Literal["stop", "skip"] = option("stop", "what a NaN or Inf in loss or gradients does to the run")
+
     # Machine
     teacher_cache: str | None = option(
         None, "folder that keeps the teacher's hidden states, so that further epochs, seeds and λs skip its pass"
@@ -164,6 +182,7 @@ class Arguments:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type of base weights and activations; auto: bfloat16 where the GPU has it, else float32"
     )
+    load_in: Literal["4bit", "8bit"] | None = option(None, "quantize the frozen base by bitsandbytes; needs a GPU")
     attn_implementation: str | None = option(None, "attention of transformers: sdpa, eager, flash_attention_2")
     packing: bool = option(True, "lay sequences end to end instead of padding them, where the model can")
     objective_memory: float = option(128.0, "MiB for the objective's chunks of logits; more is a little faster")
@@ -174,6 +193,10 @@ class Arguments:
 
 class UserError(ValueError):
     """A mistake of the user's. The message is one line that names the thing and the remedy; scripts exit with 2."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on, for no mistake of the user's. One line on stderr and exit code 1; checkpoints are kept."""
 
 
 ArgumentsType = TypeVar("ArgumentsType")
@@ -239,6 +262,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunStopped as error:
+        print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -260,10 +286,10 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
-    for name in (*positive, "epochs", "logging_steps", "spectral_k", "objective_memory"):
+    for name in (*positive, "epochs", "logging_steps", "spectral_k", "objective_memory", "keep_checkpoints"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    for name in ("lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k"):
+    for name in ("lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k", "save_steps"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
     if not 0 < args.warmup_fraction <= 1:
@@ -280,8 +306,16 @@ def resolve_arguments(args: Arguments) -> Arguments:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir} is a file")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
-        raise UserError(f"--output-dir {output_dir} is not empty: name another one, or replace it with --overwrite")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (args.overwrite or args.resume or args.dry_run):
+        raise UserError(
+            f"--output-dir {output_dir} is not empty: name another one, go on with --resume, or use --overwrite"
+        )
+    if args.load_in is not None and args.method == "full":
+        raise UserError("--load-in quantizes a frozen base, and --method full trains it")
+    if args.init_adapter is not None and args.method == "full":
+        raise UserError("--init-adapter needs a method with adapters, not full")
     return args
 
 
@@ -408,9 +442,10 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 def _principal_factors_of_all(
     weights: dict[str, Tensor], rank: int, scaling: float, cache: Path | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`principal_factors` of each weight in order, one thread per core: one decomposition alone cannot use them."""
+    """`principal_factors` of each weight in order: shared out among the ranks, or one thread per core."""
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = _dequantized(weight)
         if cache is None:
             return principal_factors(weight, rank, scaling)
         # Under the weight's own content: a stale entry cannot be met.
@@ -424,7 +459,11 @@ def _principal_factors_of_all(
         stored = load_file(file, device=str(weight.device))
         return stored["A"], stored["B"]
 
+    if _num_ranks() > 1:
+        yield from _shared_among_ranks(list(weights.values()), factors, rank)
+        return
     num_threads = torch.get_num_threads()
+    # One decomposition alone cannot use all cores.
     workers = num_threads if all(weight.device.type == "cpu" for weight in weights.values()) else 1
     try:
         torch.set_num_threads(num_threads // workers)
@@ -432,6 +471,111 @@ def _principal_factors_of_all(
             yield from pool.map(factors, weights.values())
     finally:
         torch.set_num_threads(num_threads)
+
+
+def _shared_among_ranks(
+    weights: list[Tensor], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each process decomposes every n-th weight and sends the factors to the others; at most one whole weight each."""
+    me, count = dist.get_rank(), dist.get_world_size()
+    for first in range(0, len(weights), count):
+        group = weights[first : first + count]
+        own = None
+        for owner, weight in enumerate(group):
+            whole = _gathered_by(owner, weight)
+            own = whole if owner == me else own
+        pair = None if own is None else factors(own)
+        del own, whole
+        for owner, weight in enumerate(group):
+            num_out, num_in = shape_of(weight)
+            if owner == me:
+                A, B = pair
+            else:
+                A, B = (torch.empty(shape, device=_device_of(weight)) for shape in ((rank, num_in), (num_out, rank)))
+            dist.broadcast(A, owner)
+            dist.broadcast(B, owner)
+            yield A, B
+
+
+def _dequantized(weight: Tensor) -> Tensor:
+    """A weight of bitsandbytes as plain numbers, any other as it is."""
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB"):  # 8 bit: each row times its scale
+        return weight.CB.float() * weight.SCB[:, None] / 127
+    return weight
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds this parameter in parts, one on each rank."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The whole parameter's shape, partitioned or not."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+def _device_of(parameter: Tensor) -> torch.device:
+    """Where this process computes with the parameter; a partitioned one may be kept elsewhere."""
+    if is_partitioned(parameter) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+def _gathered_by(owner: int, parameter: Tensor) -> Tensor | None:
+    """The whole parameter on process `owner`, None on the others, which hold no more than their part. Collective."""
+    mine = dist.get_rank() == owner
+    if not is_partitioned(parameter):
+        return parameter if mine else None
+    part = parameter.ds_tensor.detach().to(_device_of(parameter))
+    parts = part.new_empty(dist.get_world_size() * part.numel()) if mine else None
+    # As bytes, which every backend can send, whatever the type.
+    receive = list(parts.view(torch.uint8).chunk(dist.get_world_size())) if mine else None
+    dist.gather(part.view(torch.uint8), receive, dst=owner)
+    return parts[: parameter.ds_numel].view(parameter.ds_shape) if mine else None
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, every process holds these parameters whole. Collective; nothing to do but under ZeRO-3."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(partitioned):
+        yield
+
+
+@contextlib.contextmanager
+def gathered_module_by_module(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` runs before DeepSpeed has wrapped it: each module holds its own parameters while it runs."""
+    held: dict[nn.Module, contextlib.ExitStack] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        held[module] = contextlib.ExitStack()
+        held[module].enter_context(gathered(module.parameters(recurse=False)))
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        held.pop(module).close()
+
+    handles = []
+    for module in model.modules():
+        if any(is_partitioned(parameter) for parameter in module.parameters(recurse=False)):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -443,15 +587,38 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def find_target_modules(model: nn.Module, target_modules: list[str], rank: int) -> dict[str, nn.Linear]:
+def default_target_modules(model: nn.Module) -> list[str]:
+    """The names of TARGET_MODULES and their fused forms that `model` has.
+
+    Raises:
+        UserError: none.
+    """
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = [name for name in (*TARGET_MODULES, *FUSED_TARGET_MODULES) if name in linear]
+    if not found:
+        known = ", ".join(sorted(linear))
+        raise UserError(f"no known projection in {type(model).__name__}: name --target-modules among {known}")
+    return found
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The whole parameter on every process: itself, or under ZeRO-3 a copy. Collective."""
+    with gathered([parameter]):
+        return parameter.detach().clone() if is_partitioned(parameter) else parameter.detach()
+
+
+def find_target_modules(model: nn.Module, target_modules: list[str] | None, rank: int) -> dict[str, nn.Linear]:
     """The linear layers of `model` that an entry of `target_modules` names, by their last name or a dotted suffix.
+
+    Args:
+        target_modules: None: `default_target_modules`.
 
     Raises:
         UserError: an entry matches nothing, or `rank` is larger than a layer's smaller side.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
-    for target in target_modules:
+    for target in default_target_modules(model) if target_modules is None else target_modules:
         matches = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not matches:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
@@ -469,16 +636,20 @@ def add_adapters(
     method: str,
     rank: int,
     alpha: float,
-    target_modules: list[str],
+    target_modules: list[str] | None,
     *,
+    initial: dict[str, tuple[Tensor, Tensor]] | None = None,
     cache: Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Freezes `model` and puts a LoRALinear in the place of each target layer, in place; returns `model`.
 
+    Under torch.distributed every process calls this: PiSSA's decompositions are shared out among them.
+
     Args:
         method: lora; pissa or ba-lora (the same adapter: PiSSA's); full adds nothing and leaves everything trainable.
         alpha: the adapter acts with s = alpha / rank.
+        initial: PiSSA's A₀ and B₀ by layer name, where they are known already.
         cache: folder in which PiSSA's initial factors are kept for the next run.
 
     Raises:
@@ -490,15 +661,17 @@ def add_adapters(
         return model.requires_grad_(True)
     found = find_target_modules(model, target_modules, rank)
     model.requires_grad_(False)
-    initial: Iterable[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
-    if method != "lora":
+    factors: Iterable[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
+    if method != "lora" and initial is not None:
+        factors = [initial[name] for name in found]
+    elif method != "lora":
         weights = {name: module.weight for name, module in found.items()}
-        initial = _principal_factors_of_all(weights, rank, alpha / rank, cache)
+        factors = _principal_factors_of_all(weights, rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
-    # `initial` first: zip then runs it to its end, where it gives the threads back.
-    for factors, (name, module) in zip(initial, found.items(), strict=False):
+    # `factors` first: zip then runs it to its end, where it gives the threads back.
+    for pair, (name, module) in zip(factors, found.items(), strict=False):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, factors))
+        setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, pair))
         bar.update()
     bar.close()
     return model
@@ -1242,10 +1415,10 @@ class TeacherCache:
         """
         counts = [sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]]
         self.offsets = [0, *itertools.accumulate(counts)]
-        self.width = model.get_output_embeddings().weight.shape[1]
+        self.width = shape_of(model.get_output_embeddings().weight)[1]
         parameter = model.get_input_embeddings().weight
-        self.device, dtype = parameter.device, parameter.dtype
-        base = (tensor for name, tensor in model.named_parameters() if "lora_" not in name)
+        self.device, dtype = _device_of(parameter), parameter.dtype
+        base = (_whole(tensor) for name, tensor in model.named_parameters() if "lora_" not in name)
         rows = (torch.tensor(row) for name in ("input_ids", "labels") for row in dataset[name])
         path = folder / f"teacher-{fingerprint(itertools.chain(base, rows))[:32]}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -1299,6 +1472,9 @@ class BALoRAModel(nn.Module):
         self.objective_memory = objective_memory
         self.head_is_linear = head_is_linear(model)
         self._head_factor: Tensor | None = None
+        if self.head_is_linear:
+            head = model.get_output_embeddings()
+            head.forward = functools.partial(_head_forward, head)
 
     @property
     def is_fused(self) -> bool:
@@ -1324,10 +1500,13 @@ class BALoRAModel(nn.Module):
         rest = (inputs["targets"], regularizers, num_tokens, num_micro_batches)
         if not self.is_fused:
             return objective(states(inputs), teacher, *rest)
-        weight = self.model.get_output_embeddings().weight
-        if regularizers is not None and self._head_factor is None:
-            self._head_factor = head_factor(weight)
-        return objective_from_hidden(states(inputs), teacher, weight, self._head_factor, *rest, self.objective_memory)
+
+        def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
+            if regularizers is not None and self._head_factor is None:
+                self._head_factor = head_factor(weight)
+            return objective_from_hidden(hidden, teacher, weight, self._head_factor, *rest, self.objective_memory)
+
+        return self.model.get_output_embeddings()(states(inputs), fused)
 
     def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states at the valid positions, (M, d)."""
@@ -1356,6 +1535,11 @@ class BALoRAModel(nn.Module):
         self.model.gradient_checkpointing_enable(**kwargs)
 
 
+def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+    """Logits, or `function` of states and weight: ZeRO-3 holds a weight whole only while its own module runs."""
+    return F.linear(hidden, head.weight) if function is None else function(hidden, head.weight)
+
+
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the causal language model itself takes."""
     names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths")
@@ -1374,10 +1558,11 @@ def head_is_linear(model: transformers.PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    input_ids = torch.arange(8, device=head.weight.device)[None] % model.config.vocab_size
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-3, atol=1e-5)
+    input_ids = torch.arange(8, device=_device_of(head.weight))[None] % model.config.vocab_size
+    with gathered_module_by_module(model):
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)
 
 
 def attend_per_sequence(
@@ -1421,7 +1606,7 @@ def enable_packing(model: transformers.PreTrainedModel) -> bool:
     before = model.config._attn_implementation
     # FlashAttention has a form for packed sequences of its own.
     packable = before if before == "flash_attention_2" else PER_SEQUENCE
-    device = model.get_input_embeddings().weight.device
+    device = _device_of(model.get_input_embeddings().weight)
     examples = [{"input_ids": list(range(2, 2 + n)), "labels": list(range(2, 2 + n))} for n in (3, 5)]
     collate = PackingCollator()
 
@@ -1431,7 +1616,7 @@ def enable_packing(model: transformers.PreTrainedModel) -> bool:
         return model.get_decoder()(**_model_inputs(moved), use_cache=False).last_hidden_state.float()
 
     fits = False
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+    with contextlib.suppress(TypeError, ValueError, RuntimeError), gathered_module_by_module(model):
         model.set_attn_implementation(packable)
         packed = states(examples)
         model.set_attn_implementation(before)
@@ -1511,12 +1696,12 @@ def save_activations(model: nn.Module) -> int:
         elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
             if module.weight.requires_grad:
                 continue
-            lean, width = _lean_norm, len(module.weight)
+            lean, width = _lean_norm, shape_of(module.weight)[0]
         else:
             continue
         parameter = next(module.parameters())
-        x = torch.linspace(-2, 2, 3 * width, device=parameter.device).view(3, width).to(parameter.dtype)
-        with torch.no_grad():
+        x = torch.linspace(-2, 2, 3 * width, device=_device_of(parameter)).view(3, width).to(parameter.dtype)
+        with torch.no_grad(), gathered(module.parameters()):
             if torch.allclose(lean(module, x).float(), module(x).float(), rtol=1e-2, atol=1e-4):
                 module.forward = functools.partial(lean, module)
                 count += 1
@@ -1529,13 +1714,20 @@ def save_activations(model: nn.Module) -> int:
 
 
 class BALoRATrainer(Trainer):
-    """The transformers Trainer with BA-LoRA's objective, one definition of the mean, and the terms' metrics."""
+    """The transformers Trainer with BA-LoRA's objective, one definition of the mean, the terms' metrics, checkpoints of
+    what is trained that are complete or not there, and a guard against NaN and Inf."""
 
     def __init__(self, *, arguments: Arguments, **kwargs: Any):
         super().__init__(**kwargs)
         self.arguments = arguments
         self.loss_is_scaled_for_ga = True  # `objective` normalises over the whole optimizer step
+        self.interruption = _Interruption()
+        self.add_callback(self.interruption)
+        self.skipped_steps = 0
         self._num_micro_batches = 1
+        self._staging: Path | None = None
+        self._tr_loss = torch.zeros(())  # the Trainer's own, before it starts
+        self._micro_batches: list[tuple[dict[str, float | Tensor], list[int]]] = []  # of the step under way
         self._sums: dict[str, float | Tensor] = {}
         self._reset_clock()
 
@@ -1543,15 +1735,34 @@ class BALoRATrainer(Trainer):
         self._sums = {}
         self._last_log = (time.monotonic(), self.state.global_step)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # DeepSpeed would insist on the base weights, which no checkpoint holds.
+        deepspeed = self.is_deepspeed_enabled and resume_from_checkpoint is not None
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if deepspeed else resume_from_checkpoint
+        )
+        if deepspeed:
+            self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        zero = getattr(self.model_wrapped, "optimizer", None)
+        if hasattr(zero, "check_grad_overflow"):
+            zero.check_grad_overflow = True  # ZeRO-2 looks for NaN in bf16 alone, and steps on it in fp32
+        self._reset_clock()
+        return prepared
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], int]:
         """One optimizer step's micro-batches, and its number of valid tokens over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        counts = torch.tensor([sum(len(batch["targets"]) for batch in batches), len(batches)], device=device)
+        num_tokens = sum(len(batch["targets"]) for batch in batches)
+        counts = torch.tensor([num_tokens, len(batches), self.interruption.signal], device=device)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        num_tokens, self._num_micro_batches = counts.tolist()
+        num_tokens, self._num_micro_batches, signals = counts.tolist()
+        self.interruption.agreed = signals > 0  # all ranks stop after the same step
+        self._micro_batches = []
+        self._before_step = (self._tr_loss.clone(), dict(self._sums))
         return batches, num_tokens
 
     def compute_loss(
@@ -1565,14 +1776,111 @@ class BALoRATrainer(Trainer):
         if self.arguments.method == "ba-lora":
             regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
         loss, terms = model(inputs, regularizers, num_items_in_batch, self._num_micro_batches)
+        self._micro_batches.append((terms, inputs["example_ids"]))
         mask = inputs.get("attention_mask")
-        terms["tokens"] = inputs["input_ids"].numel() if mask is None else mask.sum()
+        terms = terms | {"tokens": inputs["input_ids"].numel() if mask is None else mask.sum()}
         # Kept as tensors: reading them here would make the device wait at every micro-step.
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         # Gradients are averaged over ranks, but the parts of the loss add up.
         loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The norm, after the guard: NaN or Inf anywhere in the step's terms or gradients stops the run or skips the
+        step. The one place between the gradients and the optimizer's step that the Trainer leaves open."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        values = [value for terms, _ in self._micro_batches for value in terms.values()]
+        total = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values]).sum()
+        total = total + torch.as_tensor(grad_norm, device=self.args.device).float()
+        if getattr(getattr(self.model_wrapped, "optimizer", None), "overflow", False):  # DeepSpeed's own verdict
+            total = total + math.inf
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        if math.isfinite(total.item()):
+            return grad_norm
+        found = self._describe_nonfinite()
+        if self.arguments.on_nonfinite == "stop":
+            kept = newest_checkpoint(self.args.output_dir)
+            raise RunStopped(
+                f"NaN or Inf in step {self.state.global_step + 1}: {found}; the last checkpoint is "
+                f"{kept if kept else 'none'}; --on-nonfinite skip leaves such steps out"
+            )
+        self.skipped_steps += 1
+        if self.is_world_process_zero():
+            print(f"note: step {self.state.global_step + 1} skipped, NaN or Inf in {found}", file=sys.stderr)
+        # The log's means leave the step out too.
+        self._tr_loss, self._sums = self._before_step
+        self._globalstep_last_logged += 1
+        self._last_log = (self._last_log[0], self._last_log[1] + 1)
+        model.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient; DeepSpeed has skipped by itself
+        return 0.0
+
+    def _describe_nonfinite(self) -> str:
+        """The terms that are NaN or Inf with their examples' places in the data; this rank's."""
+        for terms, example_ids in self._micro_batches:
+            names = [name for name, value in terms.items() if not math.isfinite(float(value))]
+            if names:
+                return f"{', '.join(names)}, in the examples {example_ids}"
+        every = [index for _, example_ids in self._micro_batches for index in example_ids]
+        where = "the gradients" if self.accelerator.num_processes == 1 else "the gradients, or another rank's terms"
+        return f"{where}, in the examples {every}"
+
+    # Checkpoints: the Trainer's own files, but only what is trained; written elsewhere and moved to their place.
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        tensors = trained_tensors(self.model.model)
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, Path(output_dir) / TRAINED_TENSORS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained_tensors(self.model.model, load_file(Path(resume_from_checkpoint) / TRAINED_TENSORS))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / "checkpoints"
+        final = folder / f"checkpoint-{self.state.global_step}"
+        if final.exists():
+            return
+        problem = ""
+        self._staging = folder / INCOMPLETE
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal_checkpoint(self._staging / final.name, checkpoint_identity(self.arguments, self.args.world_size))
+                (self._staging / final.name).rename(final)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
+            problem = _first_line(error)
+            if self.accelerator.num_processes > 1 and not self.args.should_save:
+                raise
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        if problem:
+            kept = newest_checkpoint(self.args.output_dir)
+            print(
+                f"warning: the checkpoint of step {self.state.global_step} could not be written ({problem}); "
+                f"{'the last one is ' + str(kept) if kept else 'there is none yet'}",
+                file=sys.stderr,
+            )
+        elif self.args.should_save:
+            for old in complete_checkpoints(self.args.output_dir)[self.arguments.keep_checkpoints :]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms, the λs, tokens per second and peak memory to a training step's log; writes metrics.jsonl."""
@@ -1590,6 +1898,42 @@ class BALoRATrainer(Trainer):
         if self.is_world_process_zero():
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")
+
+
+class _Interruption(transformers.TrainerCallback):
+    """SIGTERM and SIGINT: the step is finished, a checkpoint saved, the training ended. A second one leaves at once.
+
+    Attributes:
+        signal: the number of the signal that came, 0 before.
+        agreed: whether it has come to any rank, as of the step under way.
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self.agreed = False
+        self._came_at = 0.0
+
+    def _receive(self, number: int, frame: Any) -> None:
+        # Launchers pass on what the terminal sends to all of them anyway: the same signal twice at once is one.
+        if self.signal and time.monotonic() - self._came_at > 2:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self._came_at = number, time.monotonic()
+            print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Inside, the signals are taken this way."""
+        handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed or (self.signal and args.world_size == 1):
+            self.agreed = control.should_training_stop = control.should_save = True
 
 
 def peak_memory_gib() -> float:
@@ -1610,6 +1954,131 @@ class _ProgressBar(transformers.ProgressCallback):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Checkpoints: what is trained and PiSSA's initial factors, the optimizer, the scheduler, random states, the position in
+# the data. Never the base weights.
+# ------------------------------------------------------------------------------------------------------------------
+
+TRAINED_TENSORS = "trained.safetensors"
+MANIFEST = "manifest.json"
+INCOMPLETE = ".incomplete"
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters in full precision and PiSSA's frozen factors, whole, on the CPU. Collective."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[name] = _master(parameter)
+    for name, layer in adapter_layers(model).items():
+        if layer.initial_A is not None:
+            tensors |= {f"{name}.initial_A": layer.initial_A, f"{name}.initial_B": layer.initial_B}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """The parameter as the optimizer keeps it: DeepSpeed has a copy in fp32, in parts."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter
+
+
+@torch.no_grad()
+def load_trained_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts `trained_tensors` of a model of the same shape into `model`.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(tensors[name])
+    for name, layer in adapter_layers(model).items():
+        if layer.initial_A is not None:
+            layer.initial_A.copy_(tensors[f"{name}.initial_A"])
+            layer.initial_B.copy_(tensors[f"{name}.initial_B"])
+
+
+def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A₀ and B₀ by layer among `trained_tensors`."""
+    names = [name.removesuffix(".initial_A") for name in tensors if name.endswith(".initial_A")]
+    return {name: (tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"]) for name in names}
+
+
+def checkpoint_identity(args: Arguments, world_size: int) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    names = (
+        "model",
+        "model_revision",
+        "data",
+        "data_subset",
+        "split",
+        "fields",
+        "max_examples",
+        "max_length",
+        "method",
+    )
+    names += ("rank", "alpha", "target_modules", "formulation", "epochs", "max_steps", "batch_size")
+    names += ("gradient_accumulation", "learning_rate", "lr_scheduler", "seed")
+    identity = {name: getattr(args, name) for name in names}
+    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
+    return identity | {"processes": world_size, "zero_stage": zero.get("stage", 0)}
+
+
+def seal_checkpoint(folder: Path, identity: dict[str, Any]) -> None:
+    """Writes the manifest, and everything through to the disk: what is renamed after this is complete."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"identity": identity, "sizes": sizes}, indent=2) + "\n")
+    for file in (*files, manifest, folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> str | None:
+    """Why the checkpoint cannot be used, in a few words; None where it can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sizes, theirs = manifest["sizes"], manifest["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has no readable manifest"
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return f"{name} is cut short or missing"
+    for name, value in (identity or {}).items():
+        if theirs.get(name) != value:
+            return f"it belongs to a run with {name} = {theirs.get(name)}, not {value}"
+    return None
+
+
+def complete_checkpoints(output_dir: str | Path, identity: dict[str, Any] | None = None) -> list[Path]:
+    """The usable checkpoints of a run, the newest first; of `identity`, where it is given."""
+    return [folder for folder in _all_checkpoints(output_dir) if checkpoint_problem(folder, identity) is None]
+
+
+def _all_checkpoints(output_dir: str | Path) -> list[Path]:
+    folders = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
+    numbered = [folder for folder in folders if folder.name.partition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda folder: int(folder.name.partition("-")[2]), reverse=True)
+
+
+def newest_checkpoint(
+    output_dir: str | Path, identity: dict[str, Any] | None = None, *, verbose: bool = False
+) -> Path | None:
+    """The newest usable checkpoint; with `verbose`, says which newer ones were passed over and why."""
+    for folder in _all_checkpoints(output_dir):
+        problem = checkpoint_problem(folder, identity)
+        if problem is None:
+            return folder
+        if verbose:
+            print(f"note: {folder} is passed over: {problem}", file=sys.stderr)
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Export
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1623,6 +2092,9 @@ def export_adapter(model: nn.Module, folder: Path, base_model: str, target_modul
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
     rank = len(A)
+    metadata = {"format": "pt"}
+    if layer.initial_A is not None:
+        metadata["principal_rank"] = str(len(layer.lora_A))  # of the stacked rank, how much is trained
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -1638,8 +2110,107 @@ def export_adapter(model: nn.Module, folder: Path, base_model: str, target_modul
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def adapter_card(args: Arguments) -> str:
+    """README.md of an exported adapter: what it is, on which base, how trained, how loaded."""
+    rank = args.rank if args.method == "lora" else 2 * args.rank
+    front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
+    settings = {
+        "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
+        "method": args.method + (f", formulation {args.formulation}" if args.method == "ba-lora" else ""),
+        "data": f"{args.data}, fields {', '.join(args.fields)}",
+        "rank, alpha": f"{args.rank}, {args.alpha:g}"
+        + (f"; stored as a LoRA of rank {rank}" if rank != args.rank else ""),
+        "target modules": ", ".join(args.target_modules),
+        "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
+    }
+    if args.method == "ba-lora":
+        names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
+        settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
+    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} adapter of {args.model}\n\n"
+        "An ordinary LoRA adapter in PEFT's format, for the base model as it is published"
+        + (": the factors are [A; A₀] and [B, −B₀], A₀ and B₀ PiSSA's start.\n\n" if rank != args.rank else ".\n\n")
+        + f"| | |\n|---|---|\n{rows}\n"
+        "```python\nmodel = AutoModelForCausalLM.from_pretrained(base)\n"
+        'model = peft.PeftModel.from_pretrained(model, "this folder")\n```\n\n'
+        f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
+    )
+
+
+@dataclass
+class InitialAdapter:
+    """An adapter in PEFT's format that a run starts from."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    factors: dict[str, tuple[Tensor, Tensor]]  # A (R × in) and B (out × R) by layer name
+    principal_rank: int | None  # ours: the first this many of R are trained, the others are PiSSA's start
+    is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are those of the weight
+
+    def require_fit(self, layers: dict[str, nn.Linear]) -> None:
+        """Raises a UserError where the adapter does not fit the model's target layers."""
+        for name, layer in layers.items():
+            if name not in self.factors:
+                raise UserError(f"--init-adapter {self.folder} has no factors for {name}: an adapter of another model")
+            A, B = self.factors[name]
+            if (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
+                raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
+
+    def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What `trained_tensors` would give for a model that starts from it."""
+        tensors = {}
+        for name, (A, B) in self.factors.items():
+            r = self.rank
+            tensors |= {f"{name}.lora_A": A[:r].contiguous(), f"{name}.lora_B": B[:, :r].contiguous()}
+            if self.principal_rank is not None:
+                initial = (A[r:].contiguous(), -B[:, r:])
+            elif self.is_pissa:
+                initial = principal_factors(_whole(model.get_submodule(name).weight), r, self.alpha / r)
+            else:
+                continue
+            tensors |= {f"{name}.initial_A": initial[0].cpu(), f"{name}.initial_B": initial[1].cpu()}
+        return tensors
+
+
+def read_adapter(folder: Path, method: str) -> InitialAdapter:
+    """Reads a LoRA adapter in PEFT's format.
+
+    Raises:
+        UserError: not such an adapter, or of a kind that this script cannot go on with.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # OSError, JSON's and safetensors' own
+        raise UserError(f"--init-adapter {folder} is no adapter in PEFT's format: {_first_line(error)}") from error
+    start = config.get("init_lora_weights", True)
+    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+        kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise UserError(f"--init-adapter {folder}: {start} starts from random vectors; convert it to a LoRA with PEFT")
+    prefix, factors = "base_model.model.", {}
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            factors[layer.removeprefix(prefix)] = (tensors[name], tensors[f"{layer}.lora_B.weight"])
+    principal_rank = int(metadata["principal_rank"]) if "principal_rank" in metadata else None
+    is_pissa = start == "pissa"
+    if (is_pissa or principal_rank is not None) and method == "lora":
+        raise UserError(f"--init-adapter {folder} is a PiSSA adapter: go on with --method pissa or ba-lora")
+    rank = principal_rank or config["r"]
+    alpha = config["lora_alpha"] * rank / config["r"]
+    targets = sorted({name.rpartition(".")[2] for name in factors})
+    return InitialAdapter(folder, rank, alpha, targets, factors, principal_rank, is_pissa)
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
@@ -1748,11 +2319,13 @@ def training_arguments(args: Arguments, dtype: torch.dtype) -> TrainingArguments
         logging_steps=args.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
-        save_strategy="no",
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
         report_to="tensorboard",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # PiSSA's frozen factors, which no step changes
     )
 
 
@@ -1764,13 +2337,25 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 def main(argv: list[str]) -> None:
     started = time.time()
-    args = resolve_arguments(parse_arguments(Arguments, __doc__, argv))
+    args = parse_arguments(Arguments, __doc__, argv)
+    if args.export_from is not None:
+        export_again(args)
+        return
+    args = resolve_arguments(args)
     model_path = resolve_demo(args.model, "model")
     tokenizer, config = load_tokenizer_and_config(model_path, args.model_revision, args.trust_remote_code)
     with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+    adapter = None
+    if args.init_adapter is not None:
+        adapter = read_adapter(Path(args.init_adapter), args.method)
+        args.rank, args.alpha, args.target_modules = adapter.rank, adapter.alpha, adapter.target_modules
     if args.method != "full":
-        find_target_modules(skeleton, args.target_modules, args.rank)
+        if args.target_modules is None:
+            args.target_modules = default_target_modules(skeleton)
+        found = find_target_modules(skeleton, args.target_modules, args.rank)
+        if adapter is not None:
+            adapter.require_fit(found)
 
     data_path = resolve_demo(args.data, "train")
     records = load_records(data_path, args.split, args.data_subset)
@@ -1780,6 +2365,10 @@ def main(argv: list[str]) -> None:
     dtype = resolve_dtype(args.dtype)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
     trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
+    if args.deepspeed is not None:
+        import deepspeed
+
+        deepspeed.init_distributed()  # ZeRO-3 partitions the weights while they are loaded, and asks how many ranks
     with trainer_args.main_process_first(desc="tokenising"):
         dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
     is_main = trainer_args.process_index == 0
@@ -1789,38 +2378,41 @@ def main(argv: list[str]) -> None:
         raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
 
     output_dir = Path(args.output_dir)
+    checkpoint = None
+    if args.resume:
+        identity = checkpoint_identity(args, trainer_args.world_size)
+        checkpoint = newest_checkpoint(output_dir, identity, verbose=is_main)
+        if is_main:
+            where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
+            print(where, flush=True)
     if is_main:
         if args.overwrite and output_dir.is_dir():
             shutil.rmtree(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(config_text(args))
+        forget_metrics_after(output_dir, checkpoint)
         print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
 
     transformers.set_seed(args.seed)
     # The masters that full fine-tuning needs; with adapters the base is frozen and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
-    model = AutoModelForCausalLM.from_pretrained(
-        model_path,
-        revision=args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        dtype=load_dtype,
-        attn_implementation=args.attn_implementation,
-        use_safetensors=True,
-    )
+    model = load_model(args, model_path, load_dtype)
     use_cache = model.config.use_cache
-    if args.deepspeed is None:
+    partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
+    if not partitioned and args.load_in is None:
         model.to(trainer_args.device)  # so that the decompositions run where they are fast
-    add_adapters(
-        model,
-        args.method,
-        args.rank,
-        args.alpha,
-        args.target_modules,
-        cache=Path(args.init_cache) if args.init_cache else None,
-        progress=is_main,
-    )
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    if checkpoint is not None:
+        tensors = load_file(checkpoint / TRAINED_TENSORS)
+        attach_adapters(model, args, tensors)
+    elif adapter is not None:
+        attach_adapters(model, args, adapter.trained_tensors(model))
+    else:
+        cache = Path(args.init_cache) if args.init_cache else None
+        add_adapters(model, args.method, args.rank, args.alpha, args.target_modules, cache=cache, progress=is_main)
+    if args.deepspeed is not None:
+        round_factors(model, dtype)
+    trainable = sum(shape_of(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(shape_of(parameter).numel() for parameter in model.parameters())
     if is_main:
         share = f"{trainable / 1e6:.2f} M trainable parameters on a model of {skeleton.num_parameters() / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
@@ -1851,14 +2443,21 @@ def main(argv: list[str]) -> None:
     )
     trainer.pop_callback(transformers.ProgressCallback)
     trainer.add_callback(_ProgressBar)
-    result = trainer.train()
+    with trainer.interruption.awaited():
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.interruption.agreed and trainer.state.global_step < trainer.state.max_steps:
+        if is_main:
+            kept = newest_checkpoint(output_dir) or "no checkpoint"
+            print(f"interrupted after step {trainer.state.global_step}: {kept} is what --resume goes on from")
+        sys.exit(128 + (trainer.interruption.signal or signal.SIGTERM))
 
+    # From the published weights, where this model holds parts of them or rounded ones. Every rank has a part to give.
+    rebuild = args.deepspeed is not None or args.load_in is not None
+    tensors = trained_tensors(model) if rebuild else None
     if is_main:
+        if tensors is not None:
+            model = rebuilt_model(args, model_path, dtype, tensors)
         model.config.use_cache = use_cache  # the Trainer switches it off; the exported model generates with it
-        if args.method != "full":
-            export_adapter(model, output_dir / "adapter", model_path, args.target_modules, "CAUSAL_LM")
-        merge_adapters(model).to(dtype).save_pretrained(output_dir / "merged")
-        tokenizer.save_pretrained(output_dir / "merged")
         run = {
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "seed": args.seed,
@@ -1870,17 +2469,136 @@ def main(argv: list[str]) -> None:
             "trainable_parameters": trainable,
             "total_parameters": total,
             "steps": trainer.state.global_step,
+            "skipped_steps": trainer.skipped_steps,
+            "resumed_from": str(checkpoint) if checkpoint else None,
             "train_loss": result.training_loss,
             "train_seconds": result.metrics["train_runtime"],
             "peak_memory_gib": peak_memory_gib(),
         }
+        export_model(model, tokenizer, args, model_path, dtype, output_dir)
         (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
         print(summary(args, run))
 
 
+def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: Any) -> transformers.PreTrainedModel:
+    """The pre-trained model, quantized where --load-in says so."""
+    if args.load_in is not None:
+        if not torch.cuda.is_available():
+            raise UserError(f"--load-in {args.load_in} needs a CUDA GPU and bitsandbytes")
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=args.load_in == "4bit",
+            load_in_8bit=args.load_in == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        model_path,
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        use_safetensors=True,
+        **kwargs,
+    )
+
+
+def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:
+    """`add_adapters` with the factors of `tensors` (see `trained_tensors`) in them, in place; returns `model`."""
+    initial = initial_factors(tensors)
+    method = "lora" if args.method != "full" and not initial else args.method
+    device = next(iter(model.parameters())).device
+    initial = {name: (A.to(device), B.to(device)) for name, (A, B) in initial.items()}
+    add_adapters(model, method, args.rank, args.alpha, args.target_modules, initial=initial)
+    if not any(is_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
+        load_trained_tensors(model, tensors)
+    return model
+
+
+def rebuilt_model(
+    args: Arguments, model_path: str, dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> transformers.PreTrainedModel:
+    """The trained model on the CPU, from the published weights and `trained_tensors`."""
+    transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
+    args = dataclasses.replace(args, load_in=None, attn_implementation=None)
+    return attach_adapters(
+        load_model(args, model_path, torch.float32 if args.method == "full" else dtype), args, tensors
+    )
+
+
+@torch.no_grad()
+def round_factors(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds adapters and PiSSA's frozen factors alike to `dtype`, in which DeepSpeed starts what it trains: rounded
+    apart, B A − B₀A₀ would not be zero at the start."""
+    for layer in adapter_layers(model).values():
+        for factor in (layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B):
+            if factor is not None:
+                factor.copy_(factor.to(dtype))
+
+
+def export_model(
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    args: Arguments,
+    model_path: str,
+    dtype: torch.dtype,
+    output_dir: Path,
+) -> None:
+    """Writes adapter/ and merged/; the adapters are merged away in `model`.
+
+    Raises:
+        RunStopped: the disk does not take them.
+    """
+    try:
+        if args.method != "full":
+            export_adapter(model, output_dir / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+            (output_dir / "adapter" / "README.md").write_text(adapter_card(args))
+        merge_adapters(model).to(dtype).save_pretrained(output_dir / "merged")
+        tokenizer.save_pretrained(output_dir / "merged")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunStopped(
+            f"cannot write the trained model to {output_dir} ({_first_line(error)}); "
+            f"train.py --export-from {output_dir} writes it again from the newest checkpoint"
+        ) from error
+
+
+def export_again(args: Arguments) -> None:
+    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint."""
+    source = Path(args.export_from)
+    if not (source / "config.yaml").is_file():
+        raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
+    output_dir = source if args.output_dir == Arguments.output_dir else Path(args.output_dir)
+    existing = [name for name in ("adapter", "merged") if (output_dir / name).exists()]
+    if existing and not args.overwrite:
+        raise UserError(f"{output_dir / existing[0]} exists: replace it with --overwrite, or name another --output-dir")
+    checkpoint = newest_checkpoint(source, verbose=True)
+    if checkpoint is None:
+        raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
+    run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    model_path = resolve_demo(run.model, "model")
+    tokenizer, _ = load_tokenizer_and_config(model_path, run.model_revision, run.trust_remote_code)
+    dtype = resolve_dtype(run.dtype)
+    model = rebuilt_model(run, model_path, dtype, load_file(checkpoint / TRAINED_TENSORS))
+    for name in existing:
+        shutil.rmtree(output_dir / name)
+    export_model(model, tokenizer, run, model_path, dtype, output_dir)
+    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+
+
+def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
+    """Drops the lines of metrics.jsonl that the resumed run will write again."""
+    path = output_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step and "loss" in json.loads(line)]
+    path.write_text("".join(kept))
+
+
 def config_text(args: Arguments) -> str:
     """The resolved arguments as YAML that `--config` takes."""
-    entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("config", "overwrite")}
+    once = ("config", "overwrite", "resume", "dry_run", "export_from")
+    entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
     return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
         entries, sort_keys=False
     )
