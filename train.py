@@ -2443,8 +2443,17 @@ def main(argv: list[str]) -> None:
     )
     trainer.pop_callback(transformers.ProgressCallback)
     trainer.add_callback(_ProgressBar)
-    with trainer.interruption.awaited():
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with trainer.interruption.awaited():
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:  # the backends have no exception of their own for it
+        if _num_ranks() > 1 and any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
+            kept = newest_checkpoint(output_dir)
+            raise RunStopped(
+                f"rank {trainer_args.process_index} lost another rank after step {trainer.state.global_step} "
+                f"({_first_line(error)}); --resume goes on from {kept if kept else 'the start'}"
+            ) from error
+        raise
     if trainer.interruption.agreed and trainer.state.global_step < trainer.state.max_steps:
         if is_main:
             kept = newest_checkpoint(output_dir) or "no checkpoint"

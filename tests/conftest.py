@@ -1,5 +1,6 @@
 """Tiny random models and a byte-level tokenizer: everything a test needs is made here, nothing is downloaded."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -89,3 +90,33 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def _run_script(script: str, argv: list[str], log: str, file_size: int | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if file_size is not None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    torch.set_num_threads(1)  # so that two runs add up in the same order
+    sys.argv = [f"{script}.py", *argv]
+    module = __import__(script)
+    sys.modules["train"].run_script(module.main)
+
+
+def start_script(
+    script: str, argv: list, log: Path, file_size: int | None = None
+) -> multiprocessing.context.ForkServerProcess:
+    """Runs a script's main in a process of its own, forked from one that has the imports behind it.
+
+    Args:
+        log: gets stdout and stderr.
+        file_size: bytes that a file of the process may have at most: what a full disk does, without one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    process = context.Process(target=_run_script, args=(script, [str(word) for word in argv], str(log), file_size))
+    process.start()
+    return process

@@ -1,0 +1,347 @@
+"""Interruptions: whatever ends a run, what is left is complete, and --resume ends where an uninterrupted run ends."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import make_model, make_tokenizer, start_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import train
+
+SAVE_STEPS = 4
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model and data whose run takes a few seconds: long enough to be killed in."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_model(hidden_size=64, intermediate_size=128, num_hidden_layers=4).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 9)} for i in range(64)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(folder: Path, output: Path, *options) -> list[str]:
+    fixed = ["--model", folder / "base", "--data", folder / "data.jsonl", "--rank", 8, "--learning-rate", 1e-3]
+    fixed += ["--max-steps", STEPS, "--batch-size", 2, "--gradient-accumulation", 2, "--logging-steps", 1]
+    return [str(word) for word in (*fixed, "--save-steps", SAVE_STEPS, "--output-dir", output, *options)]
+
+
+def run(folder: Path, output: Path, *options, file_size: int | None = None) -> tuple[int, str]:
+    """A whole run: its exit code and what it printed."""
+    log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+    process = start_script("train", arguments(folder, output, *options), log, file_size)
+    process.join(120)
+    assert process.exitcode is not None, "the run does not end"
+    return process.exitcode, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    output = folder / "uninterrupted"
+    code, text = run(folder, output)
+    assert code == 0, text
+    return output
+
+
+def adapter_of(output: Path) -> dict[str, bytes]:
+    """The exported adapter, bit for bit. (The file's own header has no fixed order.)"""
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def steps_done(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def saved_step(output: Path) -> int:
+    newest = train.newest_checkpoint(output)
+    return int(newest.name.partition("-")[2]) if newest else 0
+
+
+# ---------------------------------------------------------------------------------------------- killed and resumed
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_kill_9_at_any_moment_and_resume_is_an_uninterrupted_run(trial, folder, uninterrupted):
+    """Seven random moments of the whole run, three while a checkpoint is being written."""
+    output = folder / f"killed-{trial}"
+    process = start_script("train", arguments(folder, output), folder / f"killed-{trial}.log")
+    deadline = time.monotonic() + 60
+    if trial < 7:
+        moment = random.Random(trial).randrange(STEPS)
+        while steps_done(output) < moment and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(random.Random(trial).uniform(0, 0.1))
+    else:
+        incomplete = output / "checkpoints" / train.INCOMPLETE
+        saves = 0
+        while saves < trial - 6 and process.is_alive() and time.monotonic() < deadline:
+            saves += incomplete.is_dir()
+            while saves < trial - 6 and incomplete.is_dir():
+                pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    assert steps_done(output) - saved_step(output) <= SAVE_STEPS
+    code, text = run(folder, output, "--resume")
+    assert code == 0, text
+    assert adapter_of(output) == adapter_of(uninterrupted)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_loses_nothing(number, code, folder, uninterrupted):
+    output = folder / f"signal-{number}"
+    log = folder / f"signal-{number}.log"
+    process = start_script("train", arguments(folder, output), log)
+    while steps_done(output) < 6:
+        time.sleep(0.002)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == code
+    stopped_at = steps_done(output)
+    assert stopped_at < STEPS
+    assert saved_step(output) == stopped_at
+    assert f"interrupted after step {stopped_at}" in log.read_text()
+    assert not (output / "adapter").exists()
+    assert run(folder, output, "--resume")[0] == 0
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_a_second_signal_leaves_at_once(folder, tmp_path):
+    """In a step of a thousand micro-batches, which takes half a minute."""
+    rows = [{"instruction": f"Add {i}", "output": "The sum" + "!" * 300} for i in range(2000)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log, output = tmp_path / "twice.log", tmp_path / "twice"
+    options = ("--data", tmp_path / "data.jsonl", "--gradient-accumulation", 1000)
+    process = start_script("train", arguments(folder, output, *options), log)
+    while "0/24" not in (log.read_text() if log.exists() else ""):  # the progress bar: training has begun
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.is_alive()
+    assert "SIGTERM: stopping after this step" in log.read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(2)
+    assert process.exitcode == 143
+
+
+def test_resume_after_the_end_exports_the_same_again(folder, uninterrupted):
+    output = folder / "again"
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "adapter")
+    code, text = run(folder, output, "--resume")
+    assert code == 0, text
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_resume_without_a_checkpoint_starts(folder, uninterrupted):
+    output = folder / "fresh"
+    output.mkdir()
+    (output / "note.txt").write_text("the user's own")
+    code, text = run(folder, output, "--resume")
+    assert code == 0
+    assert "no usable checkpoint" in text
+    assert adapter_of(output) == adapter_of(uninterrupted)
+    assert (output / "note.txt").exists()
+
+
+# ---------------------------------------------------------------------------------------------- what is on disk
+
+
+def test_a_checkpoint_holds_no_base_weight_and_is_small(uninterrupted):
+    checkpoint = train.newest_checkpoint(uninterrupted)
+    names = set(load_file(checkpoint / train.TRAINED_TENSORS))
+    assert {name.rpartition(".")[2] for name in names} == {"lora_A", "lora_B", "initial_A", "initial_B"}
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert size <= 5 * (uninterrupted / "adapter" / "adapter_model.safetensors").stat().st_size + 10**6
+    assert [path.name for path in train.complete_checkpoints(uninterrupted)] == ["checkpoint-24", "checkpoint-20"]
+
+
+def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uninterrupted, capsys):
+    output = folder / "damaged"
+    shutil.copytree(uninterrupted, output)
+    with open(output / "checkpoints" / "checkpoint-24" / "optimizer.pt", "r+b") as file:
+        file.truncate(100)
+    shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-22")
+    manifest = output / "checkpoints" / "checkpoint-22" / train.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"rank": 8', '"rank": 16'))
+    code, text = run(folder, output, "--resume")
+    assert code == 0, text
+    assert "checkpoint-24 is passed over: optimizer.pt is cut short" in text
+    assert "checkpoint-22 is passed over: it belongs to a run with rank = 16, not 8" in text
+    assert "going on from" in text
+    assert "checkpoint-20" in text.partition("going on from")[2].splitlines()[0]
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterrupted):
+    """Files above 60 kB cannot be written: neither a checkpoint's nor the exported model's."""
+    output = folder / "full-disk"
+    shutil.copytree(uninterrupted, output)
+    for name in ("adapter", "merged"):
+        shutil.rmtree(output / name)
+    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    before = {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()}
+    code, text = run(folder, output, "--resume", file_size=60_000)
+    assert "the checkpoint of step 24 could not be written" in text
+    assert "the last one is" in text
+    assert code == 1
+    assert "cannot write the trained model" in text
+    assert "Traceback" not in text
+    assert {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "ba-lora"])
+def test_export_from_writes_the_same_files_again(method, folder):
+    output = folder / f"export-{method}"
+    assert run(folder, output, "--method", method)[0] == 0
+    log = folder / f"export-{method}.log"
+    process = start_script("train", ["--export-from", output], log)
+    process.join(60)
+    assert process.exitcode == 2
+    assert "exists: replace it with --overwrite" in log.read_text()
+    process = start_script("train", ["--export-from", output, "--output-dir", folder / f"{method}-again"], log)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+    written = [file for name in ("adapter", "merged") for file in (output / name).glob("*") if file.is_file()]
+    assert written
+    for file in written:
+        again = folder / f"{method}-again" / file.relative_to(output)
+        if file.suffix == ".safetensors":
+            assert {name: tensor.numpy().tobytes() for name, tensor in load_file(again).items()} == {
+                name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()
+            }
+        else:
+            assert again.read_bytes() == file.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- NaN and Inf
+
+
+@pytest.fixture(scope="module")
+def poisoned(folder: Path) -> Path:
+    """The model with NaN in the embedding of "?", and data in which one example of sixteen has it."""
+    poisoned = folder / "poisoned"
+    shutil.copytree(folder / "base", poisoned / "base")
+    model = AutoModelForCausalLM.from_pretrained(poisoned / "base", tie_word_embeddings=False)
+    model.get_input_embeddings().weight.data[make_tokenizer()("?")["input_ids"][0]] = float("nan")
+    model.save_pretrained(poisoned / "base")
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "?" * (i == 11)} for i in range(16)]
+    (poisoned / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return poisoned
+
+
+def test_nan_stops_the_run_with_step_term_and_example(poisoned):
+    output = poisoned / "stop"
+    code, text = run(poisoned, output, "--max-steps", 4, "--save-steps", 1)
+    assert code == 1
+    line = next(line for line in text.splitlines() if "stopped:" in line)
+    step = int(line.partition("in step ")[2].partition(":")[0])
+    assert "task" in line
+    assert "11" in line.partition("in the examples")[2]
+    assert saved_step(output) == step - 1 == steps_done(output)
+    assert "Traceback" not in text
+
+
+def test_skip_leaves_the_step_out_and_counts(poisoned):
+    output = poisoned / "skip"
+    options = ("--max-steps", 4, "--save-steps", 1, "--keep-checkpoints", 9, "--on-nonfinite", "skip")
+    code, text = run(poisoned, output, *options)
+    assert code == 0, text
+    step = int(text.partition("note: step ")[2].split()[0])
+    result = json.loads((output / "run.json").read_text())
+    assert (result["steps"], result["skipped_steps"]) == (4, 1)
+    states = {n: load_file(output / "checkpoints" / f"checkpoint-{n}" / train.TRAINED_TENSORS) for n in range(1, 5)}
+    for n in range(2, 5):
+        moved = any(not torch.equal(states[n][name], states[n - 1][name]) for name in states[n])
+        assert moved == (n != step)
+    assert all(tensor.isfinite().all() for tensor in load_file(output / "adapter/adapter_model.safetensors").values())
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(value == value for line in lines for value in line.values())  # no NaN in the log either
+
+
+# ---------------------------------------------------------------------------------------------- a given adapter
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "ours"])
+def test_a_run_starts_where_the_given_adapter_is(kind, folder, uninterrupted, tmp_path):
+    """PEFT's own logits with that adapter are the reference; pre-trained logits with the adapters off."""
+    base = folder / "base"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    input_ids = torch.arange(40)[None]
+    pretrained = model(input_ids).logits
+    if kind == "ours":
+        adapter = uninterrupted / "adapter"
+        peer = peft.PeftModel.from_pretrained(model, adapter)
+    else:
+        config = peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=kind == "lora" or "pissa"
+        )
+        peer = peft.get_peft_model(model, config)
+        for name, parameter in peer.named_parameters():
+            if "lora_" in name:
+                parameter.data += 0.05 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                )
+        adapter = tmp_path / "adapter"
+        peer.save_pretrained(adapter)
+    expected = peer(input_ids).logits
+    assert (expected - pretrained).norm() > 1e-2 * pretrained.norm()
+
+    started = AutoModelForCausalLM.from_pretrained(base)
+    read = train.read_adapter(adapter, "ba-lora")
+    args = train.Arguments(method="ba-lora", rank=read.rank, alpha=read.alpha, target_modules=read.target_modules)
+    read.require_fit(train.find_target_modules(started, read.target_modules, read.rank))
+    train.attach_adapters(started, args, read.trained_tensors(started))
+    assert (started(input_ids).logits - expected).norm() < 1e-4 * expected.norm()
+    with train.adapters_disabled(started):
+        assert torch.equal(started(input_ids).logits, pretrained)
+    code, text = run(folder, tmp_path / "out", "--init-adapter", adapter, "--max-steps", 2)
+    assert code == 0, text
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == (
+        8 if kind == "pissa" else 16 if kind == "ours" else 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ],
+)
+def test_adapters_that_cannot_be_gone_on_with_are_refused(change, expected, uninterrupted, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(uninterrupted / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(train.UserError, match=expected):
+        train.read_adapter(adapter, "ba-lora")
+    (adapter / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(train.UserError, match="no adapter in PEFT's format"):
+        train.read_adapter(adapter, "ba-lora")
+
+
+def test_the_adapter_card_says_what_it_is(folder, uninterrupted):
+    card = (uninterrupted / "adapter" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+    for fact in (str(folder / "base"), "ba-lora", "LoRA of rank 16", "--max-lora-rank 16", str(folder / "data.jsonl")):
+        assert fact in card

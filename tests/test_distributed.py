@@ -1,0 +1,312 @@
+"""Two ranks on the CPU, by the real DeepSpeed and the real torchrun: the same result as one process, whatever happens."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_model, make_tokenizer
+from safetensors.torch import load_file
+
+import train
+
+METHODS = ["full", "lora", "pissa", "ba-lora"]
+LAUNCHERS = {
+    "one process": [sys.executable],
+    "torchrun": ["torchrun", "--nproc_per_node", "2"],
+    "zero2": ["deepspeed", "--no_local_rank", "--num_accelerators", "2"],
+    "zero3": ["deepspeed", "--no_local_rank", "--num_accelerators", "2"],
+}
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(name: str, runs: list[list], folder: Path) -> str:
+    """Makes the runs one after the other; returns what they printed."""
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps([[str(word) for word in argv] for argv in runs]))
+    command = [*LAUNCHERS[name], str(ROOT / "tests" / "distributed_runs.py"), str(file)]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def arguments(folder: Path, output: Path, *options) -> list:
+    fixed = ["--model", folder / "base", "--data", folder / "data.jsonl", "--rank", 4, "--learning-rate", 1e-3]
+    fixed += ["--max-steps", 5, "--batch-size", 2, "--logging-steps", 1, "--regularizer-schedule", "constant"]
+    return [*fixed, "--output-dir", output, *options]
+
+
+def launched(name: str, folder: Path, output: Path, *options) -> list:
+    """The arguments of a run whose optimizer step takes eight sequences under this launcher."""
+    accumulation = ["--gradient-accumulation", 4 if name == "one process" else 2]
+    zero = ["--deepspeed", ROOT / "configs" / f"ds_{name}.json"] if name.startswith("zero") else []
+    return arguments(folder, output, *accumulation, *zero, *options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    make_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(64)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[tuple[str, str], Path]:
+    """Every method under every launcher, five steps; checkpoints of steps 3 and 5."""
+    outputs = {}
+    for name in LAUNCHERS:
+        here = {(name, method): folder / f"{name}-{method}" for method in METHODS}
+        options = ("--save-steps", 3, "--method")
+        launch(name, [launched(name, folder, output, *options, method) for (_, method), output in here.items()], folder)
+        outputs |= here
+    return outputs
+
+
+def movement(output: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The merged weights in one vector, and how far they went from the base, both in float64."""
+    base, merged = load_file(folder / "base/model.safetensors"), load_file(output / "merged/model.safetensors")
+    assert set(base) == set(merged)
+    weights = torch.cat([merged[name].double().flatten() for name in sorted(base)])
+    return weights, weights - torch.cat([base[name].double().flatten() for name in sorted(base)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "one process"])
+def test_two_ranks_end_where_one_process_ends(name, method, runs, folder):
+    """Within 1e-4, of the weights and of what was learnt; the adapters too."""
+    expected, expected_movement = movement(runs["one process", method], folder)
+    actual, actual_movement = movement(runs[name, method], folder)
+    assert expected_movement.norm() > 1e-4 * expected.norm()  # it did learn
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+    assert (actual_movement - expected_movement).norm() < 1e-4 * expected_movement.norm()
+    if method != "full":
+        file = "adapter/adapter_model.safetensors"
+        theirs, ours = load_file(runs["one process", method] / file), load_file(runs[name, method] / file)
+        assert set(theirs) == set(ours)
+        for tensor in theirs:
+            assert (ours[tensor] - theirs[tensor]).norm() <= 1e-4 * theirs[tensor].norm()
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_metrics_count_every_rank(name, runs):
+    def metrics(launcher: str) -> list[dict]:
+        lines = (runs[launcher, "ba-lora"] / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "loss" in row]
+
+    for ours, theirs in zip(metrics(name), metrics("one process"), strict=True):
+        for term in ("loss", "task", "consistency", "diversity", "lambda_consistency", "grad_norm"):
+            assert ours[term] == pytest.approx(theirs[term], rel=1e-4)
+
+
+def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, folder):
+    for name in ("torchrun", "zero2", "zero3"):
+        argvs = []
+        for method in ("full", "ba-lora"):
+            output = folder / f"{name}-{method}-resumed"
+            shutil.copytree(
+                runs[name, method] / "checkpoints" / "checkpoint-3", output / "checkpoints" / "checkpoint-3"
+            )
+            options = ("--save-steps", 3, "--resume", "--method", method)
+            argvs.append(launched(name, folder, output, *options))
+        text = launch(name, argvs, folder)
+        assert text.count("going on from") == 2
+        for method in ("full", "ba-lora"):
+            expected, _ = movement(runs[name, method], folder)
+            actual, _ = movement(folder / f"{name}-{method}-resumed", folder)
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_checkpoint_under_deepspeed_is_small_too(name, runs):
+    checkpoint = train.newest_checkpoint(runs[name, "ba-lora"])
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    adapter = runs[name, "ba-lora"] / "adapter" / "adapter_model.safetensors"
+    assert size <= 5 * adapter.stat().st_size + 10**6
+    held = torch.load(next(checkpoint.rglob("*model_states.pt")), weights_only=False, map_location="cpu")["module"]
+    assert not any(key.endswith("base.weight") or "embed" in key for key in held)
+
+
+def test_nan_stops_or_skips_on_every_rank(folder):
+    """ZeRO-2 in fp32 would step on NaN; NaN comes from one rank's example alone."""
+    poisoned = folder / "poisoned"
+    model = make_model(tie_word_embeddings=False)
+    model.get_input_embeddings().weight.data[make_tokenizer()("?")["input_ids"][0]] = float("nan")
+    model.save_pretrained(poisoned / "base")
+    make_tokenizer().save_pretrained(poisoned / "base")
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "?" * (i == 11)} for i in range(40)]
+    (poisoned / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("torchrun", "zero2", "zero3"):
+        output = poisoned / name
+        launch(name, [launched(name, poisoned, output, "--on-nonfinite", "skip", "--epochs", 1)], poisoned)
+        assert json.loads((output / "run.json").read_text())["skipped_steps"] == 1
+        tensors = load_file(output / "adapter" / "adapter_model.safetensors").values()
+        assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- ZeRO-3 initialisation
+
+MEASURE = """
+import json, sys, threading, time
+sys.path.insert(0, {root!r})
+import deepspeed, torch, transformers
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+import train
+
+deepspeed.init_distributed(dist_backend="gloo")
+keep = HfDeepSpeedConfig({{"zero_optimization": {{"stage": 3}}, "train_micro_batch_size_per_gpu": 1}})
+model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32)
+largest = max(p.ds_numel for p in model.parameters() if len(p.ds_shape) == 2)
+held, most = {{}}, 0
+gathered_by, principal_factors = train._gathered_by, train.principal_factors
+
+def watch(owner, weight):
+    global most
+    whole = gathered_by(owner, weight)
+    if whole is not None:
+        held[id(whole)] = __import__("weakref").ref(whole)
+    most = max(most, sum(ref() is not None for ref in held.values()))
+    return whole
+
+count = 0
+def counted(*args):
+    global count
+    count += 1
+    return principal_factors(*args)
+
+def resident():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+train._gathered_by, train.principal_factors = watch, counted
+open("/proc/self/clear_refs", "w").write("5")
+before = resident()
+train.add_adapters(model, "ba-lora", 4, 4, None)
+grown = resident() - before
+partitioned = all(p.numel() == 0 for n, p in model.named_parameters() if "lora" not in n)
+result = [most, count, grown / (4 * largest), partitioned]
+open(f"{out}/{{dist.get_rank()}}.json", "w").write(json.dumps(result))
+"""
+
+
+def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
+    """Twelve layers of 4 MiB: whole weights alive at once are counted, and the resident peak bounds what is not."""
+    make_model(hidden_size=1024, intermediate_size=1024, num_hidden_layers=4).save_pretrained(tmp_path / "base")
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE.format(root=str(ROOT), base=str(tmp_path / "base"), out=str(tmp_path)))
+    command = ["torchrun", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        most, count, growth, partitioned = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert most == 1
+        assert count == 14  # of 28: shared out
+        assert partitioned
+        # A layer, its Gram matrix, the eigenvectors and the decomposition's workspace; 28 whole layers would be 25 and more.
+        assert growth < 10
+
+
+# ---------------------------------------------------------------------------------------------- two nodes
+
+ADDRESSES = ["10.213.77.1", "10.213.77.2"]
+
+
+@pytest.fixture
+def nodes():
+    """Two network namespaces with an address each, joined by a cable; skipped where they cannot be made."""
+    names = [f"balora{os.getpid() % 10000}n{i}" for i in range(2)]
+
+    def ip(*words: str, check: bool = True) -> bool:
+        return subprocess.run(["ip", *words], capture_output=True, check=check).returncode == 0
+
+    try:
+        made = all(ip("netns", "add", name, check=False) for name in names)
+    except OSError:
+        made = False
+    if not made:
+        pytest.skip("network namespaces cannot be made here")
+    try:
+        ip(
+            "link",
+            "add",
+            f"{names[0]}v",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            f"{names[1]}v",
+            "netns",
+            names[1],
+        )
+        for name, address in zip(names, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}v")
+            ip("-n", name, "link", "set", f"{name}v", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "delete", name, check=False)
+
+
+def start_nodes(nodes: list[str], argv: list, logs: list[Path]) -> list[subprocess.Popen]:
+    """torchrun on each node, as the README has it."""
+    processes = []
+    for rank, (name, log) in enumerate(zip(nodes, logs, strict=True)):
+        command = ["ip", "netns", "exec", name, "torchrun", "--nnodes", "2", "--node_rank", str(rank)]
+        command += ["--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", "29511"]
+        command += [str(ROOT / "train.py"), *map(str, argv)]
+        with open(log, "w") as file:
+            where = environment() | {"GLOO_SOCKET_IFNAME": f"{name}v"}
+            processes.append(subprocess.Popen(command, env=where, cwd=ROOT, stdout=file, stderr=file))
+    return processes
+
+
+def test_two_nodes_end_where_one_process_ends_and_a_lost_rank_ends_both(nodes, runs, folder, tmp_path):
+    output = tmp_path / "two-nodes"
+    argv = launched("torchrun", folder, output, "--method", "ba-lora")
+    for process in start_nodes(nodes, argv, [tmp_path / "a.log", tmp_path / "b.log"]):
+        assert process.wait(120) == 0, (tmp_path / "a.log").read_text()[-2000:]
+    expected, _ = movement(runs["one process", "ba-lora"], folder)
+    actual, _ = movement(output, folder)
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+    output = tmp_path / "lost"
+    options = ("--method", "ba-lora", "--max-steps", 400, "--epochs", 100, "--save-steps", 20)
+    argv = launched("torchrun", folder, output, *options)
+    processes = start_nodes(nodes, argv, [tmp_path / "c.log", tmp_path / "d.log"])
+    deadline = time.monotonic() + 120
+    while train.newest_checkpoint(output) is None:
+        assert time.monotonic() < deadline, (tmp_path / "c.log").read_text()[-2000:]
+        time.sleep(0.1)
+    listed = subprocess.run(["pgrep", "-P", str(processes[1].pid), "-f", "train.py"], capture_output=True, text=True)
+    worker = int(listed.stdout.split()[0])  # of the second node
+    os.kill(worker, signal.SIGKILL)
+    started = time.monotonic()
+    codes = [process.wait(60) for process in processes]
+    assert time.monotonic() - started < 60
+    assert all(code != 0 for code in codes)
+    message = next(line for line in (tmp_path / "c.log").read_text().splitlines() if "stopped:" in line)
+    assert "lost another rank" in message
+    assert "--resume goes on from" in message
+
+    argv = [*argv, "--resume"]
+    for process in start_nodes(nodes, argv, [tmp_path / "e.log", tmp_path / "f.log"]):
+        assert process.wait(200) == 0, (tmp_path / "e.log").read_text()[-2000:]
+    assert "going on from" in (tmp_path / "e.log").read_text()
+    assert json.loads((output / "run.json").read_text())["steps"] == 400
