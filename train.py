@@ -1840,6 +1840,8 @@ class BALoRATrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:  # transformers' own schedule, of which DeepSpeed knows nothing
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -2264,20 +2266,26 @@ def check_checkpoint(name: str) -> None:
 
 
 def load_tokenizer_and_config(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PretrainedConfig]:
+    name: str, revision: str | None = None, trust_remote_code: bool = False, *, needs_all: bool = True
+) -> tuple[transformers.PreTrainedTokenizerBase | None, transformers.PretrainedConfig]:
     """The tokenizer and configuration of a checkpoint.
+
+    Args:
+        needs_all: False: neither weights nor tokenizer need to be there; where it is not, None comes in its place.
 
     Raises:
         UserError: neither a readable folder nor a hub name that answers, or no end-of-sequence token.
     """
-    check_checkpoint(name)
+    if needs_all:
+        check_checkpoint(name)
+    tokenizer = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with contextlib.nullcontext() if needs_all else contextlib.suppress(Exception):
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, and the hub client's own
         raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+    if needs_all and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its configuration")
     return tokenizer, config
 
@@ -2343,7 +2351,9 @@ def main(argv: list[str]) -> None:
         return
     args = resolve_arguments(args)
     model_path = resolve_demo(args.model, "model")
-    tokenizer, config = load_tokenizer_and_config(model_path, args.model_revision, args.trust_remote_code)
+    tokenizer, config = load_tokenizer_and_config(
+        model_path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
+    )
     with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     adapter = None
@@ -2356,6 +2366,10 @@ def main(argv: list[str]) -> None:
         found = find_target_modules(skeleton, args.target_modules, args.rank)
         if adapter is not None:
             adapter.require_fit(found)
+
+    if args.dry_run:
+        print(dry_run(args, skeleton, tokenizer))
+        return
 
     data_path = resolve_demo(args.data, "train")
     records = load_records(data_path, args.split, args.data_subset)
@@ -2487,6 +2501,130 @@ def main(argv: list[str]) -> None:
         export_model(model, tokenizer, args, model_path, dtype, output_dir)
         (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
         print(summary(args, run))
+
+
+# Resident before any weight is there: Python, torch, transformers. Measured on Linux; on a GPU it does not count.
+PROGRAM_BYTES = 0.55 * 2**30
+
+
+def estimated_memory(
+    args: Arguments, skeleton: nn.Module, dtype: torch.dtype, tokens: int, valid: int, num_processes: int
+) -> dict[str, float]:
+    """Bytes per process at the peak of a training step, by part.
+
+    Activations are what the student keeps for its backward pass, counted per token and layer for gated decoders whose
+    attention keeps no matrix of scores: d is the residual stream's width, f the feed-forward's, a and g the widths of
+    queries and of keys, r the adapter's rank.
+
+    Args:
+        skeleton: the model without adapters, on the meta device.
+        tokens, valid: of the largest micro-batch; those at which the objective is computed.
+    """
+    config = skeleton.config
+    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
+    stage = zero.get("stage", 0)
+    split = {name: num_processes if stage >= needed else 1 for name, needed in (("o", 1), ("g", 2), ("w", 3))}
+    total = skeleton.num_parameters()
+    full = args.method == "full"
+    item = dtype.itemsize
+    found = {} if full else find_target_modules(skeleton, args.target_modules, args.rank)
+    trainable = total if full else sum(args.rank * (m.in_features + m.out_features) for m in found.values())
+    base_item = {None: 4 if full and not args.deepspeed else item, "8bit": 1, "4bit": 0.56}[args.load_in]
+    parts = {"weights": total * base_item / split["w"]}
+    if not full:
+        factors = 1 if args.method == "lora" else 2
+        parts["adapters"] = trainable * 4 * factors
+    parts["gradients"] = trainable * (item if args.deepspeed else 4) / split["g"]
+    masters = 4 if args.deepspeed and item < 4 else 0
+    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and torch.cuda.is_available()
+    parts["optimizer"] = 0 if offloaded else trainable * (8 + masters) / split["o"]
+
+    d, layers = config.hidden_size, config.num_hidden_layers
+    f = getattr(config, "intermediate_size", 4 * d)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or d // heads
+    a, g = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+    ranks = args.rank * len(found) / layers
+    attention = 3 * a + 2 * g  # queries, keys, values, what comes out, and its copy for the output projection
+    # Full fine-tuning has transformers' own norms and activations.
+    kept = 8 * d + attention + 4 * f if full else 4 * d + attention + 2 * f + ranks
+    if args.gradient_checkpointing:
+        parts["activations"] = tokens * item * (layers * d + kept)
+    else:
+        parts["activations"] = tokens * item * layers * kept
+    vocabulary = config.vocab_size
+    if full:  # the head is trained: whole logits, their gradient and softmax in fp32
+        parts["objective"] = valid * vocabulary * (3 * 4 + item)
+    else:
+        parts["objective"] = (
+            min(args.objective_memory * 2**20, 2 * valid * vocabulary * 4) + 3 * valid * d * 4 + 12 * d * d
+        )
+    # What a layer's backward pass and the allocator hold beside: a feed-forward's gradients, and a tenth of the whole.
+    parts["transient"] = 4 * tokens * f * item
+    if not torch.cuda.is_available():
+        parts["program"] = PROGRAM_BYTES
+    return parts
+
+
+def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None) -> str:
+    """What a run with these arguments would be: configuration, parameters, memory, disk, steps and tokens."""
+    dtype = resolve_dtype(args.dtype)
+    num_processes = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    lines = [config_text(args), ""]
+    total = skeleton.num_parameters()
+    found = {} if args.method == "full" else find_target_modules(skeleton, args.target_modules, args.rank)
+    trainable = total
+    if found:
+        trainable = sum(args.rank * (module.in_features + module.out_features) for module in found.values())
+    lines.append(f"parameters: {trainable / 1e6:.1f} M trainable, {total / 1e6:.1f} M in the model")
+
+    tokens, valid = args.batch_size * args.max_length, args.batch_size * args.max_length
+    per_step = args.batch_size * args.gradient_accumulation * num_processes
+    try:
+        if tokenizer is None:
+            raise UserError("the model has no tokenizer here")
+        records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset)
+        require_fields(records, args.fields, args.data, "name two of them with --fields")
+        records = records.select(range(min(args.max_examples or len(records), len(records))))
+        dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
+        if len(dataset) == 0:
+            raise UserError(f"no example has a response token within {args.max_length} tokens")
+        lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
+        responses = torch.tensor([sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]])
+        # The largest of the micro-batches that one random order gives.
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(args.seed)).split(args.batch_size)
+        largest = max(order, key=lambda batch: int(lengths[batch].sum()))
+        tokens, valid = int(lengths[largest].sum()), int(responses[largest].sum())
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(len(dataset) / per_step * args.epochs)
+        mean = lengths.float().mean().item()
+        lines.append(
+            f"data: {len(dataset)} examples ({num_dropped} dropped), {mean:.0f} tokens on average, at most "
+            f"{lengths.max()}; {int(responses.sum())} response tokens"
+        )
+        lines.append(
+            f"steps: {steps} of {per_step} sequences ({args.batch_size} x {args.gradient_accumulation} x "
+            f"{num_processes} processes), about {steps * per_step * mean / 1e6:.2f} M tokens"
+        )
+    except UserError as error:
+        known = f"{args.max_steps} steps" if args.max_steps > 0 else "steps not known"
+        lines.append(
+            f"data: not read ({error}); {known}, {per_step} sequences each of at most {args.max_length} tokens"
+        )
+
+    parts = estimated_memory(args, skeleton, dtype, tokens, valid, num_processes)
+    device = "GPU" if torch.cuda.is_available() else "process"
+    lines.append(f"memory per {device}, estimated for a micro-batch of {tokens} tokens in {str(dtype)[6:]}:")
+    lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'together':<12} {sum(parts.values()) / 2**30:8.2f} GiB")
+    adapter = 0 if args.method == "full" else trainable * 4 * (1 if args.method == "lora" else 2)
+    checkpoint = trainable * 12 + (adapter if args.method in ("pissa", "ba-lora") else 0) / 2
+    merged = total * dtype.itemsize
+    checkpoints = (args.keep_checkpoints + 1) * checkpoint
+    lines.append(
+        f"disk: {(checkpoints + adapter + merged) / 2**30:.2f} GiB at most ({args.keep_checkpoints + 1} checkpoints of "
+        f"{checkpoint / 2**30:.2f} GiB, adapter {adapter / 2**30:.2f} GiB, merged model {merged / 2**30:.2f} GiB)"
+    )
+    return "\n".join(lines)
 
 
 def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: Any) -> transformers.PreTrainedModel:
