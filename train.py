@@ -1813,7 +1813,8 @@ class BALoRATrainer(Trainer):
         self._tr_loss, self._sums = self._before_step
         self._globalstep_last_logged += 1
         self._last_log = (self._last_log[0], self._last_log[1] + 1)
-        model.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient; DeepSpeed has skipped by itself
+        if not self.is_deepspeed_enabled:  # which has skipped by itself
+            model.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
         return 0.0
 
     def _describe_nonfinite(self) -> str:
