@@ -1342,23 +1342,47 @@ def build_dataset(
 class PackingCollator:
     """Makes a micro-batch of examples without padding: laid end to end in one row, each with its own positions.
 
-    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints. `valid_positions`, `targets`: see
-    PaddingCollator.
+    What all prompts begin with (the prompt template's head, at least) stands there once, at the front: causal states
+    depend on nothing that follows, so those of a shared beginning are the same in every example.
+
+    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints, each with the shared beginning;
+    `shared_length`: tokens of that. `valid_positions`, `targets`: see PaddingCollator.
     """
 
+    share_beginning: bool = True
+
     def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Any]:
+        shared = shared_beginning(examples) if self.share_beginning else 0
         lengths = [len(example["input_ids"]) for example in examples]
+        starts = [0] + [shared] * (len(examples) - 1)
         # The first label of each example is never a target: position i predicts label i + 1 of the same example.
-        next_token = [label for example in examples for label in [*example["labels"][1:], IGNORE_INDEX]]
+        next_token = [
+            label
+            for example, start in zip(examples, starts, strict=True)
+            for label in [*example["labels"][start + 1 :], IGNORE_INDEX]
+        ]
+        tokens = [token for e, start in zip(examples, starts, strict=True) for token in e["input_ids"][start:]]
+        positions = [torch.arange(start, length) for start, length in zip(starts, lengths, strict=True)]
         valid_positions = torch.tensor([i for i, label in enumerate(next_token) if label != IGNORE_INDEX])
         return {
-            "input_ids": torch.tensor([[token for example in examples for token in example["input_ids"]]]),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "input_ids": torch.tensor([tokens]),
+            "position_ids": torch.cat(positions)[None],
             "sequence_lengths": lengths,
+            "shared_length": shared,
             "valid_positions": valid_positions,
             "targets": torch.tensor(next_token)[valid_positions],
             "example_ids": [example.get("index") for example in examples],
         }
+
+
+def shared_beginning(examples: list[dict[str, list[int]]]) -> int:
+    """How many tokens all examples begin with, short of the first position that predicts a response token."""
+    beginnings = []
+    for example in examples:
+        first = next((i for i, label in enumerate(example["labels"][1:]) if label != IGNORE_INDEX), 0)
+        beginnings.append(example["input_ids"][:first])
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*beginnings, strict=False))
+    return sum(1 for _ in alike) if len(examples) > 1 else 0
 
 
 @dataclass
@@ -1542,7 +1566,7 @@ def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, T
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the causal language model itself takes."""
-    names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths")
+    names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths", "shared_length")
     model_inputs = {name: inputs[name] for name in names if name in inputs}
     if inputs["input_ids"].is_cuda and "sequence_lengths" in inputs:  # FlashAttention's own form of the lengths
         lengths = torch.tensor([0, *inputs["sequence_lengths"]], dtype=torch.int32)
@@ -1574,6 +1598,7 @@ def attend_per_sequence(
     scaling: float | None = None,
     dropout: float = 0.0,
     sequence_lengths: list[int] | None = None,
+    shared_length: int = 0,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -1581,17 +1606,26 @@ def attend_per_sequence(
 
     Args:
         query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
-        sequence_lengths: their sum is the number of tokens; None: one sequence.
+        sequence_lengths: of each sequence; None: one sequence.
+        shared_length: the beginning that all of them have and only the first still holds.
     """
     lengths = sequence_lengths or [query.shape[2]]
     if sliding_window is not None and max(lengths) > sliding_window:
         raise UserError(f"a sequence of {max(lengths)} tokens exceeds the model's window: use --no-packing")
-    outputs = [
-        F.scaled_dot_product_attention(
+    held = [lengths[0], *(length - shared_length for length in lengths[1:])]
+    outputs = []
+    for index, states in enumerate(zip(*(x.split(held, dim=2) for x in (query, key, value)), strict=True)):
+        missing = shared_length if index > 0 else 0
+        if missing:
+            # Queries too: is_causal wants a square, and the beginning is short.
+            states = [
+                torch.cat([x[:, :, :missing], own], dim=2) for x, own in zip((query, key, value), states, strict=True)
+            ]
+        q, k, v = states
+        output = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        ).transpose(1, 2)
-        for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    ]
+        )
+        outputs.append(output[:, :, missing:].transpose(1, 2))
     return torch.cat(outputs, dim=1), None  # (1, tokens, heads, head size)
 
 
@@ -1607,20 +1641,21 @@ def enable_packing(model: transformers.PreTrainedModel) -> bool:
     # FlashAttention has a form for packed sequences of its own.
     packable = before if before == "flash_attention_2" else PER_SEQUENCE
     device = _device_of(model.get_input_embeddings().weight)
-    examples = [{"input_ids": list(range(2, 2 + n)), "labels": list(range(2, 2 + n))} for n in (3, 5)]
-    collate = PackingCollator()
+    examples = [{"input_ids": list(range(2, 2 + n)), "labels": [IGNORE_INDEX] * 3 + [0] * (n - 3)} for n in (5, 8)]
+    collate = PackingCollator(share_beginning=packable == PER_SEQUENCE)
 
     def states(rows: list[dict]) -> Tensor:
         batch = collate(rows)
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return model.get_decoder()(**_model_inputs(moved), use_cache=False).last_hidden_state.float()
+        states = model.get_decoder()(**_model_inputs(moved), use_cache=False).last_hidden_state
+        return states[0, moved["valid_positions"]].float()
 
     fits = False
     with contextlib.suppress(TypeError, ValueError, RuntimeError), gathered_module_by_module(model):
         model.set_attn_implementation(packable)
         packed = states(examples)
         model.set_attn_implementation(before)
-        alone = torch.cat([states([example]) for example in examples], dim=1)
+        alone = torch.cat([states([example]) for example in examples])
         fits = torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
     model.set_attn_implementation(packable if fits else before)
     return fits
@@ -1778,7 +1813,7 @@ class BALoRATrainer(Trainer):
         loss, terms = model(inputs, regularizers, num_items_in_batch, self._num_micro_batches)
         self._micro_batches.append((terms, inputs["example_ids"]))
         mask = inputs.get("attention_mask")
-        terms = terms | {"tokens": inputs["input_ids"].numel() if mask is None else mask.sum()}
+        terms = terms | {"tokens": sum(inputs["sequence_lengths"]) if mask is None else mask.sum()}
         # Kept as tensors: reading them here would make the device wait at every micro-step.
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -2454,7 +2489,10 @@ def main(argv: list[str]) -> None:
         model=wrapped,
         args=trainer_args,
         train_dataset=dataset,
-        data_collator=PackingCollator() if packing else PaddingCollator(pad_token_id),
+        # FlashAttention's form for packed sequences has none for a beginning that stands there once.
+        data_collator=PackingCollator(model.config._attn_implementation == PER_SEQUENCE)
+        if packing
+        else PaddingCollator(pad_token_id),
     )
     trainer.pop_callback(transformers.ProgressCallback)
     trainer.add_callback(_ProgressBar)

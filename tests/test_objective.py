@@ -233,6 +233,10 @@ def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenize
             assert train.enable_packing(model)
         wrapper = train.BALoRAModel(model)
         batch = (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
+        if packed:  # the template's head stands there once
+            assert batch["shared_length"] > 100
+            lengths = [len(example["input_ids"]) for example in examples]
+            assert batch["input_ids"].numel() == sum(lengths) - 2 * batch["shared_length"]
         for layer in train.adapter_layers(model).values():
             layer.lora_B.data += 0.05
         loss, _ = wrapper(batch, ICLR, len(batch["targets"]), 1)
@@ -241,6 +245,40 @@ def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenize
     assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
     for name, gradient in results[0][1].items():
         assert relative_error(results[1][1][name], gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        (["123a", "123b", "12345"], 3),
+        (["1234", "1234"], 3),  # the last prompt token predicts a response token: it stays each example's own
+        (["12", "1234"], 1),
+        (["a1", "b1"], 0),
+        (["1234"], 0),
+        (["", "1234"], 0),
+    ],
+)
+def test_a_beginning_is_shared_short_of_the_first_valid_position(prompts, shared):
+    """Tokens are characters; rebuilt from the packed row, every example is whole and every target in its place."""
+    examples = [
+        {"input_ids": [*map(ord, prompt + "xyz")], "labels": [-100] * len(prompt) + [*map(ord, "xyz")]}
+        for prompt in prompts
+    ]
+    batch = train.PackingCollator()(examples)
+    assert batch["shared_length"] == shared
+    row, positions = batch["input_ids"][0].tolist(), batch["position_ids"][0].tolist()
+    targets = dict(zip(batch["valid_positions"].tolist(), batch["targets"].tolist(), strict=True))
+    head, start = row[:shared], 0
+    for index, (example, length) in enumerate(zip(examples, batch["sequence_lengths"], strict=True)):
+        own = length - (shared if index else 0)
+        before = head if index else []
+        assert before + row[start : start + own] == example["input_ids"]
+        assert positions[start : start + own] == list(range(len(before), length))
+        predicted = [targets.get(i) for i in range(start, start + own)]
+        expected = [label if label != -100 else None for label in example["labels"][len(before) + 1 :]]
+        assert predicted == [*expected, None]
+        start += own
+    assert start == len(row)
 
 
 def test_a_model_that_cannot_be_packed_says_so():
