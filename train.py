@@ -314,6 +314,8 @@ def resolve_arguments(args: Arguments) -> Arguments:
         )
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
+    if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
+        raise UserError(f"--load-in {args.load_in} needs a CUDA GPU and bitsandbytes")
     if args.init_adapter is not None and args.method == "full":
         raise UserError("--init-adapter needs a method with adapters, not full")
     return args
@@ -2200,6 +2202,9 @@ class InitialAdapter:
             A, B = self.factors[name]
             if (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
+        beyond = sorted(self.factors.keys() - layers.keys())
+        if beyond:
+            raise UserError(f"--init-adapter {self.folder} has factors for {beyond[0]}, which this model lacks")
 
     def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What `trained_tensors` would give for a model that starts from it."""
@@ -2669,8 +2674,6 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
 def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: Any) -> transformers.PreTrainedModel:
     """The pre-trained model, quantized where --load-in says so."""
     if args.load_in is not None:
-        if not torch.cuda.is_available():
-            raise UserError(f"--load-in {args.load_in} needs a CUDA GPU and bitsandbytes")
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=args.load_in == "4bit",
             load_in_8bit=args.load_in == "8bit",

@@ -7,8 +7,9 @@ import sys
 import gsm8k
 import pytest
 import report
+import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, make_model
 
 import train
 
@@ -65,11 +66,45 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--max-examples", "0"], "--max-examples"),
         (["--deepspeed", "nowhere.json"], "nowhere.json"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "--overwrite"], "--resume goes on with what --overwrite deletes"),
+        (["--save-steps", "-1"], "--save-steps"),
+        (["--keep-checkpoints", "0"], "--keep-checkpoints"),
+        (["--on-nonfinite", "ignore"], "ignore"),
+        (["--export-from", "nowhere"], "no config.yaml there"),
+        (["--init-adapter", "nowhere"], "nowhere is no adapter in PEFT's format"),
+        (["--init-adapter", "nowhere", "--method", "full"], "--init-adapter needs a method with adapters"),
+        (["--load-in", "4bit", "--method", "full"], "--load-in quantizes a frozen base"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments(options, expected, train_error):
     assert expected in train_error(*options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can quantize")
+def test_quantization_without_a_gpu(train_error):
+    assert "needs a CUDA GPU" in train_error("--load-in", "8bit")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"hidden_size": 64}, "has another size than this model's"),
+        ({"num_hidden_layers": 1}, "has no factors for model.layers.1"),
+        ({"num_hidden_layers": 3}, "has factors for model.layers.2"),
+    ],
+)
+def test_an_adapter_of_another_model(overrides, expected, train_error, tmp_path):
+    other = make_model(**overrides)
+    train.add_adapters(other, "pissa", 4, 4, train.TARGET_MODULES)
+    train.export_adapter(other, tmp_path / "adapter", "other", train.TARGET_MODULES, "CAUSAL_LM")
+    assert expected in train_error("--init-adapter", tmp_path / "adapter")
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_export(train_error, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "checkpoint-3").mkdir(parents=True)  # begun, never completed
+    (tmp_path / "run" / "config.yaml").write_text("rank: 4\n")
+    assert "no complete checkpoint" in train_error("--export-from", tmp_path / "run", "--output-dir", tmp_path / "new")
 
 
 def test_no_model_and_no_data(monkeypatch, capsys):

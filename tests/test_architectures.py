@@ -1,0 +1,222 @@
+"""Each class of decoder: train, export, load in PEFT on the unmodified base, merge, generate. Then the dry run's
+figures against published counts and measured peaks, and SmolLM2's exports in the real vLLM."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_tokenizer, relative_error
+
+import train
+from data import demo
+
+SHAPE = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+}
+SEVEN = train.TARGET_MODULES
+ATTENTION = SEVEN[:4]
+# Configuration, and the target modules that are to be found without being named.
+ARCHITECTURES = {
+    "llama": (transformers.LlamaConfig(**SHAPE), SEVEN),
+    "llama-tied": (transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True), SEVEN),
+    "llama-biased": (transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True), SEVEN),
+    "mistral": (transformers.MistralConfig(**SHAPE, sliding_window=400), SEVEN),
+    "gemma": (transformers.GemmaConfig(**SHAPE, head_dim=8), SEVEN),
+    "gemma2": (transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0), SEVEN),
+    "qwen2": (transformers.Qwen2Config(**SHAPE), SEVEN),  # biases on queries, keys and values
+    "phi3": (transformers.Phi3Config(**SHAPE), ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "mixtral": (transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), ATTENTION),
+}
+
+
+@pytest.mark.parametrize("method", ["ba-lora", "lora"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_exports_loads_in_peft_and_generates(name, method, data_file, tmp_path, capsys):
+    config, expected_targets = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)  # biases that are not zero, so that a lost one shows
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    files = ("--model", tmp_path / "base", "--data", data_file, "--output-dir", tmp_path / "out")
+    options = ("--method", method, "--rank", 4, "--max-steps", 3, "--learning-rate", "1e-2", "--save-steps", 0)
+    train.main([*map(str, files), *map(str, options)])
+
+    adapter_config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert set(adapter_config["target_modules"]) == set(expected_targets)
+    assert ("holds whole logits" in capsys.readouterr().out) == (name == "gemma2")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").eval()
+    input_ids = torch.tensor([make_tokenizer()("Add 1 and 1")["input_ids"]])
+    with torch.no_grad():
+        before = base(input_ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+        after = adapted(input_ids).logits
+        assert relative_error(after, before) > 1e-3, "nothing was learnt"
+        assert relative_error(after, merged(input_ids).logits) < 1e-4
+        assert relative_error(adapted.merge_and_unload()(input_ids).logits, after) < 1e-4
+    assert merged.config.tie_word_embeddings == config.tie_word_embeddings
+    trained = {key for key, value in merged.state_dict().items() if not torch.equal(value, model.state_dict()[key])}
+    assert trained == {key for key in trained if key.split(".")[-2] in expected_targets and key.endswith(".weight")}
+    generated = [
+        m.generate(input_ids, max_new_tokens=8, do_sample=False, pad_token_id=257) for m in (merged, base)
+    ]  # `base` has the adapter merged in by now
+    assert generated[0].tolist() == generated[1].tolist()
+    assert generated[0].shape[1] > input_ids.shape[1]
+
+
+def test_an_architecture_without_known_names_says_which_there_are(data_file, tmp_path, monkeypatch, capsys):
+    config = transformers.GPTNeoXConfig(
+        vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(train.UserError, match=r"--target-modules.*query_key_value"):
+        train.main(["--model", str(tmp_path / "base"), "--data", str(data_file), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- before it starts
+
+PUBLISHED = {  # the models' own configurations; rank and trainable parameters of the published table
+    "llama-2-7b": (
+        transformers.LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+        ),
+        128,
+        "319.8 M trainable, 6738.4 M in the model",
+    ),
+    "mistral-7b": (
+        transformers.MistralConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=32000,
+        ),
+        64,
+        "167.8 M trainable, 7241.7 M in the model",
+    ),
+    "gemma-7b": (
+        transformers.GemmaConfig(
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=256,
+            vocab_size=256000,
+        ),
+        64,
+        "200.0 M trainable, 8537.7 M in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_dry_run_needs_the_configuration_alone(name, tmp_path, capsys):
+    config, rank, expected = PUBLISHED[name]
+    config.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    train.main(
+        [
+            *("--model", str(tmp_path / "model"), "--data", "metamath", "--rank", str(rank)),
+            *("--output-dir", str(out), "--dry-run", "--dtype", "bfloat16", "--max-steps", "100"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert expected in printed
+    weights = float(re.search(r"weights +([\d.]+) GiB", printed)[1])
+    total = float(re.search(r"([\d.]+) M in the model", printed)[1])
+    assert weights == pytest.approx(total * 1e6 * 2 / 2**30, rel=1e-2)  # two bytes each
+    assert "100 steps" in printed
+    assert "disk:" in printed
+    assert not out.exists()
+
+
+SETTINGS = {
+    "ba-lora, packed": [],
+    "lora, padded, longer": ["--method", "lora", "--no-packing", "--max-length", "384"],
+    "ba-lora, checkpointing": ["--gradient-checkpointing", "--batch-size", "8"],
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_memory_estimate_is_within_15_percent_of_the_measured_peak(setting, tmp_path, shared_data):
+    """SmolLM2 on GSM8K, a process of its own; the peak that the kernel counted."""
+    options = ["--model", "demo", "--data", shared_data / "gsm8k_train.jsonl", "--fields", "question", "answer"]
+    options += ["--rank", "32", "--max-examples", "64", "--max-steps", "2", "--gradient-accumulation", "2"]
+    options += ["--output-dir", tmp_path / "out", "--save-steps", "0", *SETTINGS[setting]]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
+    settings = (ROOT / "scripts" / "setup.sh").read_text()
+    tunables = re.search(r"^cpu_allocator=(.*)$", settings, re.MULTILINE)[1]
+    printed = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    estimate = float(re.search(r"together +([\d.]+) GiB", printed)[1])
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "GLIBC_TUNABLES": tunables, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, capture_output=True, check=True, env=environment)
+    measured = json.loads((tmp_path / "out" / "run.json").read_text())["peak_memory_gib"]
+    assert estimate == pytest.approx(measured, rel=0.15)
+
+
+# ---------------------------------------------------------------------------------------------- the real vLLM
+
+
+@pytest.fixture(scope="module")
+def trained_smollm2(tmp_path_factory):
+    """SmolLM2 after three steps that change what it says; 20 real prompts, transformers' greedy tokens from merged/."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    files = ("--model", demo.model(), "--data", demo.problems("train"), "--fields", "question", "response")
+    options = ("--rank", 16, "--max-steps", 3, "--batch-size", 2, "--gradient-accumulation", 1, "--save-steps", 0)
+    options += ("--learning-rate", "1e-3", "--output-dir", folder / "out", "--dtype", "float32")
+    train.main([*map(str, files), *map(str, options)])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out" / "merged")
+    questions = [json.loads(line)["question"] for line in demo.problems("test").read_text().splitlines()[:20]]
+    prompts = [train.encode_prompt(tokenizer, question) for question in questions]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+
+    def greedy(path: Path) -> list[list[int]]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        settings = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "eos_token_id": None}
+        model.generation_config = transformers.GenerationConfig(**settings, pad_token_id=0)
+        return [model.generate(torch.tensor([ids]))[0, len(ids) :].tolist() for ids in prompts]
+
+    merged = greedy(folder / "out" / "merged")
+    assert merged != greedy(Path(demo.model())), "nothing was learnt"
+    return folder, merged
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_vllm_gives_transformers_greedy_tokens(form, trained_smollm2, tmp_path):
+    """From merged/, and from adapter/ as a LoRA of rank 2r on the published base."""
+    pytest.importorskip("vllm")
+    folder, expected = trained_smollm2
+    model, adapter = (
+        (folder / "out" / "merged", "-") if form == "merged" else (demo.model(), folder / "out" / "adapter")
+    )
+    words = [model, adapter, folder / "prompts.json", 16, tmp_path / "tokens.json"]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    command = [sys.executable, str(ROOT / "tests" / "greedy_by_vllm.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens = json.loads((tmp_path / "tokens.json").read_text())
+    assert tokens == expected
