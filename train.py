@@ -2472,7 +2472,9 @@ def main(argv: list[str]) -> None:
         share = f"{trainable / 1e6:.2f} M trainable parameters on a model of {skeleton.num_parameters() / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
 
-    packing = args.packing and enable_packing(model)
+    longest = max(map(len, dataset["input_ids"]))
+    window = getattr(config, "sliding_window", None) or longest
+    packing = args.packing and longest <= window and enable_packing(model)
     if args.method != "full":
         save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
@@ -2485,7 +2487,8 @@ def main(argv: list[str]) -> None:
             size = wrapped.teacher_cache.num_bytes / 2**30
             print(f"teacher cache: {size:.2f} GiB when full, {known} of {len(dataset)} examples are there")
     if is_main and args.packing and not packing:
-        print(f"note: {type(model).__name__} cannot attend to packed sequences; batches are padded")
+        why = "cannot attend to packed sequences" if longest <= window else f"attends {window} tokens of {longest}"
+        print(f"note: {type(model).__name__} {why}; batches are padded")
     if is_main and args.method != "full" and not wrapped.is_fused:
         print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -84,6 +84,16 @@ def test_every_architecture_trains_exports_loads_in_peft_and_generates(name, met
     assert generated[0].shape[1] > input_ids.shape[1]
 
 
+def test_sequences_beyond_a_sliding_window_are_padded(data_file, tmp_path, capsys):
+    config = transformers.MistralConfig(**SHAPE, sliding_window=64)  # the prompt alone is longer
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    files = ("--model", tmp_path / "base", "--data", data_file, "--output-dir", tmp_path / "out")
+    train.main([*map(str, files), "--rank", "4", "--max-steps", "1"])
+    assert re.search(r"attends 64 tokens of \d+; batches are padded", capsys.readouterr().out)
+    assert (tmp_path / "out" / "adapter").is_dir()
+
+
 def test_an_architecture_without_known_names_says_which_there_are(data_file, tmp_path, monkeypatch, capsys):
     config = transformers.GPTNeoXConfig(
         vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
