@@ -2475,7 +2475,7 @@ def main(argv: list[str]) -> None:
     longest = max(map(len, dataset["input_ids"]))
     window = getattr(config, "sliding_window", None) or longest
     packing = args.packing and longest <= window and enable_packing(model)
-    if args.method != "full":
+    if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
     if args.teacher_cache is not None and args.method == "ba-lora" and args.lambda_consistency > 0:
@@ -2640,8 +2640,11 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
         responses = torch.tensor([sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]])
         # The largest of the micro-batches that one random order gives.
         order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(args.seed)).split(args.batch_size)
-        largest = max(order, key=lambda batch: int(lengths[batch].sum()))
-        tokens, valid = int(lengths[largest].sum()), int(responses[largest].sum())
+        sizes = [int(lengths[batch].sum() if args.packing else lengths[batch].max() * len(batch)) for batch in order]
+        tokens, largest = max(zip(sizes, order, strict=True), key=lambda pair: pair[0])
+        valid = int(responses[largest].sum())
+        if args.packing:
+            tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
         steps = args.max_steps if args.max_steps > 0 else math.ceil(len(dataset) / per_step * args.epochs)
         mean = lengths.float().mean().item()
         lines.append(
