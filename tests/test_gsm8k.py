@@ -3,14 +3,14 @@
 import json
 from fractions import Fraction
 
+import benchmark
 import gsm8k
 import oracle
 import pytest
 import report
-import results
 import torch
 import transformers
-from generation import TransformersBackend, load_backend
+from generation import Sampling, TransformersBackend, batches, load_backend
 
 import train
 from data import demo
@@ -68,13 +68,13 @@ def test_gsm8ks_own_solutions_are_all_right(shared_data):
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0)])
 def test_wilson_interval(successes, trials):
-    assert results.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
+    assert benchmark.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
 
 
 def test_wilson_interval_of_a_textbook():
     """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    assert results.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert results.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert benchmark.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert benchmark.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
 
 
 def test_demo_problems_are_right_and_disjoint():
@@ -128,7 +128,12 @@ def transformers_backend(smollm2):
 def test_batched_generation_equals_one_prompt_at_a_time(smollm2, transformers_backend):
     """Against transformers' own generate, without batches, padding or sorting."""
     path, tokenizer, _, prompts = smollm2
-    completions = transformers_backend.generate(prompts, max_new_tokens=12)
+    completions = [None] * len(prompts)
+    for group in batches([len(prompt) for prompt in prompts], batch_size=3):
+        for i, completion in zip(
+            group, transformers_backend.generate([prompts[i] for i in group], Sampling(12)), strict=True
+        ):
+            completions[i] = completion
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     for prompt, completion in zip(prompts, completions, strict=True):
         output = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :]
@@ -154,7 +159,7 @@ def test_vllm_and_transformers_agree(smollm2, transformers_backend):
     pytest.importorskip("vllm")
     path, tokenizer, config, prompts = smollm2
     vllm_backend = load_backend("vllm", path, tokenizer, config, dtype="float32", batch_size=1, max_length=512)
-    ours, theirs = (backend.generate(prompts, 16) for backend in (transformers_backend, vllm_backend))
+    ours, theirs = (backend.generate(prompts, Sampling(16)) for backend in (transformers_backend, vllm_backend))
     agreeing = sum(a.text == b.text for a, b in zip(ours, theirs, strict=True))
     assert agreeing >= len(prompts) - 1  # fp32 sums in another order may turn one near tie
     responses = [train.encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
@@ -200,7 +205,7 @@ def test_a_checkpoint_is_scored_and_reported(checkpoint, tmp_path, capsys):
 
 def test_the_verdict_compares_intervals():
     def summary(successes: int) -> dict:
-        return {"accuracy": results.proportion(successes, 100)}
+        return {"accuracy": benchmark.proportion(successes, 100)}
 
     assert "helped" in report.verdict(summary(4), summary(40))
     assert "hurt" in report.verdict(summary(40), summary(4))
