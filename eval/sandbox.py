@@ -1,7 +1,7 @@
 """Runs programs that a model wrote, against tests, without letting them hurt this machine or forge their verdict.
 
-Protects, where the kernel has namespaces (any recent Linux; as root, or as a user where unprivileged user namespaces are
-allowed):
+Protects, where the kernel has namespaces (any recent Linux; as root, or as a user where unprivileged user namespaces
+are allowed):
 - files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own;
 - the network, other processes, this process's environment and memory: none is reachable; no process can be started;
 - memory, CPU time, disk, output and wall-clock time are limited; at the deadline the program ends with all its threads;
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sandbox_inside import NOT_CONFINED, pack
+from sandbox_inside import pack
 
 from train import UserError
 
@@ -240,9 +240,6 @@ def _visible_folders() -> list[str]:
 @functools.cache
 def _package_folders() -> list[str]:
     """Installed packages: one of them may hold a benchmark's solutions."""
-    found = []
-    for folder in _visible_folders():
-        for name in ("site-packages", "dist-packages", "python3/dist-packages"):
-            found += [str(path) for path in Path(folder).glob(name)]
-            found += [str(path) for path in Path(folder).glob(f"python3*/{name}")]
-    return sorted(set(found))
+    names = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
+    found = {path for folder in _visible_folders() for name in names for path in Path(folder).glob(name)}
+    return sorted(str(path) for path in found | {path.resolve() for path in found})

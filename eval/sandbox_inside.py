@@ -1,9 +1,9 @@
 """What `sandbox.py` starts for each program: confines itself, then splits into a judge and a candidate.
 
-The judge runs the benchmark's tests and reports the verdict; the candidate runs the model's code. They share no memory:
-the judge sends arguments and receives results as plain data, and a result that is no plain data stays with the candidate,
-of which the judge holds a handle (`Remote`). So nothing that the model's code does to its own interpreter (patched
-builtins, objects equal to everything, an early exit, forged frames) reaches the process that decides.
+The judge runs the benchmark's tests and reports the verdict; the candidate runs the model's code. They share no
+memory: the judge sends arguments and receives results as plain data; a result that is no plain data stays with the
+candidate, and the judge gets a handle of it (`Remote`). So nothing that the model's code does to its own interpreter
+(patched builtins, objects equal to everything, an early exit, forged frames) reaches the process that decides.
 
 Runs under `python -I`-like flags with an empty environment and imports the standard library only.
 """
@@ -190,8 +190,8 @@ def enter_namespaces(visible: list[str], hidden: list[str], disk_mib: int, uid: 
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV | NOEXEC, options)
 
 
-def enter_landlock(visible: list[str], writable: str) -> None:
-    """Forbids every file but what lies under `visible`, to read, and `writable`.
+def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None:
+    """Forbids every file but what lies under `visible` and not under `hidden`, to read, and `writable`.
 
     Raises:
         OSError: the kernel has no Landlock.
@@ -203,14 +203,29 @@ def enter_landlock(visible: list[str], writable: str) -> None:
     attributes = ctypes.create_string_buffer(struct.pack("QQQ", (1 << rights) - 1, network, scope))
     size = 8 if version < 4 else 16 if version < 6 else 24
     ruleset = _call("syscall", create_ruleset, ctypes.addressof(attributes), size, 0)
-    execute, read_file, read_folder, device, socket, ioctl = 1, 1 << 2, 1 << 3, 1 << 11, 1 << 9, 1 << 15
-    everything = (1 << rights) - 1 & ~(execute | device | socket | 1 << 6 | ioctl)  # 1 << 6: character devices
-    for path, allowed in [*((path, read_file | read_folder) for path in visible), (writable, everything)]:
-        if os.path.isdir(path):
-            descriptor = os.open(path, os.O_PATH)
-            rule = ctypes.create_string_buffer(struct.pack("=Qi", allowed, descriptor))
-            _call("syscall", add_rule, ruleset, 1, ctypes.addressof(rule), 0)
-            os.close(descriptor)
+    read_file, read_folder = 1 << 2, 1 << 3
+    not_granted = 1 | 1 << 6 | 1 << 9 | 1 << 11 | 1 << 15  # to execute; devices, sockets; ioctl on devices
+
+    def allow(path: str, granted: int) -> None:
+        if not os.path.isdir(path):
+            granted &= ~read_folder
+        descriptor = os.open(path, os.O_PATH)
+        rule = ctypes.create_string_buffer(struct.pack("=Qi", granted, descriptor))
+        _call("syscall", add_rule, ruleset, 1, ctypes.addressof(rule), 0)
+        os.close(descriptor)
+
+    def allow_to_read(path: str) -> None:
+        if path in hidden or not os.path.exists(path):
+            return
+        if not any(folder.startswith(path + "/") for folder in hidden):
+            return allow(path, read_file | read_folder)
+        allow(path, read_folder)  # rules only add: to leave a folder out, all beside it are named
+        for name in os.listdir(path):
+            allow_to_read(os.path.join(path, name))
+
+    for path in visible:
+        allow_to_read(os.path.realpath(path))
+    allow(writable, (1 << rights) - 1 & ~not_granted)
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     _call("syscall", restrict_self, ruleset, 0)
     os.close(ruleset)
@@ -291,8 +306,8 @@ def _read(descriptor: int, length: int) -> bytes:
     return bytes(data)
 
 
-# The types that travel by value, a subclass as the first of these that it derives from. Each is rebuilt from data by the
-# reader's own type, so that no code of the sender's comes along. Those without a tag are JSON's own.
+# The types that travel by value, a subclass as the first of these that it derives from. The reader rebuilds each from
+# data, by its own type: no code of the sender's comes along.
 CONTAINERS = {
     "tuple": tuple,
     "list": list,
@@ -459,7 +474,7 @@ def _exception(kind: type[Exception], message: str) -> Exception:
 
 
 class Remote:
-    """A handle of an object of the candidate's. It is equal to nothing but itself: the judge compares plain data only."""
+    """A handle of an object of the candidate's, equal to nothing but itself: the judge compares plain data only."""
 
     def __init__(self, connection: Connection, index: int):
         object.__setattr__(self, "_connection", connection)
@@ -568,7 +583,7 @@ def confine(settings: dict[str, Any]) -> None:
     processes = 64 if level == "namespaces" else None
     limit_resources(settings["memory_mib"], settings["timeout"], settings["file_mib"], processes)
     if level == "landlock":
-        enter_landlock(settings["visible"], settings["folder"])
+        enter_landlock(settings["visible"], settings["hidden"], settings["folder"])
 
 
 def become_candidate(settings: dict[str, Any], requests: int, replies: int) -> NoReturn:
