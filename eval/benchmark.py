@@ -21,6 +21,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -152,6 +153,7 @@ class Store:
     def __init__(self, path: Path):
         self.path = path
         self.values: dict[str, Any] = {}
+        self._lock = threading.Lock()
         whole = 0
         with open(path, "ab+") as file:
             file.seek(0)
@@ -166,7 +168,7 @@ class Store:
 
     def add(self, key: str, value: Any) -> None:
         self.values[key] = value
-        with open(self.path, "a") as file:
+        with self._lock, open(self.path, "a") as file:
             file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
 
 
@@ -217,10 +219,10 @@ class Run:
         self.max_length = 0  # tokens that the back end must hold; complete() raises it to what it needs
         self._backend: Backend | None = None
         self._store: Store | None = None
-        self._rescored: list[dict] | None = None
+        self.rescored: list[dict] | None = None  # the items of --rescore's file
         self._origin: dict[str, Any] = {"ckpt": args.ckpt, "adapter": args.adapter, "backend": None}
         if args.rescore is not None:
-            self._rescored = _read_items(Path(args.rescore))
+            self.rescored = _read_items(Path(args.rescore))
             summary = Path(args.rescore).with_suffix(".json")
             if summary.is_file():
                 made = json.loads(summary.read_text())
@@ -290,12 +292,12 @@ class Run:
             completion, num_tokens, finished.
         """
         args = self.args
-        if self._rescored is not None:
-            for item in self._rescored:
+        if self.rescored is not None:
+            for item in self.rescored:
                 index = item["index"]
                 if index < len(instructions) and item["instruction"] != instructions[index]:
                     raise UserError(f"item {index} of {args.rescore} is another one than in {args.data}")
-            return [item for item in self._rescored if item["index"] < len(instructions)]
+            return [item for item in self.rescored if item["index"] < len(instructions)]
         prompts = [self.encode(text, shots) for text in instructions]
         if stop is None:
             stop = stop_strings(args.prompt, len(shots))
@@ -429,7 +431,7 @@ def _read_items(path: Path) -> list[dict]:
         raise UserError(f"--rescore {path} is no results file: {error}") from error
     if not items or not all(isinstance(item, dict) and all(name in item for name in made) for item in items):
         raise UserError(f"--rescore {path} is no results file: every line needs {', '.join(made)}")
-    return [{name: item[name] for name in made} for item in items]
+    return items
 
 
 # ------------------------------------------------------------------------------------------------------------------
