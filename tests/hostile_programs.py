@@ -1,7 +1,7 @@
 """Programs that attack the sandbox: name, why it is here, source. Not one of them may pass its tests.
 
 The task is `f(x) = x * x`. A program made by `attack` computes it only if its attack worked; the others never do, so
-that only a forged verdict lets them pass. HOST is what the attackers are told about the machine (`host` in test_sandbox.py).
+that only a forged verdict lets them pass. HOST is what attackers know of the machine (`Host` in test_sandbox.py).
 """
 
 import textwrap
@@ -39,7 +39,7 @@ attack("rename_outside", "move a file into the host's folder", 'open("a", "w"); 
 attack("mkdir_outside", "make a folder in the host's", 'os.mkdir(HOST["canary"] + ".folder")')
 attack("read_secret", "a secret in a file that everyone may read", 'assert "hunter2" in open(HOST["secret"]).read()')
 attack("read_secret_relative", "the same by ..", 'assert open("../../../../.." + HOST["secret"]).read()')
-attack("list_home", "what lies in the home folder", 'assert os.listdir(HOST["home"])')
+attack("list_home", "what lies in the home folder, beside Python itself", 'assert len(os.listdir(HOST["home"])) > 1')
 attack("read_passwd", "the machine's users", 'assert open("/etc/passwd").read()')
 attack("symlink_out_read", "a link in /tmp to the secret", 'os.symlink(HOST["secret"], f"l{x}{os.getpid()}")\n'
        'assert open(f"l{x}{os.getpid()}").read()')  # fmt: skip
