@@ -8,14 +8,15 @@ One question, the answers to its turns, what the judge writes, and the scores:
     "Second place."   "The last person is now behind me."
     "... Rating: [[10]]"   "... Rating: [[3]]"      first turn 10, second turn 3; "I like it" is no rating: missing
 
-The protocol is FastChat's: its temperature for each category, 1,024 new tokens, its judge prompts for single answers, and
-reference answers shown to the judge for mathematics, reasoning and coding. The published table has the first turn's mean.
+The protocol is FastChat's: its temperature for each category, 1,024 new tokens, its judge prompts for single answers,
+and reference answers shown to the judge for mathematics, reasoning and coding. The published table has the mean of the
+first turn.
 
-The questions, judge prompts and reference answers are three files of FastChat (Apache-2.0), in its fastchat/llm_judge/data:
-mt_bench/question.jsonl, judge_prompts.jsonl, mt_bench/reference_answer/gpt-4.jsonl.
+Questions, judge prompts and reference answers are three files of FastChat (github.com/lm-sys/FastChat, Apache-2.0), in
+fastchat/llm_judge/data: mt_bench/question.jsonl, judge_prompts.jsonl, mt_bench/reference_answer/gpt-4.jsonl.
 
 How to run
-    python eval/mt_bench.py --ckpt FOLDER --data question.jsonl                 answers, and the command that judges them
+    python eval/mt_bench.py --ckpt FOLDER --data question.jsonl                 answers; prints what judges them
     OPENAI_API_KEY=... python eval/mt_bench.py --ckpt FOLDER --data question.jsonl \\
         --judge-model gpt-4 --judge-prompts judge_prompts.jsonl --references gpt-4.jsonl
     python eval/mt_bench.py ... --judge-url http://127.0.0.1:8000/v1            any other OpenAI-compatible endpoint
@@ -26,11 +27,11 @@ What comes out, in --output-dir
     mt_bench.judgments.jsonl     the judge's answers so far: a run that is started again asks only for the others
 """
 
+import http.client
 import json
 import os
 import re
 import shlex
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -41,7 +42,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run, Store, digest, encode_prompt, mean, score_line, share, stop_strings
+from benchmark import Run, Store, digest, encode_prompt, mean, proportion, score_line, stop_strings
 from generation import Sampling
 from tqdm import tqdm
 
@@ -255,9 +256,11 @@ class Judge:
                 if attempt == self.args.judge_retries:
                     raise UserError(f"{error}; answers and judgments are kept: start again") from error
                 problem = str(error)
+            except UserError:
+                raise
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}"
-            except (OSError, ValueError, LookupError, TypeError) as error:
+            except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
                 problem = f"not a chat completion ({type(error).__name__})"
             else:
                 if rating(text) is not None:
@@ -266,12 +269,14 @@ class Judge:
         return None, f"{problem}, {self.args.judge_retries + 1} attempts"
 
     def require_reachable(self) -> None:
-        """Raises a UserError where nothing answers at the judge's address, or it refuses the key; before work starts."""
+        """Raises a UserError where nothing answers at the judge's address, or it refuses the key."""
         try:
             self._request("/models")
         except Unreachable as error:
             raise UserError(str(error)) from error
-        except (OSError, ValueError):
+        except UserError:
+            raise
+        except (OSError, ValueError, http.client.HTTPException):
             pass  # something answers; not every endpoint lists its models
 
     def _request(self, path: str, body: dict | None = None) -> Any:
@@ -280,7 +285,7 @@ class Judge:
         Raises:
             UserError: it refuses the key, or does not know the model.
             Unreachable: nothing answers.
-            OSError, ValueError: it answers something else.
+            OSError, ValueError, HTTPException: it answers something else.
         """
         args = self.args
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -414,7 +419,7 @@ def summarise(items: list[dict]) -> dict[str, Any]:
     categories = [name for name in TEMPERATURES if any(item["category"] == name for item in items)]
     return by_turn(items) | {
         "missing": sum(item["score"] is None for item in items),
-        "finished": share([item | {"index": place} for place, item in enumerate(items)], "finished"),
+        "finished": proportion(sum(item["finished"] for item in items), len(items)),
         "by_category": {name: by_turn([item for item in items if item["category"] == name]) for name in categories},
     }
 
