@@ -72,6 +72,30 @@ DENIED = {
     "setpgid": (109, 154),
     # the network
     "socket": (41, 198),
+    # changes to files that Landlock does not see
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "truncate": (76, 45),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    "fchmodat2": (452, 452),
+    "setxattrat": (463, 463),
+    "file_setattr": (469, 469),
     # memory that no limit counts
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
@@ -437,8 +461,9 @@ class Connection:
         """
         if self.gone:
             raise CandidateGone(self.gone)
+        request = encode([operation, *operands], self._handle)
         try:
-            send(self.requests, encode([operation, *operands], self._handle))
+            send(self.requests, request)
             reply = receive(self.replies)
             if reply[0] == "value":
                 return decode(reply[1], self._remote)

@@ -35,6 +35,9 @@ attack("append_outside", "change a file that everyone may write", 'open(HOST["ca
 attack("truncate_outside", "empty it by path", 'os.truncate(HOST["canary"], 0)')
 attack("delete_outside", "delete it", 'os.remove(HOST["canary"])')
 attack("chmod_outside", "change its mode", 'os.chmod(HOST["canary"], 0o777); os.stat(HOST["canary"])')
+attack("touch_outside", "change its time", 'os.utime(HOST["canary"], (0, 0))')
+attack("own_outside", "give it away", 'os.chown(HOST["canary"], 1, 1)')
+attack("label_outside", "attach data to it", 'os.setxattr(HOST["canary"], "user.x", b"x")')
 attack("rename_outside", "move a file into the host's folder", 'open("a", "w"); os.rename("a", HOST["canary"])')
 attack("mkdir_outside", "make a folder in the host's", 'os.mkdir(HOST["canary"] + ".folder")')
 attack("read_secret", "a secret in a file that everyone may read", 'assert "hunter2" in open(HOST["secret"]).read()')
@@ -107,17 +110,20 @@ attack(
     assert any(open(os.path.join(folder, name, "__init__.py")).read() for name in names)
 """,
 )
-attack("proc_root", "the root folder of the process that asked", 'assert os.listdir(f"/proc/{HOST["pid"]}/root")')
+attack("proc_root", "the root folder of the process that asked", """assert os.listdir(f"/proc/{HOST['pid']}/root")""")
 attack("proc_any", "any process", 'assert os.listdir("/proc")')
 attack("sys", "the machine's devices", 'assert os.listdir("/sys")')
-attack("inherited_descriptor", "files that the asking process has open", """
-    found = [n for n in range(5, 4096) if os.path.exists(f"/proc/self/fd/{n}") or _open(n)]
-    assert found
-    """ + "\n")  # fmt: skip
-PROGRAMS["inherited_descriptor"] = (
-    PROGRAMS["inherited_descriptor"][0],
-    "def _open(n):\n    try:\n        os.fstat(n)\n        return True\n    except OSError:\n        return False\n"
-    + PROGRAMS["inherited_descriptor"][1],
+attack(
+    "inherited_descriptor",
+    "files that the asking process has open, beyond the two pipes to the judge",
+    """
+    import contextlib
+    found = []
+    for descriptor in range(3, 65536):
+        with contextlib.suppress(OSError):
+            found.append(os.fstat(descriptor))
+    assert len(found) > 2
+""",
 )
 
 # The asking process's environment and memory -------------------------------------------------------
@@ -126,7 +132,7 @@ attack("environment", "a key in the environment", 'assert "hunter2" in str(os.en
 attack(
     "environment_of_parent",
     "the same by /proc",
-    'assert b"hunter2" in open(f"/proc/{HOST["pid"]}/environ", "rb").read()',
+    """assert b"hunter2" in open(f"/proc/{HOST['pid']}/environ", "rb").read()""",
 )
 attack("environment_of_self", "what the process was started with", 'assert open("/proc/self/environ").read()')
 attack(
