@@ -6,8 +6,9 @@ are allowed):
 - the network, other processes, this process's environment and memory: none is reachable; no process can be started;
 - memory, CPU time, disk, output and wall-clock time are limited; at the deadline the program ends with all its threads;
 - the verdict: tests run in a process of their own, which talks to the program by plain data only (`sandbox_inside.py`).
-Inside a container without namespaces, Landlock and a system-call filter give the same but for two things: the program
-can use up the disk that holds the temporary folder, and there is no second wall behind the filter.
+Inside a container without namespaces, Landlock and a system-call filter give the same with three exceptions: a program
+can fill the disk that holds the temporary folder, can see whether a file exists (not what it holds), and as root can
+start as many threads as its memory holds.
 
 Does not protect against: a hole in the kernel; reading what the CPU's caches leak; slowing this machine down within the
 limits. The tests themselves are trusted not to forge their own verdict. It is made for code by models that err, and for
@@ -21,7 +22,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 from sandbox_inside import pack
 
-from train import UserError
+from train import RunStopped, UserError
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it
@@ -91,7 +91,7 @@ class Isolation:
         elif self.level == "landlock":
             text = (
                 "Landlock and a system-call filter: programs see Python's library and an empty folder, have no network"
-                " and start no processes; not isolated: the kernel itself, the disk's free space"
+                " and start no processes; not isolated: the kernel itself, free disk space, whether a file exists"
             )
         else:
             text = "NONE: programs can read and change whatever this user can" + (
@@ -136,7 +136,7 @@ def require_isolation(unsafe: bool = False) -> Isolation:
     return found
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RunStopped):
     """A program was not run, for a reason that is not its own."""
 
 
@@ -168,7 +168,8 @@ def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
         folder = "/tmp"
         if found.level != "namespaces":
             folder = tempfile.mkdtemp(prefix="program-")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            # Not shutil.rmtree: folders nested deep enough take it down.
+            stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
         settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder, **_owner(found)}
         settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
         # -s -S -P: no site packages, nothing imported from the working folder. Not -I: it would ignore PYTHONHASHSEED,
@@ -182,7 +183,7 @@ def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        stack.callback(_end, process)
+        stack.callback(_end, process, found.level)
         try:
             out, err = process.communicate(pack(settings) + pack(vars(program)), limits.timeout + GRACE)
         except subprocess.TimeoutExpired:
@@ -196,10 +197,11 @@ def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
     return Verdict(**messages[1])
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, level: str) -> None:
     """Ends the process and, in namespaces by its process 1, elsewhere by its group, all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None or level != "namespaces":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
         with contextlib.suppress(OSError):

@@ -68,6 +68,13 @@ DENIED = {
     "process_madvise": (440, 440),
     "kcmp": (312, 272),
     "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
     "setsid": (112, 157),
     "setpgid": (109, 154),
     # the network
@@ -123,10 +130,22 @@ DENIED = {
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),
+    "syslog": (103, 116),
+    "modify_ldt": (154, None),
     "personality": (135, 92),
 }
-CLONE, CLONE3, PRLIMIT, FCNTL = (56, 220), (435, 435), (302, 261), (72, 25)
+# system call: its numbers; which argument decides; the values that are refused, or the only one that is not
+CONDITIONAL = {
+    "prlimit64": ((302, 261), 0, "only", [0]),  # one's own limits
+    "socketpair": ((53, 199), 0, "only", [1]),  # AF_UNIX
+    "fcntl": ((72, 25), 1, "not", [8, 10, 15]),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: who gets a descriptor's signals
+    "ioctl": ((16, 29), 1, "not", [0x8901, 0x8902]),  # FIOSETOWN, SIOCSPGRP: the same
+    "prctl": ((157, 167), 0, "not", [1, 4]),  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE: see drop_privileges
+}
+CLONE, CLONE3 = (56, 220), (435, 435)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 
@@ -152,10 +171,13 @@ def filter_system_calls() -> None:
     thread = 0x10000
     program += [(jump_equal, 0, 4, CLONE[column]), (load, 0, 0, argument(0)), (jump_set, 0, 1, thread)]
     program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    program += [(jump_equal, 0, 4, PRLIMIT[column]), (load, 0, 0, argument(0)), (jump_equal, 0, 1, 0)]
-    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]  # only one's own limits
-    program += [(jump_equal, 0, 5, FCNTL[column]), (load, 0, 0, argument(1))]
-    program += [(jump_equal, 2, 0, 8), (jump_equal, 1, 0, 10), (jump_equal, 0, 1, 15), (give, 0, 0, refuse)]  # F_SETOWN
+    for columns, index, kind, values in CONDITIONAL.values():
+        matched, otherwise = (allow, refuse) if kind == "only" else (refuse, allow)
+        decide = [(load, 0, 0, argument(index))]
+        for value in values:
+            decide += [(jump_equal, 0, 1, value), (give, 0, 0, matched)]
+        decide.append((give, 0, 0, otherwise))
+        program += [(jump_equal, 0, len(decide), columns[column]), *decide]
     program += [(give, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
@@ -269,7 +291,7 @@ def drop_privileges(uid: int, gid: int) -> None:
     _call("prctl", set_death_signal, signal.SIGKILL, 0, 0, 0)
 
 
-def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: int | None) -> None:
+def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: int) -> None:
     limits = {
         resource.RLIMIT_AS: memory_mib * 2**20,
         resource.RLIMIT_CPU: int(seconds) + 1,
@@ -281,10 +303,9 @@ def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: i
         resource.RLIMIT_NPROC: processes,
     }
     for name, value in limits.items():
-        if value is not None:
-            hard = resource.getrlimit(name)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(name, (value, value))
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,6 +489,7 @@ class Connection:
             if reply[0] == "value":
                 return decode(reply[1], self._remote)
             (_, kinds, message) = reply
+            name = kinds[0]
             known = [getattr(builtins, kind, None) for kind in kinds]
             known = [kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException)]
         except EOFError:
@@ -479,7 +501,7 @@ class Connection:
                 if issubclass(known[0], StopIteration) and operation != "next":
                     raise RuntimeError("StopIteration")  # in the judge it would end a map() over the tests early
                 raise _exception(known[0], message)
-            self.gone = f"the program raised {kinds[0]}"
+            self.gone = f"the program raised {name}"
         raise CandidateGone(self.gone)
 
     def _handle(self, value: Any) -> dict:
@@ -555,7 +577,8 @@ def _reason(error: BaseException, tests: str) -> str:
         if frame.tb_frame.f_code.co_filename == "<tests>":
             place = tests.splitlines()[frame.tb_lineno - 1].strip()
         frame = frame.tb_next
-    return " ".join(f"{reason} at: {place}".split() if place else reason.split())[:500]
+    line = " ".join(f"{reason} at: {place}".split() if place else reason.split())[:500]
+    return line.encode(errors="replace").decode()  # a message may hold surrogates, which no file takes
 
 
 def main() -> None:
@@ -597,6 +620,7 @@ def confine(settings: dict[str, Any]) -> None:
         file.write("1000")  # when memory runs out on the host, this goes first
     if level == "namespaces":
         enter_namespaces(settings["visible"], settings["hidden"], settings["disk_mib"], uid, gid)
+        _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG again: a new user may have cleared it
         child = os.fork()  # process 1 of its own process namespace: when it ends, the kernel ends all the others
         if child:
             os.waitpid(child, 0)
@@ -604,8 +628,8 @@ def confine(settings: dict[str, Any]) -> None:
     os.chdir(settings["folder"])
     os.environ.update(HOME=settings["folder"], TMPDIR=settings["folder"])
     drop_privileges(uid, gid)
-    # The count of processes is of all that the user runs; only in namespaces is the user one of this program's own.
-    processes = 64 if level == "namespaces" else None
+    # Threads count as processes, and all that the user runs counts; in namespaces it is a user of the program's own.
+    processes = 64 if level == "namespaces" else 4096
     limit_resources(settings["memory_mib"], settings["timeout"], settings["file_mib"], processes)
     if level == "landlock":
         enter_landlock(settings["visible"], settings["hidden"], settings["folder"])

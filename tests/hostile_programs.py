@@ -302,6 +302,23 @@ attack(
     resource.prlimit(HOST["pid"], resource.RLIMIT_NOFILE, (3, 3))
 """,
 )
+attack("processors_of_parent", "keep it on one core", 'os.sched_setaffinity(HOST["pid"], {0})')
+attack(
+    "signal_by_socket",
+    "let a socket send the signal",
+    """
+    import fcntl, socket
+    a, b = socket.socketpair()
+    fcntl.ioctl(a, 0x8901, HOST["pid"].to_bytes(4, "little"))
+""",
+)
+attack("outlive_parent", "live on when the asking process is killed", "assert libc.prctl(1, 0, 0, 0, 0) == 0")
+attack(
+    "watch_files",
+    "see what others open",
+    'd = libc.inotify_init1(0); assert libc.inotify_add_watch(d, b"/tmp", 4095) > 0',
+)
+attack("kernel_log", "read the kernel's messages", "assert libc.klogctl(3, ctypes.create_string_buffer(100), 100) >= 0")
 attack("priority_of_parent", "slow it down", 'os.setpriority(os.PRIO_PROCESS, HOST["pid"], 19)')
 attack(
     "raise_limits",
@@ -351,6 +368,20 @@ attack(
 )
 attack("inode_bomb", "empty files", "for i in range(100_000):\n    open(f'n{i}', 'w').close()")
 attack("sparse_file", "a file with a hole", 'with open("big", "wb") as file:\n    file.seek(2**40); file.write(b"x")')
+program(
+    "deep_folders",
+    "folders nested until removing them overflows a stack",
+    """
+    import os
+    while True:
+        try:
+            os.mkdir("d", 0o700)
+            os.chdir("d")
+        except OSError:
+            break
+    raise SystemExit
+""",
+)
 program("endless_loop", "never ends", "while True: pass")
 program("endless_loop_in_call", "never answers", "def f(x):\n    while True: pass")
 program("endless_loop_in_c", "a loop that no Python signal handler interrupts", "def f(x): return sum(range(10**14))")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import resource
+import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -89,9 +90,9 @@ class Host:
         return arrived
 
 
-def processes_of_sandboxes() -> list[str]:
-    """Those that this process started, or that nobody waits for any more: by their command line, and as root by their
-    user too, which a program cannot change."""
+def sandboxes_below(*starters: int) -> list[str]:
+    """Processes of sandboxes that these processes started: by their command line; as root by their user too, which no
+    program can change."""
     parents, inside = {}, set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -99,14 +100,14 @@ def processes_of_sandboxes() -> list[str]:
                 parents[entry.name] = re.search(r"PPid:\s*(\d+)", (entry / "status").read_text())[1]
                 if b"sandbox_inside.py" in (entry / "cmdline").read_bytes() or 61184 <= entry.stat().st_uid < 65520:
                     inside.add(entry.name)
-    left = []
+    below = []
     for process in inside:
         started_by = process
         while started_by in inside:
             started_by = parents[started_by]
-        if started_by in (str(os.getpid()), "1"):
-            left.append(process)
-    return left
+        if int(started_by) in starters:
+            below.append(process)
+    return below
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def visit(level, tmp_path_factory):
 
         with ThreadPoolExecutor(2) as pool:
             results = dict(zip(PROGRAMS, pool.map(timed, PROGRAMS), strict=True))
-    remaining = processes_of_sandboxes()
+    remaining = sandboxes_below(os.getpid(), 1)  # 1: what nobody waits for any more
     time.sleep(3.5)  # detached_grandchild writes after 3 s
     return results, host, remaining
 
@@ -144,6 +145,7 @@ def test_a_hostile_program_does_not_pass(name, visit, level):
         pytest.skip("stated as not limited")
     verdict, seconds = visit[0][name]
     assert not verdict.passed, PROGRAMS[name][0]
+    assert f"{verdict.detail}{verdict.output}".encode()  # can be written to a file
     assert seconds < LIMITS.timeout + 2
 
 
@@ -155,6 +157,26 @@ def test_the_host_is_as_it_was(visit):
 
 def test_no_process_is_left(visit):
     assert visit[2] == []
+
+
+def test_nothing_outlives_a_killed_run(level):
+    """The asking process ends without a chance to clean up; the program would sleep for a minute."""
+    child = os.fork()
+    if child == 0:
+        list(run_programs([Program("import time\ntime.sleep(60)", "", ())], Limits(timeout=60), workers=1))
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while len(found := sandboxes_below(child)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    found = sandboxes_below(child)
+    assert len(found) >= 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 2
+    while any(Path("/proc", pid).exists() for pid in found) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [pid for pid in found if Path("/proc", pid).exists()] == []
 
 
 def test_the_attacks_work_without_a_sandbox(tmp_path):
@@ -306,12 +328,8 @@ def test_what_cannot_be_isolated_is_no_verdict(monkeypatch):
 @pytest.mark.skipif(not Path("/usr/include").is_dir(), reason="no kernel headers")
 def test_system_call_numbers_are_the_kernels():
     headers = [Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h")]
-    known = sandbox_inside.DENIED | {
-        "clone": sandbox_inside.CLONE,
-        "clone3": sandbox_inside.CLONE3,
-        "prlimit64": sandbox_inside.PRLIMIT,
-        "fcntl": sandbox_inside.FCNTL,
-    }
+    known = sandbox_inside.DENIED | {"clone": sandbox_inside.CLONE, "clone3": sandbox_inside.CLONE3}
+    known |= {name: rule[0] for name, rule in sandbox_inside.CONDITIONAL.items()}
     compared = 0
     for column, header in enumerate(headers):
         if header.is_file():
