@@ -1,11 +1,9 @@
-"""Grading, intervals and both generation back ends; real problems and real weights where they are at hand."""
+"""Grading and both generation back ends; real problems and real weights where they are at hand."""
 
 import json
 from fractions import Fraction
 
-import benchmark
 import gsm8k
-import oracle
 import pytest
 import report
 import torch
@@ -64,17 +62,6 @@ def test_gsm8ks_own_solutions_are_all_right(shared_data):
         metamath_style = row["answer"].replace("####", "The answer is:")
         assert gsm8k.grade(metamath_style, gold)["correct"]
         assert not gsm8k.grade(metamath_style, gold + 1)["correct"]
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0)])
-def test_wilson_interval(successes, trials):
-    assert benchmark.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
-
-
-def test_wilson_interval_of_a_textbook():
-    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    assert benchmark.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert benchmark.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
 
 
 def test_demo_problems_are_right_and_disjoint():
@@ -201,12 +188,3 @@ def test_a_checkpoint_is_scored_and_reported(checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| base " in printed
     assert "overlap: no difference is shown" in printed
-
-
-def test_the_verdict_compares_intervals():
-    def summary(successes: int) -> dict:
-        return {"accuracy": benchmark.proportion(successes, 100)}
-
-    assert "helped" in report.verdict(summary(4), summary(40))
-    assert "hurt" in report.verdict(summary(40), summary(4))
-    assert "no difference" in report.verdict(summary(4), summary(8))
