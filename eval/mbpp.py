@@ -65,10 +65,11 @@ def program_of(record: dict[str, Any], completion: str) -> Program:
     """The completion's code, and the item's tests."""
     tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
     defined = re.findall(r"^(?:def|class)\s+(\w+)", record["code"], re.MULTILINE)
-    names = tuple(sorted({name for name in defined if re.search(rf"\b{name}\b", tests)}))
+    used = set(re.findall(r"\w+", tests))
+    names = tuple(sorted(used & set(defined)))
     # One item's test uses `sys` because its reference solution imports it.
     imports = re.findall(r"^(?:import|from)\s.*", record["code"], re.MULTILINE)
-    imports = [line for line in imports if any(name in tests for name in re.findall(r"\w+", line)[1:])]
+    imports = [line for line in imports if used & set(re.findall(r"\w+", line)) - {"import", "from", "as"}]
     setup = "\n".join([*(record.get("test_imports") or []), *imports])
     code = extract_code(completion.replace(BEGIN.strip(), "").partition(END)[0], names)
     return Program(code, tests, names, setup)

@@ -14,8 +14,9 @@ Does not protect against: a hole in the kernel; reading what the CPU's caches le
 limits. The tests themselves are trusted not to forge their own verdict. It is made for code by models that err, and for
 code that tries to look as if it passed; keep no secret on a machine that runs code by an adversary.
 
-One difference from running program and tests in one process: arguments are copies. A test cannot see what the program
-does to a list that it is given (HumanEval and MBPP have no such test), and a program cannot change a test's data.
+Two differences from running program and tests in one plain process. Arguments are copies: a test cannot see what the
+program does to a list that it is given (HumanEval and MBPP have no such test), and a program cannot change a test's
+data. And a program that imports what is not in Python's standard library, such as numpy, fails.
 """
 
 import contextlib

@@ -378,7 +378,8 @@ def encode(value: Any, keep: Any) -> Any:
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, bytes | bytearray):
-        return {type(value).__name__: value.hex()}
+        kind = bytes if isinstance(value, bytes) else bytearray
+        return {kind.__name__: kind.hex(value)}
     for tag, kind in CONTAINERS.items():
         if isinstance(value, kind):
             return {tag: [encode(item, keep) for item in kind.__iter__(value)]}

@@ -224,12 +224,15 @@ def test_an_mbpp_test_that_needs_a_class_of_the_programs():
     node = "class Node:\n    def __init__(self, value): self.value, self.left = value, None\n"
     record = {
         "task_id": 1,
-        "code": f"import sys\n{node}def depth(root): return 1 + depth(root.left) if root else 0",
+        "code": f"import sys\nimport numpy as np\n{node}def depth(root): return 1 + depth(root.left) if root else 0",
         "test_setup_code": "root = Node(1)\nroot.left = Node(2)",
         "test_list": ["assert depth(root) == 2", "assert sys.maxsize > depth(root.left)"],
     }
-    program = mbpp.program_of(record, f"```python\n{record['code']}\n```")
+    program = mbpp.program_of(
+        record, f"```python\n{node}def depth(root): return root and 1 + depth(root.left) or 0\n```"
+    )
     assert program.names == ("Node", "depth")
+    assert program.setup == "import sys"  # what no test uses may not be installed
     assert verdicts_of([program]) == [True]
     assert verdicts_of([mbpp.program_of(record, f"```python\n{node}def depth(root): return 1\n```")]) == [False]
 
