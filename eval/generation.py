@@ -186,6 +186,8 @@ class TransformersBackend:
         self.eos_token_ids = eos_token_ids
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=resolve_dtype(dtype), use_safetensors=True)
+        # The checkpoint's own may bring sampling, or a repetition penalty that greedy decoding would obey.
+        self.model.generation_config = GenerationConfig()
         if adapter is not None:
             from peft import PeftModel
 
@@ -196,14 +198,13 @@ class TransformersBackend:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
     ) -> list[Completion]:
-        # Not the checkpoint's own: it may bring sampling, or a repetition penalty that greedy decoding would obey.
         settings: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             torch.manual_seed(_seed_of(seeds))
         if sampling.stop:
             settings |= {"stop_strings": list(sampling.stop)}
-        self.model.generation_config = GenerationConfig(
+        config = GenerationConfig(
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.eos_token_ids[0],
             max_new_tokens=sampling.max_new_tokens,
@@ -213,6 +214,7 @@ class TransformersBackend:
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            generation_config=config,
             use_cache=True,
             tokenizer=self.tokenizer if sampling.stop else None,
         )
