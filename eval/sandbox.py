@@ -1,6 +1,6 @@
 """Runs programs that a model wrote, against tests, without letting them hurt this machine or forge their verdict.
 
-Protects, where the kernel has namespaces (any recent Linux; as root, or as a user where unprivileged user namespaces
+Protects, where the kernel has namespaces (Linux 5.12 or newer; as root, or as a user where unprivileged user namespaces
 are allowed):
 - files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own;
 - the network, other processes, this process's environment and memory: none is reachable; no process can be started;
@@ -118,7 +118,7 @@ def isolation() -> Isolation:
         if verdict.passed:
             return found
         problems.append(f"{level}: {verdict.detail}")
-    raise SandboxError(f"Python does not start: {problems[-1]}")
+    raise SandboxError(f"the sandbox does not work here at all: {problems[-1]}")
 
 
 def require_isolation(unsafe: bool = False) -> Isolation:

@@ -20,7 +20,7 @@ import train
 
 LIMITS = Limits(timeout=2.0, memory_mib=512)
 LEVELS = {"namespaces": Isolation("namespaces", True, ()), "landlock": Isolation("landlock", True, ())}
-# Landlock has no limit on the disk as a whole: `sandbox.py` says so.
+# Landlock has no limit on the disk as a whole, nor on the time that clearing it takes: `sandbox.py` says so.
 NOT_STOPPED = {("landlock", "disk_bomb_many"), ("landlock", "inode_bomb"), ("landlock", "deep_folders")}
 SECRET = "hunter2"
 
@@ -305,6 +305,12 @@ def test_verdicts_come_in_order_and_repeat(level):
     verdicts = list(run_programs(programs, workers=3))
     assert sum(verdict.passed for verdict in verdicts) == 2
     assert verdicts[:4] == verdicts[4:]
+
+
+def test_random_inputs_are_the_same_in_every_run(level):
+    outputs = {run("f = print", "import random\nf(random.random())").output for _ in range(3)}
+    assert len(outputs) == 1
+    assert re.fullmatch(r"0\.\d+\n", outputs.pop())
 
 
 def test_nothing_runs_without_isolation_unless_asked(monkeypatch):
