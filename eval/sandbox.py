@@ -106,18 +106,19 @@ class Isolation:
 @functools.cache
 def isolation() -> Isolation:
     """The strongest isolation that works here."""
-    problems = []
+    problems: list[str] = []
     attempts = [("namespaces", True), ("namespaces", False), ("landlock", True), ("none", True), ("none", False)]
     for level, with_filter in attempts:
         found = Isolation(level, with_filter, tuple(problems))
         try:
             verdict = _run(Program("def f(): return 1", "assert f() == 1", ("f",)), Limits(), found)
+            if verdict.passed:
+                return found
+            problem = f"{level}: {verdict.detail}"
         except SandboxError as error:
-            problems.append(f"{level}{' with a filter' if with_filter else ''}: {error}")
-            continue
-        if verdict.passed:
-            return found
-        problems.append(f"{level}: {verdict.detail}")
+            problem = f"{level}: {error}"
+        if problem not in problems:
+            problems.append(problem)
     raise SandboxError(f"the sandbox does not work here at all: {problems[-1]}")
 
 

@@ -280,7 +280,7 @@ def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None
 
 def drop_privileges(uid: int, gid: int) -> None:
     """Becomes `uid`, without capabilities, never to gain any, and out of reach of other processes of the same user."""
-    if os.getuid() == 0:
+    if uid != os.getuid():
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)

@@ -322,6 +322,30 @@ def test_nothing_runs_without_isolation_unless_asked(monkeypatch):
     assert "NONE" in sandbox.require_isolation(unsafe=True).describe()
 
 
+@pytest.mark.parametrize(
+    ("works", "expected"),
+    [
+        ({("namespaces", True), ("landlock", True)}, ("namespaces", True)),
+        ({("namespaces", False), ("landlock", True)}, ("namespaces", False)),
+        ({("landlock", True), ("none", True)}, ("landlock", True)),
+        ({("none", True), ("none", False)}, ("none", True)),
+        ({("none", False)}, ("none", False)),
+    ],
+)
+def test_the_strongest_isolation_that_works_is_taken(works, expected, monkeypatch):
+    def run_where_it_works(program, limits, found):
+        if (found.level, found.filter) not in works:
+            raise sandbox.SandboxError("not allowed")
+        return Verdict("passed", "", "")
+
+    monkeypatch.setattr(sandbox, "_run", run_where_it_works)
+    found = sandbox.isolation.__wrapped__()
+    assert (found.level, found.filter) == expected
+    described = found.describe().splitlines()
+    assert ("NONE" in described[0]) == (expected[0] == "none")
+    assert len(described) == 1 + len(found.problems)
+
+
 def test_what_cannot_be_isolated_is_no_verdict(monkeypatch):
     """A program that was not run is an error of the run, not a failure of the program's."""
     monkeypatch.setattr(sandbox, "isolation", lambda: LEVELS["namespaces"])
