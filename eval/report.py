@@ -487,13 +487,16 @@ def main(argv: list[str]) -> None:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
         named.append((name or None, folder, load_summaries(folder)))
     runs = {}
-    for _, folder, summaries in named:
+    for _, _, summaries in named:
         made = training_folder(summaries)
         if made is not None:
-            runs[Path(folder).name] = load_metrics(made / "metrics.jsonl")
-    runs |= {str(path.parent): load_metrics(path) for path in map(Path, args.metrics)}
+            runs[made.name] = load_metrics(made / "metrics.jsonl")
+    runs |= {path.resolve().parent.name: load_metrics(path) for path in map(Path, args.metrics)}
 
-    of_gsm8k = {name or Path(folder).name: found["gsm8k"] for name, folder, found in named if "gsm8k" in found}
+    labels = [name or Path(folder).name for name, folder, _ in named]
+    if len(set(labels)) < len(labels):  # seeds of one method
+        labels = [folder for _, folder, _ in named]
+    of_gsm8k = {label: found["gsm8k"] for label, (_, _, found) in zip(labels, named, strict=True) if "gsm8k" in found}
     if of_gsm8k:
         print(comparison(of_gsm8k))
         if len(of_gsm8k) == len(named) == 2:

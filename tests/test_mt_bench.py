@@ -3,9 +3,11 @@
 import http.server
 import json
 import threading
+import time
 
 import mt_bench
 import pytest
+from conftest import start_script
 from test_user_errors import error_of
 
 QUESTIONS = [
@@ -214,6 +216,50 @@ def test_missing_judgments_are_asked_for_again_and_the_others_are_not(run, stub,
     assert len(stub.asked) == 2
     assert [item["score"] for item in items] == [5, 5, 5, 5, 9, 9]
     assert summary["missing"] == 0
+
+
+def test_a_run_killed_while_judging_asks_only_for_the_rest(run, stub, files, checkpoint):
+    """Killed at every judgment in turn and started again: the results of a run that was not, and no judgment is asked
+    for that had been written."""
+    argv = [
+        "--ckpt",
+        checkpoint,
+        "--backend",
+        "transformers",
+        "--max-new-tokens",
+        6,
+        "--data",
+        files / "question.jsonl",
+    ]
+    argv += ["--output-dir", files / "killed", "--judge-model", "stub", "--judge-url", stub.url, "--judge-requests", 1]
+    argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
+    answered = threading.Semaphore(0)
+
+    def reply(body, count):
+        answered.release()
+        time.sleep(0.5 if kills < 3 else 0)
+        return f"[[{len(body['messages'][1]['content']) % 10 + 1}]]"
+
+    kills = 0
+    stub.reply = reply
+    while kills < 3:
+        process = start_script("mt_bench", argv, files / "log")
+        for _ in range(2):  # the second question means that the first answer has arrived
+            assert answered.acquire(timeout=120), (files / "log").read_text()
+        time.sleep(0.2)
+        process.kill()
+        process.join()
+        kills += 1
+        while answered.acquire(blocking=False):
+            pass
+    process = start_script("mt_bench", argv, files / "log")
+    process.join()
+    assert process.exitcode == 0, (files / "log").read_text()
+    assert len(stub.asked) <= 6 + 3  # one under way at each kill
+    items, summary = run("--judge-requests", 1, judge=stub)
+    killed = [json.loads(line) for line in (files / "killed" / "mt_bench.jsonl").read_text().splitlines()]
+    assert killed == items
+    assert json.loads((files / "killed" / "mt_bench.json").read_text())["both_turns"] == summary["both_turns"]
 
 
 @pytest.fixture
