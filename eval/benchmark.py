@@ -15,6 +15,7 @@ Files, in --output-dir
     NAME.json                the scores, with settings, versions and command; written last
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -224,9 +225,9 @@ class Run:
         if args.rescore is not None:
             self.rescored = _read_items(Path(args.rescore))
             summary = Path(args.rescore).with_suffix(".json")
-            if summary.is_file():
+            with contextlib.suppress(OSError, ValueError):
                 made = json.loads(summary.read_text())
-                self._origin = {name: made.get(name) for name in ("ckpt", "adapter", "backend")}
+                self._origin = {name: made[name] for name in self._origin}
             self._origin["rescored"] = args.rescore
             return
         self._origin["backend"] = backend_name(args.backend)
@@ -429,7 +430,8 @@ def _read_items(path: Path) -> list[dict]:
         raise UserError(f"--rescore {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"--rescore {path} is no results file: {error}") from error
-    if not items or not all(isinstance(item, dict) and all(name in item for name in made) for item in items):
+    whole = all(isinstance(item, dict) and all(name in item for name in made) for item in items)
+    if not items or not whole or not all(isinstance(item["index"], int) and item["index"] >= 0 for item in items):
         raise UserError(f"--rescore {path} is no results file: every line needs {', '.join(made)}")
     return items
 
