@@ -350,22 +350,21 @@ def test_a_checkpoint_is_scored(checkpoint, tmp_path):
 def test_grading_goes_on_after_a_kill(tmp_path):
     """Killed again and again while programs run: the same items as without."""
     rows = []
-    for index, problem in enumerate(PROBLEMS[:60]):
+    for index, problem in enumerate(PROBLEMS[:30]):
         body = problem["canonical_solution"] if index % 3 else "    import time\n    time.sleep(0.2)\n"
         rows.append((index, humaneval.INSTRUCTION.format(**problem), body))
     results = completions_file(tmp_path / "made.jsonl", rows)
-    argv = ["--rescore", results, "--limit", "60", "--workers", "1", "--output-dir"]
+    argv = ["--rescore", results, "--limit", "30", "--workers", "1", "--output-dir"]
     humaneval.main([*argv, str(tmp_path / "whole")])
 
     killed = tmp_path / "killed"
     generator = random.Random(0)
     kept = []
-    for _ in range(20):
+    for _ in range(10):
         process = start_script("humaneval", [*argv, str(killed)], tmp_path / "log")
         store = killed / "humaneval.verdicts.jsonl"
-        process.join(0.0)
         before = store.read_bytes().count(b"\n") if store.is_file() else 0
-        target = before + generator.randint(5, 25)
+        target = before + generator.randint(4, 14)
         while process.is_alive() and (not store.is_file() or store.read_bytes().count(b"\n") < target):
             time.sleep(0.005)
         if not process.is_alive():
@@ -379,7 +378,7 @@ def test_grading_goes_on_after_a_kill(tmp_path):
     assert (killed / "humaneval.jsonl").read_text() == (tmp_path / "whole" / "humaneval.jsonl").read_text()
     scores = [json.loads((tmp_path / name / "humaneval.json").read_text())["pass@1"] for name in ("killed", "whole")]
     assert scores[0] == scores[1]
-    assert scores[0]["count"] == 40
+    assert scores[0]["count"] == 20
 
 
 @pytest.mark.parametrize(
