@@ -307,6 +307,7 @@ class VLLMBackend:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.eos_token_ids = eos_token_ids
+        cores = os.sched_getaffinity(0)
         self.llm = LLM(
             model=ckpt,
             dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
@@ -316,6 +317,7 @@ class VLLMBackend:
             generation_config="vllm",  # not the checkpoint's: see TransformersBackend
             **options,
         )
+        os.sched_setaffinity(0, cores)  # without a GPU it binds this thread to one core, and with it all that grades
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None

@@ -142,9 +142,10 @@ def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
     assert transformers_backend.response_loss(prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
 
 
-def test_vllm_and_transformers_agree(smollm2, transformers_backend):
+def test_vllm_and_transformers_agree(smollm2, transformers_backend, monkeypatch):
     """The real engine on the real model: 50 prompts (GSM8K's where it is there), 32 tokens; losses."""
     pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine binds the threads of its process to cores
     path, tokenizer, config, prompts = smollm2
     source = SHARED_DATA / "gsm8k_test.jsonl"
     lines = (source if source.is_file() else demo.problems("test")).read_text().splitlines()[:50]
