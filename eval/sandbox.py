@@ -172,7 +172,7 @@ def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
             folder = tempfile.mkdtemp(prefix="program-")
             # Not shutil.rmtree: folders nested deep enough take it down.
             stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
-        settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder, **_owner(found)}
+        settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
         settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
         # -s -S -P: no site packages, nothing imported from the working folder. Not -I: it would ignore PYTHONHASHSEED,
         # without which the order of a set, and with it a verdict, may change from run to run.
@@ -223,13 +223,6 @@ def _messages(data: bytes) -> list[Any]:
 
 def _interpreter() -> str:
     return getattr(sys, "_base_executable", None) or sys.executable  # not the virtual environment's: it has packages
-
-
-def _owner(found: Isolation) -> dict[str, int]:
-    if os.getuid() == 0 and found.level == "namespaces":
-        uid = 61184 + os.getpid() % 4336  # from a range that belongs to no person (systemd's dynamic users)
-        return {"uid": uid, "gid": uid}
-    return {"uid": os.getuid(), "gid": os.getgid()}
 
 
 @functools.cache

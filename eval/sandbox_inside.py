@@ -618,7 +618,11 @@ def main() -> None:
 
 def confine(settings: dict[str, Any]) -> None:
     """Gives this process the isolation of `settings["level"]`, with its limits; returns in a new process of its own."""
-    level, uid, gid = settings["level"], settings["uid"], settings["gid"]
+    level, uid, gid = settings["level"], os.getuid(), os.getgid()
+    if uid == 0 and level == "namespaces":
+        # A user for each program, or the limit on a user's processes would be one for all programs together; from the
+        # range of systemd's dynamic users, which belongs to no person.
+        uid = gid = 61184 + os.getpid() % 4336
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out on the host, this goes first
     if level == "namespaces":

@@ -307,6 +307,15 @@ def test_verdicts_come_in_order_and_repeat(level):
     assert verdicts[:4] == verdicts[4:]
 
 
+def test_programs_do_not_share_the_limit_on_processes(level):
+    """As on a machine with many cores: 40 programs at once, each with threads of its own."""
+    source = (
+        "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(1,)).start()\nf = len"
+    )
+    programs = [Program(source, "assert f([0]) == 1", ("f",))] * 40
+    assert all(verdict.passed for verdict in run_programs(programs, Limits(timeout=60), workers=40))
+
+
 def test_random_inputs_are_the_same_in_every_run(level):
     outputs = {run("f = print", "import random\nf(random.random())").output for _ in range(3)}
     assert len(outputs) == 1
