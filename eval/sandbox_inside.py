@@ -5,7 +5,7 @@ memory: the judge sends arguments and receives results as plain data; a result t
 candidate, and the judge gets a handle of it (`Remote`). So nothing that the model's code does to its own interpreter
 (patched builtins, objects equal to everything, an early exit, forged frames) reaches the process that decides.
 
-Runs under `python -I`-like flags with an empty environment and imports the standard library only.
+Runs in a fresh interpreter without site packages and without an environment; imports the standard library only.
 """
 
 import builtins
@@ -262,7 +262,7 @@ def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None
         os.close(descriptor)
 
     def allow_to_read(path: str) -> None:
-        if path in hidden or not os.path.exists(path):
+        if path in hidden or os.path.islink(path) or not os.path.exists(path):  # a link may lead elsewhere
             return
         if not any(folder.startswith(path + "/") for folder in hidden):
             return allow(path, read_file | read_folder)
@@ -592,16 +592,16 @@ def main() -> None:
         os._exit(NOT_CONFINED)
     report, output = os.dup(1), os.memfd_create("output")
     confine(settings)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     requests, replies = os.pipe(), os.pipe()
     if os.fork() == 0:  # before the tests are read: the candidate's memory never holds them
-        become_candidate(settings, requests[0], replies[1])
+        become_candidate(settings, output, requests[0], replies[1])
     os.close(requests[0])
     os.close(replies[1])
     if settings["filter"]:
         filter_system_calls()
-    send(report, "ready")
+    send(report, "ready")  # from here on nothing but the verdict goes out
+    os.dup2(output, 1)
+    os.dup2(output, 2)
 
     def finish(verdict: str, detail: str) -> NoReturn:
         text = os.pread(output, settings["output_bytes"], 0).decode(errors="replace")
@@ -642,9 +642,11 @@ def confine(settings: dict[str, Any]) -> None:
         enter_landlock(settings["visible"], settings["hidden"], settings["folder"])
 
 
-def become_candidate(settings: dict[str, Any], requests: int, replies: int) -> NoReturn:
+def become_candidate(settings: dict[str, Any], output: int, requests: int, replies: int) -> NoReturn:
     """Keeps the two pipes to the judge, output, and a stdin that is at its end."""
     try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         for descriptor in {0, *range(3, 256)} - {requests, replies}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
