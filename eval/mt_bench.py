@@ -370,6 +370,7 @@ def judge_command(run: Run) -> str:
     """What judges the answers that are there, without a model."""
     args = run.args
     words = ["python", "eval/mt_bench.py", "--rescore", str(run.items_path), "--output-dir", args.output_dir]
+    words += ["--limit", str(args.limit)] if args.limit is not None else []
     words += ["--overwrite", "--data", args.data, "--judge-model", args.judge_model or "gpt-4"]
     words += ["--judge-prompts", args.judge_prompts or "judge_prompts.jsonl"]
     words += ["--references", args.references or "gpt-4.jsonl", "--judge-url", args.judge_url]

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shlex
 import threading
 import time
 
@@ -147,18 +148,19 @@ def test_the_real_files_fill_every_prompt(shared_data):
 
 def test_answers_without_a_judge_then_the_printed_command(run, stub, capsys, files):
     """The second run has no model; the second prompt holds the first answer."""
-    items, summary = run()
+    items, summary = run("--limit", 2)
     assert summary["first_turn"]["value"] is None
-    assert summary["missing"] == 6
-    assert "--rescore" in capsys.readouterr().out
-    assert [(item["index"], item["turn"]) for item in items] == [(i, turn) for i in range(3) for turn in (0, 1)]
+    assert summary["missing"] == 4
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:3] == ["OPENAI_API_KEY=...", "python", "eval/mt_bench.py"]
+    assert [(item["index"], item["turn"]) for item in items] == [(i, turn) for i in range(2) for turn in (0, 1)]
     for first, second in zip(items[::2], items[1::2], strict=True):
         assert second["prompt"].startswith(first["prompt"] + " " + first["completion"])
-    judged, summary = run("--overwrite", judge=stub, answers=("--rescore", files / "out" / "mt_bench.jsonl"))
+    judged, summary = run(judge=stub, answers=command[3:])
     assert [item["completion"] for item in judged] == [item["completion"] for item in items]
     assert summary["first_turn"]["value"] == summary["second_turn"]["value"] == 7
     assert summary["missing"] == 0
-    assert len(stub.asked) == 6
+    assert len(stub.asked) == 4
     assert all((body["temperature"], body["max_tokens"]) == (0.0, 2048) for body in stub.asked)
     assert stub.headers_seen[0] is None  # no key for a judge on this machine
 
