@@ -310,9 +310,8 @@ def test_verdicts_come_in_order_and_repeat(level):
 
 def test_programs_do_not_share_the_limit_on_processes(level):
     """As on a machine with many cores: 10 programs at once, 100 processes and threads together."""
-    source = (
-        "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(1,)).start()\nf = len"
-    )
+    source = "import threading, time\nfor _ in range(8): threading.Thread(target=time.sleep, args=(2,)).start()\n"
+    source += "def f(x): return time.sleep(1) or len(x)"
     programs = [Program(source, "assert f([0]) == 1", ("f",))] * 10
     assert all(verdict.passed for verdict in run_programs(programs, Limits(timeout=60), workers=10))
 
