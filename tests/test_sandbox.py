@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import socket
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,8 +161,9 @@ def test_no_process_is_left(visit):
     assert visit[2] == []
 
 
-def test_nothing_outlives_a_killed_run(level):
+def test_nothing_outlives_a_killed_run(level, tmp_path, monkeypatch):
     """The asking process ends without a chance to clean up; the program would sleep for a minute."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the folder stays that nobody removes
     child = os.fork()
     if child == 0:
         list(run_programs([Program("import time\ntime.sleep(60)", "", ())], Limits(timeout=60), workers=1))
