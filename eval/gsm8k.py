@@ -21,47 +21,22 @@ What comes out, in --output-dir
 """
 
 import re
-import shlex
-import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from generation import load_backend  # first: it makes train.py importable
-from results import claim_outputs, proportion, write_results
+import benchmark  # first: it makes train.py importable
+from benchmark import Run, score_line, share
 
-from train import (
-    UserError,
-    encode_prompt,
-    encode_response,
-    load_records,
-    load_tokenizer_and_config,
-    option,
-    package_versions,
-    parse_arguments,
-    require_fields,
-    resolve_demo,
-    run_script,
-)
+from train import UserError, encode_response, option, parse_arguments, run_script
 
 HUB_DATA = "openai/gsm8k"
+FORMAT = "GSM8K's format has question and answer"
 
 
 @dataclass
-class Arguments:
-    ckpt: str | None = option(None, "checkpoint: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
+class Arguments(benchmark.Arguments):
     data: str = option(HUB_DATA, "file in GSM8K's format (question, answer), hub name, or 'demo'")
-    limit: int | None = option(None, "score the first N problems")
-    output_dir: str = option("results", "folder for gsm8k.jsonl and gsm8k.json")
-    overwrite: bool = option(False, "replace results that are there already")
-    backend: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vLLM where it is installed")
-    max_new_tokens: int = option(1024, "longest completion, in tokens")
-    batch_size: int = option(32, "prompts per batch of the transformers back end")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it, else float32")
-    tensor_parallel_size: int = option(1, "GPUs that vLLM spreads the model over")
-    gpu_memory_utilization: float = option(0.9, "share of GPU memory that vLLM takes")
     loss_field: str | None = option(None, "also measure the loss on this field's responses, per token")
 
 
@@ -116,94 +91,55 @@ def gold_answer(answer: str, index: int, source: str) -> Fraction:
     return gold
 
 
+def solved(record: dict[str, str]) -> tuple[str, str]:
+    """A solved example for the prompt: without GSM8K's calculator marks, ending as the graded answers do."""
+    steps, _, gold = re.sub(r"<<.*?>>", "", record["answer"]).partition("####")
+    return record["question"], f"{steps.strip()}\nThe answer is: {gold.strip()}"
+
+
 def main(argv: list[str]) -> None:
-    started = time.time()
     args = parse_arguments(Arguments, __doc__, argv)
-    if args.ckpt is None:
-        raise UserError("no --ckpt: give a checkpoint's folder or hub name, or 'demo'")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    items_path, summary_path = claim_outputs(args.output_dir, "gsm8k", args.overwrite)
-    records = load_records(resolve_demo(args.data, "test"), "test", name="main" if args.data == HUB_DATA else None)
-    fields = ["question", "answer"] + ([args.loss_field] if args.loss_field else [])
-    require_fields(records, fields, args.data, "GSM8K's format has question and answer")
-    if args.limit is not None:
-        records = records.select(range(max(0, min(args.limit, len(records)))))
-    if len(records) == 0:
-        raise UserError(f"{args.data} holds no problem")
+    if args.loss_field and args.rescore:
+        raise UserError("--loss-field needs a model, and --rescore loads none: leave one out")
+    run = Run("gsm8k", args)
+    fields, names = ["question", "answer"], {HUB_DATA: "main"}
+    records = run.records(fields + ([args.loss_field] if args.loss_field else []), FORMAT, names=names)
     golds = [gold_answer(record["answer"], index, args.data) for index, record in enumerate(records)]
-    ckpt = resolve_demo(args.ckpt, "model")
-    tokenizer, config = load_tokenizer_and_config(ckpt)
+    shots = [solved(record) for record in run.examples(fields, FORMAT, names=names)]
+    # Without a template around it, a question needs words that say so, and that a model's next question begins with.
+    form, stop = ("Question: {}\nAnswer:", ("Question:",)) if args.prompt == "raw" else ("{}", None)
+    questions = [form.format(record["question"]) for record in records]
+    shots = [(form.format(question), answer) for question, answer in shots]
 
-    prompts = [encode_prompt(tokenizer, record["question"]) for record in records]
-    responses = [encode_response(tokenizer, record[args.loss_field]) for record in records] if args.loss_field else []
-    longest = max(map(len, prompts)) + max(args.max_new_tokens, *map(len, responses), 0)
-    backend = load_backend(
-        args.backend,
-        ckpt,
-        tokenizer,
-        config,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        max_length=longest,
-        tensor_parallel_size=args.tensor_parallel_size,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-    )
-    completions = backend.generate(prompts, args.max_new_tokens)
-    loss = backend.response_loss(prompts, responses) if args.loss_field else None
+    loss = None
+    if args.loss_field:
+        prompts = [run.encode(question, shots) for question in questions]
+        responses = [encode_response(run.tokenizer, record[args.loss_field]) for record in records]
+        run.max_length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+    items = run.complete(questions, shots, stop=stop)
+    if args.loss_field:
+        loss = run.backend().response_loss(prompts, responses)
 
-    items = [
-        {
-            "index": index,
-            "question": record["question"],
-            "prompt": tokenizer.decode(prompt),
-            "completion": completion.text,
-            "num_tokens": completion.num_tokens,
-            "finished": completion.finished,
-            "gold": str(gold),
-            **grade(completion.text, gold),
-        }
-        for index, (record, prompt, completion, gold) in enumerate(
-            zip(records, prompts, completions, golds, strict=True)
-        )
-    ]
-    count = len(items)
-    summary = {
-        "benchmark": "gsm8k",
-        "ckpt": args.ckpt,
-        "data": args.data,
-        "accuracy": proportion(sum(item["correct"] for item in items), count),
-        "accuracy_lenient": proportion(sum(item["correct_lenient"] for item in items), count),
-        "answer_extracted": proportion(sum(item["extracted"] is not None for item in items), count),
-        "finished": proportion(sum(item["finished"] for item in items), count),
+    for item in items:
+        gold = golds[item["index"]]
+        item |= {"gold": str(gold), **grade(item["completion"], gold)}
+        item["answered"] = item["extracted"] is not None
+    scores = {
+        "accuracy": share(items, "correct"),
+        "accuracy_lenient": share(items, "correct_lenient"),
+        "answer_extracted": share(items, "answered"),
+        "finished": share(items, "finished"),
         "response_loss": loss,
-        "backend": backend.name,
-        "arguments": asdict(args),
-        "versions": package_versions(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "seconds": round(time.time() - started, 1),
     }
-    write_results(items_path, items, summary_path, summary)
-    print(report(summary, items_path, summary_path))
-
-
-def report(summary: dict[str, Any], items_path: Path, summary_path: Path) -> str:
-    """The summary for the terminal."""
-    lines = [f"\n{summary['ckpt']} on {summary['data']} ({summary['backend']}, {summary['seconds']:.0f} s)"]
-    for name, label in (
-        ("accuracy", "accuracy"),
-        ("accuracy_lenient", "accuracy, last number"),
-        ("answer_extracted", "answer extracted"),
-        ("finished", "finished in time"),
-    ):
-        share = summary[name]
-        low, high = share["interval_95"]
-        text = f"{share['value']:6.1%}  [{low:.1%}, {high:.1%}]  {share['count']} of {share['of']}"
-        lines.append(f"  {label:24}{text}")
-    if summary["response_loss"] is not None:
-        lines.append(f"  {'response loss':24}{summary['response_loss']:6.3f}  nats per token")
-    return "\n".join([*lines, f"  items and summary       {items_path}, {summary_path}"])
+    lines = [
+        score_line("accuracy", scores["accuracy"]),
+        score_line("accuracy, last number", scores["accuracy_lenient"]),
+        score_line("answer extracted", scores["answer_extracted"]),
+        score_line("finished in time", scores["finished"]),
+    ]
+    if loss is not None:
+        lines.append(f"  {'response loss':24}{loss:6.3f}  nats per token")
+    run.finish(items, scores, lines)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,324 @@
 #!/usr/bin/env python3
-"""Puts the results of several checkpoints into one table.
+"""Puts results into tables and pictures: the published layout, published numbers beside ours, curves of a training run.
 
-python eval/report.py results/base results/ba-lora        folders that an eval script wrote its summary into
+How to run
+    python eval/report.py results/base results/ba-lora           two checkpoints on the same problems, with a verdict
+    python eval/report.py results/seed-* --output-dir report     one row per method, mean ± std over its seeds
+    python eval/report.py PiSSA=results/a PiSSA=results/b        rows named by hand
+    python eval/report.py                                        the published tables; ours are not run
+
+A folder holds what the eval scripts wrote. Model, method and seed of a checkpoint that train.py made are read from its
+config.yaml, which is in the folder above; other rows are named after their folder.
+
+What comes out: tables on the terminal; with --output-dir also
+    report.md, report.tex          a table per model: methods by rows, benchmarks by columns, the average
+    report.png, report.svg         the same as a plot
+    training.png, training.svg     terms and λs over the steps, where a run's metrics.jsonl is there (or --metrics FILE)
 """
 
 import argparse
 import json
+import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from generation import UserError  # first: it makes train.py importable
+import yaml
+from benchmark import write_whole  # first: it makes train.py importable
 
-from train import run_script
+from train import UserError, run_script
 
-COLUMNS = ("model", "problems", "accuracy, 95 % interval", "last number", "answer extracted", "response loss")
-
-
-def load_summary(folder: str) -> dict:
-    """The gsm8k.json in `folder`."""
-    path = Path(folder) / "gsm8k.json"
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"no results in {folder}: {path} cannot be read; run eval/gsm8k.py first") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: run eval/gsm8k.py again with --overwrite") from error
+ROOT = Path(__file__).resolve().parent.parent
+NOT_RUN = "not run"
 
 
-def table(summaries: dict[str, dict]) -> str:
-    """A Markdown table with one row per checkpoint."""
-    rows = [COLUMNS]
+@dataclass(frozen=True)
+class Column:
+    """A benchmark of the published table."""
+
+    label: str
+    score: str = "accuracy"  # its name in the summary
+    items: int = 0  # of the whole benchmark
+    scale: float = 100.0
+
+
+NLG = {
+    "gsm8k": Column("GSM8K", items=1319),
+    "hendrycks_math": Column("MATH", "accuracy_strict", items=5000),
+    "humaneval": Column("HumanEval", "pass@1", items=164),
+    "mbpp": Column("MBPP", "pass@1", items=500),
+    "mt_bench": Column("MT-Bench", "first_turn", items=80, scale=1.0),
+}
+NLU = {
+    name: Column(label)
+    for name, label in {
+        "mnli": "MNLI",
+        "sst2": "SST-2",
+        "mrpc": "MRPC",
+        "cola": "CoLA",
+        "qnli": "QNLI",
+        "qqp": "QQP",
+        "rte": "RTE",
+        "stsb": "STS-B",
+    }.items()
+}
+PARTS = {"nlg": NLG, "nlu": NLU}
+METHODS = {"full": "Full FT", "lora": "LoRA", "pissa": "PiSSA", "ba-lora": "BA-LoRA"}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Results
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """A method on a model: for each benchmark a score per seed."""
+
+    method: str
+    params: str = ""
+    published: bool = False
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    deviations: dict[str, float | None] = field(default_factory=dict)  # published ones; ours come from the scores
+    printed_average: float | None = None  # published
+    notes: dict[str, str] = field(default_factory=dict)  # what else a cell must say: an interval, another count
+
+    def mean(self, benchmark: str) -> float | None:
+        scores = self.scores.get(benchmark)
+        return statistics.mean(scores) if scores else None
+
+    def deviation(self, benchmark: str) -> float | None:
+        """Published, or the sample standard deviation over our seeds; None of one seed."""
+        if self.published:
+            return self.deviations.get(benchmark)
+        scores = self.scores.get(benchmark, [])
+        return statistics.stdev(scores) if len(scores) > 1 else None
+
+    def average(self, columns: dict[str, Column]) -> float | None:
+        """The mean over all benchmarks; None where one is missing."""
+        means = [self.mean(name) for name in columns]
+        return None if None in means else statistics.mean(means)
+
+
+@dataclass
+class Table:
+    model: str
+    columns: dict[str, Column]
+    rows: list[Row]
+    source: str | None = None
+
+
+def published_tables() -> list[Table]:
+    """The published tables, from data/published.json."""
+    tables = []
+    for part, content in json.loads((ROOT / "data" / "published.json").read_text()).items():
+        for model, methods in content["models"].items():
+            rows = []
+            for method, cells in methods.items():
+                row = Row(method, cells["params"] or "", published=True, printed_average=cells["average"])
+                for name in PARTS[part]:
+                    value, *deviation = cells[name]
+                    row.scores[name] = [value]
+                    row.deviations[name] = deviation[0] if deviation else None
+                rows.append(row)
+            tables.append(Table(model, PARTS[part], rows, content["source"]))
+    return tables
+
+
+def load_summaries(folder: str) -> dict[str, dict]:
+    """The summaries in `folder` by benchmark.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
+    summaries = {}
+    for name in NLG:
+        path = Path(folder) / f"{name}.json"
+        if path.is_file():
+            try:
+                summaries[name] = json.loads(path.read_text())
+                summaries[name][NLG[name].score]["value"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged: run eval/{name}.py again with --overwrite") from error
+    if not summaries:
+        names = ", ".join(f"{name}.json" for name in NLG)
+        raise UserError(f"no results in {folder}: it has none of {names}; run eval/gsm8k.py or a sibling first")
+    return summaries
+
+
+def training_folder(summaries: dict[str, dict]) -> Path | None:
+    """The output folder of train.py that the scored checkpoint or adapter is in, where there is one."""
+    for summary in summaries.values():
+        made = Path(summary.get("adapter") or summary.get("ckpt") or ".").parent
+        if (made / "config.yaml").is_file() and (made / "metrics.jsonl").is_file():
+            return made
+    return None
+
+
+def our_tables(named: list[tuple[str | None, str, dict[str, dict]]]) -> list[Table]:
+    """One table per model, published rows first where the model has some; seeds of one method become one row.
+
+    Args:
+        named: for each folder the row's name, if one was given, the folder, and its summaries.
+    """
+    published = {table.model: table for table in published_tables() if table.columns is NLG}
+    tables: dict[str, Table] = {}
+    for name, folder, summaries in named:
+        made, model, method = training_folder(summaries), None, Path(folder).name
+        if made is not None:
+            config = yaml.safe_load((made / "config.yaml").read_text())
+            model, method = config["model"], METHODS.get(config["method"], config["method"])
+        if model is None:
+            model = str(next(iter(summaries.values())).get("ckpt"))
+        model = _published_name(model, published)
+        if model not in tables:
+            source = published.get(model)
+            tables[model] = Table(model, NLG, list(source.rows) if source else [], source.source if source else None)
+        ours = [row for row in tables[model].rows if not row.published and row.method == (name or method)]
+        if not ours:
+            ours = [Row(name or method, _parameters(made))]
+            tables[model].rows += ours
+        _add(ours[0], summaries)
+    return list(tables.values())
+
+
+def _published_name(model: str, published: dict[str, Table]) -> str:
+    """The published table's name for a model whose own name has it: meta-llama/Llama-2-7b-hf is LLaMA-2-7B."""
+    return next((name for name in published if name.lower() in model.lower()), model)
+
+
+def _parameters(made: Path | None) -> str:
+    run = made / "run.json" if made is not None else None
+    if run is None or not run.is_file():
+        return ""
+    return f"{json.loads(run.read_text())['trainable_parameters'] / 1e6:.1f}M"
+
+
+def _add(row: Row, summaries: dict[str, dict]) -> None:
     for name, summary in summaries.items():
-        accuracy, loss = summary["accuracy"], summary["response_loss"]
-        low, high = accuracy["interval_95"]
-        rows.append(
-            (
-                name,
-                str(accuracy["of"]),
-                f"{accuracy['value']:.1%} [{low:.1%}, {high:.1%}]",
-                f"{summary['accuracy_lenient']['value']:.1%}",
-                f"{summary['answer_extracted']['value']:.1%}",
-                "not measured" if loss is None else f"{loss:.3f}",
-            )
-        )
+        column, score = NLG[name], summary[NLG[name].score]
+        if score["value"] is None:  # MT-Bench without a judge
+            continue
+        row.scores.setdefault(name, []).append(score["value"] * column.scale)
+        notes = []
+        if len(row.scores[name]) == 1:
+            notes.append("[{:.2f}, {:.2f}]".format(*(bound * column.scale for bound in score["interval_95"])))
+        if score["of"] != column.items:
+            notes.append(f"n = {score['of']}")
+        row.notes[name] = ", ".join(notes)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def cells(table: Table) -> list[list[str]]:
+    """The table's text: a head, then a row per method, and one for every published method that we have not run."""
+    head = ["method", "whose", "parameters", *(column.label for column in table.columns.values()), "average"]
+    rows = list(table.rows)
+    ours = [row.method for row in rows if not row.published]
+    rows += [Row(method) for method in METHODS.values() if table.source and method not in ours]
+    body = []
+    for row in rows:
+        count = max((len(scores) for scores in row.scores.values()), default=0)
+        whose = "published" if row.published else "ours" + (f", {count} seeds" if count > 1 else "")
+        texts = [_cell(row, name) for name in table.columns]
+        body.append([row.method, whose, row.params, *texts, _average_cell(row, table.columns)])
+    return [head, *body]
+
+
+def _cell(row: Row, benchmark: str) -> str:
+    mean, deviation = row.mean(benchmark), row.deviation(benchmark)
+    if mean is None:
+        return NOT_RUN
+    text = f"{mean:.2f}" + (f"±{deviation:.2f}" if deviation is not None else "")
+    return f"{text} {row.notes.get(benchmark, '')}".rstrip()
+
+
+def _average_cell(row: Row, columns: dict[str, Column]) -> str:
+    average = row.average(columns)
+    if average is None:
+        return NOT_RUN
+    printed = f"{row.printed_average:.2f}" if row.printed_average is not None else f"{average:.2f}"
+    return f"{average:.2f}" if printed == f"{average:.2f}" else f"{average:.2f} (printed: {printed})"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table of a head and rows."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+LEGEND = (
+    "± is the standard deviation over seeds, [ ] the 95 % interval of a single run, n the number of items where it is "
+    "not the whole benchmark. Averages are recomputed from their rows."
+)
+
+
+def markdown_report(tables: list[Table]) -> str:
+    """All tables with their sources."""
+    parts = []
+    for table in tables:
+        source = f"\n\nPublished: {table.source}." if table.source else ""
+        parts.append(f"## {table.model}\n\n{markdown(cells(table))}{source}")
+    return "\n\n".join([*parts, LEGEND])
+
+
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "&%$#_{}"} | {"±": "$\\pm$", "~": "\\~{}", "\\": "\\textbackslash{}"}
+)
+
+
+def latex_report(tables: list[Table]) -> str:
+    """All tables for booktabs."""
+    parts = []
+    for table in tables:
+        head, *body = cells(table)
+        lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in body]
+        change = next((i for i, row in enumerate(body) if row[1] != "published"), 0)
+        if 0 < change < len(lines):
+            lines.insert(change, r"\midrule")
+        lines = [" & ".join(cell.translate(LATEX) for cell in head) + r" \\", r"\midrule", *lines]
+        parts += [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{table.model.translate(LATEX)}}}",
+            rf"\begin{{tabular}}{{lll{'r' * (len(head) - 3)}}}",
+            r"\toprule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    return "\n".join([f"% {LEGEND}", *parts])
+
+
+COMPARISON = ("model", "problems", "accuracy, 95 % interval", "last number", "answer extracted", "response loss")
+
+
+def comparison(summaries: dict[str, dict]) -> str:
+    """GSM8K in detail: a Markdown table with one row per checkpoint."""
+    rows = [list(COMPARISON)]
+    for name, summary in summaries.items():
+        accuracy, loss = summary["accuracy"], summary["response_loss"]
+        low, high = accuracy["interval_95"]
+        rows.append(
+            [
+                name,
+                str(accuracy["of"]),
+                f"{accuracy['value']:.1%} [{low:.1%}, {high:.1%}]",
+                f"{summary['accuracy_lenient']['value']:.1%}",
+                f"{summary['answer_extracted']['value']:.1%}",
+                "not measured" if loss is None else f"{loss:.3f}",
+            ]
+        )
+    return markdown(rows)
 
 
 def verdict(base: dict, tuned: dict) -> str:
@@ -60,14 +331,202 @@ def verdict(base: dict, tuned: dict) -> str:
     return "The accuracy intervals overlap: no difference is shown."
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; shape and fill say the same once more.
+COLOURS = {"Full FT": "#000000", "LoRA": "#E69F00", "PiSSA": "#0072B2", "BA-LoRA": "#D55E00"}
+OTHER_COLOUR = "#009E73"
+
+
+def plot_tables(tables: list[Table]) -> Any:
+    """A row of panels per model, a panel per benchmark: hollow points are published, filled ones ours."""
+    plt = _pyplot()
+    tables = [table for table in tables if any(row.scores for row in table.rows)]
+    columns = max(len(table.columns) for table in tables)
+    heights = [0.7 + 0.26 * len(table.rows) for table in tables]
+    figure, axes = plt.subplots(
+        len(tables),
+        columns,
+        figsize=(2.1 + 1.65 * columns, sum(heights) + 0.8),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
+    for table, panels in zip(tables, axes, strict=True):
+        names = list(table.columns)
+        for panel, name in zip(panels, names, strict=False):
+            for place, row in enumerate(table.rows):
+                mean = row.mean(name)
+                colour = COLOURS.get(row.method, OTHER_COLOUR)
+                if mean is None:
+                    panel.text(0.02, place, NOT_RUN, transform=panel.get_yaxis_transform(), va="center", fontsize=7)
+                    continue
+                panel.errorbar(
+                    mean,
+                    place,
+                    xerr=row.deviation(name),
+                    fmt="o" if row.published else "D",
+                    color=colour,
+                    markerfacecolor="white" if row.published else colour,
+                    markersize=5,
+                    capsize=2,
+                )
+            panel.set_title(table.columns[name].label, fontsize=9)
+            panel.set_ylim(len(table.rows) - 0.5, -0.5)
+            panel.set_yticks(range(len(table.rows)), [])
+            panel.margins(x=0.15)
+            panel.tick_params(labelsize=7)
+            panel.grid(axis="x", linewidth=0.4, alpha=0.6)
+        for panel in panels[len(names) :]:
+            panel.set_axis_off()
+        labels = [row.method + (" (published)" if row.published else " (ours)") for row in table.rows]
+        panels[0].set_yticks(range(len(table.rows)), labels, fontsize=8)
+        panels[0].set_ylabel(table.model, fontsize=9, fontweight="bold")
+    figure.suptitle("hollow: published; filled: ours; bars: standard deviation over seeds", fontsize=8)
+    return figure
+
+
+PANELS = (
+    ("loss and task loss, nats per token", {"loss": "loss", "task": "task"}),
+    ("consistency", {"consistency": "L_CR"}),
+    ("diversity", {"diversity": "L_DR"}),
+    ("spectral", {"spectral": "L_SVDR"}),
+    (
+        "weights, relative to their largest",
+        {"lambda_consistency": "λ₁", "lambda_diversity": "λ₂", "lambda_spectral": "λ₃"},
+    ),
+    ("learning rate", {"learning_rate": "learning rate"}),
+)
+STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
+
+
+def plot_training(runs: dict[str, list[dict]]) -> Any:
+    """Every term and every weight over the steps, a column per run."""
+    plt = _pyplot()
+    logged = {name for metrics in runs.values() for line in metrics for name in line}
+    panels = [(title, series) for title, series in PANELS if logged & set(series)]
+    figure, axes = plt.subplots(
+        len(panels),
+        len(runs),
+        figsize=(1 + 4.2 * len(runs), 0.6 + 1.55 * len(panels)),
+        squeeze=False,
+        sharex="col",
+        layout="constrained",
+    )
+    for column, (run, metrics) in zip(axes.T, runs.items(), strict=True):
+        for panel, (title, series) in zip(column, panels, strict=True):
+            for (name, label), (colour, style) in zip(series.items(), STYLES, strict=False):
+                points = [(line["step"], line[name]) for line in metrics if name in line]
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                largest = max(map(abs, values)) or 1.0
+                if name.startswith("lambda"):
+                    values, label = [value / largest for value in values], f"{label}, at most {largest:.3g}"
+                panel.plot(steps, values, style, color=colour, label=label, linewidth=1.4)
+            panel.set_title(title, fontsize=9, loc="left")
+            panel.tick_params(labelsize=7)
+            panel.grid(linewidth=0.4, alpha=0.6)
+            if panel.has_data() and len(series) > 1:
+                panel.legend(fontsize=7, frameon=False)
+        column[-1].set_xlabel("optimizer step", fontsize=8)
+        column[0].set_title(f"{run}\n{panels[0][0]}", fontsize=9, loc="left")
+    return figure
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def load_metrics(path: Path) -> list[dict]:
+    """The training steps of a metrics.jsonl.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line and "step" in line]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read the metrics {path}: {error}") from error
+    if not steps:
+        raise UserError(f"{path} holds no training step")
+    return steps
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (--help lists the options)")
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", metavar="FOLDER", help="folders with a gsm8k.json, the base model first")
-    folders = parser.parse_args(argv).results
-    summaries = {Path(folder).name: load_summary(folder) for folder in folders}
-    print(table(summaries))
-    if len(summaries) == 2:
-        print("\n" + verdict(*summaries.values()))
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", metavar="[NAME=]FOLDER", help="what eval scripts wrote, the base first")
+    parser.add_argument("--metrics", nargs="+", default=[], metavar="FILE", help="metrics.jsonl of further runs")
+    parser.add_argument("--output-dir", help="folder for tables and pictures")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there already")
+    args = parser.parse_args(argv)
+    output_dir = Path(args.output_dir) if args.output_dir else None
+    if output_dir is not None and (output_dir / "report.md").exists() and not args.overwrite:
+        raise UserError(f"{output_dir / 'report.md'} is there already: name another folder, or give --overwrite")
+
+    named = []
+    for text in args.results:
+        name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
+        named.append((name or None, folder, load_summaries(folder)))
+    runs = {}
+    for _, _, summaries in named:
+        made = training_folder(summaries)
+        if made is not None:
+            runs[made.name] = load_metrics(made / "metrics.jsonl")
+    runs |= {path.resolve().parent.name: load_metrics(path) for path in map(Path, args.metrics)}
+
+    labels = [name or Path(folder).name for name, folder, _ in named]
+    if len(set(labels)) < len(labels):  # seeds of one method
+        labels = [folder for _, folder, _ in named]
+    of_gsm8k = {label: found["gsm8k"] for label, (_, _, found) in zip(labels, named, strict=True) if "gsm8k" in found}
+    if of_gsm8k:
+        print(comparison(of_gsm8k))
+        if len(of_gsm8k) == len(named) == 2:
+            print("\n" + verdict(*of_gsm8k.values()))
+    tables = our_tables(named) if named else published_tables()
+    if output_dir is not None or not named or any(set(found) != {"gsm8k"} for _, _, found in named):
+        print(("\n" if of_gsm8k else "") + markdown_report(tables))
+    if output_dir is not None:
+        write_report(output_dir, tables, runs)
+
+
+def write_report(output_dir: Path, tables: list[Table], runs: dict[str, list[dict]]) -> None:
+    """Tables as Markdown and LaTeX, plots as PNG and SVG."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
+    figures = {"report": plot_tables(tables)} if any(row.scores for table in tables for row in table.rows) else {}
+    if runs:
+        figures["training"] = plot_training(runs)
+    written = []
+    for name, figure in figures.items():
+        for suffix in ("png", "svg"):
+            written.append(output_dir / f"{name}.{suffix}")
+            figure.savefig(written[-1], dpi=160)
+    written.append(output_dir / "report.tex")
+    write_whole(written[-1], latex_report(tables))
+    written.append(output_dir / "report.md")
+    write_whole(written[-1], markdown_report(tables) + "\n")
+    print(f"\nreport: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command lines that cannot run here: a dry run prints them whole, and their options exist."""
 
+import importlib
 import json
 import os
 import shlex
@@ -60,6 +61,33 @@ def test_local_copies_take_the_hubs_place(monkeypatch):
     monkeypatch.chdir(ROOT)
     args = train_options(dry_run("ba-lora.sh", NUM_GPUS="4", MODEL="/models/llama", DATA="/data/metamath.jsonl"))
     assert (args.model, args.data) == ("/models/llama", "/data/metamath.jsonl")
+
+
+def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
+    """Each command is one that its script takes; local files and options reach it; without questions no MT-Bench."""
+    monkeypatch.chdir(ROOT)
+    files = {name: f"/data/{name}.jsonl" for name in ("GSM8K", "MATH", "HUMANEVAL", "MBPP", "MT_BENCH")}
+    judge = {"JUDGE": "gpt-4", "JUDGE_URL": "http://127.0.0.1:1/v1", "JUDGE_PROMPTS": "/p", "REFERENCES": "/r"}
+    command = ["sh", "scripts/eval.sh", "out/run/merged", "", "--limit", "7"]
+
+    def commands(**environment):
+        variables = os.environ | {"DRY_RUN": "1"} | environment
+        printed = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+        return [shlex.split(line) for line in printed.splitlines() if line.startswith("python")]
+
+    *scores, last = commands(**files, **judge)
+    assert last[1:3] == ["eval/report.py", "out/run/results"]
+    parsed = {}
+    for words in scores:
+        script = importlib.import_module(words[1].removeprefix("eval/").removesuffix(".py"))
+        parsed[script.__name__] = train.parse_arguments(script.Arguments, "", words[2:])
+    assert list(parsed) == ["gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench"]
+    for args, data in zip(parsed.values(), files.values(), strict=True):
+        assert (args.ckpt, args.data, args.limit) == ("out/run/merged", data, 7)
+        assert args.output_dir == "out/run/results"
+        assert args.temperature == 0
+    assert (parsed["mt_bench"].judge_model, parsed["mt_bench"].references) == ("gpt-4", "/r")
+    assert [words[1] for words in commands()] == [f"eval/{name}.py" for name in [*list(parsed)[:4], "report"]]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

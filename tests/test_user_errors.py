@@ -224,12 +224,14 @@ def test_bad_input_of_gsm8k(gsm8k_error, data_file, tmp_path, monkeypatch, capsy
     assert "no such data file" in gsm8k_error(data=tmp_path / "nowhere.jsonl")
     assert "no field 'question'" in gsm8k_error(data=data_file)
     assert "no field 'response'" in gsm8k_error("--loss-field", "response")
-    assert "holds no problem" in gsm8k_error("--limit", "0")
+    assert "--limit is 0" in gsm8k_error("--limit", "0")
     assert "--max-new-tokens is 0" in gsm8k_error("--max-new-tokens", "0")
     assert "holds 512 tokens" in gsm8k_error("--max-new-tokens", "4000")
     no_gold = tmp_path / "no_gold.jsonl"
     no_gold.write_text(json.dumps({"question": "1 + 1?", "answer": "two"}) + "\n")
     assert "item 0" in gsm8k_error(data=no_gold)
+    assert not (tmp_path / "results").exists()
+    (tmp_path / "results").mkdir()
     (tmp_path / "results" / "gsm8k.json").write_text("precious")
     assert "is there already" in gsm8k_error()
     assert (tmp_path / "results" / "gsm8k.json").read_text() == "precious"

@@ -1,0 +1,497 @@
+"""What the benchmarks share: arguments, prompts, the run from data to results, and how sure a number is.
+
+A benchmark's main reads
+
+    args = parse_arguments(Arguments, __doc__, argv)            Arguments: a dataclass on top of the one here
+    run = Run("gsm8k", args)                                    checks the arguments, checkpoint and outputs
+    records = run.records(["question", "answer"], "...")        the data
+    items = run.complete([r["question"] for r in records])      one dict per completion
+    for item in items: item |= grade(...)
+    run.finish(items, scores, lines)                            files, and the report on the terminal
+
+Files, in --output-dir
+    NAME.completions.jsonl   what is generated so far, so that an interrupted run goes on when it is started again
+    NAME.jsonl               one line per completion, with its verdict; --rescore takes it
+    NAME.json                the scores, with settings, versions and command; written last
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from generation import (  # first: it makes train.py importable
+    Backend,
+    Completion,
+    Sampling,
+    backend_name,
+    batches,
+    check_adapter,
+    load_backend,
+    with_bar,
+)
+
+from train import (
+    ALPACA_PROMPT,
+    UserError,
+    load_records,
+    load_tokenizer_and_config,
+    option,
+    package_versions,
+    require_fields,
+    resolve_demo,
+    resolve_dtype,
+)
+
+# ------------------------------------------------------------------------------------------------------------------
+# Arguments and prompts
+# ------------------------------------------------------------------------------------------------------------------
+
+# "chat" is the tokenizer's own template.
+PROMPTS = {
+    "alpaca": ALPACA_PROMPT,
+    "alpaca-cot": ALPACA_PROMPT + " Let's think step by step.",
+    "raw": "{instruction}",
+}
+
+
+@dataclass
+class Arguments:
+    ckpt: str | None = option(None, "checkpoint: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
+    adapter: str | None = option(None, "folder of a LoRA adapter in PEFT's format, trained on --ckpt")
+    data: str = option("", "the benchmark's items: a file, a folder or a hub name")
+    limit: int | None = option(None, "the first N items only")
+    output_dir: str = option("results", "folder for the results, and for the completions of an interrupted run")
+    overwrite: bool = option(False, "replace results that are there already; completions made the same way are kept")
+    rescore: str | None = option(None, "grade the completions of this results file (.jsonl) again, without a model")
+    prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each item")
+    shots: int = option(0, "solved examples before each item")
+    shots_data: str | None = option(None, "where they come from, in --data's format; None: the training split")
+    samples: int = option(1, "completions per item")
+    temperature: float = option(0.0, "sampling temperature; 0: greedy")
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability")
+    max_new_tokens: int = option(1024, "longest completion, in tokens")
+    seed: int = option(0, "seed of sampling")
+    backend: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vLLM where it is installed")
+    batch_size: int | None = option(
+        None, "prompts generated, and saved, together; None: 32 with transformers, 256 with vLLM"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it, else float32")
+    tensor_parallel_size: int = option(1, "GPUs that vLLM spreads the model over")
+    gpu_memory_utilization: float = option(0.9, "share of GPU memory that vLLM takes")
+
+
+def check_arguments(args: Arguments) -> None:
+    """Raises a UserError where a value is out of range or does not go with another; reads nothing."""
+    if (args.ckpt is None) == (args.rescore is None):
+        if args.rescore is not None:
+            raise UserError("--rescore reads completions and needs no --ckpt: give one of the two")
+        raise UserError("no --ckpt: give a checkpoint's folder or hub name, or 'demo'")
+    for name in ("samples", "max_new_tokens", "batch_size", "tensor_parallel_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
+    for name in ("shots", "temperature"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must not be negative")
+    for name in ("top_p", "gpu_memory_utilization"):
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0 and at most 1")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError(f"--samples {args.samples} with --temperature 0 are all alike: give a temperature")
+
+
+Turns = Sequence[tuple[str, str]]  # what was asked before, with its answers: solved examples, or a conversation's turns
+
+
+def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns = ()) -> list[int]:
+    """The prompt's token ids, with the tokenizer's own start token where it has one.
+
+    Raises:
+        UserError: `chat`, and the tokenizer has no chat template.
+    """
+    if template == "chat":
+        messages = [
+            message
+            for question, answer in turns
+            for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        ]
+        messages.append({"role": "user", "content": instruction})
+        if not tokenizer.chat_template:
+            raise UserError("--prompt chat: the checkpoint's tokenizer has no chat template")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
+    prompt = PROMPTS[template]
+    text = "".join(f"{prompt.format(instruction=question)} {answer}\n\n" for question, answer in turns)
+    ids = tokenizer(text + prompt.format(instruction=instruction))["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+
+
+def stop_strings(template: str, shots: int) -> tuple[str, ...]:
+    """What a model writes that goes on with an example of its own after its answer, as solved examples teach it."""
+    return ("### Instruction:", "Below is an instruction") if shots and template.startswith("alpaca") else ()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is on disk
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """Values by key in a file that is only appended to: whatever a killed run had finished is there again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        whole = 0
+        with open(path, "ab+") as file:
+            file.seek(0)
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    self.values[entry["key"]] = entry["value"]
+                except (ValueError, KeyError, TypeError):
+                    pass  # damaged: made again
+                whole += len(line) if line.endswith(b"\n") else 0
+            file.truncate(whole)  # a line that a kill cut short
+
+    def add(self, key: str, value: Any) -> None:
+        self.values[key] = value
+        with self._lock, open(self.path, "a") as file:
+            file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
+
+
+def digest(value: Any) -> str:
+    """A short name for a JSON value, other for every other value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def checkpoint_identity(name: str, config: Any = None) -> Any:
+    """What tells a checkpoint from others, without reading its weights: a folder's files with their sizes and times;
+    on the hub, the commit."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return [name, getattr(config, "_commit_hash", None)]
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json", ".model", ".jinja")]
+    return [str(folder.resolve()), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One benchmark on one checkpoint, from checked arguments to results.
+
+    Raises:
+        UserError: an argument out of range, results that are there already, a checkpoint or adapter that cannot be.
+    """
+
+    def __init__(self, benchmark: str, args: Arguments):
+        self.started = time.time()
+        self.benchmark, self.args = benchmark, args
+        check_arguments(args)
+        folder = Path(args.output_dir)
+        self.items_path, self.summary_path = folder / f"{benchmark}.jsonl", folder / f"{benchmark}.json"
+        if self.summary_path.exists() and not args.overwrite:
+            raise UserError(
+                f"{self.summary_path} is there already: name another --output-dir, or replace it with --overwrite"
+            )
+        self.max_length = 0  # tokens that the back end must hold; complete() raises it to what it needs
+        self._backend: Backend | None = None
+        self._store: Store | None = None
+        self.rescored: list[dict] | None = None  # the items of --rescore's file
+        self._origin: dict[str, Any] = {"ckpt": args.ckpt, "adapter": args.adapter, "backend": None}
+        if args.rescore is not None:
+            self.rescored = _read_items(Path(args.rescore))
+            summary = Path(args.rescore).with_suffix(".json")
+            with contextlib.suppress(OSError, ValueError):
+                made = json.loads(summary.read_text())
+                self._origin = {name: made[name] for name in self._origin}
+            self._origin["rescored"] = args.rescore
+            return
+        self._origin["backend"] = backend_name(args.backend)
+        self.ckpt = resolve_demo(args.ckpt, "model")
+        self.tokenizer, self.config = load_tokenizer_and_config(self.ckpt)
+        if args.adapter is not None:
+            check_adapter(args.adapter, self.ckpt, self.config, self._origin["backend"])
+
+    def records(
+        self, fields: list[str], remedy: str, split: str = "test", names: Mapping[str, str] = MappingProxyType({})
+    ) -> datasets.Dataset:
+        """The benchmark's items, `--limit` of them.
+
+        Args:
+            fields: what every item has; `remedy` ends the error where it has not.
+            split, names: of hub data sets: the split, and the configuration's name by the data set's.
+
+        Raises:
+            UserError: no such data, or not in this format.
+        """
+        args = self.args
+        records = load_records(resolve_demo(args.data, "test"), split, name=names.get(args.data))
+        require_fields(records, fields, args.data, remedy)
+        if args.limit is not None:
+            records = records.select(range(min(args.limit, len(records))))
+        if len(records) == 0:
+            raise UserError(f"{args.data} holds no item")
+        return records
+
+    def examples(
+        self, fields: list[str], remedy: str, split: str = "train", names: Mapping[str, str] = MappingProxyType({})
+    ) -> list[dict]:
+        """The `--shots` solved examples: the first ones of the training data; arguments as of `records`."""
+        args = self.args
+        if args.shots == 0:
+            return []
+        source = args.shots_data
+        if source is None:
+            if Path(args.data).exists():
+                raise UserError(f"--shots {args.shots} needs --shots-data: {args.data} has no training split")
+            source = args.data
+        records = load_records(resolve_demo(source, "train"), split, name=names.get(source))
+        require_fields(records, fields, source, remedy)
+        if len(records) < args.shots:
+            raise UserError(f"--shots {args.shots}: {source} holds {len(records)}")
+        return [records[index] for index in range(args.shots)]
+
+    def encode(self, instruction: str, shots: Turns = ()) -> list[int]:
+        """The token ids of `--prompt` around an instruction."""
+        return encode_prompt(self.tokenizer, self.args.prompt, instruction, shots)
+
+    def complete(
+        self, instructions: list[str], shots: Turns = (), *, stop: tuple[str, ...] | None = None
+    ) -> list[dict[str, Any]]:
+        """`--samples` completions of every instruction; or those of `--rescore`'s file.
+
+        Args:
+            shots: solved examples, instruction and response.
+            stop: strings that end a completion; None: what ends one of the template's own with `shots`.
+
+        Returns:
+            One dict per completion, ordered by index (of the instruction) and sample, with instruction, prompt,
+            completion, num_tokens, finished.
+        """
+        args = self.args
+        if self.rescored is not None:
+            for item in self.rescored:
+                index = item["index"]
+                if index < len(instructions) and item["instruction"] != instructions[index]:
+                    raise UserError(f"item {index} of {args.rescore} is another one than in {args.data}")
+            return [item for item in self.rescored if item["index"] < len(instructions)]
+        prompts = [self.encode(text, shots) for text in instructions]
+        if stop is None:
+            stop = stop_strings(args.prompt, len(shots))
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, stop)
+        of_prompts = self.generate(prompts, sampling, args.samples)
+        return [
+            {
+                "index": index,
+                "sample": sample,
+                "instruction": instructions[index],
+                "prompt": self.tokenizer.decode(prompts[index]),
+                "completion": completion.text,
+                "num_tokens": completion.num_tokens,
+                "finished": completion.finished,
+            }
+            for index, completions in enumerate(of_prompts)
+            for sample, completion in enumerate(completions)
+        ]
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, samples: int = 1) -> list[list[Completion]]:
+        """`samples` completions of each prompt: those on disk that were made just so, the others by the back end.
+
+        Raises:
+            UserError: the model's context is too short, or the folder cannot be written to.
+        """
+        args = self.args
+        self.max_length = max(self.max_length, max(map(len, prompts)) + sampling.max_new_tokens)
+        context = getattr(self.config, "max_position_embeddings", None)
+        if context is not None and self.max_length > context:
+            raise UserError(
+                f"{args.ckpt} holds {context} tokens and {self.max_length} are needed: lower --max-new-tokens"
+                + (" or --shots" if args.shots else "")
+            )
+        store = self.store("completions")
+        # Rounding depends on which prompts are computed together. So batches, not prompts, are kept and made again.
+        requests = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+        batch_size = args.batch_size or {"vllm": 256, "transformers": 32}[self._origin["backend"]]
+        groups = batches([len(prompt) for prompt, _ in requests], batch_size)
+        how = digest([self.identity(), asdict(sampling), args.seed if sampling.temperature > 0 else None])
+        keys = {group[0]: digest([how, [requests[i] for i in group]]) for group in groups}
+        missing = [group for group in groups if keys[group[0]] not in store.values]
+        backend = self.backend() if missing else None
+        for group in with_bar(missing, "generating", done=len(requests) - sum(map(len, missing))):
+            seeds = None
+            if sampling.temperature > 0:
+                seeds = [int(digest([args.seed, *requests[i]])[:15], 16) for i in group]
+            made = backend.generate([requests[i][0] for i in group], sampling, seeds)
+            store.add(keys[group[0]], [asdict(completion) for completion in made])
+        completions = [None] * len(requests)
+        for group in groups:
+            for i, completion in zip(group, store.values[keys[group[0]]], strict=True):
+                completions[i] = Completion(**completion)
+        return [completions[start : start + samples] for start in range(0, len(requests), samples)]
+
+    def identity(self) -> Any:
+        """What completions depend on beside prompt and sampling."""
+        args = self.args
+        versions = package_versions()
+        return {
+            "ckpt": checkpoint_identity(self.ckpt, self.config),
+            "adapter": None if args.adapter is None else checkpoint_identity(args.adapter),
+            "backend": self._origin["backend"],
+            "dtype": str(resolve_dtype(args.dtype)),
+            "tensor_parallel_size": args.tensor_parallel_size,
+            "versions": {name: versions.get(name) for name in ("torch", "transformers", self._origin["backend"])},
+        }
+
+    def backend(self) -> Backend:
+        """The back end, loaded at the first call."""
+        if self._backend is None:
+            args = self.args
+            self._backend = load_backend(
+                self._origin["backend"],
+                self.ckpt,
+                self.tokenizer,
+                self.config,
+                dtype=args.dtype,
+                max_length=self.max_length,
+                batch_size=args.batch_size,
+                adapter=args.adapter,
+                seed=args.seed,
+                tensor_parallel_size=args.tensor_parallel_size,
+                gpu_memory_utilization=args.gpu_memory_utilization,
+            )
+        return self._backend
+
+    def store(self, name: str) -> Store:
+        """The append-only file NAME.`name`.jsonl of this benchmark."""
+        folder = self.items_path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return Store(folder / f"{self.benchmark}.{name}.jsonl")
+        except OSError as error:
+            raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
+
+    def finish(self, items: list[dict], scores: dict[str, Any], lines: Iterable[str]) -> None:
+        """Writes items and summary, the summary last, and prints the report: `lines` are made by `score_line`."""
+        args = self.args
+        seconds = round(time.time() - self.started, 1)
+        summary = {
+            "benchmark": self.benchmark,
+            **self._origin,
+            "data": args.data,
+            **scores,
+            "arguments": asdict(args),
+            "versions": package_versions(),
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "seconds": seconds,
+        }
+        self.items_path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+        write_whole(self.summary_path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        how = f"rescored from {args.rescore}" if args.rescore else self._origin["backend"]
+        on = f" with {self._origin['adapter']}" if self._origin["adapter"] else ""
+        print(f"\n{self._origin['ckpt']}{on} on {args.data} ({how}, {seconds:.0f} s)")
+        print("\n".join([*lines, f"  {'items and summary':24}{self.items_path}, {self.summary_path}"]))
+
+
+def _read_items(path: Path) -> list[dict]:
+    """The items of an earlier run.
+
+    Raises:
+        UserError: not such a file.
+    """
+    made = ("index", "sample", "instruction", "prompt", "completion", "num_tokens", "finished")
+    try:
+        items = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"--rescore {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--rescore {path} is no results file: {error}") from error
+    whole = all(isinstance(item, dict) and all(name in item for name in made) for item in items)
+    if not items or not whole or not all(isinstance(item["index"], int) and item["index"] >= 0 for item in items):
+        raise UserError(f"--rescore {path} is no results file: every line needs {', '.join(made)}")
+    return items
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# How sure a number is
+# ------------------------------------------------------------------------------------------------------------------
+
+Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion (E. B. Wilson, JASA 22, 1927); (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    p = successes / trials
+    denominator = 1 + Z_95**2 / trials
+    centre = (p + Z_95**2 / (2 * trials)) / denominator
+    half = Z_95 / denominator * math.sqrt(p * (1 - p) / trials + Z_95**2 / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def proportion(successes: int, trials: int) -> dict[str, Any]:
+    """A share with its count and its interval, as every summary states it."""
+    return {
+        "value": successes / trials if trials else None,
+        "count": successes,
+        "of": trials,
+        "interval_95": wilson_interval(successes, trials),
+    }
+
+
+def share(items: list[dict], name: str) -> dict[str, Any]:
+    """The share of items where `name` is true; with several samples the mean of the items' own shares."""
+    of_items: dict[int, list[bool]] = {}
+    for item in items:
+        of_items.setdefault(item["index"], []).append(bool(item[name]))
+    if len(of_items) == len(items):
+        return proportion(sum(item[name] for item in items), len(items))
+    return mean([sum(verdicts) / len(verdicts) for verdicts in of_items.values()])
+
+
+def mean(values: list[float], resamples: int = 10_000) -> dict[str, Any]:
+    """A mean with its count and its 95 % percentile bootstrap interval over the values (B. Efron, 1979)."""
+    if not values:
+        return {"value": None, "of": 0, "interval_95": None}
+    sample = np.asarray(values, dtype=float)
+    generator = np.random.default_rng(0)
+    means = [sample[generator.integers(len(sample), size=len(sample))].mean() for _ in range(resamples)]
+    return {
+        "value": float(sample.mean()),
+        "of": len(values),
+        "interval_95": tuple(float(bound) for bound in np.quantile(means, [0.025, 0.975])),
+    }
+
+
+def score_line(label: str, score: dict[str, Any], form: Callable[[float], str] = "{:.1%}".format) -> str:
+    """One line of the terminal's report: a proportion or a mean with its interval and count."""
+    if score["value"] is None:
+        return f"  {label:24}not measured"
+    low, high = score["interval_95"]
+    count = f"{score['count']} of {score['of']}" if "count" in score else f"mean of {score['of']}"
+    return f"  {label:24}{form(score['value']):>6}  [{form(low)}, {form(high)}]  {count}"

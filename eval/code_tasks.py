@@ -1,0 +1,148 @@
+"""What HumanEval and MBPP share: the code in a completion, its verdict from the sandbox, pass@k."""
+
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import benchmark  # first: it makes train.py importable
+from benchmark import Run, digest, mean, score_line, share
+from sandbox import Limits, Program, Verdict, require_isolation, run_programs
+from tqdm import tqdm
+
+from train import UserError, option
+
+
+@dataclass
+class Arguments(benchmark.Arguments):
+    k: list[int] = option([1], "the k of pass@k; none may be above --samples")
+    timeout: float = option(Limits.timeout, "seconds for one program with its tests")
+    memory_mib: int = option(Limits.memory_mib, "memory for one program")
+    workers: int | None = option(None, "programs that run at the same time; None: one per CPU core")
+    unsafe: bool = option(False, "run the model's programs even where nothing isolates them from this machine")
+
+
+def check_code_arguments(args: Arguments) -> None:
+    """Says what the sandbox isolates here.
+
+    Raises:
+        UserError: a value out of range; nothing isolates programs here and `--unsafe` is not given.
+    """
+    for name in ("timeout", "memory_mib", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
+    if min(args.k, default=0) <= 0:
+        raise UserError(f"--k is {' '.join(map(str, args.k)) or 'empty'}: every k must be above 0")
+    if args.rescore is None and max(args.k) > args.samples:
+        raise UserError(f"--k {max(args.k)} needs as many --samples; there are {args.samples}")
+    print(require_isolation(args.unsafe).describe())
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of pass@k from c passes among n samples: 1 − C(n−c, k) / C(n, k) (arXiv 2107.03374, eq. 1).
+
+    In whole numbers up to the last division, so that nothing cancels.
+    """
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The code in a completion. By lines, not by Python's parser: a model can write what takes the parser down.
+# ----------------------------------------------------------------------------------------------------------------------
+
+FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+# How a line of code outside every block begins, as opposed to prose.
+CODE_LINE = re.compile(
+    r"(?:import|from|def|async def|class|if|elif|for|while|with|return|assert|del|raise|global)\b.*"
+    r"|(?:try|else|finally|except\b.*):.*|@.*|#.*|[)\]}].*|'''.*|\"\"\".*"
+    r"|[A-Za-z_][\w.,\[\] '\"]*(?::[^=]+)?[-+*/]?=[^=].*"  # an assignment
+    r"|[A-Za-z_][\w.]*\(.*"  # a call
+)
+
+
+def extract_code(completion: str, names: tuple[str, ...]) -> str:
+    """The code in a completion: the fenced block that defines one of `names`, else the first, else the lines of code.
+
+    The first line keeps its indentation: a completion may be the body of a function.
+    """
+    blocks = [match.group(1) for match in FENCE.finditer(completion)]
+    if blocks:
+        return next((block for block in blocks if defines(block, names)), blocks[0])
+    lines = completion.split("\n")
+    while lines and not lines[0].strip():
+        del lines[0]
+    start = 0
+    if defines(completion, names):  # prose before the code
+        start = next(i for i, line in enumerate(lines) if re.match(r"(import|from|def|async def|class|@)\b", line))
+    end = start + 1
+    while end < len(lines) and (not lines[end].strip() or lines[end][0] in " \t" or CODE_LINE.fullmatch(lines[end])):
+        end += 1
+    return "\n".join(lines[start:end]).rstrip() + "\n"
+
+
+def defines(code: str, names: tuple[str, ...]) -> bool:
+    """Whether a function or class of one of these names is defined outside every block."""
+    return any(re.search(rf"^(?:async def|def|class)\s+{re.escape(name)}\b", code, re.MULTILINE) for name in names)
+
+
+def as_body(code: str) -> str:
+    """The code, indented as the body of a function, whether or not the model or its tokenizer left that out."""
+    lines = code.split("\n")
+    if lines[0][:1] in (" ", "\t"):
+        return code
+    rest = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
+    inner = 8 if lines[0].rstrip().endswith(":") else 4  # where the lines after an indented first one stand
+    if rest and rest[0] >= inner and min(rest) >= 4:
+        return "    " + code  # only the first line lost it
+    return "\n".join("    " + line if line.strip() else line for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdicts and scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_items(run: Run, items: list[dict[str, Any]], programs: list[Program], args: Arguments) -> None:
+    """Adds program, verdict, detail, output and `correct` to the items, program by program in the sandbox.
+
+    Verdicts are kept on disk by program, tests and limits: a run that was killed while grading goes on.
+    """
+    limits = Limits(timeout=args.timeout, memory_mib=args.memory_mib)
+    store = run.store("verdicts")
+    how = [vars(limits), require_isolation(args.unsafe).level, sys.version]
+    keys = [digest([vars(program), how]) for program in programs]
+    missing = {key: program for key, program in zip(keys, programs, strict=True) if key not in store.values}
+    verdicts = run_programs(list(missing.values()), limits, unsafe=args.unsafe, workers=args.workers)
+    for key, verdict in zip(missing, tqdm(verdicts, "running programs", len(missing), unit="program"), strict=True):
+        store.add(key, asdict(verdict))
+    for item, key, program in zip(items, keys, programs, strict=True):
+        verdict = Verdict(**store.values[key])
+        item |= {"program": program.candidate, **asdict(verdict), "correct": verdict.passed}
+
+
+def finish(run: Run, items: list[dict[str, Any]], args: Arguments) -> None:
+    """pass@k of graded items, written and printed.
+
+    Raises:
+        UserError: `--rescore`'s file has fewer samples of an item than the largest k.
+    """
+    passes: dict[int, list[bool]] = {}
+    for item in items:
+        passes.setdefault(item["index"], []).append(item["correct"])
+    fewest = min(map(len, passes.values()))
+    if fewest < max(args.k):
+        raise UserError(f"--k {max(args.k)}: there are items with {fewest} samples")
+    of_k = {
+        f"pass@{k}": share(items, "correct")
+        if k == 1
+        else mean([pass_at_k(len(verdicts), sum(verdicts), k) for verdicts in passes.values()])
+        for k in sorted(set(args.k) | {1})
+    }
+    verdicts = {kind: sum(item["verdict"] == kind for item in items) for kind in ("passed", "failed", "timed out")}
+    scores = {"accuracy": of_k["pass@1"], **of_k, "finished": share(items, "finished"), "verdicts": verdicts}
+    scores["sandbox"] = require_isolation(args.unsafe).level
+    lines = [score_line(name, score) for name, score in of_k.items()]
+    lines.append(score_line("finished in time", scores["finished"]))
+    lines.append(f"  {'programs':24}{', '.join(f'{count} {kind}' for kind, count in verdicts.items())}")
+    run.finish(items, scores, lines)

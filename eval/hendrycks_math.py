@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""MATH: competition problems (Hendrycks et al., arXiv 2103.03874); greedy, one completion each; equivalent answers.
+
+One item, as data in MATH's format has it, a completion, and its verdicts:
+
+    {"problem": "What is the probability that a fair coin lands heads twice?", "level": "Level 1",
+     "type": "Counting & Probability", "solution": "Each toss has $\\\\frac12,$ so $\\\\boxed{\\\\frac{1}{4}}.$"}
+    "Half times half.\\nThe answer is: 0.25"      extracted 0.25, equivalent to \\frac{1}{4}, not spelled the same
+
+The gold answer is in the solution's last \\boxed{}. The model's is what follows the last "The answer is:", or else its
+own last \\boxed{}. Two verdicts: `correct`, by math-verify, whether both have one value; `correct_strict`, by the text
+normalisation that the published numbers of BA-LoRA, PiSSA and MetaMath come from (eval/math_grader.py has both).
+
+How to run
+    python eval/hendrycks_math.py --ckpt output/ba-lora/merged                      the 5,000 test problems from the hub
+    python eval/hendrycks_math.py --ckpt FOLDER_OR_HUB_NAME --data math500.jsonl
+    python eval/hendrycks_math.py --rescore results/hendrycks_math.jsonl --output-dir results/again
+
+What comes out, in --output-dir
+    hendrycks_math.jsonl     every prompt, completion, extracted answer and verdict
+    hendrycks_math.json      accuracy by both rules with 95 % Wilson intervals, by subject and by level
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import benchmark  # first: it makes train.py importable
+from benchmark import Run, score_line, share
+from math_grader import SECONDS, Grader
+from tqdm import tqdm
+
+from train import UserError, option, parse_arguments, run_script
+
+HUB_DATA = "DigitalLearningGmbH/MATH-lighteval"
+FORMAT = "MATH's format has problem and solution"
+ANSWER_MARKER = "The answer is:"
+
+
+@dataclass
+class Arguments(benchmark.Arguments):
+    data: str = option(HUB_DATA, "file in MATH's format (problem, solution; subject or type, level), or hub name")
+    max_new_tokens: int = option(2048, "longest completion, in tokens")
+    seconds: float = option(SECONDS, "time for comparing one answer")
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last \\boxed{} (or \\fbox{}) holds; None where there is none, or none that is closed."""
+    starts = list(re.finditer(r"\\(?:boxed|fbox)\b\s*", text))
+    if not starts:
+        return None
+    start = starts[-1].end()
+    if text[start : start + 1] != "{":  # \boxed 5
+        return re.match(r"[^\s$.]*", text[start:]).group() or None
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[start + 1 : start + brace.start()]
+    return None
+
+
+def extract_answer(text: str) -> str | None:
+    """What follows the last "The answer is:", up to a full stop at a line's end; else what the last \\boxed{} holds."""
+    _, marker, answer = text.rpartition(ANSWER_MARKER)
+    if not marker:
+        return last_boxed(text)
+    return answer.partition(".\n")[0].strip().removesuffix(".").strip() or None
+
+
+def gold_answer(solution: str, index: int, source: str) -> str:
+    """What the solution's last \\boxed{} holds.
+
+    Raises:
+        UserError: there is none.
+    """
+    gold = last_boxed(solution)
+    if gold is None:
+        raise UserError(f"item {index} of {source} has no \\boxed{{}} in its solution")
+    return gold
+
+
+def grade(completions: list[str], golds: list[str], seconds: float = SECONDS) -> list[dict[str, Any]]:
+    """For each completion what was extracted, both verdicts, and what kept math-verify from one, if anything did."""
+    answers = [extract_answer(completion) for completion in completions]
+    pairs = [(answer, gold) for answer, gold in zip(answers, golds, strict=True) if answer is not None]
+    with Grader(seconds) as grader, tqdm(total=len(pairs), desc="grading", unit="item", disable=not pairs) as bar:
+        verdicts = iter(grader.compare(pairs, bar.update))
+    of_answers = [next(verdicts) if answer is not None else {} for answer in answers]
+    return [
+        {
+            "extracted": answer,
+            "correct": verdict.get("value", False),
+            "correct_strict": verdict.get("spelling", False),
+            "problem": verdict.get("problem"),
+        }
+        for answer, verdict in zip(answers, of_answers, strict=True)
+    ]
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(Arguments, __doc__, argv)
+    if args.seconds <= 0:
+        raise UserError(f"--seconds is {args.seconds}: it must be above 0")
+    run = Run("hendrycks_math", args)
+    fields = ["problem", "solution"]
+    records = run.records(fields, FORMAT)
+    golds = [gold_answer(record["solution"], index, args.data) for index, record in enumerate(records)]
+    shots = [
+        (
+            record["problem"],
+            f"{record['solution']}\n{ANSWER_MARKER} {gold_answer(record['solution'], i, 'the examples')}",
+        )
+        for i, record in enumerate(run.examples(fields, FORMAT))
+    ]
+    # Without a template around it, a problem needs words that say so, and that a model's next problem begins with.
+    form, stop = ("Problem:\n{}\n\nSolution:", ("Problem:",)) if args.prompt == "raw" else ("{}", None)
+    items = run.complete(
+        [form.format(record["problem"]) for record in records],
+        [(form.format(problem), solution) for problem, solution in shots],
+        stop=stop,
+    )
+    verdicts = grade([item["completion"] for item in items], [golds[item["index"]] for item in items], args.seconds)
+    for item, verdict in zip(items, verdicts, strict=True):
+        record = records[item["index"]]
+        item |= {
+            "subject": record.get("subject") or record.get("type") or "unknown",
+            "level": str(record.get("level", "unknown")).removeprefix("Level "),
+            "gold": golds[item["index"]],
+            **verdict,
+            "answered": verdict["extracted"] is not None,
+            "undecided": verdict["problem"] is not None,
+        }
+    scores = {
+        "accuracy": share(items, "correct"),
+        "accuracy_strict": share(items, "correct_strict"),
+        "answer_extracted": share(items, "answered"),
+        "undecided": share(items, "undecided"),
+        "finished": share(items, "finished"),
+        "by_subject": by(items, "subject"),
+        "by_level": by(items, "level"),
+    }
+    lines = [
+        score_line("accuracy, math-verify", scores["accuracy"]),
+        score_line("accuracy, published rule", scores["accuracy_strict"]),
+        score_line("answer extracted", scores["answer_extracted"]),
+        score_line("too hard to compare", scores["undecided"]),
+        score_line("finished in time", scores["finished"]),
+        *(
+            f"  {line}"
+            for line in ["", *table(scores, "by_subject", "subject"), "", *table(scores, "by_level", "level"), ""]
+        ),
+    ]
+    run.finish(items, scores, lines)
+
+
+def by(items: list[dict], group: str) -> dict[str, dict[str, Any]]:
+    """Both accuracies of every group of items."""
+    return {
+        name: {
+            rule: share([item for item in items if item[group] == name], verdict)
+            for rule, verdict in (("accuracy", "correct"), ("accuracy_strict", "correct_strict"))
+        }
+        for name in sorted({item[group] for item in items})
+    }
+
+
+def table(scores: dict[str, Any], name: str, title: str) -> list[str]:
+    """The lines of a table with a row per group."""
+    rows = [f"{title:26}{'math-verify':>12}{'published':>12}{'of':>7}"]
+    for group, shares in scores[name].items():
+        accuracy, strict = shares["accuracy"], shares["accuracy_strict"]
+        rows.append(f"{group:26}{accuracy['value']:>12.1%}{strict['value']:>12.1%}{accuracy['of']:>7}")
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""MBPP: short Python functions from a sentence and three tests (arXiv 2108.07732); pass@k against all the tests.
+
+One item, as data in MBPP's format has it, a completion, and its verdict:
+
+    {"task_id": 17, "prompt": "Write a function that returns the perimeter of a square given its side length as input.",
+     "code": "def square_perimeter(a):\\n  perimeter=4*a\\n  return perimeter",
+     "test_list": ["assert square_perimeter(10)==40", "assert square_perimeter(5)==20"]}
+    "```python\\ndef square_perimeter(a):\\n    return 4 * a\\n```"      passed
+    "```python\\ndef square_perimeter(a):\\n    return 40\\n```"         failed: AssertionError at: assert square_...
+
+Programs run in the sandbox (eval/sandbox.py), the tests apart from them; what is isolated on this machine is printed
+first. Tests see only the functions and classes that the reference solution defines, and the modules that it imports.
+
+How to run
+    python eval/mbpp.py --ckpt output/ba-lora/merged                        500 test items from the hub, greedy, pass@1
+    python eval/mbpp.py --ckpt FOLDER_OR_HUB_NAME --data sanitized_mbpp.json
+    python eval/mbpp.py --ckpt BASE_MODEL --prompt raw --shots 3            the paper's few-shot form
+
+What comes out, in --output-dir
+    mbpp.jsonl     every prompt, completion, program and verdict, with what the program printed
+    mbpp.json      pass@k with its 95 % interval, the settings and the versions
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import code_tasks  # first: it makes train.py importable
+from benchmark import Run
+from code_tasks import check_code_arguments, extract_code, finish, run_items
+from sandbox import Program
+
+from train import UserError, option, parse_arguments, run_script
+
+HUB_DATA = "google-research-datasets/mbpp"
+FIELDS = ["task_id", "code", "test_list"]
+FORMAT = "MBPP's format has task_id, text (sanitized: prompt), code and test_list"
+# The wording of the paper's prompt (arXiv 2108.07732, section 3).
+INSTRUCTION = (
+    "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}"
+)
+BEGIN, END = "\n[BEGIN]\n", "[DONE]"
+
+
+@dataclass
+class Arguments(code_tasks.Arguments):
+    data: str = option(HUB_DATA, "file in MBPP's format, full or sanitized (scored whole), or hub name")
+    max_new_tokens: int = option(512, "longest completion, in tokens")
+
+
+def instruction_of(record: dict[str, Any]) -> str:
+    """The paper's prompt of one item.
+
+    Raises:
+        UserError: neither `text` nor `prompt`.
+    """
+    text = record.get("text") or record.get("prompt")
+    if not text:
+        raise UserError(f"MBPP item {record['task_id']} has neither text nor prompt: {FORMAT}")
+    return INSTRUCTION.format(text=text.strip(), tests="\n".join(record["test_list"]))
+
+
+def program_of(record: dict[str, Any], completion: str) -> Program:
+    """The completion's code, and the item's tests."""
+    tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
+    defined = re.findall(r"^(?:def|class)\s+(\w+)", record["code"], re.MULTILINE)
+    used = set(re.findall(r"\w+", tests))
+    names = tuple(sorted(used & set(defined)))
+    # One item's test uses `sys` because its reference solution imports it.
+    imports = re.findall(r"^(?:import|from)\s.*", record["code"], re.MULTILINE)
+    imports = [line for line in imports if used & set(re.findall(r"\w+", line)) - {"import", "from", "as"}]
+    setup = "\n".join([*(record.get("test_imports") or []), *imports])
+    code = extract_code(completion.replace(BEGIN.strip(), "").partition(END)[0], names)
+    return Program(code, tests, names, setup)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(Arguments, __doc__, argv)
+    run = Run("mbpp", args)
+    records = list(run.records(FIELDS, FORMAT))
+    instructions = [instruction_of(record) for record in records]
+    examples = run.examples(FIELDS, FORMAT, split="prompt")
+    check_code_arguments(args)
+    raw = args.prompt == "raw"
+    begin, end = (BEGIN, f"\n{END}") if raw else ("", "")
+    shots = [
+        (instruction_of(record) + begin, record["code"].strip() + end if raw else f"```python\n{record['code']}\n```")
+        for record in examples
+    ]
+    items = run.complete([text + begin for text in instructions], shots, stop=(END,) if raw else None)
+    for item in items:
+        item["task_id"] = records[item["index"]]["task_id"]
+    programs = [program_of(records[item["index"]], item["completion"]) for item in items]
+    run_items(run, items, programs, args)
+    finish(run, items, args)
+
+
+if __name__ == "__main__":
+    run_script(main)

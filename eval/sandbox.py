@@ -1,0 +1,242 @@
+"""Runs programs that a model wrote, against tests, without letting them hurt this machine or forge their verdict.
+
+Protects, where the kernel has namespaces (Linux 5.12 or newer; as root, or as a user where unprivileged user namespaces
+are allowed):
+- files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own;
+- the network, other processes, this process's environment and memory: none is reachable; no process can be started;
+- memory, CPU time, disk, output and wall-clock time are limited; at the deadline the program ends with all its threads;
+- the verdict: tests run in a process of their own, which talks to the program by plain data only (`sandbox_inside.py`).
+Inside a container without namespaces, Landlock and a system-call filter give the same with three exceptions: a program
+can fill the disk that holds the temporary folder, can see whether a file exists (not what it holds), and as root can
+start as many threads as its memory holds.
+
+Does not protect against: a hole in the kernel; reading what the CPU's caches leak; slowing this machine down within the
+limits. The tests themselves are trusted not to forge their own verdict. It is made for code by models that err, and for
+code that tries to look as if it passed; keep no secret on a machine that runs code by an adversary.
+
+Two differences from running program and tests in one plain process. Arguments are copies: a test cannot see what the
+program does to a list that it is given (HumanEval and MBPP have no such test), and a program cannot change a test's
+data. And a program that imports what is not in Python's standard library, such as numpy, fails.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sandbox_inside import pack
+
+from train import RunStopped, UserError
+
+INSIDE = Path(__file__).with_name("sandbox_inside.py")
+GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it
+
+
+@dataclass(frozen=True)
+class Program:
+    """The model's code and the tests that judge it."""
+
+    candidate: str  # source that is not trusted
+    tests: str  # source that passes by running to its end
+    names: tuple[str, ...]  # what the tests take from the candidate; every other name is theirs, setup's or a built-in
+    setup: str = ""  # source that runs before the names are bound: the tests' imports, the prompt's helpers
+
+
+@dataclass(frozen=True)
+class Limits:
+    timeout: float = 10.0  # seconds of wall-clock time, and of CPU time
+    memory_mib: int = 1024  # address space
+    disk_mib: int = 64  # /tmp, all files together (with Landlock: not limited)
+    file_mib: int = 16  # one file, and the output
+    output_bytes: int = 2000  # how much of the output a verdict keeps
+
+
+@dataclass(frozen=True)
+class Verdict:
+    verdict: Literal["passed", "failed", "timed out"]
+    detail: str  # one line that says why it did not pass
+    output: str  # the beginning of what the program printed
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "passed"
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """What separates programs from this machine: found out by running one."""
+
+    level: Literal["namespaces", "landlock", "none"]
+    filter: bool  # of system calls
+    problems: tuple[str, ...]  # why it is not more
+
+    def describe(self) -> str:
+        """For the user, at the start of a run."""
+        if self.level == "namespaces":
+            text = "namespaces" + (" and a system-call filter" if self.filter else ", no system-call filter")
+            text += (
+                ": programs see Python's library and an empty /tmp, have no network, no other processes and none of"
+                " this environment; not isolated: the kernel itself"
+            )
+        elif self.level == "landlock":
+            text = (
+                "Landlock and a system-call filter: programs see Python's library and an empty folder, have no network"
+                " and start no processes; not isolated: the kernel itself, free disk space, whether a file exists"
+            )
+        else:
+            text = "NONE: programs can read and change whatever this user can" + (
+                "; a system-call filter keeps them from the network and from other processes"
+                if self.filter
+                else ", use the network and leave processes behind"
+            )
+        return "\n".join([f"sandbox: {text}", *(f"  (why not more: {problem})" for problem in self.problems)])
+
+
+@functools.cache
+def isolation() -> Isolation:
+    """The strongest isolation that works here."""
+    problems: list[str] = []
+    attempts = [("namespaces", True), ("namespaces", False), ("landlock", True), ("none", True), ("none", False)]
+    for level, with_filter in attempts:
+        found = Isolation(level, with_filter, tuple(problems))
+        try:
+            verdict = _run(Program("def f(): return 1", "assert f() == 1", ("f",)), Limits(), found)
+            if verdict.passed:
+                return found
+            problem = f"{level}: {verdict.detail}"
+        except SandboxError as error:
+            problem = f"{level}: {error}"
+        if problem not in problems:
+            problems.append(problem)
+    raise SandboxError(f"the sandbox does not work here at all: {problems[-1]}")
+
+
+def require_isolation(unsafe: bool = False) -> Isolation:
+    """What `isolation` finds; nothing is run where there is none, unless the user says so.
+
+    Raises:
+        UserError: this machine offers none and `unsafe` is not set.
+    """
+    found = isolation()
+    if found.level == "none" and not unsafe:
+        reasons = "; ".join(found.problems)
+        raise UserError(
+            "this machine offers no way to isolate the programs that the model wrote: run where user namespaces or "
+            f"Landlock are allowed, or accept the risk with --unsafe ({reasons})"
+        )
+    return found
+
+
+class SandboxError(RunStopped):
+    """A program was not run, for a reason that is not its own."""
+
+
+def run_programs(
+    programs: Iterable[Program], limits: Limits | None = None, *, unsafe: bool = False, workers: int | None = None
+) -> Iterator[Verdict]:
+    """Yields one verdict per program, in order, as they come.
+
+    Args:
+        workers: programs at a time; None: as many as there are CPU cores.
+
+    Raises:
+        UserError: see `require_isolation`.
+        SandboxError: the isolation that worked at first does no longer.
+    """
+    limits, found = limits or Limits(), require_isolation(unsafe)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        futures = [pool.submit(_run, program, limits, found) for program in programs]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
+    with contextlib.ExitStack() as stack:
+        folder = "/tmp"
+        if found.level != "namespaces":
+            folder = tempfile.mkdtemp(prefix="program-")
+            # Not shutil.rmtree: folders nested deep enough take it down.
+            stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
+        settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
+        settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
+        # -s -S -P: no site packages, nothing imported from the working folder. Not -I: it would ignore PYTHONHASHSEED,
+        # without which the order of a set, and with it a verdict, may change from run to run.
+        process = subprocess.Popen(
+            [_interpreter(), "-s", "-S", "-P", "-B", "-u", str(INSIDE)],
+            env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        stack.callback(_end, process, found.level)
+        try:
+            out, err = process.communicate(pack(settings) + pack(vars(program)), limits.timeout + GRACE)
+        except subprocess.TimeoutExpired:
+            return Verdict("timed out", f"after {limits.timeout:g} s", "")
+    messages = _messages(out)
+    if not messages:
+        reason = err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+        raise SandboxError(reason[-1])
+    if len(messages) < 2:
+        return Verdict("failed", "the judge was ended", "")
+    return Verdict(**messages[1])
+
+
+def _end(process: subprocess.Popen, level: str) -> None:
+    """Ends the process and, in namespaces by its process 1, elsewhere by its group, all that it started."""
+    if process.returncode is None or level != "namespaces":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def _messages(data: bytes) -> list[Any]:
+    messages = []
+    while len(data) >= 8:
+        (length,) = struct.unpack(">Q", data[:8])
+        if len(data) < 8 + length:
+            break
+        messages.append(json.loads(data[8 : 8 + length]))
+        data = data[8 + length :]
+    return messages
+
+
+def _interpreter() -> str:
+    return getattr(sys, "_base_executable", None) or sys.executable  # not the virtual environment's: it has packages
+
+
+@functools.cache
+def _visible_folders() -> list[str]:
+    """Python's standard library, and the shared libraries that its modules load."""
+    library = sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix, "base": sys.base_prefix})
+    folders = [library, sysconfig.get_path("platstdlib", vars={"base": sys.base_prefix, "platbase": sys.base_prefix})]
+    folders += [os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
+    return sorted({folder for folder in folders if folder and os.path.isdir(folder)})  # parents before children
+
+
+@functools.cache
+def _package_folders() -> list[str]:
+    """Installed packages: one of them may hold a benchmark's solutions."""
+    names = ("site-packages", "dist-packages", "python3*/site-packages", "python3*/dist-packages")
+    found = {path for folder in _visible_folders() for name in names for path in Path(folder).glob(name)}
+    return sorted(str(path) for path in found | {path.resolve() for path in found})

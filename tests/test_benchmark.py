@@ -1,0 +1,367 @@
+"""What the benchmarks share: prompts, runs that are killed and started again, rescoring, adapters, intervals."""
+
+import json
+import random
+import time
+
+import benchmark
+import gsm8k
+import hendrycks_math
+import numpy as np
+import oracle
+import peft
+import pytest
+import scipy.stats
+import torch
+from conftest import make_model, make_tokenizer, start_script
+from generation import Sampling, load_backend
+from test_user_errors import error_of
+
+import train
+
+PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(24)]
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return path
+
+
+@pytest.fixture
+def argv(checkpoint, problems):
+    """Valid arguments of gsm8k.py on the tiny model."""
+    words = ["--ckpt", checkpoint, "--data", problems, "--backend", "transformers", "--max-new-tokens", 24]
+    return [*map(str, words), "--batch-size", "4"]
+
+
+def run(script, argv, out, *options):
+    """Runs a script; returns its items and its summary."""
+    script.main([str(word) for word in (*argv, "--output-dir", out, *options)])
+    name = script.__name__
+    items = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    return items, json.loads((out / f"{name}.json").read_text())
+
+
+def comparable(summary):
+    """A summary without what two equal runs differ in."""
+    arguments = {name: value for name, value in summary["arguments"].items() if name != "output_dir"}
+    return {name: value for name, value in summary.items() if name not in ("seconds", "command")} | {
+        "arguments": arguments
+    }
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def test_prompts_by_name(tokenizer):
+    """Token by token what training makes; the chat template's own text; nothing around a raw one."""
+    assert benchmark.encode_prompt(tokenizer, "alpaca", "Add {x}") == train.encode_prompt(tokenizer, "Add {x}")
+    text = tokenizer.decode(benchmark.encode_prompt(tokenizer, "alpaca-cot", "Add"))
+    assert text == tokenizer.decode(train.encode_prompt(tokenizer, "Add")) + " Let's think step by step."
+    assert tokenizer.decode(benchmark.encode_prompt(tokenizer, "raw", "Add {x}")) == "Add {x}"
+    with pytest.raises(train.UserError, match="no chat template"):
+        benchmark.encode_prompt(tokenizer, "chat", "Add")
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    ids = benchmark.encode_prompt(tokenizer, "chat", "Add", [("Hi", "Hello")])
+    assert tokenizer.decode(ids) == "[user]Hi[assistant]Hello[user]Add[assistant]"
+
+
+def test_shots_come_before_the_question(argv, tmp_path, problems):
+    items, _ = run(gsm8k, argv, tmp_path / "out", "--shots", 2, "--shots-data", problems, "--limit", 3)
+    prompt = items[2]["prompt"]
+    assert prompt.count("### Instruction:") == 3
+    assert prompt.index("0 and 1?") < prompt.index("1 and 11?") < prompt.index("2 and 111?")
+    assert "### Response: 1\nThe answer is: 1\n\nBelow" in prompt
+    assert "<<" not in prompt
+    assert prompt.endswith("### Response:")
+    raw, _ = run(gsm8k, argv, tmp_path / "raw", "--shots", 1, "--shots-data", problems, "--limit", 1, "--prompt", "raw")
+    assert raw[0]["prompt"] == "Question: 0 and 1?\nAnswer: 0\nThe answer is: 0\n\nQuestion: 0 and 1?\nAnswer:"
+
+
+def test_a_completion_ends_before_a_stop_string(checkpoint):
+    """Both the tokens and the text, against the same completion without stop strings."""
+    tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    prompt = tokenizer("Hello")["input_ids"]
+    (whole,) = backend.generate([prompt], Sampling(30))
+    stop = next(char for char in whole.text[3:] if char.isascii() and char.isprintable())
+    (cut,) = backend.generate([prompt], Sampling(30, stop=(stop,)))
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finished
+    assert cut.num_tokens < whole.num_tokens
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def test_samples_are_of_their_seed(argv, tmp_path):
+    """The same seed gives the same samples, another one others; an item's samples differ; the mean is over items."""
+    options = ("--samples", 3, "--temperature", 1.0, "--top-p", 0.95, "--limit", 5)
+    first, summary = run(gsm8k, argv, tmp_path / "a", *options)
+    again, _ = run(gsm8k, argv, tmp_path / "b", *options)
+    other, _ = run(gsm8k, argv, tmp_path / "c", *options, "--seed", 1)
+    assert first == again
+    assert first != other
+    assert [(item["index"], item["sample"]) for item in first] == [(i, sample) for i in range(5) for sample in range(3)]
+    assert len({item["completion"] for item in first[:3]}) == 3
+    assert summary["accuracy"]["of"] == 5
+
+
+def test_sampling_follows_temperature_and_top_p(checkpoint):
+    """The first token's frequencies against the model's own probabilities, cut to top-p by hand."""
+    tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    prompt, temperature, top_p, trials = tokenizer("Hi")["input_ids"], 0.7, 0.8, 4000
+    with torch.no_grad():
+        logits = backend.model(torch.tensor([prompt])).logits[0, -1].double().numpy()
+    p = np.exp(logits / temperature - (logits / temperature).max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1]
+    expected = {int(token): p[token] / p[kept].sum() for token in kept}
+    counts: dict[int, int] = {}
+    backend.tokenizer = _TokensAsText()
+    for completion in backend.generate([prompt] * trials, Sampling(1, temperature, top_p), list(range(trials))):
+        token = int(completion.text) if completion.text else 257
+        counts[token] = counts.get(token, 0) + 1
+    assert set(counts) <= set(expected)
+    for token, share in expected.items():
+        deviation = (share * (1 - share) / trials) ** 0.5
+        assert abs(counts.get(token, 0) / trials - share) < 5 * deviation
+
+
+class _TokensAsText:
+    def decode(self, tokens, skip_special_tokens):
+        return " ".join(map(str, tokens))
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize("script", [gsm8k, hendrycks_math], ids=lambda script: script.__name__)
+def test_a_run_killed_at_random_and_started_again_gives_the_same_results(script, argv, tmp_path):
+    """Killed while loading, generating or grading, until one attempt gets through; against a run that was not."""
+    if script is hendrycks_math:
+        rows = [{"problem": row["question"], "solution": rf"\boxed{{{i}}}"} for i, row in enumerate(PROBLEMS)]
+        data = tmp_path / "math.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        argv = [*argv, "--data", str(data)]
+    name = script.__name__
+    outs = [tmp_path / "whole", tmp_path / "killed"]
+    process = start_script(name, [*argv, "--output-dir", outs[0]], tmp_path / "whole.log")
+    started = time.monotonic()
+    process.join()
+    duration = time.monotonic() - started
+    assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
+    generator, kills = random.Random(7), 0
+    while kills < 40:
+        process = start_script(name, [*argv, "--output-dir", outs[1]], tmp_path / "killed.log")
+        process.join(generator.uniform(0.2, 0.9) * duration if kills < 4 else 120)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        completions = outs[1] / f"{name}.completions.jsonl"
+        if completions.exists():
+            completions.write_bytes(completions.read_bytes()[: -generator.randrange(1, 40)])  # a line cut short
+    assert process.exitcode == 0, (tmp_path / "killed.log").read_text()
+    assert kills > 0
+    assert (outs[0] / f"{name}.jsonl").read_bytes() == (outs[1] / f"{name}.jsonl").read_bytes()
+    summaries = [json.loads((out / f"{name}.json").read_text()) for out in outs]
+    assert comparable(summaries[0]) == comparable(summaries[1])
+
+
+def test_nothing_is_generated_twice_and_nothing_changed_is_mixed_in(argv, tmp_path, checkpoint, monkeypatch):
+    """A second run of the same settings loads no model; each changed setting generates anew."""
+    loaded = []
+    load = benchmark.load_backend
+    monkeypatch.setattr(benchmark, "load_backend", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    out = tmp_path / "out"
+    argv = [*argv, "--limit", "6", "--max-new-tokens", "6"]
+    first, _ = run(gsm8k, argv, out)
+    assert run(gsm8k, argv, out, "--overwrite")[0] == first
+    assert len(loaded) == 1
+    changes = [
+        ("--max-new-tokens", 8),
+        ("--prompt", "alpaca-cot"),
+        ("--prompt", "raw"),
+        ("--temperature", 0.5),
+        ("--temperature", 0.5, "--seed", 1),
+        ("--temperature", 0.5, "--top-p", 0.5),
+        ("--batch-size", 3),
+        ("--limit", 5),
+        ("--dtype", "bfloat16"),
+    ]
+    for count, change in enumerate(changes, start=2):
+        run(gsm8k, argv, out, "--overwrite", *change)
+        assert len(loaded) == count, change
+    make_model(seed=1).save_pretrained(checkpoint)
+    changed, _ = run(gsm8k, argv, out, "--overwrite")
+    assert len(loaded) == len(changes) + 2
+    assert [item["completion"] for item in changed] != [item["completion"] for item in first]
+
+
+def test_a_store_survives_damage(tmp_path):
+    path = tmp_path / "store.jsonl"
+    store = benchmark.Store(path)
+    store.add("a", [1, "é\n"])
+    store.add("b", 2)
+    with open(path, "ab") as file:
+        file.write(b'{"key": "c", "val')
+    store = benchmark.Store(path)
+    assert store.values == {"a": [1, "é\n"], "b": 2}
+    store.add("c", 3)
+    with open(path, "ab") as file:
+        file.write(b"\xff\x00 damaged\n[]\n")
+    assert benchmark.Store(path).values == {"a": [1, "é\n"], "b": 2, "c": 3}
+
+
+# ---------------------------------------------------------------------------------------------- rescoring
+
+
+def test_rescoring_needs_no_model_and_gives_the_same_verdicts(argv, tmp_path, problems, checkpoint):
+    first, summary = run(gsm8k, argv, tmp_path / "first")
+    for file in checkpoint.iterdir():
+        file.unlink()
+    items = tmp_path / "first" / "gsm8k.jsonl"
+    again, rescored = run(gsm8k, ["--rescore", items, "--data", problems], tmp_path / "again")
+    assert again == first
+    for name in ("ckpt", "backend", "accuracy", "accuracy_lenient", "finished"):
+        assert rescored[name] == summary[name]
+    assert rescored["rescored"] == str(items)
+    edited = [item | {"completion": f"The answer is: {item['gold']}"} for item in first]
+    items.write_text("".join(json.dumps(item) + "\n" for item in edited))
+    _, perfect = run(gsm8k, ["--rescore", items, "--data", problems], tmp_path / "perfect")
+    assert perfect["accuracy"]["count"] == len(PROBLEMS)
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapter(tmp_path, checkpoint):
+    """A LoRA of rank 4 with weights that matter, saved by PEFT, for the tiny model."""
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), config)
+    model.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_generates_what_the_merged_model_does(argv, tmp_path, checkpoint, adapter):
+    merged = peft.PeftModel.from_pretrained(make_model(), adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    make_tokenizer().save_pretrained(tmp_path / "merged")
+    base, _ = run(gsm8k, argv, tmp_path / "a")
+    with_adapter, summary = run(gsm8k, argv, tmp_path / "b", "--adapter", adapter)
+    of_merged, _ = run(gsm8k, argv, tmp_path / "c", "--ckpt", tmp_path / "merged")
+    texts = [[item["completion"] for item in items] for items in (base, with_adapter, of_merged)]
+    assert texts[1] == texts[2] != texts[0]
+    assert summary["adapter"] == str(adapter)
+
+
+@pytest.fixture
+def error(argv, tmp_path, monkeypatch, capsys):
+    def error(*options):
+        capsys.readouterr()
+        return error_of(gsm8k, [*argv, "--output-dir", tmp_path / "out", *options], monkeypatch, capsys)
+
+    return error
+
+
+def test_an_adapter_of_another_base(error, adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def named(name):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+
+    named("meta-llama/Llama-2-7b-hf")
+    assert "was trained on meta-llama/Llama-2-7b-hf" in error("--adapter", adapter)
+    named(None)
+    for settings, expected in (({"hidden_size": 64}, "has another size"), ({"num_hidden_layers": 1}, "no layer for")):
+        other = tmp_path / "other"
+        make_model(**settings).save_pretrained(other)
+        make_tokenizer().save_pretrained(other)
+        assert expected in error("--adapter", adapter, "--ckpt", other)
+    assert "is no LoRA adapter" in error("--adapter", tmp_path / "nowhere")
+    (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert "is no LoRA adapter" in error("--adapter", adapter)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments(error, tmp_path, problems):
+    assert "must be above 0" in error("--samples", 0)
+    assert "are all alike" in error("--samples", 2)
+    assert "--temperature is -1" in error("--temperature", -1)
+    assert "--top-p is 0" in error("--top-p", 0)
+    assert "--batch-size is 0" in error("--batch-size", 0)
+    assert "--shots is -1" in error("--shots", -1)
+    assert "needs --shots-data" in error("--shots", 2)
+    assert "holds 24" in error("--shots", 25, "--shots-data", problems)
+    assert "or --shots" in error("--shots", 20, "--shots-data", problems)
+    assert "no chat template" in error("--prompt", "chat")
+    assert "give one of the two" in error("--rescore", problems)
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --output-dir" in error("--output-dir", tmp_path / "file" / "out")
+
+
+def test_bad_files_to_rescore(tmp_path, problems, monkeypatch, capsys):
+    def error(path, *options):
+        argv = ["--rescore", path, "--data", problems, "--output-dir", tmp_path / "out", *options]
+        return error_of(gsm8k, argv, monkeypatch, capsys)
+
+    item = {
+        "index": 0,
+        "sample": 0,
+        "instruction": "x",
+        "prompt": "",
+        "completion": "",
+        "num_tokens": 0,
+        "finished": True,
+    }
+    bad = tmp_path / "bad.jsonl"
+    assert "No such file" in error(bad)
+    for text in ("", "{", "[]", '{"index": 0}'):
+        bad.write_text(text)
+        assert "is no results file" in error(bad)
+    bad.write_text(json.dumps(item))
+    assert "item 0 of" in error(bad)
+    assert "--loss-field needs a model" in error(bad, "--loss-field", "answer")
+
+
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0)])
+def test_wilson_interval(successes, trials):
+    assert benchmark.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
+
+
+def test_wilson_interval_of_a_textbook():
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    assert benchmark.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert benchmark.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+
+
+@pytest.mark.parametrize("size", [5, 80])
+def test_bootstrap_interval(size):
+    """Against scipy's percentile bootstrap."""
+    values = np.random.default_rng(size).integers(1, 11, size).astype(float)
+    score = benchmark.mean(values.tolist())
+    reference = scipy.stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1)
+    assert score["value"] == pytest.approx(values.mean())
+    assert score["interval_95"] == pytest.approx(reference.confidence_interval, abs=0.1)
+    assert benchmark.mean([]) == {"value": None, "of": 0, "interval_95": None}
+
+
+def test_a_share_of_several_samples_is_a_mean_over_items():
+    items = [{"index": i, "right": i == 0 or sample == 0} for i in range(4) for sample in range(2)]
+    assert benchmark.share(items, "right")["value"] == pytest.approx((1 + 3 * 0.5) / 4)
+    assert benchmark.share(items[::2], "right") == benchmark.proportion(4, 4)

@@ -1,0 +1,323 @@
+"""MT-Bench: what the judge is asked, what its faults do, and that nothing it has said is lost."""
+
+import http.server
+import json
+import shlex
+import threading
+import time
+
+import mt_bench
+import pytest
+from conftest import start_script
+from test_user_errors import error_of
+
+QUESTIONS = [
+    {"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]},
+    {"question_id": 2, "category": "math", "turns": ["1 + 1?", "And 1 more?"]},
+    {"question_id": 3, "category": "stem", "turns": ["Why?", "Really?"]},
+]
+REFERENCES = [{"question_id": 2, "choices": [{"index": 0, "turns": ["It is 2.", "It is 3."]}]}]
+PROMPTS = [
+    {"name": "single-v1", "system_prompt": "S1", "prompt_template": "Q {question} A {answer}"},
+    {"name": "single-math-v1", "system_prompt": "S2", "prompt_template": "Q {question} R {ref_answer_1} A {answer}"},
+    {
+        "name": "single-v1-multi-turn",
+        "system_prompt": "S3",
+        "prompt_template": "Q {question_1} A {answer_1} Q {question_2} A {answer_2}",
+    },
+    {
+        "name": "single-math-v1-multi-turn",
+        "system_prompt": "S4",
+        "prompt_template": "Q {question_1} R {ref_answer_1} Q {question_2} R {ref_answer_2} A {answer_1} A {answer_2}",
+    },
+]
+
+
+class StubJudge(http.server.ThreadingHTTPServer):
+    """Answers with `reply(request body, how often it was asked this)`: a text, or a status with a body."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.asked: list[dict] = []
+        self.headers_seen: list[str | None] = []
+        self.reply = lambda body, count: "Rating: [[7]]"
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._send(404, b"{}")
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            count = self.server.asked.count(body)
+            self.server.asked.append(body)
+            self.server.headers_seen.append(self.headers.get("Authorization"))
+            reply = self.server.reply(body, count)
+            if isinstance(reply, str):
+                reply = (200, json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
+            self._send(*reply)
+
+        def _send(self, status, data):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+
+@pytest.fixture
+def stub():
+    server = StubJudge()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """FastChat's three files, small; and no pauses between attempts."""
+    monkeypatch.setattr(mt_bench, "FIRST_PAUSE", 0.001)
+    for name, rows in (("question", QUESTIONS), ("prompts", PROMPTS), ("references", REFERENCES)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def run(files, checkpoint):
+    """Runs the script on the tiny model; returns the items and the summary."""
+
+    def run(*options, judge=None, answers=("--ckpt", checkpoint, "--backend", "transformers", "--max-new-tokens", 6)):
+        argv = [*answers, "--data", files / "question.jsonl", "--output-dir", files / "out", *options]
+        if judge is not None:
+            argv += ["--judge-model", "stub", "--judge-url", judge if isinstance(judge, str) else judge.url]
+            argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
+        mt_bench.main([str(word) for word in argv])
+        items = [json.loads(line) for line in (files / "out" / "mt_bench.jsonl").read_text().splitlines()]
+        return items, json.loads((files / "out" / "mt_bench.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Rating: [[7]]", 7),
+        ("Rating: [[7.5]] of 10", 7.5),
+        ("[[3]] ... [[9]]", 3),
+        ("Rating: [8]", 8),
+        ("see [1]. Rating: [[8]]", 8),
+        ("Rating: 8", None),
+        ("Rating: [[11]]", None),
+        ("Rating: [[0]]", None),
+        ("Rating: [[ten]]", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_ratings(text, expected):
+    assert mt_bench.rating(text) == expected
+
+
+def test_the_real_files_fill_every_prompt(shared_data):
+    """80 questions, 30 of them with a reference answer; every judge prompt is filled, with both texts in it."""
+    args = mt_bench.Arguments(
+        judge_model="m",
+        judge_url="http://localhost/v1",
+        judge_prompts=str(shared_data / "mt_bench_judge_prompts.jsonl"),
+        references=str(shared_data / "mt_bench_reference.jsonl"),
+    )
+    rows = [json.loads(line) for line in (shared_data / "mt_bench_question.jsonl").read_text().splitlines()]
+    questions = mt_bench.check_questions(rows, "question.jsonl")
+    judge = mt_bench.Judge.of(args, questions)
+    assert len(questions) == 80
+    with_reference = 0
+    for question in questions:
+        for turn in (0, 1):
+            system, user = judge.messages(question, ["FIRST {x}", "SECOND"], turn)
+            assert (system["role"], user["role"]) == ("system", "user")
+            assert question["turns"][turn] in user["content"]
+            assert "FIRST {x}" in user["content"]
+            assert ("SECOND" in user["content"]) == (turn == 1)
+            assert "strictly following this format" in system["content"] + user["content"]
+        with_reference += judge.references.get(question["question_id"], ["\0"])[0] in user["content"]
+    assert with_reference == 30
+
+
+def test_answers_without_a_judge_then_the_printed_command(run, stub, capsys, files):
+    """The second run has no model; the second prompt holds the first answer."""
+    items, summary = run("--limit", 2)
+    assert summary["first_turn"]["value"] is None
+    assert summary["missing"] == 4
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:3] == ["OPENAI_API_KEY=...", "python", "eval/mt_bench.py"]
+    assert [(item["index"], item["turn"]) for item in items] == [(i, turn) for i in range(2) for turn in (0, 1)]
+    for first, second in zip(items[::2], items[1::2], strict=True):
+        assert second["prompt"].startswith(first["prompt"] + " " + first["completion"])
+    judged, summary = run(judge=stub, answers=command[3:])
+    assert [item["completion"] for item in judged] == [item["completion"] for item in items]
+    assert summary["first_turn"]["value"] == summary["second_turn"]["value"] == 7
+    assert summary["missing"] == 0
+    assert len(stub.asked) == 4
+    assert all((body["temperature"], body["max_tokens"]) == (0.0, 2048) for body in stub.asked)
+    assert stub.headers_seen[0] is None  # no key for a judge on this machine
+
+
+def test_scores_are_means_over_questions(run, stub):
+    def reply(body, count):
+        text = body["messages"][1]["content"]
+        return "[[4]]" if "R It is 2." in text else "[[10]]" if "Again." in text else "[[1]]"
+
+    stub.reply = reply
+    _, summary = run(judge=stub)
+    assert summary["first_turn"]["value"] == pytest.approx((1 + 4 + 1) / 3)
+    assert summary["second_turn"]["value"] == pytest.approx((10 + 4 + 1) / 3)
+    assert summary["both_turns"]["value"] == pytest.approx((5.5 + 4 + 1) / 3)
+    assert summary["by_category"]["writing"]["second_turn"]["value"] == 10
+    low, high = summary["first_turn"]["interval_95"]
+    assert 1 <= low <= 2 <= high <= 4
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (429, b"slow down"),
+        (500, b"<html>"),
+        (200, b"not json"),
+        (200, b"[]"),
+        (200, b"null"),
+        (200, b'{"choices": []}'),
+        (200, b'{"choices": [{"message": {"content": null}}]}'),
+        "I like it.",
+        "Rating: [[42]]",
+    ],
+    ids=str,
+)
+def test_a_fault_is_retried_then_missing_and_never_a_score(fault, run, stub):
+    """Twice for every answer, which the third attempt heals; always for one, which stays missing."""
+
+    def reply(body, count):
+        return fault if count < 2 or "Q Write. A" in body["messages"][1]["content"] else "[[5]]"
+
+    stub.reply = reply
+    items, summary = run("--judge-retries", 2, judge=stub)
+    assert [item["score"] for item in items] == [None, None, 5, 5, 5, 5]
+    assert all("3 attempts" in item["problem"] for item in items[:2])
+    assert summary["missing"] == 2
+    assert summary["first_turn"] | {"interval_95": None} == {"value": 5, "of": 2, "interval_95": None}
+
+
+def test_missing_judgments_are_asked_for_again_and_the_others_are_not(run, stub, files):
+    stub.reply = lambda body, count: "?" if "Why" in body["messages"][1]["content"] else "[[5]]"
+    run("--judge-retries", 0, judge=stub)
+    stub.asked.clear()
+    stub.reply = lambda body, count: "[[9]]"
+    items, summary = run("--overwrite", judge=stub, answers=("--rescore", files / "out" / "mt_bench.jsonl"))
+    assert len(stub.asked) == 2
+    assert [item["score"] for item in items] == [5, 5, 5, 5, 9, 9]
+    assert summary["missing"] == 0
+
+
+def test_a_run_killed_while_judging_asks_only_for_the_rest(run, stub, files, checkpoint):
+    """Killed at every judgment in turn and started again: the results of a run that was not, and no judgment is asked
+    for that had been written."""
+    argv = [
+        "--ckpt",
+        checkpoint,
+        "--backend",
+        "transformers",
+        "--max-new-tokens",
+        6,
+        "--data",
+        files / "question.jsonl",
+    ]
+    argv += ["--output-dir", files / "killed", "--judge-model", "stub", "--judge-url", stub.url, "--judge-requests", 1]
+    argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
+    answered = threading.Semaphore(0)
+
+    def reply(body, count):
+        answered.release()
+        time.sleep(0.5 if kills < 3 else 0)
+        return f"[[{len(body['messages'][1]['content']) % 10 + 1}]]"
+
+    kills = 0
+    stub.reply = reply
+    while kills < 3:
+        process = start_script("mt_bench", argv, files / "log")
+        for _ in range(2):  # the second question means that the first answer has arrived
+            assert answered.acquire(timeout=120), (files / "log").read_text()
+        time.sleep(0.2)
+        process.kill()
+        process.join()
+        kills += 1
+        while answered.acquire(blocking=False):
+            pass
+    process = start_script("mt_bench", argv, files / "log")
+    process.join()
+    assert process.exitcode == 0, (files / "log").read_text()
+    assert len(stub.asked) <= 6 + 3  # one under way at each kill
+    items, summary = run("--judge-requests", 1, judge=stub)
+    killed = [json.loads(line) for line in (files / "killed" / "mt_bench.jsonl").read_text().splitlines()]
+    assert killed == items
+    assert json.loads((files / "killed" / "mt_bench.json").read_text())["both_turns"] == summary["both_turns"]
+
+
+@pytest.fixture
+def mt_bench_error(files, checkpoint, monkeypatch, capsys):
+    """The error line of the script, which must keep the answers that it made."""
+
+    def error(*options, url="http://127.0.0.1:9/v1"):
+        capsys.readouterr()
+        argv = [
+            "--ckpt",
+            checkpoint,
+            "--backend",
+            "transformers",
+            "--max-new-tokens",
+            6,
+            "--data",
+            files / "question.jsonl",
+        ]
+        argv += ["--output-dir", files / "out", "--judge-model", "stub", "--judge-url", url]
+        argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
+        return error_of(mt_bench, [*argv, *options], monkeypatch, capsys)
+
+    return error
+
+
+def test_a_judge_that_refuses_the_key_or_is_not_there(mt_bench_error, run, stub, files, monkeypatch):
+    assert "cannot be reached" in mt_bench_error()
+    stub.reply = lambda body, count: (401, b"wrong key")
+    monkeypatch.setenv("MY_KEY", "secret")
+    line = mt_bench_error("--judge-key-env", "MY_KEY", url=stub.url)
+    assert "refuses the key in MY_KEY" in line
+    assert "secret" not in line
+    assert "Bearer secret" in stub.headers_seen
+    completions = (files / "out" / "mt_bench.completions.jsonl").read_text()
+    stub.reply = lambda body, count: (404, b"the model `stub` does not exist")
+    assert "does not take stub" in mt_bench_error(url=stub.url)
+    stub.reply = lambda body, count: "[[6]]"
+    _, summary = run(judge=stub)
+    assert summary["both_turns"]["value"] == 6
+    assert (files / "out" / "mt_bench.completions.jsonl").read_text() == completions
+
+
+def test_bad_input(mt_bench_error, files, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert "no key for the judge" in mt_bench_error(url="https://judge.example/v1")
+    assert "is no http address" in mt_bench_error(url="judge.example")
+    assert "is not MT-Bench's" in mt_bench_error("--temperature", "1")
+    assert "--judge-requests is 0" in mt_bench_error("--judge-requests", "0")
+    assert "cannot read the judge prompts" in mt_bench_error("--judge-prompts", files / "nowhere")
+    assert "has no prompt 'single-v1'" in mt_bench_error("--judge-prompts", files / "question.jsonl")
+    (files / "empty.jsonl").write_text("")
+    assert "lacks question 2" in mt_bench_error("--references", files / "empty.jsonl")
+    (files / "odd.jsonl").write_text(json.dumps(QUESTIONS[0] | {"category": "poetry"}) + "\n")
+    assert "'poetry'" in mt_bench_error("--data", files / "odd.jsonl")
+    (files / "long.jsonl").write_text(json.dumps(QUESTIONS[0] | {"turns": ["a"]}) + "\n")
+    assert "1 turns, not 2" in mt_bench_error("--data", files / "long.jsonl")
+    (files / "fields.jsonl").write_text(json.dumps({"question": "a"}) + "\n")
+    assert "no field 'question_id'" in mt_bench_error("--data", files / "fields.jsonl")
+    assert not (files / "out").exists()

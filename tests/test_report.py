@@ -1,0 +1,195 @@
+"""The report: the published tables come back, averages are recomputed, and what has not been run is said."""
+
+import json
+import re
+import statistics
+import xml.etree.ElementTree
+
+import benchmark
+import pytest
+import report
+from test_user_errors import error_of
+
+# The published tables as they were printed (BA-LoRA's seed README, with the five deviations that lack their point put
+# right), as text: what the JSON must reproduce.
+PRINTED = {
+    "LLaMA-2-7B": """
+        Full FT | 49.13±0.21 | 7.29±0.22 | 21.20±0.30 | 35.59±0.25 | 4.91±0.01 | 23.62
+        LoRA | 42.47±0.29 | 5.60±0.35 | 17.03±0.61 | 32.77±0.46 | 4.62±0.11 | 20.50
+        PiSSA | 52.37±0.52 | 7.76±0.19 | 21.55±0.44 | 33.09±0.57 | 4.87±0.06 | 23.93
+        BA-LoRA | 54.53±0.41 | 9.21±0.17 | 23.58±0.25 | 36.86±0.31 | 5.11±0.05 | 25.86""",
+    "Mistral-7B": """
+        Full FT | 69.91±0.25 | 18.64±0.35 | 45.31±0.14 | 51.46±0.13 | 4.95±0.05 | 38.05
+        LoRA | 67.68±0.55 | 19.90±0.25 | 42.54±0.44 | 56.85±0.23 | 4.92±0.07 | 38.38
+        PiSSA | 72.25±0.64 | 21.95±0.37 | 45.37±0.25 | 61.57±0.44 | 5.23±0.05 | 41.27
+        BA-LoRA | 73.17±0.34 | 22.79±0.56 | 46.31±0.17 | 62.77±0.33 | 5.41±0.06 | 42.09""",
+    "Gemma-7B": """
+        Full FT | 72.09±0.32 | 22.71±0.34 | 47.02±0.27 | 55.67±0.05 | 5.40±0.12 | 40.58
+        LoRA | 74.64±0.58 | 31.16±0.33 | 51.64±0.28 | 63.52±0.65 | 5.01±0.03 | 45.19
+        PiSSA | 77.58±0.41 | 31.47±0.44 | 53.22±0.35 | 65.49±0.18 | 5.66±0.05 | 46.68
+        BA-LoRA | 78.13±0.25 | 32.25±0.25 | 54.44±0.15 | 66.25±0.33 | 5.73±0.07 | 47.36""",
+    "DeBERTa-v3-base": """
+        Full FT | 90.34 | 96.33 | 89.95 | 71.43 | 94.24 | 92.11 | 83.75 | 91.04 | 88.86
+        LoRA | 90.71 | 94.79 | 89.85 | 70.05 | 93.94 | 92.07 | 85.43 | 91.67 | 88.56
+        DoRA | 90.48 | 95.85 | 91.04 | 71.03 | 94.21 | 92.34 | 86.19 | 91.92 | 89.13
+        AdaLoRA | 90.87 | 96.18 | 90.81 | 71.64 | 94.68 | 92.37 | 87.78 | 91.97 | 89.53
+        PiSSA | 90.47 | 95.81 | 91.48 | 72.27 | 94.41 | 92.21 | 87.14 | 91.93 | 89.47
+        BA-LoRA | 90.92 | 96.25 | 91.83 | 72.79 | 94.84 | 92.59 | 87.87 | 92.15 | 89.91""",
+}
+MISPRINTED = {
+    ("DeBERTa-v3-base", "Full FT"): "88.65 (printed: 88.86)",
+    ("DeBERTa-v3-base", "AdaLoRA"): "89.54 (printed: 89.53)",
+}
+
+
+def tables_of(text: str) -> dict[str, list[list[str]]]:
+    """The cells of each Markdown table by its heading."""
+    tables = {}
+    for part in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        name, *lines = part.splitlines()
+        rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and not line.startswith("|-")]
+        tables[name] = [[cell.strip() for cell in row] for row in rows]
+    return tables
+
+
+def write_summary(folder, name, value, of, ckpt="some/model", interval=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    score = {"value": value, "of": of, "interval_95": interval or [value, value]}
+    names = {report.NLG[name].score, "accuracy", "accuracy_lenient", "answer_extracted"}
+    content = dict.fromkeys(names, score) | {"ckpt": ckpt, "adapter": None, "response_loss": None}
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_the_published_tables_come_back_with_their_averages(capsys):
+    """Cell by cell as printed; the averages recomputed, and where a printed one is not its row's mean, both."""
+    report.main([])
+    tables = tables_of(capsys.readouterr().out)
+    assert list(tables) == list(PRINTED)
+    for model, text in PRINTED.items():
+        printed = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+        head, *rows = tables[model]
+        published = [[row[0], *row[3:]] for row in rows if row[1] == "published"]
+        for row, expected in zip(published, printed, strict=True):
+            *cells, average = expected
+            recomputed = statistics.mean(float(cell.partition("±")[0]) for cell in cells[1:])
+            assert row[:-1] == cells
+            assert row[-1] == MISPRINTED.get((model, row[0]), average)
+            assert float(row[-1].split()[0]) == pytest.approx(recomputed, abs=0.00501)
+        ours = [row for row in rows if row[1] == "ours"]
+        assert [row[0] for row in ours] == ["Full FT", "LoRA", "PiSSA", "BA-LoRA"]
+        assert all(cell == "not run" for row in ours for cell in row[3:])
+        assert len(head) == len(rows[0])
+
+
+def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
+    """Mean and sample standard deviation by the standard library; published rows of the same model beside them."""
+    values = {seed: {name: 0.1 * seed + 0.01 * place for place, name in enumerate(report.NLG)} for seed in (1, 2, 3)}
+    for seed, of_benchmarks in values.items():
+        made = tmp_path / f"run-{seed}"
+        made.mkdir()
+        (made / "config.yaml").write_text(f"model: meta-llama/Llama-2-7b-hf\nmethod: pissa\nseed: {seed}\n")
+        (made / "metrics.jsonl").write_text(json.dumps({"loss": 1.0, "step": 1}) + "\n")
+        (made / "run.json").write_text(json.dumps({"trainable_parameters": 319_815_680}))
+        for name, value in of_benchmarks.items():
+            write_summary(made / "results", name, value, report.NLG[name].items, ckpt=str(made / "merged"))
+    report.main([str(tmp_path / f"run-{seed}" / "results") for seed in values])
+    (table,) = tables_of(capsys.readouterr().out).values()
+    assert [row[:2] for row in table[1:5]] == [[name, "published"] for name in ("Full FT", "LoRA", "PiSSA", "BA-LoRA")]
+    ours = table[5]
+    assert ours[:3] == ["PiSSA", "ours, 3 seeds", "319.8M"]
+    means = []
+    for name, cell in zip(report.NLG, ours[3:8], strict=True):
+        scaled = [of[name] * (1 if name == "mt_bench" else 100) for of in values.values()]
+        means.append(statistics.mean(scaled))
+        assert cell == f"{means[-1]:.2f}±{statistics.stdev(scaled):.2f}"
+    assert ours[8] == f"{statistics.mean(means):.2f}"
+    assert [row[0] for row in table[6:]] == ["Full FT", "LoRA", "BA-LoRA"]
+    assert all(cell == "not run" for row in table[6:] for cell in row[3:])
+
+
+def test_a_part_of_the_benchmarks_has_no_average(tmp_path, capsys):
+    """One seed shows its interval; fewer items than the benchmark has are named; an unjudged MT-Bench is not run."""
+    write_summary(tmp_path / "mine", "gsm8k", 0.5, 120, interval=[0.41, 0.59])
+    write_summary(tmp_path / "mine", "hendrycks_math", 0.25, 5000, interval=[0.24, 0.26])
+    write_summary(tmp_path / "mine", "mt_bench", None, 0)
+    report.main([str(tmp_path / "mine")])
+    table = tables_of(capsys.readouterr().out)["some/model"]
+    assert table[1] == ["mine", "ours", "", "50.00 [41.00, 59.00], n = 120", "25.00 [24.00, 26.00]", *["not run"] * 4]
+    assert len(table) == 2
+
+
+def test_named_rows(tmp_path, capsys):
+    for name, value in (("a", 0.5), ("b", 0.7)):
+        write_summary(tmp_path / name, "gsm8k", value, 1319)
+        write_summary(tmp_path / name, "mbpp", value, 500)
+    report.main([f"Mine={tmp_path / 'a'}", f"Mine={tmp_path / 'b'}"])
+    table = tables_of(capsys.readouterr().out)["some/model"]
+    assert table[1][:2] == ["Mine", "ours, 2 seeds"]
+    assert table[1][3] == "60.00±14.14"
+
+
+def test_files_of_the_report(tmp_path, capsys):
+    """Markdown as printed, LaTeX with every cell, pictures that are pictures."""
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [
+        {"loss": 2.0 / step, "task": 1.9 / step, "spectral": -0.5, "lambda_spectral": 0.001 * step, "step": step}
+        for step in range(1, 6)
+    ]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"train_runtime": 1.0, "step": 5}]))
+    out = tmp_path / "report"
+    report.main(["--output-dir", str(out), "--metrics", str(metrics)])
+    printed = capsys.readouterr().out
+    text = (out / "report.md").read_text()
+    assert text.strip() in printed
+    latex = (out / "report.tex").read_text()
+    for rows in tables_of(text).values():
+        for row in rows:
+            line = " & ".join(cell.replace("±", r"$\pm$") for cell in row) + r" \\"
+            assert re.sub(r" +", " ", line) in re.sub(r" +", " ", latex)
+    for name in ("report", "training"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert xml.etree.ElementTree.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+    axes = report.plot_training({"run": report.load_metrics(metrics)}).axes
+    series = {line.get_label(): line.get_xydata().tolist() for axis in axes for line in axis.lines}
+    assert series["task"] == [[line["step"], line["task"]] for line in lines]
+    assert series["λ₃, at most 0.005"] == [[step, pytest.approx(step / 5)] for step in range(1, 6)]
+
+
+def test_points_of_the_plot():
+    """Each published mean and deviation is where the table has it."""
+    table = report.published_tables()[0]
+    panels = report.plot_tables([table]).axes
+    for panel, name in zip(panels, table.columns, strict=True):
+        for place, (row, container) in enumerate(zip(table.rows, panel.containers, strict=True)):
+            assert container.lines[0].get_xydata().tolist() == [[row.mean(name), place]]
+            ((left, right),) = (segment[:, 0] for segment in container.lines[2][0].get_segments())
+            assert (right - left) / 2 == pytest.approx(row.deviation(name))
+
+
+def test_latex_escapes():
+    table = report.Table(r"a_b & 50% \x", report.NLG, [report.Row("m_1")])
+    assert r"\caption{a\_b \& 50\% \textbackslash{}x}" in report.latex_report([table])
+
+
+def test_bad_input(tmp_path, monkeypatch, capsys):
+    assert "no results in" in error_of(report, [tmp_path], monkeypatch, capsys)
+    (tmp_path / "mbpp.json").write_text('{"pass@1": 3}')
+    assert "is damaged: run eval/mbpp.py" in error_of(report, [tmp_path], monkeypatch, capsys)
+    assert "cannot read the metrics" in error_of(report, ["--metrics", tmp_path / "none"], monkeypatch, capsys)
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "holds no training step" in error_of(report, ["--metrics", tmp_path / "empty.jsonl"], monkeypatch, capsys)
+    assert "--nonsense" in error_of(report, ["--nonsense"], monkeypatch, capsys)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.md").write_text("precious")
+    assert "is there already" in error_of(report, ["--output-dir", out], monkeypatch, capsys)
+    assert (out / "report.md").read_text() == "precious"
+
+
+def test_the_verdict_compares_intervals():
+    def summary(successes: int) -> dict:
+        return {"accuracy": benchmark.proportion(successes, 100)}
+
+    assert "helped" in report.verdict(summary(4), summary(40))
+    assert "hurt" in report.verdict(summary(40), summary(4))
+    assert "no difference" in report.verdict(summary(4), summary(8))
