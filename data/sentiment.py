@@ -10,9 +10,9 @@ and tested on; Amazon reviews, newspaper editorials and tweets are other domains
 
     {"sentence": "Effective but too tepid biopic", "label": "negative", "rating": -0.6}
 
-The label is the rating's sign. A rating of exactly 0 has none: those sentences are left out (37 movie reviews, 98 Amazon
-reviews, 244 editorials, 4 tweets). Which split a movie review is in follows from a hash of its text, so that the same
-sentence is never in two. Every other domain gives the 1,500 sentences with the lowest hashes.
+The label is the sign of the rating. A rating of exactly 0 has none: those sentences are left out (37 movie reviews, 98
+Amazon reviews, 244 editorials, 4 tweets). Which split a movie review is in follows from a hash of its text, so that no
+sentence is in two. Every other domain gives the 1,500 sentences with the lowest hashes.
 """
 
 import hashlib
