@@ -266,7 +266,6 @@ def default_experiment() -> tuple[Path, str]:
     return HUB_EXPERIMENT, "a CUDA GPU and the model hub"
 
 
-
 # ------------------------------------------------------------------------------------------------------------------
 # Data
 # ------------------------------------------------------------------------------------------------------------------
@@ -831,3 +830,307 @@ def fit(
     )
     trainer.train()
     return trainer
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------------------------
+
+BOOTSTRAP_SAMPLES = 500
+
+
+def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
+    """A metric of GLUE, both (N,). A correlation with what never changes is 0."""
+    if name == "accuracy":
+        return float(np.mean(predicted == labels))
+    if name == "f1":
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(labels, predicted, zero_division=0.0))
+    if name == "matthews":
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(labels, predicted))
+    if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    from scipy import stats
+
+    correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
+    return float(correlation(predicted, labels).statistic)
+
+
+def predictions(logits: np.ndarray) -> np.ndarray:
+    """The class, or with one column the number, that each row of the logits (N, D) predicts."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return F.softmax(torch.from_numpy(logits).double(), dim=-1).numpy()
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): Σ_bins n_b/N · |accuracy − mean confidence|, over bins of equal
+    width of the confidence, the predicted class's probability. 0: of what it is 80 % sure of, 80 % is right."""
+    probabilities = softmax(logits)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def score(logits: np.ndarray, labels: list[int | float], data: Data) -> dict[str, Any]:
+    """Every metric of the task with its 95 % interval (accuracy: Wilson's, others: bootstrap over the examples); for
+    classes also the confusion matrix (rows: labels), the accuracy on each class, and the calibration error."""
+    labels, predicted = np.asarray(labels), predictions(logits)
+    result: dict[str, Any] = {}
+    for name in data.metrics:
+        if name == "accuracy":
+            result[name] = proportion(int((predicted == labels).sum()), len(labels))
+            continue
+        rng = np.random.default_rng(0)
+        samples = (rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAP_SAMPLES))
+        values = [metric(name, predicted[rows], labels[rows]) for rows in samples]
+        result[name] = {
+            "value": metric(name, predicted, labels),
+            "of": len(labels),
+            "interval_95": np.quantile(values, (0.025, 0.975)).tolist(),
+        }
+    if not data.is_regression:
+        count = len(data.class_names)
+        confusion = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
+        result["confusion_matrix"] = confusion.tolist()
+        result["class_accuracy"] = {
+            name: proportion(int(confusion[row, row]), int(confusion[row].sum()))
+            for row, name in enumerate(data.class_names)
+        }
+        result["calibration_error"] = calibration_error(logits, labels)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def model_path(args: Arguments) -> str:
+    """What --model names; 'demo' is the embedded encoder."""
+    if args.model != "demo":
+        return args.model
+    from data import sentiment
+
+    try:
+        return str(sentiment.encoder())
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot make the demo's encoder: {error}") from error
+
+
+def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, transformers.PretrainedConfig]:
+    """The tokenizer, and the configuration of the model with a head of `num_classes`; reads no weights.
+
+    Raises:
+        UserError: not a readable checkpoint, or one whose head, targets or positions do not fit `args`, which also gets
+            its target modules here.
+    """
+    check_checkpoint(path)
+    tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
+    if tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
+    longest = getattr(config, "max_position_embeddings", args.max_length)
+    if args.max_length > longest:
+        raise UserError(f"--max-length is {args.max_length}, and {args.model} has {longest} positions")
+    try:
+        with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
+            skeleton = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
+    if args.method != "full":
+        linear_for_conv1d(skeleton)
+        if args.target_modules is None:
+            args.target_modules = default_targets(skeleton)
+        find_target_modules(skeleton, args.target_modules, args.rank)
+    return tokenizer, config
+
+
+def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int, revision: str | None = None) -> Any:
+    """The pre-trained model with a head that is random where the checkpoint has none: the same for the same seed."""
+    transformers.set_seed(seed)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, revision=revision, dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    return model
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    args = resolve_arguments(argv)
+    data = load_data(args)
+    num_classes = len(data.class_names) or 1
+    path = model_path(args)
+    tokenizer, config = load_tokenizer(args, path, num_classes)
+    if not data.is_regression:
+        config.id2label = dict(enumerate(data.class_names))
+        config.label2id = {name: number for number, name in enumerate(data.class_names)}
+    if note := note_on_regularizers(args, num_classes):
+        print(note, flush=True)
+    output_dir = Path(args.output_dir)
+    if args.overwrite and output_dir.is_dir():
+        shutil.rmtree(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(config_text(args))
+    counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
+    print(
+        f"{args.model}: {len(data.train)} examples to train on, {len(data.validation)} to select by; to test: {counts}",
+        flush=True,
+    )
+    collator = Collator(tokenizer.pad_token_id)
+    train, validation, *tests = (
+        encode(tokenizer, config, split.texts, args.max_length)
+        for split in (data.train, data.validation, *data.tests.values())
+    )
+
+    # The model before training: the teacher, and the features of the linear probe.
+    model = load_classifier(path, config, args.seed, args.model_revision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    before = run_model(model, train, collator, title="pre-trained model")
+    before_validation = run_model(model, validation, collator)
+    before_tests = [run_model(model, examples, collator) for examples in tests]
+    probes = {}
+    for name in ("features", "mean_states"):
+        inputs = (getattr(before, name), data.train.labels, getattr(before_validation, name), data.validation.labels)
+        has_bias = name == "mean_states" or final_linear(model).bias is not None
+        probes[name] = fit_probe(*inputs, regression=data.is_regression, bias=has_bias)
+    teacher_logits = before.logits
+    if args.teacher_head == "probe":
+        set_head(model, probes["features"])
+        teacher_logits = apply_probe(probes["features"], before.features)
+    results = {
+        name: {
+            "probe": score(apply_probe(probes["features"], outputs.features), split.labels, data),
+            "probe_mean_states": score(apply_probe(probes["mean_states"], outputs.mean_states), split.labels, data),
+        }
+        for (name, split), outputs in zip(data.tests.items(), before_tests, strict=True)
+    }
+
+    for row, (example, label) in enumerate(zip(train, data.train.labels, strict=True)):
+        example["labels"] = label
+        if args.method == "ba-lora":
+            example["teacher_logits"] = teacher_logits[row]
+    conv1d = [] if args.method == "full" else conv1d_names(model)
+    if conv1d:
+        linear_for_conv1d(model)
+    add_trainable(model, args)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    head = sum(
+        parameter.numel() for name in head_modules(model) for parameter in model.get_submodule(name).parameters()
+    )
+    print(f"{args.method}: {trainable - head:,} trained parameters and {head:,} of the head", flush=True)
+
+    def validate() -> float:
+        predicted = predictions(run_model(model, validation, collator).logits)
+        return metric(data.metrics[0], predicted, np.asarray(data.validation.labels))
+
+    trainer = fit(model, train, collator, args, validate)
+
+    rows = []
+    for (name, split), examples in zip(data.tests.items(), tests, strict=True):
+        logits = run_model(model, examples, collator, title=name).logits
+        results[name][args.method] = score(logits, split.labels, data)
+        rows += prediction_rows(name, logits, split.labels, data)
+    export(model, tokenizer, args, path, conv1d)
+    (output_dir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {
+        "results": results,
+        "validation": {data.metrics[0]: trainer.validation.best, "step": trainer.validation.best_step},
+        "steps": trainer.state.global_step,
+        "adapter_parameters": trainable - head,
+        "head_parameters": head,
+        "class_names": data.class_names,
+        "examples": {"train": len(data.train), "validation": len(data.validation)},
+        "arguments": asdict(args),
+        "versions": package_versions(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "seconds": round(time.time() - started, 1),
+    }
+    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(report(summary, data, args))
+
+
+def prediction_rows(name: str, logits: np.ndarray, labels: list[int | float], data: Data) -> list[dict[str, Any]]:
+    """One dictionary per example for predictions.jsonl."""
+    if data.is_regression:
+        predicted = predictions(logits).tolist()
+        return [
+            {"data": name, "index": index, "label": label, "predicted": value}
+            for index, (label, value) in enumerate(zip(labels, predicted, strict=True))
+        ]
+    return [
+        {
+            "data": name,
+            "index": index,
+            "label": data.class_names[label],
+            "predicted": data.class_names[int(row.argmax())],
+            "confidence": round(float(row.max()), 6),
+        }
+        for index, (label, row) in enumerate(zip(labels, softmax(logits), strict=True))
+    ]
+
+
+def export(model: transformers.PreTrainedModel, tokenizer: Any, args: Arguments, path: str, conv1d: list[str]) -> None:
+    """Writes adapter/ and merged/; the adapters are merged away in `model`."""
+    output_dir = Path(args.output_dir)
+    if args.method != "full":
+        export_adapter(model, output_dir / "adapter", path, args.target_modules, "SEQ_CLS", head_modules(model))
+        tokenizer.save_pretrained(output_dir / "adapter")
+    merge_adapters(model)
+    conv1d_for_linear(model, conv1d)
+    model.save_pretrained(output_dir / "merged")
+    tokenizer.save_pretrained(output_dir / "merged")
+
+
+def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
+    """The summary for the terminal: a row per evaluation set and metric, then what lies behind the first set's."""
+    header = ["test set", "examples", "metric", "linear probe", "probe, mean states", args.method]
+    table = [header]
+    for name, result in summary["results"].items():
+        for metric_name in data.metrics:
+            cells = [result[kind][metric_name] for kind in ("probe", "probe_mean_states", args.method)]
+            texts = [
+                f"{100 * cell['value']:.1f} [{100 * cell['interval_95'][0]:.1f}, {100 * cell['interval_95'][1]:.1f}]"
+                for cell in cells
+            ]
+            table.append([name, str(cells[0]["of"]), metric_name, *texts])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = ["", *lines, "", "(in percent, with 95 % intervals; both probes read the frozen encoder)"]
+    name, result = next(iter(summary["results"].items()))
+    if not data.is_regression:
+        result = result[args.method]
+        lines.append(f"{args.method} on {name}: calibration error {result['calibration_error']:.3f}; rows are labels")
+        width = max(map(len, data.class_names))
+        for label, row in zip(data.class_names, result["confusion_matrix"], strict=True):
+            right = result["class_accuracy"][label]
+            share = "none" if right["value"] is None else f"{right['value']:.1%} right"
+            lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
+    output_dir = Path(args.output_dir)
+    best = summary["validation"]
+    lines += [
+        f"best state: step {best['step']} of {summary['steps']}, validation {data.metrics[0]} {best[data.metrics[0]]:.3f}",
+        f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"
+        + ("" if args.method == "full" else ", adapter/ (PEFT's format)"),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_script(main)
