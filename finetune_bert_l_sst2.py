@@ -14,13 +14,13 @@ One item of SST-2, and of a task with two texts (RTE):
     {"sentence1": "No weapons were found in Iraq.", "sentence2": "Weapons were found in Iraq.", "label": 1}
 
 Two traps of the published form. With k ≥ D (5, on two or three classes) L_SVDR is the constant -1: --spectral-k 1 acts.
-And the "pre-trained" classifier behind Z_P is random: --teacher-head probe first fits a linear probe on the frozen
-encoder's features, and gives it to teacher and student as the head they start from; --teacher-head initial is as published.
+And the "pre-trained" classifier behind Z_P is random. --teacher-head initial leaves it so; --teacher-head probe first
+fits a linear probe on the frozen encoder's features, and teacher and student both start from it.
 
 How to run
-    python finetune_bert_l_sst2.py                     BERT-large on SST-2 with a GPU and the hub, else the demo: MiniLM
+    python finetune_bert_l_sst2.py                BERT-large on SST-2 with a GPU and the hub, else MiniLM on the demo
     python finetune_bert_l_sst2.py --task rte --model microsoft/deberta-v3-base
-    python finetune_bert_l_sst2.py --data train.tsv --eval-data dev.tsv --fields 0 --label 1        a file without header
+    python finetune_bert_l_sst2.py --model FOLDER --data train.tsv --eval-data dev.tsv --fields 0 --label 1   no header
     python finetune_bert_l_sst2.py --config configs/glue_deberta_v3_base.yaml --task mrpc --learning-rate 5e-4
 
 What comes out, in --output-dir
@@ -36,7 +36,6 @@ evaluation sets are read once, at the end.
 """
 
 import csv
-import dataclasses
 import json
 import math
 import random
@@ -54,7 +53,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -653,7 +651,7 @@ def nlu_objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = L_task + λ₁·L_CR + λ₂·L_DR + λ₃·L_SVDR over one batch, and its terms. λs of 0 cost nothing.
 
-    Regression: L_task and L_CR are mean squared errors of the predictions; the other two are not defined for one column.
+    Regression: L_task and L_CR are mean squared errors of the predictions; the others are not defined for one column.
 
     Args:
         logits, teacher_logits: Z_F and Z_P, (N, D); the teacher's are None for methods without regularizers.
@@ -1123,9 +1121,9 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
             share = "none" if right["value"] is None else f"{right['value']:.1%} right"
             lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
     output_dir = Path(args.output_dir)
-    best = summary["validation"]
+    best, name = summary["validation"], data.metrics[0]
     lines += [
-        f"best state: step {best['step']} of {summary['steps']}, validation {data.metrics[0]} {best[data.metrics[0]]:.3f}",
+        f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
         f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"
         + ("" if args.method == "full" else ", adapter/ (PEFT's format)"),
     ]
