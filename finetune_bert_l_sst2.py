@@ -582,7 +582,7 @@ def run_model(
 # ------------------------------------------------------------------------------------------------------------------
 
 PROBE_EXAMPLES = 20_000  # more change a probe little
-PROBE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # inverse strength C of the L2 penalty, chosen on the validation split
+PROBE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 def fit_probe(
@@ -593,11 +593,13 @@ def fit_probe(
     *,
     regression: bool = False,
     bias: bool = True,
+    penalties: tuple[float, ...] = PROBE_PENALTIES,
 ) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression (scikit-learn's) on standardized features; ridge regression for `regression`.
 
     Args:
         features: (N, d). bias: False where the head has none.
+        penalties: inverse strengths C of the L2 penalty; the one with the best validation score is taken.
 
     Returns:
         weight (D, d) and bias (D,) on the features as they come.
@@ -622,7 +624,7 @@ def fit_probe(
         weight = weight / scale
         return probe.score((validation_features - mean) / scale, validation_labels), weight, offset - weight @ mean
 
-    _, weight, offset = max((fitted(C) for C in PROBE_PENALTIES), key=lambda item: item[0])
+    _, weight, offset = max((fitted(C) for C in penalties), key=lambda item: item[0])
     return torch.tensor(weight, dtype=torch.float32), torch.tensor(offset, dtype=torch.float32)
 
 
