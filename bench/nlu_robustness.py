@@ -13,14 +13,14 @@ and in one of six conditions, with 5 seeds:
     imbalance 10, 50        1 positive sentence to 10 or 50 negative ones; no label is flipped
 Every condition is tested on the same balanced, clean sentences: 600 movie reviews, and 300 of each other domain.
 
-What is compared with what. A seed fixes the training sentences, the flipped labels, the random head and the order of the
-batches for all methods, so differences are taken seed by seed. The head matters to every method, not only to BA-LoRA as
-its teacher's: BA-LoRA is compared with the others from the *same* head. BA-LoRA has the published weights λ and T = 2,
-and k = 1, because the published k = 5 has no effect on two classes.
+What is compared with what. A seed fixes the training sentences, the flipped labels, the random head and the order of
+the batches for all methods, so differences are taken seed by seed. The head matters to every method, not only as
+BA-LoRA's teacher: BA-LoRA is compared with the others from the *same* head. BA-LoRA has the published weights λ and
+T = 2, and k = 1, because the published k = 5 has no effect on two classes.
 
 Selection. Each method and head gets the same number of learning rates and of runs to choose among them: three, on two
-seeds of their own, balanced and without noise, by accuracy on validation sentences. The test sentences take no part. These
-runs are kept among the results, as phase "tuning".
+seeds of their own, balanced and without noise, by accuracy on validation sentences. The test sentences take no part.
+These runs are kept among the results, as phase "tuning".
 
 Results are appended one line per run, and a cell that is there is not run again: stop and start it as you like.
 Two processes of one thread each are what two cores run fastest.
@@ -42,18 +42,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-import finetune_bert_l_sst2 as nlu
-from train import UserError, option, parse_arguments, run_script
+import finetune_bert_l_sst2 as nlu  # noqa: E402
+from train import UserError, option, parse_arguments, run_script  # noqa: E402
 
 METHODS = ("full", "lora", "pissa", "ba-lora")
 HEADS = ("initial", "probe")
 CONDITIONS = ("noise 0", "noise 10", "noise 20", "noise 40", "imbalance 10", "imbalance 50")
 SEEDS, TUNING_SEEDS = (0, 1, 2, 3, 4), (100, 101)
-LEARNING_RATES = {"full": (2e-5, 5e-5, 1e-4), "lora": (5e-4, 1e-3, 2e-3)}
-LEARNING_RATES |= {"pissa": (2e-4, 5e-4, 1e-3), "ba-lora": (2e-4, 5e-4, 1e-3)}
+LEARNING_RATES = {"full": (5e-5, 1e-4, 2e-4), "lora": (1e-3, 2e-3, 4e-3)}
+LEARNING_RATES |= {"pissa": (5e-4, 1e-3, 2e-3), "ba-lora": (5e-4, 1e-3, 2e-3)}
 MAX_TOKENS, NUM_TRAIN, NUM_TEST, NUM_DOMAIN, NUM_VALIDATION = 24, 600, 600, 300, 300
 SETTINGS = {"epochs": 3, "batch_size": 16, "rank": 8, "spectral_k": 1, "warmup_ratio": 0.06, "lr_scheduler": "linear"}
 PROBE_PENALTY = 0.01
@@ -98,6 +99,7 @@ PARTS: dict[str, Any] = {}
 def prepare(num_threads: int = 1) -> None:
     """Reads the demo's sentences, drops the long ones, and runs the frozen encoder on them."""
     torch.set_num_threads(num_threads)
+    transformers.logging.disable_progress_bar()
     data = nlu.demo_data()
     args = nlu.Arguments(model="demo", max_length=MAX_TOKENS + 1)
     path = nlu.model_path(args)
