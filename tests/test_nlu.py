@@ -487,3 +487,39 @@ def test_no_sentence_of_the_demo_is_in_two_splits():
     assert sum(map(len, texts)) == len(set.union(*texts)) == 10_605 - 37 - 2
     assert [len(data.tests[name]) for name in ("amazon", "editorials", "tweets")] == [1500] * 3
     assert 0.45 < np.mean(data.train.labels) < 0.55
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("file", "published"),
+    [
+        ("glue_deberta_v3_base", {"rank": 8, "alpha": 8.0, "spectral_k": 5, "teacher_head": "initial"}),
+        ("glue_roberta_large", {"rank": 8, "alpha": 8.0}),
+        ("glue_bert_large", {"rank": 8, "alpha": 16.0, "batch_size": 32}),
+        ("glue_gpt2_xl", {"rank": 8, "alpha": 16.0, "batch_size": 16}),
+        (
+            "bert_large_sst2",
+            {"rank": 16, "alpha": 32.0, "epochs": 1.0, "learning_rate": 5e-5, "weight_decay": 0.01}
+            | {"target_modules": ["query", "value"], "max_length": 128, "batch_size": 32, "task": "sst2"},
+        ),
+    ],
+)
+def test_configurations_have_the_published_values(tmp_path, file, published):
+    argv = ["--config", f"{nlu.ROOT}/configs/{file}.yaml", "--output-dir", str(tmp_path / "out")]
+    args = nlu.resolve_arguments(argv if "task" in published else [*argv, "--task", "mrpc"])
+    assert {name: getattr(args, name) for name in published} == published
+    assert (args.lambda_consistency, args.lambda_diversity, args.lambda_spectral) == (0.15, 0.03, 0.03)
+    assert 2e-5 <= args.learning_rate <= 6e-4
+    assert args.fields == (["sentence"] if "task" in published else ["sentence1", "sentence2"])
+
+
+def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = nlu.resolve_arguments(["--method", "lora", "--output-dir", str(tmp_path / "out")])
+    assert (args.model, args.data, args.method) == ("demo", "demo", "lora")
+    assert "no CUDA GPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # HF_HUB_OFFLINE is set: the hub does not answer
+    assert nlu.resolve_arguments(["--output-dir", str(tmp_path / "out")]).data == "demo"
+    assert "hub cannot be reached" in capsys.readouterr().out
