@@ -140,13 +140,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Trains once; the row for the results file. A cell of method `probe` trains nothing: the probe itself."""
     started = time.monotonic()
     rows, labels = training_set(cell.condition, cell.seed)
-    features = POOLS["train"].features[rows]
-    probe = nlu.fit_probe(features, labels.tolist(), features, labels.tolist(), penalties=(PROBE_PENALTY,))
     names = ["validation"] if cell.phase == "tuning" else list(PARTS["data"].tests)
     if cell.method == "probe":
+        probe = fit_probe(rows, labels)
         logits = {name: nlu.apply_probe(probe, POOLS[name].features) for name in names}
     else:
-        logits = train_cell(cell, rows, labels, probe, names)
+        logits = train_cell(cell, rows, labels, names)
     scores = {}
     for name in names:
         score = nlu.score(logits[name], POOLS[name].labels.tolist(), PARTS["data"])
@@ -159,36 +158,44 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     return cell.__dict__ | {"scores": scores, "settings": settings, "seconds": round(time.monotonic() - started, 1)}
 
 
-def train_cell(
-    cell: Cell, rows: np.ndarray, labels: np.ndarray, probe: tuple, names: list[str]
-) -> dict[str, np.ndarray]:
+def train_cell(cell: Cell, rows: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
     """The trained model's logits on the evaluation pools `names`."""
     with tempfile.TemporaryDirectory() as folder:
-        args = nlu.Arguments(
-            method=cell.method,
-            target_modules=PARTS["targets"],
-            alpha=float(SETTINGS["rank"]),
-            learning_rate=cell.learning_rate,
-            seed=cell.seed,
-            output_dir=folder,
-            **nlu.FORMULATIONS["iclr2026"],
-            **SETTINGS,
-        )
-        model = nlu.load_classifier(PARTS["path"], PARTS["config"], cell.seed)
-        if cell.head == "probe":
-            nlu.set_head(model, probe)
-        head = nlu.final_linear(model)
-        start = (head.weight.detach().clone(), head.bias.detach().clone())
-        teacher_logits = nlu.apply_probe(start, POOLS["train"].features[rows])
-        examples = [
-            POOLS["train"].examples[row]
-            | {"labels": int(label)}
-            | ({"teacher_logits": teacher} if cell.method == "ba-lora" else {})
-            for row, label, teacher in zip(rows, labels, teacher_logits, strict=True)
-        ]
-        nlu.add_trainable(model, args)
+        model, examples, args = start(cell, rows, labels, folder)
         nlu.fit(model, examples, PARTS["collator"], args, quiet=True)
         return {name: nlu.run_model(model, POOLS[name].examples, PARTS["collator"]).logits for name in names}
+
+
+def start(cell: Cell, rows: np.ndarray, labels: np.ndarray, folder: str) -> tuple[Any, list[dict], nlu.Arguments]:
+    """The model, the examples and the arguments that the cell's training starts with."""
+    args = nlu.Arguments(
+        method=cell.method,
+        target_modules=PARTS["targets"],
+        alpha=float(SETTINGS["rank"]),
+        learning_rate=cell.learning_rate,
+        seed=cell.seed,
+        output_dir=folder,
+        **nlu.FORMULATIONS["iclr2026"],
+        **SETTINGS,
+    )
+    model = nlu.load_classifier(PARTS["path"], PARTS["config"], cell.seed)
+    if cell.head == "probe":
+        nlu.set_head(model, fit_probe(rows, labels))
+    head = nlu.final_linear(model)
+    teacher_logits = nlu.apply_probe((head.weight.detach(), head.bias.detach()), POOLS["train"].features[rows])
+    examples = [
+        POOLS["train"].examples[row]
+        | {"labels": int(label)}
+        | ({"teacher_logits": teacher} if cell.method == "ba-lora" else {})
+        for row, label, teacher in zip(rows, labels, teacher_logits, strict=True)
+    ]
+    return nlu.add_trainable(model, args), examples, args
+
+
+def fit_probe(rows: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the given labels, flipped ones included; the penalty is fixed, for nothing clean is there to choose it by."""
+    features = POOLS["train"].features[rows]
+    return nlu.fit_probe(features, labels.tolist(), features, labels.tolist(), penalties=(PROBE_PENALTY,))
 
 
 # ------------------------------------------------------------------------------------------------------------------
