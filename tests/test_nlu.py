@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import finetune_bert_l_sst2 as nlu
 import train
+from bench import nlu_robustness as study
 from data import sentiment
 
 WORDS = ["a", "the", "film", "is", "good", "bad", "great", "poor", "not", "very", "dull", "bright", "it", "was", "and"]
@@ -523,3 +524,55 @@ def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # HF_HUB_OFFLINE is set: the hub does not answer
     assert nlu.resolve_arguments(["--output-dir", str(tmp_path / "out")]).data == "demo"
     assert "hub cannot be reached" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- the robustness study
+
+
+@pytest.fixture
+def pools(monkeypatch) -> None:
+    labels = np.arange(3000) % 2
+    monkeypatch.setitem(study.POOLS, "train", study.Pool([], labels, np.zeros((3000, 1))))
+
+
+def test_noise_flips_its_share_and_more_noise_flips_the_same_and_more(pools):
+    truth = study.POOLS["train"].labels
+    rows, clean = study.training_set("noise 0", 3)
+    assert (clean == truth[rows]).all()
+    assert (len(rows), len(set(rows)), clean.sum()) == (600, 600, 300)
+    flipped = {}
+    for amount in (10, 20, 40):
+        same_rows, labels = study.training_set(f"noise {amount}", 3)
+        assert (same_rows == rows).all()
+        flipped[amount] = set(np.flatnonzero(labels != clean))
+        assert len(flipped[amount]) == 6 * amount
+    assert flipped[10] < flipped[20] < flipped[40]
+    assert set(study.training_set("noise 10", 4)[0]) != set(rows)
+
+
+@pytest.mark.parametrize(("condition", "positive"), [("imbalance 10", 55), ("imbalance 50", 12)])
+def test_imbalance_keeps_the_size_and_flips_nothing(pools, condition, positive):
+    rows, labels = study.training_set(condition, 0)
+    assert (labels == study.POOLS["train"].labels[rows]).all()
+    assert (len(set(rows)), labels.sum()) == (600, positive)
+
+
+def test_paired_differences_are_the_paired_t_test():
+    from scipy import stats
+
+    ours, theirs = {0: 80.0, 1: 82.5, 2: 79.0, 3: 81.0, 4: 83.0}, {4: 80.0, 3: 80.5, 2: 78.0, 1: 82.0, 0: 80.5}
+    paired = stats.ttest_rel(list(ours.values()), [theirs[seed] for seed in ours])
+    low, high = paired.confidence_interval(0.95)
+    mean = np.mean([ours[seed] - theirs[seed] for seed in ours])
+    expected = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + ("*" if paired.pvalue < 0.05 else "")
+    assert study.paired_difference(ours, theirs) == expected
+
+
+def test_a_line_that_was_cut_short_costs_one_run(tmp_path):
+    cells = study.study_cells(dict.fromkeys(((m, h) for m in study.METHODS for h in study.HEADS), 1e-3))
+    assert len(set(cells)) == 5 * 6 * (4 * 2 + 1)
+    assert {cell.seed for cell in cells[: len(cells) // 5]} == {0}
+    lines = [json.dumps(cell.__dict__ | {"scores": {}}) for cell in cells[:3]]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(lines)[:-9])
+    assert list(study.read_results(path)) == cells[:2]
