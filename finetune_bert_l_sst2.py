@@ -38,6 +38,7 @@ evaluation sets are read once, at the end.
 import csv
 import json
 import math
+import os
 import random
 import shlex
 import shutil
@@ -210,6 +211,8 @@ def resolve_arguments(argv: list[str]) -> Arguments:
         UserError: a value out of range, or an output folder that holds something.
     """
     args = parse_arguments(Arguments, __doc__, argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this script trains in one process on one device: start it with python, not torchrun")
     if args.task is None and args.data is None:
         if args.config is not None:
             raise UserError(f"{args.config} names neither a task nor data: add --task or --data")
@@ -840,7 +843,7 @@ BOOTSTRAP_SAMPLES = 500
 
 
 def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of GLUE, both (N,). A correlation with what never changes is 0."""
+    """A metric of GLUE, both (N,). A correlation with what never changes, or is no number, is 0."""
     if name == "accuracy":
         return float(np.mean(predicted == labels))
     if name == "f1":
@@ -856,7 +859,8 @@ def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
     from scipy import stats
 
     correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
-    return float(correlation(predicted, labels).statistic)
+    value = float(correlation(predicted, labels).statistic)
+    return value if math.isfinite(value) else 0.0
 
 
 def predictions(logits: np.ndarray) -> np.ndarray:
