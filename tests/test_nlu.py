@@ -263,6 +263,25 @@ def test_the_teacher_is_the_encoder_without_adapters_under_the_head_it_started_f
     assert np.ptp(seen["column"], axis=0).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_features_are_what_the_final_layer_turns_into_logits(encoders, kind):
+    args = nlu.Arguments(model=str(encoders[kind]), method="full")
+    tokenizer, config = nlu.load_tokenizer(args, args.model, 3)
+    model = nlu.load_classifier(args.model, config, seed=1)
+    rng = np.random.default_rng(3)
+    examples = nlu.encode(tokenizer, config, [(sentence(rng), sentence(rng)) for _ in range(9)], 128)
+    outputs = nlu.run_model(model, examples, nlu.Collator(tokenizer.pad_token_id), batch_size=4)
+    layer = nlu.final_linear(model)
+    bias = torch.zeros(3) if layer.bias is None else layer.bias.detach()
+    assert np.abs(nlu.apply_probe((layer.weight.detach(), bias), outputs.features) - outputs.logits).max() < 1e-5
+    for example, logits, mean in zip(examples, outputs.logits, outputs.mean_states, strict=True):  # alone, unpadded
+        inputs = {name: torch.tensor([row]) for name, row in example.items()}
+        with torch.no_grad():
+            assert np.abs(model(**inputs).logits[0].numpy() - logits).max() < 1e-4
+            states = model.base_model(**inputs).last_hidden_state[0]
+        assert np.abs(states.mean(dim=0).numpy() - mean).max() < 1e-4
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_the_probe_on_raw_features_is_scikit_learns(num_classes, bias):
