@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nlu_robustness as study  # first: it makes the scripts in the root importable
 import numpy as np
+import torch
 
 import finetune_bert_l_sst2 as nlu
 from train import UserError, option, parse_arguments, run_script
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
     if not set(study.tuning_cells()) <= set(rows):
         raise UserError(f"{args.results} lacks tuning runs: run bench/nlu_robustness.py first")
     rates = study.select(rows)
-    study.prepare(num_threads=2)
+    study.prepare(torch.get_num_threads())
     runs = {method: snapshots(method, args.head, rates[method, args.head]) for method in study.METHODS}
     labels = study.POOLS["movies"].labels
     compared = {method: runs[method] for method in ("lora", "ba-lora")}
