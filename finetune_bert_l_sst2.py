@@ -568,7 +568,7 @@ def run_model(
                 logits = model(**batch).logits
                 mask, features = batch["attention_mask"], captured["features"]
                 if features.dim() == 3:  # GPT-2 scores every token and takes the last
-                    features = features[torch.arange(len(mask)), mask.sum(dim=1) - 1]
+                    features = features[torch.arange(len(mask), device=device), mask.sum(dim=1) - 1]
                 means = (captured["states"] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
                 parts.append(tuple(tensor.float().cpu() for tensor in (logits, features, means)))
                 bar.update(len(chosen))
