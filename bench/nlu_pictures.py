@@ -8,8 +8,9 @@ points are its 600 test sentences, as the classifier is given them. t-SNE is com
 and distances cannot be compared between panels, only how far the two classes are apart within one.
 
     nlu_tsne        LoRA above, BA-LoRA below; before training and after 1, 2 and 3 epochs
-    nlu_spectrum    left: the smaller of the logits' two singular values, as a share of both: L_SVDR with k = 1 asks for
-                    little of it, L_DR for more; right: the features' singular values, centred, relative to the first
+    nlu_spectrum    left: the smaller of the logits' two singular values, as a share of both. L_SVDR with k = 1 asks for
+                    little of it; but L_DR pulls away from z₁ = −z₂, the rank-one form that cross-entropy comes to.
+                    Right: the features' singular values, centred, relative to the first
 """
 
 import tempfile
