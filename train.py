@@ -2123,14 +2123,28 @@ def newest_checkpoint(
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def export_adapter(model: nn.Module, folder: Path, base_model: str, target_modules: list[str], task_type: str) -> None:
-    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; PiSSA's has rank 2r."""
+def export_adapter(
+    model: nn.Module,
+    folder: Path,
+    base_model: str,
+    target_modules: list[str],
+    task_type: str,
+    modules_to_save: list[str] | None = None,
+) -> None:
+    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; PiSSA's has rank 2r.
+
+    Args:
+        modules_to_save: names of trained modules, such as a classifier, that are stored whole beside the adapters.
+    """
     layers = adapter_layers(model)
     tensors = {}
     for name, layer in layers.items():
         A, B = layer.stacked_factors()
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    for name in modules_to_save or []:
+        for key, tensor in model.get_submodule(name).state_dict().items():
+            tensors[f"base_model.model.{name}.{key}"] = tensor.detach().cpu().contiguous()
     rank = len(A)
     metadata = {"format": "pt"}
     if layer.initial_A is not None:
@@ -2142,6 +2156,7 @@ def export_adapter(model: nn.Module, folder: Path, base_model: str, target_modul
         "r": rank,
         "lora_alpha": layer.scaling * rank,
         "target_modules": target_modules,
+        "modules_to_save": modules_to_save,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

