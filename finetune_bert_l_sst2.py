@@ -60,7 +60,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from eval.results import proportion
+from eval.intervals import proportion
 from train import (
     UserError,
     adaptive_factor,

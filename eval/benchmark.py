@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, prompts, the run from data to results, and how sure a number is.
+"""What the benchmarks share: arguments, prompts, and the run from data to results.
 
 A benchmark's main reads
 
@@ -18,20 +18,18 @@ Files, in --output-dir
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 from generation import (  # first: it makes train.py importable
     Backend,
     Completion,
@@ -434,64 +432,3 @@ def _read_items(path: Path) -> list[dict]:
     if not items or not whole or not all(isinstance(item["index"], int) and item["index"] >= 0 for item in items):
         raise UserError(f"--rescore {path} is no results file: every line needs {', '.join(made)}")
     return items
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# How sure a number is
-# ------------------------------------------------------------------------------------------------------------------
-
-Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (E. B. Wilson, JASA 22, 1927); (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    p = successes / trials
-    denominator = 1 + Z_95**2 / trials
-    centre = (p + Z_95**2 / (2 * trials)) / denominator
-    half = Z_95 / denominator * math.sqrt(p * (1 - p) / trials + Z_95**2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def proportion(successes: int, trials: int) -> dict[str, Any]:
-    """A share with its count and its interval, as every summary states it."""
-    return {
-        "value": successes / trials if trials else None,
-        "count": successes,
-        "of": trials,
-        "interval_95": wilson_interval(successes, trials),
-    }
-
-
-def share(items: list[dict], name: str) -> dict[str, Any]:
-    """The share of items where `name` is true; with several samples the mean of the items' own shares."""
-    of_items: dict[int, list[bool]] = {}
-    for item in items:
-        of_items.setdefault(item["index"], []).append(bool(item[name]))
-    if len(of_items) == len(items):
-        return proportion(sum(item[name] for item in items), len(items))
-    return mean([sum(verdicts) / len(verdicts) for verdicts in of_items.values()])
-
-
-def mean(values: list[float], resamples: int = 10_000) -> dict[str, Any]:
-    """A mean with its count and its 95 % percentile bootstrap interval over the values (B. Efron, 1979)."""
-    if not values:
-        return {"value": None, "of": 0, "interval_95": None}
-    sample = np.asarray(values, dtype=float)
-    generator = np.random.default_rng(0)
-    means = [sample[generator.integers(len(sample), size=len(sample))].mean() for _ in range(resamples)]
-    return {
-        "value": float(sample.mean()),
-        "of": len(values),
-        "interval_95": tuple(float(bound) for bound in np.quantile(means, [0.025, 0.975])),
-    }
-
-
-def score_line(label: str, score: dict[str, Any], form: Callable[[float], str] = "{:.1%}".format) -> str:
-    """One line of the terminal's report: a proportion or a mean with its interval and count."""
-    if score["value"] is None:
-        return f"  {label:24}not measured"
-    low, high = score["interval_95"]
-    count = f"{score['count']} of {score['of']}" if "count" in score else f"mean of {score['of']}"
-    return f"  {label:24}{form(score['value']):>6}  [{form(low)}, {form(high)}]  {count}"

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run, digest, mean, score_line, share
+from benchmark import Run, digest
+from intervals import mean, score_line, share
 from sandbox import Limits, Program, Verdict, require_isolation, run_programs
 from tqdm import tqdm
 

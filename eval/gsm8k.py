@@ -26,7 +26,8 @@ from fractions import Fraction
 from typing import Any
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run, score_line, share
+from benchmark import Run
+from intervals import score_line, share
 
 from train import UserError, encode_response, option, parse_arguments, run_script
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run, score_line, share
+from benchmark import Run
+from intervals import score_line, share
 from math_grader import SECONDS, Grader
 from tqdm import tqdm
 

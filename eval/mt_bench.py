@@ -42,8 +42,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run, Store, digest, encode_prompt, mean, proportion, score_line, stop_strings
+from benchmark import Run, Store, digest, encode_prompt, stop_strings
 from generation import Sampling
+from intervals import mean, proportion, score_line
 from tqdm import tqdm
 
 from train import UserError, option, parse_arguments, run_script

@@ -7,6 +7,7 @@ import time
 import benchmark
 import gsm8k
 import hendrycks_math
+import intervals
 import numpy as np
 import oracle
 import peft
@@ -341,27 +342,27 @@ def test_bad_files_to_rescore(tmp_path, problems, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0)])
 def test_wilson_interval(successes, trials):
-    assert benchmark.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
+    assert intervals.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
 
 
 def test_wilson_interval_of_a_textbook():
     """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    assert benchmark.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert benchmark.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert intervals.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert intervals.wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
 
 
 @pytest.mark.parametrize("size", [5, 80])
 def test_bootstrap_interval(size):
     """Against scipy's percentile bootstrap."""
     values = np.random.default_rng(size).integers(1, 11, size).astype(float)
-    score = benchmark.mean(values.tolist())
+    score = intervals.mean(values.tolist())
     reference = scipy.stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1)
     assert score["value"] == pytest.approx(values.mean())
     assert score["interval_95"] == pytest.approx(reference.confidence_interval, abs=0.1)
-    assert benchmark.mean([]) == {"value": None, "of": 0, "interval_95": None}
+    assert intervals.mean([]) == {"value": None, "of": 0, "interval_95": None}
 
 
 def test_a_share_of_several_samples_is_a_mean_over_items():
     items = [{"index": i, "right": i == 0 or sample == 0} for i in range(4) for sample in range(2)]
-    assert benchmark.share(items, "right")["value"] == pytest.approx((1 + 3 * 0.5) / 4)
-    assert benchmark.share(items[::2], "right") == benchmark.proportion(4, 4)
+    assert intervals.share(items, "right")["value"] == pytest.approx((1 + 3 * 0.5) / 4)
+    assert intervals.share(items[::2], "right") == intervals.proportion(4, 4)

@@ -5,7 +5,7 @@ import re
 import statistics
 import xml.etree.ElementTree
 
-import benchmark
+import intervals
 import pytest
 import report
 from test_user_errors import error_of
@@ -188,7 +188,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
 
 def test_the_verdict_compares_intervals():
     def summary(successes: int) -> dict:
-        return {"accuracy": benchmark.proportion(successes, 100)}
+        return {"accuracy": intervals.proportion(successes, 100)}
 
     assert "helped" in report.verdict(summary(4), summary(40))
     assert "hurt" in report.verdict(summary(40), summary(4))
