@@ -9,7 +9,7 @@ and distances cannot be compared between panels, only how far the two classes ar
 
     nlu_tsne        LoRA above, BA-LoRA below; before training and after 1, 2 and 3 epochs
     nlu_spectrum    left: the smaller of the logits' two singular values, as a share of both. L_SVDR with k = 1 asks for
-                    little of it; but L_DR pulls away from z₁ = −z₂, the rank-one form that cross-entropy comes to.
+                    little of it; L_DR may pull away from z₁ = −z₂, the rank-one form that cross-entropy comes to.
                     Right: the features' singular values, centred, relative to the first
 """
 

@@ -20,7 +20,8 @@ T = 2, and k = 1, because the published k = 5 has no effect on two classes.
 
 Selection. Each method and head gets the same number of learning rates and of runs to choose among them: four, on two
 seeds of their own, balanced and without noise, by accuracy on validation sentences. The test sentences take no part.
-These runs are kept among the results, as phase "tuning".
+These runs are kept among the results, as phase "tuning". The grid was moved up after a pilot of 4 runs, and widened
+downwards after 16, because the best rates stood at its edge; no test score had been computed by then.
 
 Results are appended one line per run, and a cell that is there is not run again: stop and start it as you like.
 Two processes of one thread each are what two cores run fastest.
