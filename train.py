@@ -1271,7 +1271,9 @@ def load_records(
     suffixes = sorted({file.suffix for file in files})
     if len({DATA_BUILDERS[suffix] for suffix in suffixes}) > 1:
         raise UserError(f"{source} mixes kinds of files ({', '.join(suffixes)}): name one file")
-    extra = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
+    extra: dict[str, Any] = {}
+    if DATA_BUILDERS[files[0].suffix] == "csv":  # pandas takes "NA", "null" and "None" for a missing text
+        extra = {"sep": "\t" if files[0].suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
     try:
         return datasets.load_dataset(
             DATA_BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train", **extra
@@ -1501,6 +1503,11 @@ class BALoRAModel(nn.Module):
         if self.head_is_linear:
             head = model.get_output_embeddings()
             head.forward = functools.partial(_head_forward, head)
+        # The last feed-forward mixes no positions, and only the valid ones of what it gives are read.
+        self._last_positions: list[Tensor] = []
+        last_mlp = getattr(getattr(model.get_decoder(), "layers", [None])[-1], "mlp", None)
+        if last_mlp is not None:
+            last_mlp.forward = functools.partial(_at_positions, last_mlp.forward, self._last_positions)
 
     @property
     def is_fused(self) -> bool:
@@ -1536,8 +1543,14 @@ class BALoRAModel(nn.Module):
 
     def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states at the valid positions, (M, d)."""
-        states = self.model.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[inputs["valid_positions"]]
+        positions = inputs["valid_positions"]
+        if not self.model.is_gradient_checkpointing:  # whose second pass comes later
+            self._last_positions.append(positions)
+        try:
+            states = self.model.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
+        finally:
+            self._last_positions.clear()
+        return states.flatten(0, 1)[positions]
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
         """The logits at the valid positions, (M, V)."""
@@ -1559,6 +1572,15 @@ class BALoRAModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.model.gradient_checkpointing_enable(**kwargs)
+
+
+def _at_positions(forward: Callable[[Tensor], Tensor], positions: list[Tensor], x: Tensor) -> Tensor:
+    """`forward` at the one tensor of flat positions in `positions`, zeros elsewhere; everywhere where it is empty."""
+    if not positions:
+        return forward(x)
+    rows = x.flatten(0, 1)
+    output = forward(rows[positions[0]][None])[0]
+    return torch.zeros_like(rows).index_copy(0, positions[0], output).view_as(x)
 
 
 def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, Tensor], Any] | None = None) -> Any:

@@ -425,7 +425,8 @@ def plot_training(runs: dict[str, list[dict]]) -> Any:
                 largest = max(map(abs, values)) or 1.0
                 if name.startswith("lambda"):
                     values, label = [value / largest for value in values], f"{label}, at most {largest:.3g}"
-                panel.plot(steps, values, style, color=colour, label=label, linewidth=1.4)
+                marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
+                panel.plot(steps, values, style, color=colour, label=label, linewidth=1.4, marker=marker)
             panel.set_title(title, fontsize=9, loc="left")
             panel.tick_params(labelsize=7)
             panel.grid(linewidth=0.4, alpha=0.6)

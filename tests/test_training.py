@@ -94,6 +94,16 @@ def test_every_local_format_and_a_folder_of_it(suffix, tmp_path):
     assert train.load_records(str(tmp_path)).to_list() == rows
 
 
+@pytest.mark.parametrize(("suffix", "sep"), [("csv", ","), ("tsv", "\t")])
+def test_words_that_look_like_missing_values_are_text(suffix, sep, tmp_path):
+    answers = ["NA", "null", "None", "nan", "N/A"]
+    path = tmp_path / f"data.{suffix}"
+    path.write_text(f"question{sep}answer\n" + "".join(f"q{i}{sep}{answer}\n" for i, answer in enumerate(answers)))
+    assert train.load_records(str(path))["answer"][:] == answers
+    path.write_text(f"question{sep}answer\nq{sep}\nq{sep}a\n")
+    assert train.load_records(str(path))["answer"][:] == [None, "a"]
+
+
 # ---------------------------------------------------------------------------------------------- trainer
 
 
