@@ -100,16 +100,19 @@ def main() -> None:
     sides = sum(sum(layer.base.weight.shape) for layer in layers)
     head = model.get_output_embeddings().weight.numel()
     timed = batches[1:]
-    tokens = statistics.mean(sum(len(e["input_ids"]) for e in batch) for batch in timed)
+    tokens = statistics.mean(train.PackingCollator()(batch)["input_ids"].numel() for batch in timed)
     padded = statistics.mean(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in timed)
     valid = statistics.mean(sum(label != train.IGNORE_INDEX for e in batch for label in e["labels"]) for batch in timed)
     r = args.rank
+    # What the last feed-forward leaves out: as many tokens' worth of its part of the body.
+    skipped = sum(m.weight.numel() for m in model.get_decoder().layers[-1].mlp.modules() if type(m) is torch.nn.Linear)
+    computed = tokens - (tokens - valid) * skipped / body
     # Backward: the gradient of x through W; that of the low-rank input and x through 2r; those of A and B through r.
     operations = {
-        "teacher, forward": 2 * tokens * body,
-        "student, forward": 2 * tokens * (body + 2 * r * sides),
+        "teacher, forward": 2 * computed * body,
+        "student, forward": 2 * computed * (body + 2 * r * sides),
         "objective": 3 * 2 * valid * head,
-        "student, backward": 2 * tokens * (body + (2 * r + r) * sides),
+        "student, backward": 2 * computed * (body + (2 * r + r) * sides),
         "AdamW": 0,
     }
     peft = 2 * padded * (2 * body + (r + 2 * r) * sides) + 2 * 2 * padded * head
@@ -123,7 +126,7 @@ def main() -> None:
     print(f"| whole step | {total:.2f} | | {ours / 1e9:.0f} | {ours / per_second:.2f} |")
     print(f"| PEFT's PiSSA, stock loss | | | {peft / 1e9:.0f} | {peft / per_second:.2f} |")
     print(
-        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens ({padded:.0f} padded, {valid:.0f} valid); one product of "
+        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens computed ({padded:.0f} padded, {valid:.0f} valid); one product of "
         f"1,536³ runs at {per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations are not "
         f"counted. {contenders.machine()}"
     )
