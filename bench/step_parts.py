@@ -126,9 +126,9 @@ def main() -> None:
     print(f"| whole step | {total:.2f} | | {ours / 1e9:.0f} | {ours / per_second:.2f} |")
     print(f"| PEFT's PiSSA, stock loss | | | {peft / 1e9:.0f} | {peft / per_second:.2f} |")
     print(
-        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens computed ({padded:.0f} padded, {valid:.0f} valid); one product of "
-        f"1,536³ runs at {per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations are not "
-        f"counted. {contenders.machine()}"
+        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens computed ({padded:.0f} padded, {valid:.0f} valid); one "
+        f"product of 1,536³ runs at {per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations "
+        f"are not counted. {contenders.machine()}"
     )
 
 
