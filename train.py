@@ -1696,11 +1696,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        grad_up = (gate * sigmoid).mul_(grad)
-        # d silu/d gate = σ·(1 + gate·(1 − σ))
-        slope = torch.rsub(sigmoid, 1).mul_(gate).add_(1).mul_(sigmoid)
-        return slope.mul_(grad).mul_(up), grad_up
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -1711,15 +1707,15 @@ class _RMSNorm(torch.autograd.Function):
         rows = x.float()
         scale = torch.linalg.vecdot(rows, rows).div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
         ctx.save_for_backward(x, weight, scale)
-        return weight * (rows * scale).to(x.dtype)
+        return (rows * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx, grad):
+        # With g the gradient at x·scale and d the width: scale·g − scale³·(g·x / d)·x
         x, weight, scale = ctx.saved_tensors
-        normalized = x.float() * scale
-        grad_normalized = (grad * weight).float()
-        mean = torch.linalg.vecdot(grad_normalized, normalized)[..., None] / x.shape[-1]
-        return grad_normalized.sub_(normalized.mul_(mean)).mul_(scale).to(x.dtype), None, None
+        rows, grad_rows = x.float(), (grad * weight).float()
+        mean = torch.linalg.vecdot(grad_rows, rows)[..., None] / x.shape[-1]
+        return grad_rows.mul_(scale).addcmul_(rows, mean.mul_(scale**3), value=-1).to(x.dtype), None, None
 
 
 def _lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
