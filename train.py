@@ -257,17 +257,24 @@ def _first_line(error: Exception) -> str:
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    code: Any = 0
     try:
         main(sys.argv[1:])
+    except SystemExit as leaving:
+        code = leaving.code
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunStopped as error:
-        print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except RunStopped as error:  # the other ranks may be gone: nobody is waited for
+        print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    if dist.is_initialized():  # its threads, left running, may abort the exit
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 def resolve_arguments(args: Arguments) -> Arguments:

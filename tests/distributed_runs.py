@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import accelerate
+import torch.distributed as dist
 import transformers
 
 import train
@@ -20,6 +21,8 @@ def main() -> None:
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
         accelerate.state.GradientState._reset_state()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
