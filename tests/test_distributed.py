@@ -216,8 +216,8 @@ def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
         assert most == 1
         assert count == 14  # of 28: shared out
         assert partitioned
-        # A layer, its Gram matrix, the eigenvectors and the workspace for them; all 28 layers would be 25 and more.
-        assert growth < 10
+        # A layer, its Gram matrix, eigenvectors and workspace: 7 to 11. With its 14 layers held whole it would be 20.
+        assert growth < 15
 
 
 # ---------------------------------------------------------------------------------------------- two nodes
