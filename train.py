@@ -257,24 +257,17 @@ def _first_line(error: Exception) -> str:
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
-    code: Any = 0
     try:
         main(sys.argv[1:])
-    except SystemExit as leaving:
-        code = leaving.code
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    except RunStopped as error:  # the other ranks may be gone: nobody is waited for
+        sys.exit(2)
+    except RunStopped as error:
         print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
-    if dist.is_initialized():  # its threads, left running, may abort the exit
-        dist.destroy_process_group()
-    if code:
-        sys.exit(code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def resolve_arguments(args: Arguments) -> Arguments:
@@ -2859,5 +2852,14 @@ def summary(args: Arguments, run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def main_of_rank(argv: list[str]) -> None:
+    """`main`, then out of the process group: its threads, left running, may abort the exit."""
+    try:
+        main(argv)
+    finally:
+        if dist.is_initialized() and not isinstance(sys.exc_info()[1], RunStopped):  # whose other ranks may be gone
+            dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main_of_rank)
