@@ -192,6 +192,7 @@ def resident():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
+principal_factors(torch.randn(1024, 1024), 4, 1.0)  # loads the libraries
 train._gathered_by, train.principal_factors = watch, counted
 open("/proc/self/clear_refs", "w").write("5")
 before = resident()
@@ -209,15 +210,17 @@ def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE.format(root=str(ROOT), base=str(tmp_path / "base"), out=str(tmp_path)))
     command = ["torchrun", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    # What is freed goes back at once: the peak is of what is alive.
+    where = environment() | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
+    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         most, count, growth, partitioned = json.loads((tmp_path / f"{rank}.json").read_text())
         assert most == 1
         assert count == 14  # of 28: shared out
         assert partitioned
-        # A layer, its Gram matrix, eigenvectors and workspace: 7 to 11. With its 14 layers held whole it would be 20.
-        assert growth < 15
+        # A layer, its Gram matrix, eigenvectors and workspace: 5.5. With its 14 layers held whole it would be 19.
+        assert growth < 8, growth
 
 
 # ---------------------------------------------------------------------------------------------- two nodes
