@@ -81,6 +81,10 @@ from train import (
     package_versions,
     parse_arguments,
     require_fields,
+    require_lr_scheduler,
+    require_not_negative,
+    require_positive,
+    require_share,
     run_script,
     schedule_factor,
     spectral_loss,
@@ -229,23 +233,14 @@ def resolve_arguments(argv: list[str]) -> Arguments:
         if getattr(args, name) is None:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
-    for name in (*positive, "evals_per_epoch", "patience"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    for name in ("lambda_consistency", "lambda_diversity", "lambda_spectral", "weight_decay"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
-    if not 0 < args.warmup_fraction <= 1:
-        raise UserError(f"--warmup-fraction is {args.warmup_fraction}: it must be above 0 and at most 1")
-    if args.max_examples is not None and args.max_examples <= 0:
-        raise UserError(f"--max-examples is {args.max_examples}: it must be above 0")
+    require_positive(args, *positive, "evals_per_epoch", "patience", "max_examples")
+    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "weight_decay")
+    require_share(args, "warmup_fraction")
     if args.data != "demo" and len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes one or two columns of text, not {len(args.fields)}")
     if args.eval_data and args.data is None:
         raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
-    if args.lr_scheduler not in list(transformers.SchedulerType):
-        known = ", ".join(item.value for item in transformers.SchedulerType)
-        raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {known}")
+    require_lr_scheduler(args.lr_scheduler)
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output-dir {output_dir} is a file")

@@ -270,6 +270,34 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
+def require_positive(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is given and not above 0."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
+
+
+def require_not_negative(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is below 0."""
+    for name in names:
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
+
+
+def require_share(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is no part of a whole."""
+    for name in names:
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0 and at most 1")
+
+
+def require_lr_scheduler(name: str) -> None:
+    """Raises a UserError where transformers has no learning-rate schedule of this name."""
+    if name not in list(transformers.SchedulerType):
+        known = ", ".join(item.value for item in transformers.SchedulerType)
+        raise UserError(f"unknown --lr-scheduler {name!r}: one of {known}")
+
+
 def resolve_arguments(args: Arguments) -> Arguments:
     """Returns `args` with every open value filled in, after checking all that can be checked without reading anything.
 
@@ -286,21 +314,15 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
-    for name in (*positive, "epochs", "logging_steps", "spectral_k", "objective_memory", "keep_checkpoints"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    for name in ("lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k", "save_steps"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
-    if not 0 < args.warmup_fraction <= 1:
-        raise UserError(f"--warmup-fraction is {args.warmup_fraction}: it must be above 0 and at most 1")
-    if args.max_examples is not None and args.max_examples <= 0:
-        raise UserError(f"--max-examples is {args.max_examples}: it must be above 0")
+    positive += ("epochs", "logging_steps", "spectral_k", "objective_memory", "keep_checkpoints", "max_examples")
+    require_positive(args, *positive)
+    require_not_negative(
+        args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k", "save_steps"
+    )
+    require_share(args, "warmup_fraction")
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
-    if args.lr_scheduler not in list(transformers.SchedulerType):
-        known = ", ".join(item.value for item in transformers.SchedulerType)
-        raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {known}")
+    require_lr_scheduler(args.lr_scheduler)
     if args.deepspeed and not Path(args.deepspeed).is_file():
         raise UserError(f"no such DeepSpeed configuration: {args.deepspeed}")
     output_dir = Path(args.output_dir)

@@ -49,6 +49,9 @@ from train import (
     option,
     package_versions,
     require_fields,
+    require_not_negative,
+    require_positive,
+    require_share,
     resolve_demo,
     resolve_dtype,
 )
@@ -97,15 +100,9 @@ def check_arguments(args: Arguments) -> None:
         if args.rescore is not None:
             raise UserError("--rescore reads completions and needs no --ckpt: give one of the two")
         raise UserError("no --ckpt: give a checkpoint's folder or hub name, or 'demo'")
-    for name in ("samples", "max_new_tokens", "batch_size", "tensor_parallel_size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    for name in ("shots", "temperature"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} is {getattr(args, name)}: it must not be negative")
-    for name in ("top_p", "gpu_memory_utilization"):
-        if not 0 < getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0 and at most 1")
+    require_positive(args, "samples", "max_new_tokens", "batch_size", "tensor_parallel_size", "limit")
+    require_not_negative(args, "shots", "temperature")
+    require_share(args, "top_p", "gpu_memory_utilization")
     if args.samples > 1 and args.temperature == 0:
         raise UserError(f"--samples {args.samples} with --temperature 0 are all alike: give a temperature")
 

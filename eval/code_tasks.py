@@ -12,7 +12,7 @@ from intervals import mean, score_line, share
 from sandbox import Limits, Program, Verdict, require_isolation, run_programs
 from tqdm import tqdm
 
-from train import UserError, option
+from train import UserError, option, require_positive
 
 
 @dataclass
@@ -30,9 +30,7 @@ def check_code_arguments(args: Arguments) -> None:
     Raises:
         UserError: a value out of range; nothing isolates programs here and `--unsafe` is not given.
     """
-    for name in ("timeout", "memory_mib", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
+    require_positive(args, "timeout", "memory_mib", "workers")
     if min(args.k, default=0) <= 0:
         raise UserError(f"--k is {' '.join(map(str, args.k)) or 'empty'}: every k must be above 0")
     if args.rescore is None and max(args.k) > args.samples:

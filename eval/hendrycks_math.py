@@ -31,7 +31,7 @@ from intervals import score_line, share
 from math_grader import SECONDS, Grader
 from tqdm import tqdm
 
-from train import UserError, option, parse_arguments, run_script
+from train import UserError, option, parse_arguments, require_positive, run_script
 
 HUB_DATA = "DigitalLearningGmbH/MATH-lighteval"
 FORMAT = "MATH's format has problem and solution"
@@ -101,8 +101,7 @@ def grade(completions: list[str], golds: list[str], seconds: float = SECONDS) ->
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
-    if args.seconds <= 0:
-        raise UserError(f"--seconds is {args.seconds}: it must be above 0")
+    require_positive(args, "seconds")
     run = Run("hendrycks_math", args)
     fields = ["problem", "solution"]
     records = run.records(fields, FORMAT)

@@ -47,7 +47,7 @@ from generation import Sampling
 from intervals import mean, proportion, score_line
 from tqdm import tqdm
 
-from train import UserError, option, parse_arguments, run_script
+from train import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
 
 # FastChat, fastchat/llm_judge/common.py: temperature_config and NEED_REF_CATS.
 TEMPERATURES = {
@@ -361,10 +361,8 @@ def check_protocol(args: Arguments) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} is not MT-Bench's: its protocol has one answer, FastChat's way"
             )
-    if args.judge_requests <= 0:
-        raise UserError(f"--judge-requests is {args.judge_requests}: it must be above 0")
-    if args.judge_retries < 0:
-        raise UserError(f"--judge-retries is {args.judge_retries}: it must not be negative")
+    require_positive(args, "judge_requests")
+    require_not_negative(args, "judge_retries")
 
 
 def judge_command(run: Run) -> str:
