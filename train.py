@@ -1314,8 +1314,13 @@ def require_fields(records: datasets.Dataset, fields: list[str], source: str, re
 
 
 def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, instruction: str) -> list[int]:
-    """The prompt's tokens, with the tokenizer's own start token where it has one."""
-    ids = tokenizer(ALPACA_PROMPT.format(instruction=instruction))["input_ids"]
+    """The tokens of ALPACA_PROMPT around an instruction; see `encode_opening`."""
+    return encode_opening(tokenizer, ALPACA_PROMPT.format(instruction=instruction))
+
+
+def encode_opening(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on, with the tokenizer's own start token where it has one."""
+    ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
 
 
@@ -2527,9 +2532,10 @@ def main(argv: list[str]) -> None:
         share = f"{trainable / 1e6:.2f} M trainable parameters on a model of {skeleton.num_parameters() / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
 
-    longest = max(map(len, dataset["input_ids"]))
-    window = getattr(config, "sliding_window", None) or longest
-    packing = args.packing and longest <= window and enable_packing(model)
+    window = getattr(config, "sliding_window", None)
+    longest = max(map(len, dataset["input_ids"])) if window else 0
+    beyond_window = bool(window) and longest > window
+    packing = args.packing and not beyond_window and enable_packing(model)
     if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
@@ -2542,7 +2548,7 @@ def main(argv: list[str]) -> None:
             size = wrapped.teacher_cache.num_bytes / 2**30
             print(f"teacher cache: {size:.2f} GiB when full, {known} of {len(dataset)} examples are there")
     if is_main and args.packing and not packing:
-        why = "cannot attend to packed sequences" if longest <= window else f"attends {window} tokens of {longest}"
+        why = f"attends {window} tokens of {longest}" if beyond_window else "cannot attend to packed sequences"
         print(f"note: {type(model).__name__} {why}; batches are padded")
     if is_main and args.method != "full" and not wrapped.is_fused:
         print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")

@@ -35,6 +35,7 @@ from generation import (  # first: it makes train.py importable
     Completion,
     Sampling,
     backend_name,
+    batch_size_of,
     batches,
     check_adapter,
     load_backend,
@@ -44,6 +45,7 @@ from generation import (  # first: it makes train.py importable
 from train import (
     ALPACA_PROMPT,
     UserError,
+    encode_opening,
     load_records,
     load_tokenizer_and_config,
     option,
@@ -129,8 +131,7 @@ def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns 
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
     prompt = PROMPTS[template]
     text = "".join(f"{prompt.format(instruction=question)} {answer}\n\n" for question, answer in turns)
-    ids = tokenizer(text + prompt.format(instruction=instruction))["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+    return encode_opening(tokenizer, text + prompt.format(instruction=instruction))
 
 
 def stop_strings(template: str, shots: int) -> tuple[str, ...]:
@@ -330,8 +331,9 @@ class Run:
         store = self.store("completions")
         # Rounding depends on which prompts are computed together. So batches, not prompts, are kept and made again.
         requests = [(prompt, sample) for prompt in prompts for sample in range(samples)]
-        batch_size = args.batch_size or {"vllm": 256, "transformers": 32}[self._origin["backend"]]
-        groups = batches([len(prompt) for prompt, _ in requests], batch_size)
+        groups = batches(
+            [len(prompt) for prompt, _ in requests], batch_size_of(args.batch_size, self._origin["backend"])
+        )
         how = digest([self.identity(), asdict(sampling), args.seed if sampling.temperature > 0 else None])
         keys = {group[0]: digest([how, [requests[i] for i in group]]) for group in groups}
         missing = [group for group in groups if keys[group[0]] not in store.values]

@@ -78,6 +78,11 @@ def backend_name(backend: str) -> str:
     return "vllm" if backend == "vllm" or (backend == "auto" and has_vllm) else "transformers"
 
 
+def batch_size_of(batch_size: int | None, backend: str) -> int:
+    """`batch_size`, or where it is None the back end's own."""
+    return batch_size or {"vllm": 256, "transformers": 32}[backend]
+
+
 def load_backend(
     backend: str,
     ckpt: str,
@@ -101,14 +106,16 @@ def load_backend(
         UserError: vLLM is asked for and not installed.
     """
     eos_token_ids = _eos_token_ids(ckpt, tokenizer)
-    if backend_name(backend) == "transformers":
-        return TransformersBackend(ckpt, tokenizer, eos_token_ids, dtype, batch_size or 32, adapter)
+    backend = backend_name(backend)
+    batch_size = batch_size_of(batch_size, backend)
+    if backend == "transformers":
+        return TransformersBackend(ckpt, tokenizer, eos_token_ids, dtype, batch_size, adapter)
     return VLLMBackend(
         ckpt,
         tokenizer,
         eos_token_ids,
         dtype,
-        batch_size or 256,
+        batch_size,
         adapter,
         max_length,
         seed,
