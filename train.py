@@ -2472,11 +2472,7 @@ def main(argv: list[str]) -> None:
         print(dry_run(args, skeleton, tokenizer))
         return
 
-    data_path = resolve_demo(args.data, "train")
-    records = load_records(data_path, args.split, args.data_subset)
-    require_fields(records, args.fields, args.data, "name two of them with --fields")
-    if args.max_examples is not None:
-        records = records.select(range(min(args.max_examples, len(records))))
+    records = load_training_records(args)
     dtype = resolve_dtype(args.dtype)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
     trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
@@ -2611,9 +2607,22 @@ def main(argv: list[str]) -> None:
         print(summary(args, run))
 
 
-# Resident beside the tensors: Python, torch and transformers (0.65 GiB), and the holes that the allocator cannot fill.
-# Measured on Linux; on a GPU it does not count.
+# Resident beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. From peaks
+# of whole runs on Linux (tests/test_architectures.py measures them again); on a GPU it does not count.
 PROGRAM_BYTES = 0.85 * 2**30
+
+
+def num_trainable(args: Arguments, skeleton: nn.Module) -> int:
+    """How many parameters --method trains."""
+    if args.method == "full":
+        return skeleton.num_parameters()
+    layers = find_target_modules(skeleton, args.target_modules, args.rank).values()
+    return sum(args.rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def adapter_bytes(args: Arguments, trainable: int) -> int:
+    """Of the factors in fp32, PiSSA's frozen ones included."""
+    return trainable * 4 * (1 if args.method == "lora" else 2)
 
 
 def estimated_memory(
@@ -2633,16 +2642,13 @@ def estimated_memory(
     zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
     stage = zero.get("stage", 0)
     split = {name: num_processes if stage >= needed else 1 for name, needed in (("o", 1), ("g", 2), ("w", 3))}
-    total = skeleton.num_parameters()
+    total, trainable = skeleton.num_parameters(), num_trainable(args, skeleton)
     full = args.method == "full"
     item = dtype.itemsize
-    found = {} if full else find_target_modules(skeleton, args.target_modules, args.rank)
-    trainable = total if full else sum(args.rank * (m.in_features + m.out_features) for m in found.values())
     base_item = {None: 4 if full and not args.deepspeed else item, "8bit": 1, "4bit": 0.56}[args.load_in]
     parts = {"weights": total * base_item / split["w"]}
     if not full:
-        factors = 1 if args.method == "lora" else 2
-        parts["adapters"] = trainable * 4 * factors
+        parts["adapters"] = adapter_bytes(args, trainable)
     parts["gradients"] = trainable * (item if args.deepspeed else 4) / split["g"]
     masters = 4 if args.deepspeed and item < 4 else 0
     offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and torch.cuda.is_available()
@@ -2653,7 +2659,8 @@ def estimated_memory(
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or d // heads
     a, g = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    ranks = args.rank * len(found) / layers
+    num_adapters = 0 if full else len(find_target_modules(skeleton, args.target_modules, args.rank))
+    ranks = args.rank * num_adapters / layers
     attention = 3 * a + 2 * g  # queries, keys, values, what comes out, and its copy for the output projection
     # Full fine-tuning has transformers' own norms and activations.
     kept = 8 * d + attention + 4 * f if full else 4 * d + attention + 2 * f + ranks
@@ -2680,11 +2687,7 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
     dtype = resolve_dtype(args.dtype)
     num_processes = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     lines = [config_text(args), ""]
-    total = skeleton.num_parameters()
-    found = {} if args.method == "full" else find_target_modules(skeleton, args.target_modules, args.rank)
-    trainable = total
-    if found:
-        trainable = sum(args.rank * (module.in_features + module.out_features) for module in found.values())
+    total, trainable = skeleton.num_parameters(), num_trainable(args, skeleton)
     lines.append(f"parameters: {trainable / 1e6:.1f} M trainable, {total / 1e6:.1f} M in the model")
 
     tokens, valid = args.batch_size * args.max_length, args.batch_size * args.max_length
@@ -2692,9 +2695,7 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
     try:
         if tokenizer is None:
             raise UserError("the model has no tokenizer here")
-        records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset)
-        require_fields(records, args.fields, args.data, "name two of them with --fields")
-        records = records.select(range(min(args.max_examples or len(records), len(records))))
+        records = load_training_records(args)
         dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
         if len(dataset) == 0:
             raise UserError(f"no example has a response token within {args.max_length} tokens")
@@ -2728,7 +2729,7 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
     lines.append(f"memory per {device}, estimated for a micro-batch of {tokens} tokens in {str(dtype)[6:]}:")
     lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<12} {sum(parts.values()) / 2**30:8.2f} GiB")
-    adapter = 0 if args.method == "full" else trainable * 4 * (1 if args.method == "lora" else 2)
+    adapter = 0 if args.method == "full" else adapter_bytes(args, trainable)
     checkpoint = trainable * 12 + (adapter if args.method in ("pissa", "ba-lora") else 0) / 2
     merged = total * dtype.itemsize
     checkpoints = (args.keep_checkpoints + 1) * checkpoint
@@ -2737,6 +2738,15 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
         f"{checkpoint / 2**30:.2f} GiB, adapter {adapter / 2**30:.2f} GiB, merged model {merged / 2**30:.2f} GiB)"
     )
     return "\n".join(lines)
+
+
+def load_training_records(args: Arguments) -> datasets.Dataset:
+    """The examples that --data, --fields and --max-examples name, as they are written."""
+    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset)
+    require_fields(records, args.fields, args.data, "name two of them with --fields")
+    if args.max_examples is not None:
+        records = records.select(range(min(args.max_examples, len(records))))
+    return records
 
 
 def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: Any) -> transformers.PreTrainedModel:

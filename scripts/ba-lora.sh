@@ -31,10 +31,6 @@ else
 fi
 output=${OUTPUT:-output/$method-$experiment-$(date +%Y%m%d-%H%M%S)}
 
-run() {
-    if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi
-}
-
 # score NAME CKPT [OPTION...]   GSM8K's rule on a checkpoint
 score() {
     name=$1 ckpt=$2

@@ -25,10 +25,6 @@ esac
 shift
 if [ $# -gt 0 ]; then shift; fi
 
-run() {
-    if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi
-}
-
 # score NAME [OPTION...]   one benchmark, unless it is done
 score() {
     name=$1

@@ -8,6 +8,9 @@ started=$(date +%s)
 
 say() { echo "[$(($(date +%s) - started)) s] $*"; }
 
+# run COMMAND...   or with DRY_RUN=1 only prints it
+run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi; }
+
 gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'; else echo 0; fi; }
 
 # install NAME COMMAND...   runs COMMAND unless it has run for the same requirement files
