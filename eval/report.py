@@ -4,11 +4,13 @@
 How to run
     python eval/report.py results/base results/ba-lora           two checkpoints on the same problems, with a verdict
     python eval/report.py results/seed-* --output-dir report     one row per method, mean ± std over its seeds
+    python eval/report.py output/glue/*                          runs of finetune_bert_l_sst2.py, tasks by columns
     python eval/report.py PiSSA=results/a PiSSA=results/b        rows named by hand
     python eval/report.py                                        the published tables; ours are not run
 
-A folder holds what the eval scripts wrote. Model, method and seed of a checkpoint that train.py made are read from its
-config.yaml, which is in the folder above; other rows are named after their folder.
+A folder holds what the eval scripts wrote, or is the output of finetune_bert_l_sst2.py. Model, method and seed of a
+checkpoint that train.py made are read from its config.yaml, which is in the folder above; other rows are named after
+their folder.
 
 What comes out: tables on the terminal; with --output-dir also
     report.md, report.tex          a table per model: methods by rows, benchmarks by columns, the average
@@ -17,6 +19,7 @@ What comes out: tables on the terminal; with --output-dir also
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from dataclasses import dataclass, field
@@ -49,18 +52,15 @@ NLG = {
     "mbpp": Column("MBPP", "pass@1", items=500),
     "mt_bench": Column("MT-Bench", "first_turn", items=80, scale=1.0),
 }
-NLU = {
-    name: Column(label)
-    for name, label in {
-        "mnli": "MNLI",
-        "sst2": "SST-2",
-        "mrpc": "MRPC",
-        "cola": "CoLA",
-        "qnli": "QNLI",
-        "qqp": "QQP",
-        "rte": "RTE",
-        "stsb": "STS-B",
-    }.items()
+NLU = {  # on the development sets; MNLI's is the matched one
+    "mnli": Column("MNLI", items=9815),
+    "sst2": Column("SST-2", items=872),
+    "mrpc": Column("MRPC", items=408),
+    "cola": Column("CoLA", "matthews", items=1043),
+    "qnli": Column("QNLI", items=5463),
+    "qqp": Column("QQP", items=40430),
+    "rte": Column("RTE", items=277),
+    "stsb": Column("STS-B", "pearson", items=1500),
 }
 PARTS = {"nlg": NLG, "nlu": NLU}
 METHODS = {"full": "Full FT", "lora": "LoRA", "pissa": "PiSSA", "ba-lora": "BA-LoRA"}
@@ -125,8 +125,73 @@ def published_tables() -> list[Table]:
     return tables
 
 
+@dataclass
+class Run:
+    """What a results folder holds: one method with one seed.
+
+    Attributes:
+        folder, name: as given; the name is its row's, or None.
+        model, method: the model that was started from, and the row's name where none was given.
+        params: trained parameters, as text.
+        columns: the benchmarks of its table.
+        summaries: what was measured, by benchmark; each has an entry named `Column.score`.
+        metrics: the training's metrics.jsonl, where it is there.
+    """
+
+    folder: str
+    name: str | None
+    model: str
+    method: str
+    params: str
+    columns: dict[str, Column]
+    summaries: dict[str, dict]
+    metrics: Path | None
+
+
+def load_run(folder: str, name: str | None) -> Run:
+    """Reads a results folder of either kind.
+
+    Raises:
+        UserError: there are no results in it, or they cannot be read.
+    """
+    if (Path(folder) / "results.json").is_file():
+        return _classification_run(folder, name)
+    summaries = load_summaries(folder)
+    made, model, method, params = training_folder(summaries), None, Path(folder).name, ""
+    if made is not None:
+        config = yaml.safe_load((made / "config.yaml").read_text())
+        model, method = config["model"], METHODS.get(config["method"], config["method"])
+        if (made / "run.json").is_file():
+            params = _millions(json.loads((made / "run.json").read_text())["trainable_parameters"])
+    if model is None:
+        model = str(next(iter(summaries.values())).get("ckpt"))
+    return Run(folder, name, model, method, params, NLG, summaries, made / "metrics.jsonl" if made else None)
+
+
+def _classification_run(folder: str, name: str | None) -> Run:
+    """A run of finetune_bert_l_sst2.py: a task of GLUE, or one's own data with a column per test set."""
+    path = Path(folder) / "results.json"
+    try:
+        content = json.loads(path.read_text())
+        args = content["arguments"]
+        method, model = args["method"], args["model"]
+        scores = {test: result[method] for test, result in content["results"].items()}
+        if args["task"] is not None:
+            columns, scores = NLU, {args["task"]: next(iter(scores.values()))}
+        else:
+            columns, model = {test: Column(test) for test in scores}, f"{model} on {args['data']}"
+        for benchmark, found in scores.items():
+            found[columns[benchmark].score]["value"]
+        params = _millions(content["adapter_parameters"])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"{path} is damaged: run finetune_bert_l_sst2.py again with --overwrite") from error
+    metrics = path.parent / "metrics.jsonl"
+    method = METHODS.get(method, method)
+    return Run(folder, name, model, method, params, columns, scores, metrics if metrics.is_file() else None)
+
+
 def load_summaries(folder: str) -> dict[str, dict]:
-    """The summaries in `folder` by benchmark.
+    """The eval scripts' summaries in `folder` by benchmark.
 
     Raises:
         UserError: there is none, or one cannot be read.
@@ -142,7 +207,9 @@ def load_summaries(folder: str) -> dict[str, dict]:
                 raise UserError(f"{path} is damaged: run eval/{name}.py again with --overwrite") from error
     if not summaries:
         names = ", ".join(f"{name}.json" for name in NLG)
-        raise UserError(f"no results in {folder}: it has none of {names}; run eval/gsm8k.py or a sibling first")
+        raise UserError(
+            f"no results in {folder}: it has none of {names}, nor results.json; run eval/gsm8k.py or a sibling first"
+        )
     return summaries
 
 
@@ -155,30 +222,27 @@ def training_folder(summaries: dict[str, dict]) -> Path | None:
     return None
 
 
-def our_tables(named: list[tuple[str | None, str, dict[str, dict]]]) -> list[Table]:
-    """One table per model, published rows first where the model has some; seeds of one method become one row.
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.{1 if count >= 10e6 else 2}f}M"
 
-    Args:
-        named: for each folder the row's name, if one was given, the folder, and its summaries.
-    """
-    published = {table.model: table for table in published_tables() if table.columns is NLG}
+
+def our_tables(runs: list[Run]) -> list[Table]:
+    """One table per model, published rows first where the model has some; seeds of one method become one row."""
+    published = published_tables()
     tables: dict[str, Table] = {}
-    for name, folder, summaries in named:
-        made, model, method = training_folder(summaries), None, Path(folder).name
-        if made is not None:
-            config = yaml.safe_load((made / "config.yaml").read_text())
-            model, method = config["model"], METHODS.get(config["method"], config["method"])
-        if model is None:
-            model = str(next(iter(summaries.values())).get("ckpt"))
-        model = _published_name(model, published)
+    for run in runs:
+        known = {table.model: table for table in published if table.columns is run.columns}
+        model = _published_name(run.model, known)
         if model not in tables:
-            source = published.get(model)
-            tables[model] = Table(model, NLG, list(source.rows) if source else [], source.source if source else None)
-        ours = [row for row in tables[model].rows if not row.published and row.method == (name or method)]
+            source = known.get(model, Table(model, run.columns, []))
+            tables[model] = Table(model, source.columns, list(source.rows), source.source)
+        table = tables[model]
+        table.columns = table.columns | run.columns
+        ours = [row for row in table.rows if not row.published and row.method == (run.name or run.method)]
         if not ours:
-            ours = [Row(name or method, _parameters(made))]
-            tables[model].rows += ours
-        _add(ours[0], summaries)
+            ours = [Row(run.name or run.method, run.params)]
+            table.rows += ours
+        _add(ours[0], run)
     return list(tables.values())
 
 
@@ -187,16 +251,10 @@ def _published_name(model: str, published: dict[str, Table]) -> str:
     return next((name for name in published if name.lower() in model.lower()), model)
 
 
-def _parameters(made: Path | None) -> str:
-    run = made / "run.json" if made is not None else None
-    if run is None or not run.is_file():
-        return ""
-    return f"{json.loads(run.read_text())['trainable_parameters'] / 1e6:.1f}M"
-
-
-def _add(row: Row, summaries: dict[str, dict]) -> None:
-    for name, summary in summaries.items():
-        column, score = NLG[name], summary[NLG[name].score]
+def _add(row: Row, run: Run) -> None:
+    for name, summary in run.summaries.items():
+        column = run.columns[name]
+        score = summary[column.score]
         if score["value"] is None:  # MT-Bench without a judge
             continue
         row.scores.setdefault(name, []).append(score["value"] * column.scale)
@@ -399,6 +457,7 @@ PANELS = (
     ),
     ("learning rate", {"learning_rate": "learning rate"}),
 )
+MAX_CURVES = 12  # columns that a picture of training curves has at most
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
 
 
@@ -474,7 +533,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> None:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", metavar="[NAME=]FOLDER", help="what eval scripts wrote, the base first")
+    parser.add_argument("results", nargs="*", metavar="[NAME=]FOLDER", help="results, the base first")
     parser.add_argument("--metrics", nargs="+", default=[], metavar="FILE", help="metrics.jsonl of further runs")
     parser.add_argument("--output-dir", help="folder for tables and pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is there already")
@@ -483,41 +542,41 @@ def main(argv: list[str]) -> None:
     if output_dir is not None and (output_dir / "report.md").exists() and not args.overwrite:
         raise UserError(f"{output_dir / 'report.md'} is there already: name another folder, or give --overwrite")
 
-    named = []
+    runs = []
     for text in args.results:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
-        named.append((name or None, folder, load_summaries(folder)))
-    runs = {}
-    for _, _, summaries in named:
-        made = training_folder(summaries)
-        if made is not None:
-            runs[made.name] = load_metrics(made / "metrics.jsonl")
-    runs |= {path.resolve().parent.name: load_metrics(path) for path in map(Path, args.metrics)}
+        runs.append(load_run(folder, name or None))
+    curves = {run.metrics.parent.name: load_metrics(run.metrics) for run in runs if run.metrics is not None}
+    curves |= {path.resolve().parent.name: load_metrics(path) for path in map(Path, args.metrics)}
 
-    labels = [name or Path(folder).name for name, folder, _ in named]
+    labels = [run.name or Path(run.folder).name for run in runs]
     if len(set(labels)) < len(labels):  # seeds of one method
-        labels = [folder for _, folder, _ in named]
-    of_gsm8k = {label: found["gsm8k"] for label, (_, _, found) in zip(labels, named, strict=True) if "gsm8k" in found}
+        labels = [run.folder for run in runs]
+    of_gsm8k = {
+        label: run.summaries["gsm8k"] for label, run in zip(labels, runs, strict=True) if "gsm8k" in run.summaries
+    }
     if of_gsm8k:
         print(comparison(of_gsm8k))
-        if len(of_gsm8k) == len(named) == 2:
+        if len(of_gsm8k) == len(runs) == 2:
             print("\n" + verdict(*of_gsm8k.values()))
-    tables = our_tables(named) if named else published_tables()
-    if output_dir is not None or not named or any(set(found) != {"gsm8k"} for _, _, found in named):
+    tables = our_tables(runs) if runs else published_tables()
+    if output_dir is not None or not runs or any(set(run.summaries) != {"gsm8k"} for run in runs):
         print(("\n" if of_gsm8k else "") + markdown_report(tables))
     if output_dir is not None:
-        write_report(output_dir, tables, runs)
+        write_report(output_dir, tables, curves)
 
 
-def write_report(output_dir: Path, tables: list[Table], runs: dict[str, list[dict]]) -> None:
+def write_report(output_dir: Path, tables: list[Table], curves: dict[str, list[dict]]) -> None:
     """Tables as Markdown and LaTeX, plots as PNG and SVG."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --output-dir {output_dir}: {error.strerror}") from error
     figures = {"report": plot_tables(tables)} if any(row.scores for table in tables for row in table.rows) else {}
-    if runs:
-        figures["training"] = plot_training(runs)
+    if len(curves) > MAX_CURVES:
+        print(f"\nnote: {len(curves)} runs have training curves: those of the first {MAX_CURVES} are drawn")
+    if curves:
+        figures["training"] = plot_training(dict(itertools.islice(curves.items(), MAX_CURVES)))
     written = []
     for name, figure in figures.items():
         for suffix in ("png", "svg"):

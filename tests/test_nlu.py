@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import report
 import torch
 import transformers
 from conftest import relative_error
+from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -360,6 +362,19 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
     for name in expected:
         low, high = scores[name]["interval_95"]
         assert low <= scores[name]["value"] <= high
+    # The report finds the same score, which the predictions give when counted.
+    found = report.load_run(str(tmp_path / "out"), None)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    labels, predicted = zip(*((row["label"], row["predicted"]) for row in rows), strict=True)
+    counted = {
+        "accuracy": lambda: np.mean([label == guess for label, guess in zip(labels, predicted, strict=True)]),
+        "matthews": lambda: matthews_corrcoef(labels, predicted),
+        "pearson": lambda: np.corrcoef(labels, predicted)[0, 1],
+    }
+    (benchmark, of_benchmark), column = found.summaries.popitem(), report.NLU[task]
+    assert (benchmark, found.method, found.columns) == (task, "BA-LoRA", report.NLU)
+    assert of_benchmark[column.score]["value"] == pytest.approx(counted[column.score]())
+
     note = "L_DR and L_SVDR are off" if classes == 1 else f"--spectral-k {classes - 1} or less acts"
     assert capsys.readouterr().out.count(note) == 1
 

@@ -107,6 +107,52 @@ def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
     assert all(cell == "not run" for row in table[6:] for cell in row[3:])
 
 
+def write_classification(folder, seed, scores, method="ba-lora", task=None, model="microsoft/deberta-v3-base"):
+    """results.json as finetune_bert_l_sst2.py writes it. scores: by test set, by metric."""
+    folder.mkdir(parents=True)
+    of = {name: {m: {"value": v, "of": 277, "interval_95": [v - 0.01, v + 0.01]} for m, v in metrics.items()}
+          for name, metrics in scores.items()}  # fmt: skip
+    content = {
+        "results": {name: {"probe": {}, method: metrics} for name, metrics in of.items()},
+        "arguments": {"task": task, "model": model, "method": method, "seed": seed, "data": "my/train.csv"},
+        "adapter_parameters": 1_327_104,
+    }
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+def test_runs_of_the_classification_script_fill_the_glue_table(tmp_path, capsys):
+    """Two tasks, three seeds, the published metric of each; MNLI's matched set; what is missing is not run."""
+    values = {seed: 0.1 * seed for seed in (1, 2, 3)}
+    for seed, value in values.items():
+        write_classification(
+            tmp_path / f"cola-{seed}", seed, {"dev": {"matthews": value, "accuracy": 0.9}}, task="cola"
+        )
+        matched = {"validation_matched": {"accuracy": value}, "validation_mismatched": {"accuracy": 0.9}}
+        write_classification(tmp_path / f"mnli-{seed}", seed, matched, task="mnli")
+    report.main([str(tmp_path / f"{task}-{seed}") for task in ("mnli", "cola") for seed in values])
+    (table,) = tables_of(capsys.readouterr().out).values()
+    ours = {row[0]: row for row in table if row[1].startswith("ours")}
+    row = dict(zip(table[0], ours["BA-LoRA"], strict=True))
+    cell = f"20.00±{100 * statistics.stdev(values.values()):.2f} n = 277"
+    assert (row["whose"], row["parameters"]) == ("ours, 3 seeds", "1.33M")
+    assert (row["MNLI"], row["CoLA"]) == (cell, cell)
+    assert {row[name] for name in ("SST-2", "MRPC", "QNLI", "QQP", "RTE", "STS-B", "average")} == {"not run"}
+    assert set(ours) == {"Full FT", "LoRA", "PiSSA", "BA-LoRA"}
+    assert [row[0] for row in table if row[1] == "published"][-1] == "BA-LoRA"
+
+
+def test_own_classification_data_has_a_column_per_test_set(tmp_path, capsys):
+    for method, value in (("lora", 0.5), ("ba-lora", 0.75)):
+        write_classification(tmp_path / method, 1, {"test": {"accuracy": value}, "other": {"accuracy": 0.25}}, method)
+    report.main([str(tmp_path / "lora"), str(tmp_path / "ba-lora")])
+    head, *rows = tables_of(capsys.readouterr().out)["microsoft/deberta-v3-base on my/train.csv"]
+    assert head[3:] == ["test", "other", "average"]
+    assert [[row[0], *row[3:]] for row in rows] == [
+        ["LoRA", "50.00 [49.00, 51.00], n = 277", "25.00 [24.00, 26.00], n = 277", "37.50"],
+        ["BA-LoRA", "75.00 [74.00, 76.00], n = 277", "25.00 [24.00, 26.00], n = 277", "50.00"],
+    ]
+
+
 def test_a_part_of_the_benchmarks_has_no_average(tmp_path, capsys):
     """One seed shows its interval; fewer items than the benchmark has are named; an unjudged MT-Bench is not run."""
     write_summary(tmp_path / "mine", "gsm8k", 0.5, 120, interval=[0.41, 0.59])
@@ -175,6 +221,8 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     assert "no results in" in error_of(report, [tmp_path], monkeypatch, capsys)
     (tmp_path / "mbpp.json").write_text('{"pass@1": 3}')
     assert "is damaged: run eval/mbpp.py" in error_of(report, [tmp_path], monkeypatch, capsys)
+    (tmp_path / "results.json").write_text('{"results": {}}')
+    assert "is damaged: run finetune_bert_l_sst2.py" in error_of(report, [tmp_path], monkeypatch, capsys)
     assert "cannot read the metrics" in error_of(report, ["--metrics", tmp_path / "none"], monkeypatch, capsys)
     (tmp_path / "empty.jsonl").write_text("")
     assert "holds no training step" in error_of(report, ["--metrics", tmp_path / "empty.jsonl"], monkeypatch, capsys)

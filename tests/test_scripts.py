@@ -1,6 +1,7 @@
 """The command lines that cannot run here: a dry run prints them whole, and their options exist."""
 
 import importlib
+import itertools
 import json
 import os
 import shlex
@@ -89,6 +90,24 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
         assert args.temperature == 0
     assert (parsed["mt_bench"].judge_model, parsed["mt_bench"].references) == ("gpt-4", "/r")
     assert [words[1] for words in commands()] == [f"eval/{name}.py" for name in [*list(parsed)[:4], "report"]]
+
+
+def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
+    printed = subprocess.run(
+        ["sh", "scripts/glue.sh", "configs/glue_roberta_large.yaml", "--epochs", "2"],
+        env=os.environ | {"DRY_RUN": "1", "SEEDS": "0 1", "OUTPUT": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    *runs, report = [shlex.split(line) for line in printed.splitlines() if line.startswith("python")]
+    parsed = [finetune_bert_l_sst2.resolve_arguments(words[2:]) for words in runs]
+    expected = set(itertools.product(finetune_bert_l_sst2.TASKS, ("full", "lora", "pissa", "ba-lora"), (0, 1)))
+    assert {(args.task, args.method, args.seed) for args in parsed} == expected
+    assert len(parsed) == len({args.output_dir for args in parsed}) == len(expected)
+    assert {(args.model, args.epochs) for args in parsed} == {("FacebookAI/roberta-large", 2.0)}
+    assert report[2:-3] == [args.output_dir for args in parsed]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
