@@ -15,7 +15,8 @@ One item of SST-2, and of a task with two texts (RTE):
 
 Two traps of the published form. With k ≥ D (5, on two or three classes) L_SVDR is the constant -1: --spectral-k 1 acts.
 And the "pre-trained" classifier behind Z_P is random. --teacher-head initial leaves it so; --teacher-head probe first
-fits a linear probe on the frozen encoder's features, and teacher and student both start from it.
+fits a linear probe on the frozen encoder's features, and teacher and student both start from it. The two together leave
+L_SVDR without effect on two classes: a probe's two logits are each other's negative, Z_F has rank 1, and stays so.
 
 How to run
     python finetune_bert_l_sst2.py                BERT-large on SST-2 with a GPU and the hub, else MiniLM on the demo
@@ -692,6 +693,12 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
         return None
     if num_classes == 1:
         return "note: regression: consistency is a mean squared error of predictions; L_DR and L_SVDR are off"
+    if args.lambda_spectral > 0 and args.teacher_head == "probe" and num_classes == 2:
+        # The probe's logits add up to 0, and the gradients of all terms with respect to the two do too.
+        return (
+            "note: L_SVDR is the constant -1 with every k: a probe's logits on two classes are each other's negative, "
+            "and training keeps them so; with --teacher-head initial --spectral-k 1 it acts"
+        )
     if args.lambda_spectral > 0 and args.spectral_k >= min(num_classes, args.batch_size):
         return (
             f"note: L_SVDR with k = {args.spectral_k} on {num_classes} classes is the constant -1 and has no gradient; "

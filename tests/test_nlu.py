@@ -158,6 +158,31 @@ def test_the_published_k_has_no_gradient_on_two_classes_and_is_told():
     assert nlu.note_on_regularizers(arguments(spectral_k=5), 10) is None
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_probes_two_logits_stay_each_others_negative_and_leave_the_spectrum_no_choice(
+    tmp_path, encoders, kind, capsys
+):
+    """Trained with all terms, large weights: in the merged model Z has rank 1 still. From a random head it has two."""
+    settings = ("--model", encoders[kind], "--data", reviews(tmp_path / "data.jsonl"), "--spectral-k=1")
+    settings += ("--lambda-consistency=1", "--lambda-diversity=1", "--lambda-spectral=1", "--epochs=2")
+    for head in ("probe", "initial"):
+        run(tmp_path, *settings, "--teacher-head", head, output=head)
+        assert ("constant -1 with every k" in capsys.readouterr().out) == (head == "probe")
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / head / "merged").eval()
+        words = torch.randint(4, 4 + len(WORDS), (6, 7), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            z = merged(words).logits
+        lines = [json.loads(line) for line in (tmp_path / head / "metrics.jsonl").read_text().splitlines()]
+        logged = [line["spectral"] for line in lines if "spectral" in line]
+        ratio = (z.sum(dim=1).norm() / z.norm()).item()
+        if head == "probe":
+            assert ratio < 1e-4
+            assert logged == pytest.approx([-1.0] * len(logged), abs=1e-5)
+        else:
+            assert ratio > 1e-2
+            assert max(logged) > -0.999
+
+
 def test_schedules_scale_their_terms():
     z, teacher, labels = torch.randn(8, 3), torch.randn(8, 3), torch.arange(8) % 3
     args = arguments(consistency_schedule="cosine", regularizer_schedule="two_phase")
