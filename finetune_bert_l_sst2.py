@@ -717,8 +717,7 @@ class NLUTrainer(Trainer):
     def __init__(self, *, arguments: Arguments, validate: Callable[[], float] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.arguments = arguments
-        self._sums: dict[str, Tensor] = {}
-        self._last_log = 0
+        self._terms: dict[str, list[Tensor]] = {}  # since the last line of the log
         self.validation = None
         self.pop_callback(transformers.ProgressCallback)
         self.pop_callback(transformers.PrinterCallback)
@@ -739,14 +738,14 @@ class NLUTrainer(Trainer):
         progress = self.state.global_step / self.state.max_steps
         loss, terms = nlu_objective(model(**inputs).logits, teacher_logits, labels, self.arguments, progress)
         for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+            self._terms.setdefault(name, []).append(value.detach())
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            steps = self.state.global_step - self._last_log
-            logs |= {name: float(value) / steps for name, value in self._sums.items()}
-            self._sums, self._last_log = {}, self.state.global_step
+            # A term may be missing in a step: L_SVDR is not defined for a last batch of one example.
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
+            self._terms = {}
         super().log(logs, start_time)
         _append(Path(self.args.output_dir) / "metrics.jsonl", self.state.log_history[-1])
 
