@@ -63,6 +63,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eval.intervals import proportion
 from train import (
+    ProgressBar,
     UserError,
     adaptive_factor,
     add_adapters,
@@ -84,6 +85,7 @@ from train import (
     require_fields,
     require_lr_scheduler,
     require_not_negative,
+    require_output_dir,
     require_positive,
     require_share,
     run_script,
@@ -242,11 +244,7 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     if args.eval_data and args.data is None:
         raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
     require_lr_scheduler(args.lr_scheduler)
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output-dir {output_dir} is a file")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite:
-        raise UserError(f"--output-dir {output_dir} is not empty: name another one, or use --overwrite")
+    require_output_dir(args.output_dir, args.overwrite, "name another one, or use --overwrite")
     return args
 
 
@@ -722,7 +720,7 @@ class NLUTrainer(Trainer):
         self.pop_callback(transformers.ProgressCallback)
         self.pop_callback(transformers.PrinterCallback)
         if not self.args.disable_tqdm:
-            self.add_callback(_ProgressBar)
+            self.add_callback(ProgressBar)
         if validate is not None:
             self.validation = KeepBest(validate, arguments)
             self.add_callback(self.validation)
@@ -779,14 +777,6 @@ class KeepBest(transformers.TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         load_trained_tensors(model, load_file(self.file))
         self.file.unlink()
-
-
-class _ProgressBar(transformers.ProgressCallback):
-    """The Trainer's progress bar without its print-outs; metrics.jsonl has them."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
 
 
 def _append(file: Path, row: dict[str, Any]) -> None:

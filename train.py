@@ -291,6 +291,15 @@ def require_share(args: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0 and at most 1")
 
 
+def require_output_dir(folder: str, may_hold: bool, remedy: str) -> None:
+    """Raises UserError where `folder` is a file, or holds something that it may not."""
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output-dir {path} is a file")
+    if path.is_dir() and any(path.iterdir()) and not may_hold:
+        raise UserError(f"--output-dir {path} is not empty: {remedy}")
+
+
 def require_lr_scheduler(name: str) -> None:
     """Raises a UserError where transformers has no learning-rate schedule of this name."""
     if name not in list(transformers.SchedulerType):
@@ -325,15 +334,10 @@ def resolve_arguments(args: Arguments) -> Arguments:
     require_lr_scheduler(args.lr_scheduler)
     if args.deepspeed and not Path(args.deepspeed).is_file():
         raise UserError(f"no such DeepSpeed configuration: {args.deepspeed}")
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output-dir {output_dir} is a file")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not (args.overwrite or args.resume or args.dry_run):
-        raise UserError(
-            f"--output-dir {output_dir} is not empty: name another one, go on with --resume, or use --overwrite"
-        )
+    may_hold = args.overwrite or args.resume or args.dry_run
+    require_output_dir(args.output_dir, may_hold, "name another one, go on with --resume, or use --overwrite")
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
@@ -2029,13 +2033,13 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class _ProgressBar(transformers.ProgressCallback):
+class ProgressBar(transformers.ProgressCallback):
     """The Trainer's progress bar with the loss on the bar itself; metrics.jsonl has the rest."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            shown = {"loss": logs["loss"], "task": logs["task"], "tok/s": logs["tokens_per_second"]}
-            self.training_bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+            names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second"}
+            self.training_bar.set_postfix({label: f"{logs[name]:.4g}" for label, name in names.items() if name in logs})
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2560,7 +2564,7 @@ def main(argv: list[str]) -> None:
         else PaddingCollator(pad_token_id),
     )
     trainer.pop_callback(transformers.ProgressCallback)
-    trainer.add_callback(_ProgressBar)
+    trainer.add_callback(ProgressBar)
     try:
         with trainer.interruption.awaited():
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -12,10 +12,55 @@ sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")]
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EOS, MERGED = "<|end|>", ":T"  # MERGED crosses the border between the prompt's last ":" and a response's first "T"
+
+# The models' own configurations, the published table's rank, and its millions of trainable parameters; then of all.
+PUBLISHED = {
+    "llama-2-7b": (
+        LlamaConfig(
+            hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+        ),
+        128,
+        319.8,
+        6738.4,
+    ),
+    "mistral-7b": (
+        MistralConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=32000,
+        ),
+        64,
+        167.8,
+        7241.7,
+    ),
+    "gemma-7b": (
+        GemmaConfig(
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            head_dim=256,
+            vocab_size=256000,
+        ),
+        64,
+        200.0,
+        8537.7,
+    ),
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import make_model, relative_error
+from conftest import PUBLISHED, make_model, relative_error
 
 import train
 
@@ -114,49 +114,9 @@ def test_merging_rounds_once():
         assert equal.double().mean() > 0.99
 
 
-@pytest.mark.parametrize(
-    ("config", "rank", "millions"),
-    [
-        (
-            transformers.LlamaConfig(
-                hidden_size=4096,
-                intermediate_size=11008,
-                num_hidden_layers=32,
-                num_attention_heads=32,
-                vocab_size=32000,
-            ),
-            128,
-            319.8,
-        ),
-        (
-            transformers.MistralConfig(
-                hidden_size=4096,
-                intermediate_size=14336,
-                num_hidden_layers=32,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-                vocab_size=32000,
-            ),
-            64,
-            167.8,
-        ),
-        (
-            transformers.GemmaConfig(
-                hidden_size=3072,
-                intermediate_size=24576,
-                num_hidden_layers=28,
-                num_attention_heads=16,
-                num_key_value_heads=16,
-                head_dim=256,
-                vocab_size=256000,
-            ),
-            64,
-            200.0,
-        ),
-    ],
-    ids=["llama-2-7b", "mistral-7b", "gemma-7b"],
-)
-def test_parameter_counts_of_the_published_table(config, rank, millions):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_of_the_published_table(name):
+    config, rank, millions, _ = PUBLISHED[name]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
         train.add_adapters(model, "lora", rank, rank, train.TARGET_MODULES)
