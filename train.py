@@ -257,6 +257,8 @@ def _first_line(error: Exception) -> str:
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
     try:
         main(sys.argv[1:])
     except UserError as error:

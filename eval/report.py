@@ -506,19 +506,16 @@ def _pyplot() -> Any:
 
 
 def load_metrics(path: Path) -> list[dict]:
-    """The training steps of a metrics.jsonl.
+    """The logged training steps of a metrics.jsonl; none of a run that was shorter than the log's interval.
 
     Raises:
         UserError: not such a file.
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [line for line in lines if "loss" in line and "step" in line]
+        return [line for line in lines if "loss" in line and "step" in line]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the metrics {path}: {error}") from error
-    if not steps:
-        raise UserError(f"{path} holds no training step")
-    return steps
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -547,7 +544,11 @@ def main(argv: list[str]) -> None:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
         runs.append(load_run(folder, name or None))
     curves = {run.metrics.parent.name: load_metrics(run.metrics) for run in runs if run.metrics is not None}
-    curves |= {path.resolve().parent.name: load_metrics(path) for path in map(Path, args.metrics)}
+    for path in map(Path, args.metrics):
+        curves[path.resolve().parent.name] = load_metrics(path)
+        if not curves[path.resolve().parent.name]:
+            raise UserError(f"{path} holds no training step")
+    curves = {name: steps for name, steps in curves.items() if steps}
 
     labels = [run.name or Path(run.folder).name for run in runs]
     if len(set(labels)) < len(labels):  # seeds of one method

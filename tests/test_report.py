@@ -144,7 +144,9 @@ def test_runs_of_the_classification_script_fill_the_glue_table(tmp_path, capsys)
 def test_own_classification_data_has_a_column_per_test_set(tmp_path, capsys):
     for method, value in (("lora", 0.5), ("ba-lora", 0.75)):
         write_classification(tmp_path / method, 1, {"test": {"accuracy": value}, "other": {"accuracy": 0.25}}, method)
-    report.main([str(tmp_path / "lora"), str(tmp_path / "ba-lora")])
+    (tmp_path / "lora" / "metrics.jsonl").write_text('{"step": 2, "validation": 0.5}\n')  # too short to be logged
+    report.main([str(tmp_path / "lora"), str(tmp_path / "ba-lora"), "--output-dir", str(tmp_path / "report")])
+    assert not (tmp_path / "report" / "training.png").exists()
     head, *rows = tables_of(capsys.readouterr().out)["microsoft/deberta-v3-base on my/train.csv"]
     assert head[3:] == ["test", "other", "average"]
     assert [[row[0], *row[3:]] for row in rows] == [
