@@ -621,7 +621,7 @@ def default_target_modules(model: nn.Module) -> list[str]:
     """The names of TARGET_MODULES and their fused forms that `model` has.
 
     Raises:
-        UserError: none.
+        UserError: it has none of them.
     """
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = [name for name in (*TARGET_MODULES, *FUSED_TARGET_MODULES) if name in linear]

@@ -103,6 +103,7 @@ def main() -> None:
     tokens = statistics.mean(train.PackingCollator()(batch)["input_ids"].numel() for batch in timed)
     padded = statistics.mean(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in timed)
     valid = statistics.mean(sum(label != train.IGNORE_INDEX for e in batch for label in e["labels"]) for batch in timed)
+    shared = statistics.mean(train.shared_beginning(batch) for batch in timed)
     r = args.rank
     # What the last feed-forward leaves out: as many tokens' worth of its part of the body.
     skipped = sum(m.weight.numel() for m in model.get_decoder().layers[-1].mlp.modules() if type(m) is torch.nn.Linear)
@@ -126,9 +127,10 @@ def main() -> None:
     print(f"| whole step | {total:.2f} | | {ours / 1e9:.0f} | {ours / per_second:.2f} |")
     print(f"| PEFT's PiSSA, stock loss | | | {peft / 1e9:.0f} | {peft / per_second:.2f} |")
     print(
-        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens computed ({padded:.0f} padded, {valid:.0f} valid); one "
-        f"product of 1,536³ runs at {per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations "
-        f"are not counted. {contenders.machine()}"
+        f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens computed ({padded:.0f} padded, {valid:.0f} valid), "
+        f"{shared:.0f} at the beginning of every sequence of a batch once; one product of 1,536³ runs at "
+        f"{per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations are not counted. "
+        f"{contenders.machine()}"
     )
 
 
