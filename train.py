@@ -2097,22 +2097,16 @@ def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
     return {name: (tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"]) for name in names}
 
 
+# What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
+NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
+NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
+NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
+NOT_IDENTITY |= {"trust_remote_code"}
+
+
 def checkpoint_identity(args: Arguments, world_size: int) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
-    names = (
-        "model",
-        "model_revision",
-        "data",
-        "data_subset",
-        "split",
-        "fields",
-        "max_examples",
-        "max_length",
-        "method",
-    )
-    names += ("rank", "alpha", "target_modules", "formulation", "epochs", "max_steps", "batch_size")
-    names += ("gradient_accumulation", "learning_rate", "lr_scheduler", "seed")
-    identity = {name: getattr(args, name) for name in names}
+    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_IDENTITY}
     zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
     return identity | {"processes": world_size, "zero_stage": zero.get("stage", 0)}
 
@@ -2499,6 +2493,12 @@ def main(argv: list[str]) -> None:
     if args.resume:
         identity = checkpoint_identity(args, trainer_args.world_size)
         checkpoint = newest_checkpoint(output_dir, identity, verbose=is_main)
+        others = complete_checkpoints(output_dir)
+        if checkpoint is None and others:  # starting anew would delete them
+            raise UserError(
+                f"--resume: {others[0]}: {checkpoint_problem(others[0], identity)}; give that run's settings, name "
+                "another --output-dir, or replace it with --overwrite instead of --resume"
+            )
         if is_main:
             where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
             print(where, flush=True)

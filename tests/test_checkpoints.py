@@ -190,6 +190,26 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--lambda-consistency", "0.5", "lambda_consistency = 0.025, not 0.5"),
+        ("--weight-decay", "0.1", "weight_decay = 0.0, not 0.1"),
+        ("--spectral-k", "3", "spectral_k = 10, not 3"),
+        ("--method", "pissa", "method = ba-lora, not pissa"),
+    ],
+)
+def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, option, value, message):
+    """With other settings --resume has nothing to go on from, and beginning anew would delete what is there."""
+    before = {file: file.read_bytes() for file in uninterrupted.rglob("*") if file.is_file()}
+    code, text = run(folder, uninterrupted, "--resume", option, value)
+    assert code == 2
+    last = text.strip().splitlines()[-1]
+    assert message in last
+    assert "--overwrite instead of --resume" in last
+    assert {file: file.read_bytes() for file in uninterrupted.rglob("*") if file.is_file()} == before
+
+
 def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterrupted):
     """Files above 60 kB cannot be written: neither a checkpoint's nor the exported model's."""
     output = folder / "full-disk"
