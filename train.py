@@ -32,6 +32,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -118,8 +119,9 @@ class Arguments:
     data: str | None = option(
         None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
     )
-    data_subset: str | None = option(None, "folder inside a hub data set, such as metamath in fxmeng/pissa-dataset")
-    split: str = option("train", "split of a hub data set")
+    data_subset: str | None = option(None, "folder inside --data, such as metamath in fxmeng/pissa-dataset")
+    data_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
+    split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
     fields: list[str] = option(["instruction", "output"], "the data's two fields: instruction and response")
     max_examples: int | None = option(None, "use the first N examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
@@ -1267,6 +1269,8 @@ def _leading_by_iteration(
 # ------------------------------------------------------------------------------------------------------------------
 
 DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
 
 def load_records(
@@ -1275,16 +1279,15 @@ def load_records(
     """Reads a data set from a local file, a folder of files of one kind, or the hub.
 
     Args:
-        split, subset, name: of a hub data set: its split, a folder inside it, its configuration.
+        split, subset: of a hub data set or a folder: its split, a folder inside it.
+        name: configuration of a hub data set.
 
     Raises:
         UserError: nothing there, or nothing readable.
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in DATA_BUILDERS)
-        if not files:
-            raise UserError(f"{source} holds no {', '.join(DATA_BUILDERS)} file")
+        files = files_of_split(path / (subset or ""), split)
     elif path.is_file():
         files = [path]
         if path.suffix not in DATA_BUILDERS:
@@ -1309,6 +1312,30 @@ def load_records(
     except Exception as error:  # each format's reader raises its own
         cause = error.__cause__ or error
         raise UserError(f"cannot read {source}: {_first_line(cause)}") from error
+
+
+def files_of_split(folder: Path, split: str) -> list[Path]:
+    """The data files below `folder`; where names or folders tell splits apart, those of `split` alone.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA_BUILDERS)
+    if not files:
+        raise UserError(f"{folder} holds no {', '.join(DATA_BUILDERS)} file")
+    splits = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
+        splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
+    known = sorted({found for found in splits.values() if found})
+    if not known:
+        return files
+    chosen = [file for file in files if splits[file] == SPLIT_OF_WORD.get(split, split)]
+    if not chosen:
+        raise UserError(
+            f"{folder} has files of {', '.join(known)} and none of {split!r}: choose by --split, or name one"
+        )
+    return chosen
 
 
 def require_fields(records: datasets.Dataset, fields: list[str], source: str, remedy: str) -> None:
@@ -2238,6 +2265,7 @@ def adapter_card(args: Arguments) -> str:
         + f"| | |\n|---|---|\n{rows}\n"
         "```python\nmodel = AutoModelForCausalLM.from_pretrained(base)\n"
         'model = peft.PeftModel.from_pretrained(model, "this folder")\n```\n\n'
+        f"It was trained behind this prompt:\n\n```text\n{ALPACA_PROMPT}\n```\n\n"
         f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
     )
 
@@ -2748,7 +2776,7 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
 
 def load_training_records(args: Arguments) -> datasets.Dataset:
     """The examples that --data, --fields and --max-examples name, as they are written."""
-    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset)
+    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset, args.data_config)
     require_fields(records, args.fields, args.data, "name two of them with --fields")
     if args.max_examples is not None:
         records = records.select(range(min(args.max_examples, len(records))))
@@ -2816,22 +2844,29 @@ def export_model(
     dtype: torch.dtype,
     output_dir: Path,
 ) -> None:
-    """Writes adapter/ and merged/; the adapters are merged away in `model`.
+    """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Raises:
         RunStopped: the disk does not take them.
     """
+    staging = output_dir / INCOMPLETE
     try:
+        shutil.rmtree(staging, ignore_errors=True)
         if args.method != "full":
-            export_adapter(model, output_dir / "adapter", model_path, args.target_modules, "CAUSAL_LM")
-            (output_dir / "adapter" / "README.md").write_text(adapter_card(args))
-        merge_adapters(model).to(dtype).save_pretrained(output_dir / "merged")
-        tokenizer.save_pretrained(output_dir / "merged")
+            export_adapter(model, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+            (staging / "adapter" / "README.md").write_text(adapter_card(args))
+        merge_adapters(model).to(dtype).save_pretrained(staging / "merged")
+        tokenizer.save_pretrained(staging / "merged")
+        for folder in staging.iterdir():
+            shutil.rmtree(output_dir / folder.name, ignore_errors=True)
+            folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunStopped(
             f"cannot write the trained model to {output_dir} ({_first_line(error)}); "
             f"train.py --export-from {output_dir} writes it again from the newest checkpoint"
         ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def export_again(args: Arguments) -> None:
@@ -2851,8 +2886,6 @@ def export_again(args: Arguments) -> None:
     tokenizer, _ = load_tokenizer_and_config(model_path, run.model_revision, run.trust_remote_code)
     dtype = resolve_dtype(run.dtype)
     model = rebuilt_model(run, model_path, dtype, load_file(checkpoint / TRAINED_TENSORS))
-    for name in existing:
-        shutil.rmtree(output_dir / name)
     export_model(model, tokenizer, run, model_path, dtype, output_dir)
     print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
 

@@ -5,11 +5,16 @@
 #     METHOD=pissa sh scripts/ba-lora.sh     also lora, full (scripts/pissa.sh and its siblings do just this)
 #
 # EXPERIMENT=demo      SmolLM2-135M on generated word problems: ten minutes on two CPU cores, no model hub
-# EXPERIMENT=paper     LLaMA-2-7B on MetaMathQA-100K, DeepSpeed ZeRO-2 on all visible GPUs, then GSM8K by vLLM;
-#                      needs the hub, or local copies: MODEL=/path/llama DATA=/path/metamath
+# EXPERIMENT=paper     LLaMA-2-7B on 100,000 examples, DeepSpeed ZeRO-2 on all visible GPUs, scored by vLLM (eval.sh);
+#                      needs the hub, or local copies: MODEL=/path/llama DATA=/path/pissa-dataset
+# SUBSET=metamath      of the paper's three trainings the one for GSM8K and MATH; python: for HumanEval and MBPP;
+#                      conversation: for MT-Bench
+# BASE=no              leaves out the untouched model's scores
 # SEED=42  OUTPUT=output/NAME               the run's seed and folder
 # DRY_RUN=1                                 prints the commands and runs nothing
 # Arguments go to train.py: sh scripts/ba-lora.sh --learning-rate 1e-4
+#
+# OUTPUT=output/NAME sh scripts/ba-lora.sh --resume goes on with a run that was interrupted, in training or in scoring.
 set -eu
 . "$(dirname "$0")/setup.sh"
 
@@ -31,12 +36,28 @@ else
 fi
 output=${OUTPUT:-output/$method-$experiment-$(date +%Y%m%d-%H%M%S)}
 
-# score NAME CKPT [OPTION...]   GSM8K's rule on a checkpoint
+# train COMMAND...   unless it is done
+train() {
+    case " $* " in *" --overwrite "*) ;; *)
+        if [ -f "$output/run.json" ]; then
+            say "trained already: $output"
+            return
+        fi
+        ;;
+    esac
+    run "$@"
+}
+
+# score NAME CKPT   GSM8K's rule on a checkpoint; the demo's problems
 score() {
-    name=$1 ckpt=$2
-    shift 2
-    say "scoring $name"
-    run python eval/gsm8k.py --ckpt "$ckpt" --output-dir "$output/results/$name" "$@"
+    if [ -f "$output/results/$1/gsm8k.json" ]; then
+        say "$1 is scored already"
+        return
+    fi
+    say "scoring $1"
+    # A small engine for small problems: transformers starts at once, and two cores have no use for vLLM's batching.
+    run python eval/gsm8k.py --ckpt "$2" --output-dir "$output/results/$1" --data demo --backend transformers \
+        --max-new-tokens 96 --batch-size 50 --loss-field response
 }
 
 say "$method, $experiment experiment ($reason); everything goes to $output"
@@ -45,27 +66,42 @@ if [ -z "${DRY_RUN:-}" ]; then setup; fi
 case "$experiment" in
 demo)
     if [ "$method" = full ]; then set -- --learning-rate 5e-5 "$@"; fi # every weight moves: the adapters' rate is too high
-    run python train.py --config configs/demo.yaml --method "$method" --seed "$seed" --output-dir "$output" "$@"
-    # A small engine for small problems: transformers starts at once, and two cores have no use for vLLM's batching.
-    set -- --data demo --backend transformers --max-new-tokens 96 --batch-size 50 --loss-field response
-    score base demo "$@"
-    score "$method" "$output/merged" "$@"
+    train python train.py --config configs/demo.yaml --method "$method" --seed "$seed" --output-dir "$output" "$@"
+    if [ "${BASE:-}" != no ]; then score base demo; fi
+    score "$method" "$output/merged"
     ;;
 paper)
     if [ "$num_gpus" -eq 0 ]; then
         say "EXPERIMENT=paper needs CUDA GPUs (NUM_GPUS=8 DRY_RUN=1 shows the commands)" >&2
         exit 2
     fi
+    subset=${SUBSET:-metamath}
+    case "$subset" in
+    metamath) benchmarks="gsm8k hendrycks_math" ;;
+    python) benchmarks="humaneval mbpp" ;;
+    conversation)
+        benchmarks=mt_bench
+        if [ -z "${MT_BENCH:-}" ]; then
+            say "SUBSET=conversation is scored on MT-Bench: MT_BENCH=question.jsonl (scripts/eval.sh names its settings)" >&2
+            exit 2
+        fi
+        ;;
+    *)
+        say "SUBSET=$subset: metamath, python or conversation" >&2
+        exit 2
+        ;;
+    esac
     model=${MODEL:-meta-llama/Llama-2-7b-hf}
     accumulation=$((128 / (4 * num_gpus)))
     if [ $((accumulation * 4 * num_gpus)) -ne 128 ]; then
         say "note: $num_gpus GPUs x 4 sequences do not divide the paper's batch of 128: $((accumulation * 4 * num_gpus))"
     fi
-    run deepspeed --no_local_rank --num_gpus "$num_gpus" train.py --config configs/llama2_7b_metamath.yaml --method "$method" --seed "$seed" \
-        --model "$model" ${DATA:+--data "$DATA"} --batch-size 4 --gradient-accumulation "$accumulation" \
-        --deepspeed configs/ds_zero2.json --output-dir "$output" "$@"
-    score base "$model" --backend vllm
-    score "$method" "$output/merged" --backend vllm
+    train deepspeed --no_local_rank --num_gpus "$num_gpus" train.py --config configs/llama2_7b_metamath.yaml --method "$method" \
+        --seed "$seed" --model "$model" ${DATA:+--data "$DATA"} --data-subset "$subset" --batch-size 4 \
+        --gradient-accumulation "$accumulation" --deepspeed configs/ds_zero2.json --output-dir "$output" "$@"
+    export BENCHMARKS="$benchmarks"
+    if [ "${BASE:-}" != no ]; then sh scripts/eval.sh "$model" "$output/results/base" --backend vllm; fi
+    sh scripts/eval.sh "$output/merged" "$output/results/$method" --backend vllm
     ;;
 *)
     say "EXPERIMENT=$experiment: demo or paper" >&2
@@ -73,5 +109,7 @@ paper)
     ;;
 esac
 
-run python eval/report.py "$output/results/base" "$output/results/$method"
+set -- "$output/results/$method"
+if [ "${BASE:-}" != no ]; then set -- "$output/results/base" "$@"; fi
+run python eval/report.py "$@"
 if [ -z "${DRY_RUN:-}" ]; then say "done; everything is in $output"; fi

@@ -7,6 +7,7 @@
 # GSM8K=FILE MATH=FILE HUMANEVAL=FILE MBPP=FILE    local copies; without: the hub, and HumanEval from its package
 # MT_BENCH=FILE                                    FastChat's question.jsonl; without it MT-Bench is left out
 # JUDGE=gpt-4 JUDGE_PROMPTS=FILE REFERENCES=FILE   MT-Bench's judge, the key in OPENAI_API_KEY; JUDGE_URL=http://...
+# BENCHMARKS="humaneval mbpp"                      these alone
 # DRY_RUN=1                                        prints the commands and runs nothing
 #
 # Started again after an interruption, it leaves out what is done and goes on with the rest.
@@ -37,15 +38,34 @@ score() {
     run python "eval/$name.py" --ckpt "$ckpt" --output-dir "$out" "$@"
 }
 
-if [ -z "${DRY_RUN:-}" ]; then setup; fi
-score gsm8k ${GSM8K:+--data "$GSM8K"} "$@"
-score hendrycks_math ${MATH:+--data "$MATH"} "$@"
-score humaneval ${HUMANEVAL:+--data "$HUMANEVAL"} "$@"
-score mbpp ${MBPP:+--data "$MBPP"} "$@"
-if [ -n "${MT_BENCH:-}" ]; then
-    score mt_bench --data "$MT_BENCH" ${JUDGE:+--judge-model "$JUDGE"} ${JUDGE_URL:+--judge-url "$JUDGE_URL"} \
+# mt_bench [OPTION...]   where there are questions; answers that were not judged yet are judged when there is a judge
+mt_bench() {
+    if [ -z "${MT_BENCH:-}" ]; then
+        say "mt_bench is left out: MT_BENCH=question.jsonl names FastChat's questions (python eval/mt_bench.py --help)"
+        return
+    fi
+    set -- --data "$MT_BENCH" ${JUDGE:+--judge-model "$JUDGE"} ${JUDGE_URL:+--judge-url "$JUDGE_URL"} \
         ${JUDGE_PROMPTS:+--judge-prompts "$JUDGE_PROMPTS"} ${REFERENCES:+--references "$REFERENCES"} "$@"
-else
-    say "mt_bench is left out: MT_BENCH=question.jsonl names FastChat's questions (python eval/mt_bench.py --help)"
-fi
+    if [ -n "${JUDGE:-}" ] && grep -qs '"judge": null' "$out/mt_bench.json"; then
+        say "mt_bench: judging the answers that are there"
+        run python eval/mt_bench.py --rescore "$out/mt_bench.jsonl" --output-dir "$out" --overwrite "$@"
+    else
+        score mt_bench "$@"
+    fi
+}
+
+if [ -z "${DRY_RUN:-}" ]; then setup; fi
+for name in ${BENCHMARKS:-gsm8k hendrycks_math humaneval mbpp mt_bench}; do
+    case "$name" in
+    gsm8k) score gsm8k ${GSM8K:+--data "$GSM8K"} "$@" ;;
+    hendrycks_math) score hendrycks_math ${MATH:+--data "$MATH"} "$@" ;;
+    humaneval) score humaneval ${HUMANEVAL:+--data "$HUMANEVAL"} "$@" ;;
+    mbpp) score mbpp ${MBPP:+--data "$MBPP"} "$@" ;;
+    mt_bench) mt_bench "$@" ;;
+    *)
+        say "BENCHMARKS: $name is none of gsm8k hendrycks_math humaneval mbpp mt_bench" >&2
+        exit 2
+        ;;
+    esac
+done
 run python eval/report.py "$out" --output-dir "$out/report" --overwrite

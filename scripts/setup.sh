@@ -11,7 +11,8 @@ say() { echo "[$(($(date +%s) - started)) s] $*"; }
 # run COMMAND...   or with DRY_RUN=1 only prints it
 run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi; }
 
-gpus() { if command -v nvidia-smi >/dev/null 2>&1; then nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU'; else echo 0; fi; }
+# grep counts 0 where nvidia-smi is there and finds no GPU, or is not there
+gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
 
 # install NAME COMMAND...   runs COMMAND unless it has run for the same requirement files
 install() {
@@ -39,7 +40,12 @@ setup() {
         "$python" -m venv .venv || { say "no venv module: install it (Debian: python3-venv)" >&2; exit 1; }
     fi
     install requirements .venv/bin/pip install -r requirements.txt
-    if [ "$(gpus)" -gt 0 ]; then install gpu .venv/bin/pip install --no-build-isolation -r requirements-gpu.txt; fi
+    if [ "$(gpus)" -gt 0 ]; then
+        install gpu .venv/bin/pip install -r requirements-gpu.txt
+        # Builds by nvcc where no wheel fits. Nothing but --attn-implementation flash_attention_2 needs it.
+        install flash-attn sh -c '.venv/bin/pip install --no-build-isolation -r requirements-flash-attn.txt ||
+            echo "flash-attn did not build: attention is torch'"'s"'"'
+    fi
     PATH="$PWD/.venv/bin:$PATH"
     export PATH TOKENIZERS_PARALLELISM=true
     if [ "$(gpus)" -eq 0 ]; then export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$cpu_allocator}"; fi

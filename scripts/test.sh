@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything CI checks: ruff, then pytest. Arguments go to pytest: sh scripts/test.sh tests/test_train.py -k mask
+# Everything CI checks: ruff, then pytest. Arguments go to pytest: sh scripts/test.sh tests/test_nlu.py -k glue
 set -eu
 . "$(dirname "$0")/setup.sh"
 setup

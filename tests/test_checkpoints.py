@@ -224,7 +224,16 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterru
     assert code == 1
     assert "cannot write the trained model" in text
     assert "Traceback" not in text
+    assert not [name for name in ("adapter", "merged") if (output / name).exists()], "half an export"
     assert {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()} == before
+    again = start_script("train", ["--export-from", output], folder / "full-disk-again.log")  # as the message says
+    again.join(120)
+    assert again.exitcode == 0
+    checkpoint = load_file(output / "checkpoints" / "checkpoint-20" / train.TRAINED_TENSORS)
+    exported = load_file(output / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in exported if name.endswith("lora_A.weight"))
+    trained = checkpoint[name.removeprefix("base_model.model.").removesuffix("weight").rstrip(".")]
+    assert torch.equal(exported[name][: len(trained)], trained)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "ba-lora"])

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 
+import mt_bench
 import pytest
 import yaml
 from conftest import ROOT
@@ -15,9 +16,9 @@ import finetune_bert_l_sst2
 import train
 
 
-def dry_run(script: str, **environment: str) -> str:
+def dry_run(script: str, *options: str, **environment: str) -> str:
     result = subprocess.run(
-        ["sh", str(ROOT / "scripts" / script)],
+        ["sh", str(ROOT / "scripts" / script), *options],
         env=os.environ | {"DRY_RUN": "1", "OUTPUT": "out"} | environment,
         capture_output=True,
         text=True,
@@ -50,6 +51,69 @@ def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
     assert "eval/gsm8k.py --ckpt meta-llama/Llama-2-7b-hf" in printed
     assert "eval/gsm8k.py --ckpt out/merged" in printed
     assert "eval/report.py" in printed
+
+
+def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmarks(monkeypatch):
+    """Every method, data set and seed once; GSM8K and MATH of metamath alone, and so on; one report of all."""
+    monkeypatch.chdir(ROOT)
+    printed = dry_run("nlg.sh", "--formulation", "arxiv2024", NUM_GPUS="8", MT_BENCH="/q.jsonl", SEEDS="1 2")
+    trainings, scored = {}, {}
+    for words in map(shlex.split, printed.splitlines()):
+        if "train.py" in words:
+            args = train.parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :])
+            assert (args.formulation, args.resume) == ("arxiv2024", True)
+            trainings[args.output_dir] = (args.method, args.data_subset, args.seed)
+        elif words[0] == "python" and words[1].startswith("eval/") and "report" not in words[1]:
+            folder = words[words.index("--output-dir") + 1]
+            assert words[words.index("--ckpt") + 1] == folder.partition("/results")[0] + "/merged"
+            scored.setdefault(folder, []).append(words[1])
+    methods, seeds = ("full", "lora", "pissa", "ba-lora"), (1, 2)
+    benchmarks = {
+        "metamath": ["eval/gsm8k.py", "eval/hendrycks_math.py"],
+        "python": ["eval/humaneval.py", "eval/mbpp.py"],
+        "conversation": ["eval/mt_bench.py"],
+    }
+    assert len(trainings) == 24
+    assert set(trainings.values()) == set(itertools.product(methods, benchmarks, seeds))
+    expected = {f"{out}/results/{method}": benchmarks[subset] for out, (method, subset, _) in trainings.items()}
+    assert scored == expected
+    report = shlex.split(printed.splitlines()[-1])
+    assert set(report[2:-3]) == set(scored)
+
+
+def test_a_driver_without_a_gpu_is_no_gpu(tmp_path):
+    """nvidia-smi that finds nothing: the demo, not a silent end."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert "no CUDA GPU" in dry_run("ba-lora.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100'; echo 'GPU 1: H100'\n")
+    assert "2 CUDA GPUs" in dry_run("ba-lora.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    """A run that was interrupted in scoring: OUTPUT names it, training and the base's score are left out."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "results" / "base").mkdir(parents=True)
+    for name in ("run.json", "results/base/gsm8k.json"):
+        (tmp_path / name).write_text("{}")
+    printed = dry_run("ba-lora.sh", NUM_GPUS="0", OUTPUT=str(tmp_path))
+    commands = [line.split()[1] for line in printed.splitlines() if line.startswith("python")]
+    assert commands == ["eval/gsm8k.py", "eval/report.py"]
+    assert f"--ckpt {tmp_path}/merged" in printed
+    again = dry_run("ba-lora.sh", "--overwrite", NUM_GPUS="0", OUTPUT=str(tmp_path))
+    assert "train.py --config configs/demo.yaml" in again
+
+
+def test_answers_without_a_judge_are_judged_later(tmp_path):
+    (tmp_path / "mt_bench.json").write_text('{"judge": null}')
+    command = ["sh", str(ROOT / "scripts/eval.sh"), "ckpt", str(tmp_path)]
+    environment = os.environ | {"DRY_RUN": "1", "BENCHMARKS": "mt_bench", "MT_BENCH": "q.jsonl"}
+    without = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "mt_bench is done" in without
+    judged = subprocess.run(command, env=environment | {"JUDGE": "gpt-4"}, capture_output=True, text=True, check=True)
+    (line,) = (line for line in judged.stdout.splitlines() if "eval/mt_bench.py" in line)
+    args = train.parse_arguments(mt_bench.Arguments, "", shlex.split(line)[2:])
+    assert (args.rescore, args.judge_model, args.overwrite) == (str(tmp_path / "mt_bench.jsonl"), "gpt-4", True)
 
 
 def test_the_demo_without_gpus(monkeypatch):
@@ -95,7 +159,7 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
 def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
     printed = subprocess.run(
         ["sh", "scripts/glue.sh", "configs/glue_roberta_large.yaml", "--epochs", "2"],
-        env=os.environ | {"DRY_RUN": "1", "SEEDS": "0 1", "OUTPUT": str(tmp_path)},
+        env=os.environ | {"DRY_RUN": "1", "SEEDS": "0 1", "OUTPUT": str(tmp_path / "glue")},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -108,6 +172,8 @@ def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
     assert len(parsed) == len({args.output_dir for args in parsed}) == len(expected)
     assert {(args.model, args.epochs) for args in parsed} == {("FacebookAI/roberta-large", 2.0)}
     assert report[2:-3] == [args.output_dir for args in parsed]
+    rates = {args.learning_rate for args in parsed if args.method == "full"}, {args.learning_rate for args in parsed}
+    assert rates == ({2e-5}, {2e-5, 2e-4})  # the configuration's own is the adapters'
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

@@ -94,6 +94,21 @@ def test_every_local_format_and_a_folder_of_it(suffix, tmp_path):
     assert train.load_records(str(tmp_path)).to_list() == rows
 
 
+def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_path):
+    """Test questions must not end up in the training; names and folders of the usual kinds."""
+    for name in ("python/train.jsonl", "python/test.jsonl", "metamath/train-00000.jsonl", "metamath/dev.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"from": name}) + "\n")
+
+    def sources(*args):
+        return sorted(train.load_records(str(tmp_path), *args)["from"][:])
+
+    assert sources() == ["metamath/train-00000.jsonl", "python/train.jsonl"]
+    assert sources("train", "python") == ["python/train.jsonl"]
+    assert sources("test") == ["python/test.jsonl"]
+    assert sources("validation", "metamath") == ["metamath/dev.jsonl"]
+
+
 @pytest.mark.parametrize(("suffix", "sep"), [("csv", ","), ("tsv", "\t")])
 def test_words_that_look_like_missing_values_are_text(suffix, sep, tmp_path):
     answers = ["NA", "null", "None", "nan", "N/A"]

@@ -164,6 +164,10 @@ def test_data_that_is_not_there(train_error, tmp_path):
     assert "no such data file" in train_error(data=tmp_path / "nowhere.jsonl")
     (tmp_path / "empty").mkdir()
     assert "holds no" in train_error(data=tmp_path / "empty")
+    (tmp_path / "splits" / "metamath").mkdir(parents=True)
+    (tmp_path / "splits" / "metamath" / "test.jsonl").write_text("{}\n")
+    assert "has files of test and none of 'train'" in train_error(data=tmp_path / "splits")
+    assert "choose by --split" in train_error("--data-subset", "metamath", "--split", "dev", data=tmp_path / "splits")
     assert "from the hub" in train_error(data="nobody/nothing")
 
 
