@@ -21,6 +21,7 @@ What comes out: tables on the terminal; with --output-dir also
 import argparse
 import itertools
 import json
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 import yaml
 from benchmark import write_whole  # first: it makes train.py importable
 
-from train import UserError, run_script
+from train import NOT_IDENTITY, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN = "not run"
@@ -82,6 +83,7 @@ class Row:
     deviations: dict[str, float | None] = field(default_factory=dict)  # published ones; ours come from the scores
     printed_average: float | None = None  # published
     notes: dict[str, str] = field(default_factory=dict)  # what else a cell must say: an interval, another count
+    origins: dict[str, list[tuple[str, dict]]] = field(default_factory=dict)  # folders and settings of ours
 
     def mean(self, benchmark: str) -> float | None:
         scores = self.scores.get(benchmark)
@@ -133,6 +135,7 @@ class Run:
         folder, name: as given; the name is its row's, or None.
         model, method: the model that was started from, and the row's name where none was given.
         params: trained parameters, as text.
+        settings: the arguments that decide its result, the seed among them; empty where they are not known.
         columns: the benchmarks of its table.
         summaries: what was measured, by benchmark; each has an entry named `Column.score`.
         metrics: the training's metrics.jsonl, where it is there.
@@ -143,6 +146,7 @@ class Run:
     model: str
     method: str
     params: str
+    settings: dict[str, Any]
     columns: dict[str, Column]
     summaries: dict[str, dict]
     metrics: Path | None
@@ -157,29 +161,36 @@ def load_run(folder: str, name: str | None) -> Run:
     if (Path(folder) / "results.json").is_file():
         return _classification_run(folder, name)
     summaries = load_summaries(folder)
-    made, model, method, params = training_folder(summaries), None, Path(folder).name, ""
+    made, model, method, params, settings = training_folder(summaries), None, Path(folder).name, "", {}
     if made is not None:
-        config = yaml.safe_load((made / "config.yaml").read_text())
-        model, method = config["model"], METHODS.get(config["method"], config["method"])
+        settings = yaml.safe_load((made / "config.yaml").read_text())
+        model, method = settings["model"], METHODS.get(settings["method"], settings["method"])
         if (made / "run.json").is_file():
             params = _millions(json.loads((made / "run.json").read_text())["trainable_parameters"])
     if model is None:
         model = str(next(iter(summaries.values())).get("ckpt"))
-    return Run(folder, name, model, method, params, NLG, summaries, made / "metrics.jsonl" if made else None)
+    metrics = made / "metrics.jsonl" if made else None
+    return Run(folder, name, model, method, params, deciding(settings), NLG, summaries, metrics)
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's arguments that decide its result."""
+    return {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
 
 
 def _classification_run(folder: str, name: str | None) -> Run:
-    """A run of finetune_bert_l_sst2.py: a task of GLUE, or one's own data with a column per test set."""
+    """A run of finetune_bert_l_sst2.py: a task of GLUE, or one's own test sets, a column each."""
     path = Path(folder) / "results.json"
     try:
         content = json.loads(path.read_text())
         args = content["arguments"]
         method, model = args["method"], args["model"]
         scores = {test: result[method] for test, result in content["results"].items()}
-        if args["task"] is not None:
+        if args["task"] is not None and (args["data"] is None or len(scores) == 1):
             columns, scores = NLU, {args["task"]: next(iter(scores.values()))}
         else:
-            columns, model = {test: Column(test) for test in scores}, f"{model} on {args['data']}"
+            score = NLU[args["task"]].score if args["task"] else "accuracy"
+            columns, model = {test: Column(test, score) for test in scores}, f"{model} on {args['data']}"
         for benchmark, found in scores.items():
             found[columns[benchmark].score]["value"]
         params = _millions(content["adapter_parameters"])
@@ -187,7 +198,8 @@ def _classification_run(folder: str, name: str | None) -> Run:
         raise UserError(f"{path} is damaged: run finetune_bert_l_sst2.py again with --overwrite") from error
     metrics = path.parent / "metrics.jsonl"
     method = METHODS.get(method, method)
-    return Run(folder, name, model, method, params, columns, scores, metrics if metrics.is_file() else None)
+    metrics = metrics if metrics.is_file() else None
+    return Run(folder, name, model, method, params, deciding(args), columns, scores, metrics)
 
 
 def load_summaries(folder: str) -> dict[str, dict]:
@@ -227,7 +239,11 @@ def _millions(count: int) -> str:
 
 
 def our_tables(runs: list[Run]) -> list[Table]:
-    """One table per model, published rows first where the model has some; seeds of one method become one row."""
+    """One table per model, published rows first where the model has some; seeds of one method become one row.
+
+    Raises:
+        UserError: two runs that would be seeds of one row differ in more than the seed, or not in the seed.
+    """
     published = published_tables()
     tables: dict[str, Table] = {}
     for run in runs:
@@ -247,8 +263,24 @@ def our_tables(runs: list[Run]) -> list[Table]:
 
 
 def _published_name(model: str, published: dict[str, Table]) -> str:
-    """The published table's name for a model whose own name has it: meta-llama/Llama-2-7b-hf is LLaMA-2-7B."""
-    return next((name for name in published if name.lower() in model.lower()), model)
+    """The published table's name for that very model: meta-llama/Llama-2-7b-hf is LLaMA-2-7B, mdeberta-v3-base none."""
+    names = (name for name in published if re.search(rf"(^|/){name}(-hf|-v0\.1)?/?$", model, re.IGNORECASE))
+    return next(names, model)
+
+
+def _require_seeds(row: Row, benchmark: str, run: Run) -> None:
+    """Raises UserError where `run` is not one more seed of the runs that the row has of this benchmark."""
+    for folder, settings in row.origins.get(benchmark, []):
+        differing = [name for name in settings if name in run.settings and settings[name] != run.settings[name]]
+        remedy = "name rows by hand: NAME=FOLDER"
+        if not differing:
+            raise UserError(f"{folder} and {run.folder} are the same run, of {row.method}: give one, or {remedy}")
+        for name in differing:
+            if name != "seed":
+                values = f"{settings[name]} and {run.settings[name]}"
+                raise UserError(
+                    f"{folder} and {run.folder} are no seeds of one {row.method}: {name} is {values}; {remedy}"
+                )
 
 
 def _add(row: Row, run: Run) -> None:
@@ -257,6 +289,9 @@ def _add(row: Row, run: Run) -> None:
         score = summary[column.score]
         if score["value"] is None:  # MT-Bench without a judge
             continue
+        if run.settings and run.name is None:
+            _require_seeds(row, name, run)
+            row.origins.setdefault(name, []).append((run.folder, run.settings))
         row.scores.setdefault(name, []).append(score["value"] * column.scale)
         notes = []
         if len(row.scores[name]) == 1:
@@ -543,16 +578,17 @@ def main(argv: list[str]) -> None:
     for text in args.results:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
         runs.append(load_run(folder, name or None))
-    curves = {run.metrics.parent.name: load_metrics(run.metrics) for run in runs if run.metrics is not None}
+    labels = [run.name or Path(run.folder).name for run in runs]
+    if len(set(labels)) < len(labels):  # seeds of one method
+        labels = [run.folder for run in runs]
+    curves = {
+        label: load_metrics(run.metrics) for label, run in zip(labels, runs, strict=True) if run.metrics is not None
+    }
     for path in map(Path, args.metrics):
         curves[path.resolve().parent.name] = load_metrics(path)
         if not curves[path.resolve().parent.name]:
             raise UserError(f"{path} holds no training step")
     curves = {name: steps for name, steps in curves.items() if steps}
-
-    labels = [run.name or Path(run.folder).name for run in runs]
-    if len(set(labels)) < len(labels):  # seeds of one method
-        labels = [run.folder for run in runs]
     of_gsm8k = {
         label: run.summaries["gsm8k"] for label, run in zip(labels, runs, strict=True) if "gsm8k" in run.summaries
     }

@@ -107,14 +107,16 @@ def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
     assert all(cell == "not run" for row in table[6:] for cell in row[3:])
 
 
-def write_classification(folder, seed, scores, method="ba-lora", task=None, model="microsoft/deberta-v3-base"):
+def write_classification(
+    folder, seed, scores, method="ba-lora", task=None, model="microsoft/deberta-v3-base", data="my/train.csv", rank=8
+):
     """results.json as finetune_bert_l_sst2.py writes it. scores: by test set, by metric."""
     folder.mkdir(parents=True)
     of = {name: {m: {"value": v, "of": 277, "interval_95": [v - 0.01, v + 0.01]} for m, v in metrics.items()}
           for name, metrics in scores.items()}  # fmt: skip
     content = {
         "results": {name: {"probe": {}, method: metrics} for name, metrics in of.items()},
-        "arguments": {"task": task, "model": model, "method": method, "seed": seed, "data": "my/train.csv"},
+        "arguments": {"task": task, "model": model, "method": method, "seed": seed, "data": data, "rank": rank},
         "adapter_parameters": 1_327_104,
     }
     (folder / "results.json").write_text(json.dumps(content))
@@ -128,7 +130,7 @@ def test_runs_of_the_classification_script_fill_the_glue_table(tmp_path, capsys)
             tmp_path / f"cola-{seed}", seed, {"dev": {"matthews": value, "accuracy": 0.9}}, task="cola"
         )
         matched = {"validation_matched": {"accuracy": value}, "validation_mismatched": {"accuracy": 0.9}}
-        write_classification(tmp_path / f"mnli-{seed}", seed, matched, task="mnli")
+        write_classification(tmp_path / f"mnli-{seed}", seed, matched, task="mnli", data=None)
     report.main([str(tmp_path / f"{task}-{seed}") for task in ("mnli", "cola") for seed in values])
     (table,) = tables_of(capsys.readouterr().out).values()
     ours = {row[0]: row for row in table if row[1].startswith("ours")}
@@ -153,6 +155,33 @@ def test_own_classification_data_has_a_column_per_test_set(tmp_path, capsys):
         ["LoRA", "50.00 [49.00, 51.00], n = 277", "25.00 [24.00, 26.00], n = 277", "37.50"],
         ["BA-LoRA", "75.00 [74.00, 76.00], n = 277", "25.00 [24.00, 26.00], n = 277", "50.00"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"seed": 1}, "are the same run, of BA-LoRA"),
+        ({"seed": 2, "rank": 16}, "no seeds of one BA-LoRA: rank is 8 and 16"),
+        ({"seed": 2, "data": "other.csv"}, "no seeds of one BA-LoRA: data is my/train.csv and other.csv"),
+    ],
+)
+def test_only_seeds_are_averaged(second, message, tmp_path, monkeypatch, capsys):
+    write_classification(tmp_path / "a", 1, {"dev": {"accuracy": 0.5}}, task="sst2")
+    write_classification(tmp_path / "b", scores={"dev": {"accuracy": 0.7}}, task="sst2", **second)
+    assert message in error_of(report, [tmp_path / "a", tmp_path / "b"], monkeypatch, capsys)
+    report.main([f"Both={tmp_path / 'a'}", f"Both={tmp_path / 'b'}"])  # whoever names them knows
+    assert "60.00±14.14" in capsys.readouterr().out
+
+
+def test_other_test_sets_and_other_models_are_not_the_published_ones(tmp_path, capsys):
+    sets = {"imdb": {"accuracy": 0.5}, "sst2_dev": {"accuracy": 0.75}}
+    write_classification(tmp_path / "a", 1, sets, task="sst2")
+    write_classification(tmp_path / "b", 1, {"dev": {"accuracy": 0.5}}, task="sst2", model="microsoft/mdeberta-v3-base")
+    report.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    tables = tables_of(capsys.readouterr().out)
+    assert list(tables) == ["microsoft/deberta-v3-base on my/train.csv", "microsoft/mdeberta-v3-base"]
+    assert tables["microsoft/deberta-v3-base on my/train.csv"][0][3:5] == ["imdb", "sst2_dev"]
+    assert all(row[1] != "published" for rows in tables.values() for row in rows)
 
 
 def test_a_part_of_the_benchmarks_has_no_average(tmp_path, capsys):
