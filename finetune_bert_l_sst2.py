@@ -37,12 +37,12 @@ evaluation sets are read once, at the end.
 """
 
 import csv
+import io
 import json
 import math
 import os
 import random
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -64,10 +64,12 @@ from transformers.pytorch_utils import Conv1D
 from eval.intervals import proportion
 from train import (
     ProgressBar,
+    RunStopped,
     UserError,
     adaptive_factor,
     add_adapters,
     check_checkpoint,
+    clear_folder,
     config_text,
     consistency_loss,
     covariance_loss,
@@ -79,9 +81,11 @@ from train import (
     load_trained_tensors,
     merge_adapters,
     normalized_mse_consistency_loss,
+    on_one_device,
     option,
     package_versions,
     parse_arguments,
+    require_below_one,
     require_fields,
     require_lr_scheduler,
     require_not_negative,
@@ -239,12 +243,16 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     require_positive(args, *positive, "evals_per_epoch", "patience", "max_examples")
     require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "weight_decay")
     require_share(args, "warmup_fraction")
+    require_below_one(args, "warmup_ratio")
+    if args.data == "demo" and (args.task or args.eval_data):
+        raise UserError("--data demo has its own task and test sets: leave out --task and --eval-data")
     if args.data != "demo" and len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes one or two columns of text, not {len(args.fields)}")
     if args.eval_data and args.data is None:
         raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
     require_lr_scheduler(args.lr_scheduler)
-    require_output_dir(args.output_dir, args.overwrite, "name another one, or use --overwrite")
+    inputs = (args.model, args.data, *args.eval_data)
+    require_output_dir(args, args.overwrite, "name another one, or use --overwrite", *inputs)
     return args
 
 
@@ -324,6 +332,8 @@ def load_data(args: Arguments) -> Data:
     elif task.num_classes:
         names = [str(number) for number in range(task.num_classes)]
     else:
+        if any(isinstance(label, float) and label % 1 for label in train[args.label]):
+            raise UserError(f"{source} has numbers in {args.label!r}, not classes: --task stsb learns to predict them")
         names = sorted({str(label) for label in train[args.label] if label is not None}, key=_natural)
         if len(names) < 2:
             raise UserError(f"{source} has {len(names)} class in {args.label!r}: classification needs two or more")
@@ -368,11 +378,14 @@ def read_table(source: str, fields: list[str], label: str) -> datasets.Dataset:
     if not all(name.isdigit() for name in (*fields, label)) or path.suffix not in (".csv", ".tsv"):
         return load_records(source)
     try:
-        lines = path.read_text().splitlines()
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {source}: {error}") from error
-    # A quotation mark is text in a tsv file of GLUE's kind.
-    rows = [line.split("\t") for line in lines] if path.suffix == ".tsv" else list(csv.reader(lines))
+    if path.suffix == ".tsv":  # a quotation mark is text in a tsv file of GLUE's kind
+        rows = [line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
+    else:
+        rows = list(csv.reader(io.StringIO(text, newline="")))
     width = len(rows[0]) if rows else 0
     for number, row in enumerate(rows, 1):
         if len(row) != width:
@@ -388,11 +401,14 @@ def to_split(records: datasets.Dataset, args: Arguments, class_names: list[str] 
     texts, labels = list(zip(*columns, strict=True)), []
     for number, (row, label) in enumerate(zip(texts, records[args.label], strict=True), 1):
         for name, text in zip(args.fields, row, strict=True):
-            if not isinstance(text, str) or not text.strip():
+            # One text of two may be empty: QQP has such questions.
+            if not isinstance(text, str) or not any(map(str.strip, row)):
                 raise UserError(f"{source}, example {number}: {name!r} is empty or no text: {text!r}")
         if class_names is None:
             try:
                 labels.append(float(label))
+                if not math.isfinite(labels[-1]):
+                    raise ValueError
             except (TypeError, ValueError) as error:
                 raise UserError(f"{source}, example {number}: {args.label!r} is no number: {label!r}") from error
         elif str(label) in class_names:
@@ -456,8 +472,9 @@ class Collator:
 
 
 def head_modules(model: transformers.PreTrainedModel) -> list[str]:
-    """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`."""
-    return [
+    """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`. First what
+    the checkpoint lacked of the encoder: the pooler of a BERT that was trained as a language model."""
+    return getattr(model, "new_modules", []) + [
         name
         for name, module in model.named_children()
         if name != model.base_model_prefix and any(True for _ in module.parameters())
@@ -561,8 +578,10 @@ def run_model(
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 logits = model(**batch).logits
                 mask, features = batch["attention_mask"], captured["features"]
-                if features.dim() == 3:  # GPT-2 scores every token and takes the last
-                    features = features[torch.arange(len(mask), device=device), mask.sum(dim=1) - 1]
+                if features.dim() == 3:  # GPT-2 scores every token and takes the last that does not pad
+                    real = batch["input_ids"] != model.config.pad_token_id
+                    places = torch.arange(real.shape[1], device=device)
+                    features = features[torch.arange(len(mask), device=device), (places * real).argmax(dim=1)]
                 means = (captured["states"] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
                 parts.append(tuple(tensor.float().cpu() for tensor in (logits, features, means)))
                 bar.update(len(chosen))
@@ -603,8 +622,14 @@ def fit_probe(
     """
     from sklearn.linear_model import LogisticRegression, Ridge
 
-    rows = np.random.default_rng(0).permutation(len(labels))[:PROBE_EXAMPLES]
-    features, labels = features[rows].astype(np.float64), np.asarray(labels)[rows]
+    labels = np.asarray(labels)
+    rows = np.random.default_rng(0).permutation(len(labels))
+    if len(rows) > PROBE_EXAMPLES:
+        if not regression:  # one of each class first, or a rare one might be left out
+            first = np.unique(labels[rows], return_index=True)[1]
+            rows = np.concatenate([rows[first], np.delete(rows, first)])
+        rows = rows[:PROBE_EXAMPLES]
+    features, labels = features[rows].astype(np.float64), labels[rows]
     mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
     scale = features.std(axis=0)
     scale[scale < 1e-8] = 1.0
@@ -760,13 +785,14 @@ class KeepBest(transformers.TrainerCallback):
         self.file = Path(arguments.output_dir) / "best.safetensors"
         self.best, self.best_step, self.vain = -math.inf, 0, 0
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        steps_per_epoch = state.max_steps / max(state.num_train_epochs, 1)
-        every = max(1, math.ceil(steps_per_epoch / self.arguments.evals_per_epoch))
-        if state.global_step % every and state.global_step < state.max_steps:
+    def on_step_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        per_step = self.arguments.evals_per_epoch / len(train_dataloader)
+        is_due = int(state.global_step * per_step + 1e-9) > int((state.global_step - 1) * per_step + 1e-9)
+        if not is_due and state.global_step < state.max_steps:
             return
         score = self.validate()
-        _append(self.file.parent / "metrics.jsonl", {"step": state.global_step, "validation": score})
+        shown = score if math.isfinite(score) else None
+        _append(self.file.parent / "metrics.jsonl", {"step": state.global_step, "validation": shown})
         if score > self.best:
             self.best, self.best_step, self.vain = score, state.global_step, 0
             save_file(trained_tensors(model), self.file)
@@ -775,6 +801,8 @@ class KeepBest(transformers.TrainerCallback):
             control.should_training_stop |= self.vain >= self.arguments.patience
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.best == -math.inf:
+            raise RunStopped("the training diverged, NaN or Inf at every validation: lower --learning-rate")
         load_trained_tensors(model, load_file(self.file))
         self.file.unlink()
 
@@ -797,27 +825,29 @@ def fit(
         arguments=args,
         validate=validate,
         model=model,
-        args=TrainingArguments(
-            output_dir=args.output_dir,
-            num_train_epochs=args.epochs,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
-            lr_scheduler_type=args.lr_scheduler,
-            max_grad_norm=args.max_grad_norm,
-            optim="adamw_torch",
-            seed=args.seed,
-            use_cpu=not torch.cuda.is_available(),
-            train_sampling_strategy="group_by_length",
-            logging_strategy="no" if quiet else "steps",
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            disable_tqdm=quiet,
-            dataloader_pin_memory=torch.cuda.is_available(),
+        args=on_one_device(
+            TrainingArguments(
+                output_dir=args.output_dir,
+                num_train_epochs=args.epochs,
+                max_steps=args.max_steps,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=args.learning_rate,
+                weight_decay=args.weight_decay,
+                warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
+                lr_scheduler_type=args.lr_scheduler,
+                max_grad_norm=args.max_grad_norm,
+                optim="adamw_torch",
+                seed=args.seed,
+                use_cpu=not torch.cuda.is_available(),
+                train_sampling_strategy="group_by_length",
+                logging_strategy="no" if quiet else "steps",
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                remove_unused_columns=False,
+                disable_tqdm=quiet,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            )
         ),
         train_dataset=examples,
         data_collator=collator,
@@ -933,35 +963,54 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
-    longest = getattr(config, "max_position_embeddings", args.max_length)
-    if args.max_length > longest:
-        raise UserError(f"--max-length is {args.max_length}, and {args.model} has {longest} positions")
+    config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
     try:
         with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
             skeleton = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
+    longest = getattr(config, "max_position_embeddings", args.max_length)
+    for name, module in skeleton.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest -= module.padding_idx + 1  # RoBERTa counts positions from there
+    if args.max_length > longest:
+        raise UserError(f"--max-length is {args.max_length}, and {args.model} has {longest} positions")
     if args.method != "full":
         linear_for_conv1d(skeleton)
         if args.target_modules is None:
             args.target_modules = default_targets(skeleton)
-        find_target_modules(skeleton, args.target_modules, args.rank)
+        for name in find_target_modules(skeleton, args.target_modules, args.rank):
+            if name.startswith(tuple(f"{head}." for head in head_modules(skeleton))):
+                raise UserError(f"--target-modules names {name} too, which is trained whole: give longer names")
     return tokenizer, config
 
 
 def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int, revision: str | None = None) -> Any:
-    """The pre-trained model with a head that is random where the checkpoint has none: the same for the same seed."""
+    """The pre-trained model with a head that is random where the checkpoint has none: the same for the same seed.
+
+    What the checkpoint lacks of the encoder itself becomes its attribute `new_modules`: see `head_modules`.
+    """
     transformers.set_seed(seed)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, revision=revision, dtype=torch.float32, use_safetensors=True
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a classifier of other classes makes room for a new one
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
     finally:
         transformers.logging.set_verbosity(level)
+    head = tuple(f"{name}." for name in head_modules(model))
+    mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
+    lacking = [name for name in (*info["missing_keys"], *mismatched) if not name.startswith(head)]
+    model.new_modules = sorted({name.rpartition(".")[0] for name in lacking})
     return model
 
 
@@ -977,10 +1026,13 @@ def main(argv: list[str]) -> None:
         config.label2id = {name: number for number, name in enumerate(data.class_names)}
     if note := note_on_regularizers(args, num_classes):
         print(note, flush=True)
+    # The model before training: the teacher, and the features of the linear probe.
+    model = load_classifier(path, config, args.seed, args.model_revision)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if model.new_modules:
+        print(f"note: {args.model} has no {', '.join(model.new_modules)}: random, and trained with the classifier")
     output_dir = Path(args.output_dir)
-    if args.overwrite and output_dir.is_dir():
-        shutil.rmtree(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    clear_folder(output_dir)
     (output_dir / "config.yaml").write_text(config_text(args))
     counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
     print(
@@ -993,9 +1045,6 @@ def main(argv: list[str]) -> None:
         for split in (data.train, data.validation, *data.tests.values())
     )
 
-    # The model before training: the teacher, and the features of the linear probe.
-    model = load_classifier(path, config, args.seed, args.model_revision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = run_model(model, train, collator, title="pre-trained model")
     before_validation = run_model(model, validation, collator)
     before_tests = [run_model(model, examples, collator) for examples in tests]
@@ -1031,8 +1080,10 @@ def main(argv: list[str]) -> None:
     print(f"{args.method}: {trainable - head:,} trained parameters and {head:,} of the head", flush=True)
 
     def validate() -> float:
-        predicted = predictions(run_model(model, validation, collator).logits)
-        return metric(data.metrics[0], predicted, np.asarray(data.validation.labels))
+        logits = run_model(model, validation, collator).logits
+        if not np.isfinite(logits).all():
+            return -math.inf
+        return metric(data.metrics[0], predictions(logits), np.asarray(data.validation.labels))
 
     trainer = fit(model, train, collator, args, validate)
 
@@ -1041,7 +1092,6 @@ def main(argv: list[str]) -> None:
         logits = run_model(model, examples, collator, title=name).logits
         results[name][args.method] = score(logits, split.labels, data)
         rows += prediction_rows(name, logits, split.labels, data)
-    export(model, tokenizer, args, path, conv1d)
     (output_dir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
         "results": results,
@@ -1057,6 +1107,7 @@ def main(argv: list[str]) -> None:
         "seconds": round(time.time() - started, 1),
     }
     (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    export(model, tokenizer, args, path, conv1d)
     print(report(summary, data, args))
 
 

@@ -23,6 +23,7 @@ Read from top to bottom: arguments, adapters, regularizers, objective, data, mod
 """
 
 import contextlib
+import csv
 import dataclasses
 import difflib
 import functools
@@ -295,13 +296,35 @@ def require_share(args: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0 and at most 1")
 
 
-def require_output_dir(folder: str, may_hold: bool, remedy: str) -> None:
-    """Raises UserError where `folder` is a file, or holds something that it may not."""
-    path = Path(folder)
+def require_below_one(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is no part of a whole, nor 0."""
+    for name in names:
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 0 and below 1")
+
+
+def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | None) -> None:
+    """Raises UserError where --output-dir is a file, holds something that it may not, or, with --overwrite, one of
+    the `inputs` or the working directory: they would be deleted."""
+    path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-dir {path} is a file")
     if path.is_dir() and any(path.iterdir()) and not may_hold:
         raise UserError(f"--output-dir {path} is not empty: {remedy}")
+    for name in (".", *filter(None, inputs)):
+        if args.overwrite and Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+            what = "the working directory" if name == "." else name
+            raise UserError(f"--output-dir {path} holds {what}, which --overwrite would delete: name another folder")
+
+
+def clear_folder(folder: Path) -> None:
+    """Makes `folder`, or deletes what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def require_lr_scheduler(name: str) -> None:
@@ -333,6 +356,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
         args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k", "save_steps"
     )
     require_share(args, "warmup_fraction")
+    require_below_one(args, "warmup_ratio")
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
     require_lr_scheduler(args.lr_scheduler)
@@ -341,7 +365,8 @@ def resolve_arguments(args: Arguments) -> Arguments:
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     may_hold = args.overwrite or args.resume or args.dry_run
-    require_output_dir(args.output_dir, may_hold, "name another one, go on with --resume, or use --overwrite")
+    remedy = "name another one, go on with --resume, or use --overwrite"
+    require_output_dir(args, may_hold, remedy, args.model, args.data, args.init_adapter)
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
@@ -1303,15 +1328,28 @@ def load_records(
     if len({DATA_BUILDERS[suffix] for suffix in suffixes}) > 1:
         raise UserError(f"{source} mixes kinds of files ({', '.join(suffixes)}): name one file")
     extra: dict[str, Any] = {}
-    if DATA_BUILDERS[files[0].suffix] == "csv":  # pandas takes "NA", "null" and "None" for a missing text
-        extra = {"sep": "\t" if files[0].suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
     try:
+        if DATA_BUILDERS[files[0].suffix] == "csv":  # pandas takes "NA", "null" and "None" for a missing text
+            extra = {"sep": "\t" if files[0].suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
+        if files[0].suffix == ".tsv" and any(quotes_are_text(file) for file in files):
+            extra["quoting"] = csv.QUOTE_NONE
         return datasets.load_dataset(
             DATA_BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train", **extra
         )
     except Exception as error:  # each format's reader raises its own
         cause = error.__cause__ or error
         raise UserError(f"cannot read {source}: {_first_line(cause)}") from error
+
+
+def quotes_are_text(file: Path) -> bool:
+    """Whether a tsv file, like GLUE's, was written without quoting: each line is a row, which reading it with quotation
+    marks that enclose line ends would join."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        lines = [line for line in stream.read().split("\n") if line.strip("\r")]
+    if len({line.count("\t") for line in lines}) > 1:
+        return False
+    csv.field_size_limit(2**31 - 1)
+    return sum(1 for row in csv.reader((line + "\n" for line in lines), delimiter="\t") if row) != len(lines)
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
@@ -2466,6 +2504,14 @@ def training_arguments(args: Arguments, dtype: torch.dtype) -> TrainingArguments
     )
 
 
+def on_one_device(trainer_args: TrainingArguments) -> TrainingArguments:
+    """Started by plain python on a machine of several GPUs, the Trainer would take them all and multiply the batch."""
+    if trainer_args.n_gpu > 1:
+        print(f"note: one of {trainer_args.n_gpu} GPUs is used; torchrun or deepspeed start train.py on all of them")
+        trainer_args._n_gpu = 1
+    return trainer_args
+
+
 def resolve_dtype(name: str) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
@@ -2503,7 +2549,9 @@ def main(argv: list[str]) -> None:
     records = load_training_records(args)
     dtype = resolve_dtype(args.dtype)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
-    trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
+    trainer_args = on_one_device(
+        training_arguments(args, dtype)
+    )  # before the model: DeepSpeed decides how weights are loaded
     if args.deepspeed is not None:
         import deepspeed
 
@@ -2531,8 +2579,8 @@ def main(argv: list[str]) -> None:
             where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
             print(where, flush=True)
     if is_main:
-        if args.overwrite and output_dir.is_dir():
-            shutil.rmtree(output_dir)
+        if args.overwrite:
+            clear_folder(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(config_text(args))
         forget_metrics_after(output_dir, checkpoint)

@@ -418,7 +418,7 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
                 axis.errorbar(
                     [position + (place - 2) * 0.05 for position in known],
                     [statistics.mean(groups[position]) for position in known],
-                    [statistics.pstdev(groups[position]) for position in known],
+                    [statistics.stdev(groups[at]) if len(groups[at]) > 1 else 0.0 for at in known],
                     color=colour,
                     marker=marker,
                     linestyle="--" if method == "probe" else "-",

@@ -427,6 +427,127 @@ def test_every_format_gives_the_same_data(tmp_path, suffix):
     assert not chosen[0] & chosen[1]
 
 
+def test_marks_and_gaps_of_real_files_are_text(tmp_path):
+    """Unquoted quotation marks of a tsv, a byte-order mark, odd line ends, an empty question: every row as written."""
+    texts = ["plain", '"opens and does not close', "it's \x85 odd", 'a "quoted" word', '"also opens', "\u2028 too"] * 4
+    rows = [f"{text}\t{i % 2}" for i, text in enumerate(texts)]
+    expected = [((text,), i % 2) for i, text in enumerate(texts)]
+    with_header, without, spreadsheet = (tmp_path / f"{name}.tsv" for name in ("with", "without", "spreadsheet"))
+    with_header.write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    without.write_text("\ufeff" + "\r\n".join(rows) + "\r\n", newline="")
+    with open(spreadsheet, "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["sentence", "label"], *([f"{t}\n\tnext", i % 2] for i, t in enumerate(texts))])  # fmt: skip  # noqa: E501
+
+    def read(path, fields, label):
+        records = nlu.read_table(str(path), fields, label)
+        args = nlu.Arguments(data=str(path), fields=fields, label=label)
+        split = nlu.to_split(records, args, ["0", "1"], path.name)
+        return list(zip(split.texts, split.labels, strict=True))
+
+    assert read(with_header, ["sentence"], "label") == expected
+    assert read(without, ["0"], "1") == expected
+    assert read(spreadsheet, ["sentence"], "label") == [((f"{t}\n\tnext",), label) for (t,), label in expected]
+
+    questions = [{"question1": "who?", "question2": ("", "why?")[i > 0], "label": i % 2} for i in range(24)]
+    path = write_jsonl(tmp_path / "qqp.jsonl", questions)
+    data = nlu.load_data(nlu.Arguments(task="qqp", data=str(path), fields=["question1", "question2"]))
+    assert ("who?", "") in [*data.train.texts, *data.validation.texts, *data.tests["held out"].texts]
+
+
+@pytest.mark.parametrize("what", ["model", "data", "working directory"])
+def test_overwrite_deletes_nothing_that_the_run_reads(tmp_path, encoders, what, monkeypatch, capsys):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(encoders["bert"], out / "merged")
+    data = reviews(out / "train.jsonl")
+    elsewhere = reviews(tmp_path / "train.jsonl")
+    argv = ["--model", out / "merged" if what == "model" else encoders["bert"], "--overwrite", "--output-dir", out]
+    argv += ["--data", data if what == "data" else elsewhere]
+    if what == "working directory":
+        monkeypatch.chdir(out)
+        argv[argv.index(out)] = "."
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as exit_:
+        train.run_script(nlu.main)
+    assert exit_.value.code == 2
+    assert "which --overwrite would delete" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_linked_output_folder_is_emptied_and_stays_a_link(tmp_path, encoders):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old.txt").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    run(tmp_path, "--model", encoders["bert"], "--data", reviews(tmp_path / "data.jsonl"), "--overwrite")
+    assert (tmp_path / "out").is_symlink()
+    assert not (tmp_path / "disk" / "old.txt").exists()
+    assert (tmp_path / "disk" / "merged" / "config.json").is_file()
+
+
+def test_a_checkpoint_of_other_classes_gets_a_new_head(tmp_path, encoders):
+    """As in going on from MNLI to a task of two classes."""
+    rows = [{"sentence": f"a {word} film", "label": i % 3} for i, word in enumerate(WORDS)]
+    data = write_jsonl(tmp_path / "three.jsonl", rows)
+    run(tmp_path, "--model", encoders["deberta-v3"], "--data", data, "--eval-data", data, output="three")
+    two = reviews(tmp_path / "two.jsonl")
+    run(tmp_path, "--model", tmp_path / "three" / "merged", "--data", two, output="two")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "two" / "merged")
+    assert merged.config.num_labels == 2
+    assert merged.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize("method", ["lora", "ba-lora"])
+def test_peft_restores_a_pooler_that_the_checkpoint_lacked(tmp_path, method, capsys):
+    """A BERT that was trained as a language model has none: it is made at random, trained, saved with the head."""
+    import peft
+
+    torch.manual_seed(0)
+    folder = tmp_path / "mlm"
+    transformers.BertForMaskedLM(CONFIGS["bert"]()).save_pretrained(folder)
+    make_tokenizer("bert").save_pretrained(folder)
+    run(tmp_path, "--model", folder, "--data", reviews(tmp_path / "reviews.jsonl"), "--method", method)
+    assert "has no bert.pooler.dense: random, and trained" in capsys.readouterr().out
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged").eval()
+    torch.manual_seed(99)  # another random pooler and head
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    batch = {"input_ids": torch.randint(4, 24, (5, 9)), "attention_mask": torch.ones(5, 9, dtype=torch.long)}
+    with torch.no_grad():
+        restored = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()(**batch).logits
+        assert (restored - merged(**batch).logits).abs().max() < 1e-5
+
+
+def test_training_that_diverges_ends_in_one_line(tmp_path, encoders, monkeypatch, capsys):
+    argv = ["--model", encoders["bert"], "--data", reviews(tmp_path / "data.jsonl"), "--output-dir", tmp_path / "out"]
+    argv += ["--method=full", "--learning-rate=1e20", "--batch-size=8"]
+    monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as exit_:
+        train.run_script(nlu.main)
+    assert exit_.value.code == 1
+    assert "diverged" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
+    """54 examples by 8: 7 steps per epoch, 11 in an epoch and a half; four validations per epoch and one at the end."""
+    data = reviews(tmp_path / "reviews.jsonl")
+    run(tmp_path, "--model", encoders["bert"], "--data", data, "--eval-data", data, "--epochs=1.5",
+        "--evals-per-epoch=4")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "validation" in line]
+    assert steps == [-(-7 * i // 4) for i in range(1, 7)]  # the sixth is step 11, the last
+
+
+def test_a_rare_class_is_among_the_probes_examples(monkeypatch):
+    monkeypatch.setattr(nlu, "PROBE_EXAMPLES", 40)
+    rng = np.random.default_rng(3)
+    labels = [0, 1] * 200 + [2]
+    features = rng.normal(size=(401, 4)) + np.eye(4)[np.array(labels)] * 5
+    weight, bias = nlu.fit_probe(features, labels, features, labels)
+    assert (weight.shape, bias.shape) == ((3, 4), (3,))
+    assert (nlu.apply_probe((weight, bias), features.astype(np.float32)).argmax(axis=1) == labels).mean() > 0.95
+
+
 def test_sst2_without_header(tmp_path, encoders, shared_data):
     args = nlu.Arguments(
         data=str(shared_data / "sst2_train.tsv"),
@@ -446,6 +567,7 @@ def test_sst2_without_header(tmp_path, encoders, shared_data):
 
 
 GOOD = [{"sentence": f"a {word} film", "label": i % 2} for i, word in enumerate(WORDS)]
+PAIRS = [{"sentence1": f"a {word} film", "sentence2": "it is good", "label": i % 2} for i, word in enumerate(WORDS)]
 BAD_DATA = {
     "missing column": (GOOD, GOOD, ["--label", "verdict"], "no field 'verdict'"),
     "missing text column": (GOOD, GOOD, ["--fields", "text"], "no field 'text'"),
@@ -460,6 +582,13 @@ BAD_DATA = {
     "a class too many": ([*GOOD, {"sentence": "odd", "label": 2}], GOOD, ["--task=sst2"], "label 2 is none of"),
     "too long": (GOOD, GOOD, ["--max-length=4000"], "512 positions"),
     "rank": (GOOD, GOOD, ["--rank=17"], "rank 17 is larger"),
+    "both texts empty": ([*PAIRS, PAIRS[0] | {"sentence1": "", "sentence2": ""}], PAIRS, ["--task=rte"], "example 21"),
+    "no number": ([row | {"label": float("nan")} for row in GOOD], GOOD, ["--task=stsb"], "no number: nan"),
+    "numbers for classes": ([row | {"label": 0.25} for row in GOOD], GOOD, [], "--task stsb learns to predict them"),
+    "warm-up": (GOOD, GOOD, ["--warmup-ratio=1"], "--warmup-ratio is 1.0"),
+    "the demo's own tests": (GOOD, GOOD, ["--data=demo"], "leave out --task and --eval-data"),
+    "positions": (GOOD, GOOD, ["--max-length=130", "--model=roberta"], "129 positions"),
+    "a target in the head": (GOOD, GOOD, ["--target-modules=dense", "--model=roberta"], "classifier.dense too"),
 }
 
 
@@ -471,6 +600,7 @@ def test_bad_data_is_named_in_the_last_line_before_any_weight_is_read(tmp_path, 
     argv = ["--model", encoders["bert"], "--data", files[0], "--eval-data", files[1], "--output-dir", tmp_path / "out"]
     if "--task=stsb" in extra:
         extra = [*extra, "--fields", "sentence"]
+    extra = [word.replace("=roberta", f"={encoders['roberta']}") for word in extra]
     monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, (*argv, *extra))])
     with pytest.raises(SystemExit) as exit_:
         train.run_script(nlu.main)

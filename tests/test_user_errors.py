@@ -171,6 +171,14 @@ def test_data_that_is_not_there(train_error, tmp_path):
     assert "from the hub" in train_error(data="nobody/nothing")
 
 
+def test_overwrite_deletes_nothing_that_the_run_reads(train_error, tmp_path, data_file):
+    (tmp_path / "out").mkdir()
+    inside = tmp_path / "out" / "data.jsonl"
+    inside.write_text(data_file.read_text())
+    assert "which --overwrite would delete" in train_error("--overwrite", data=inside)
+    assert inside.read_text() == data_file.read_text()
+
+
 def test_a_folder_of_mixed_formats(train_error, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
