@@ -74,7 +74,7 @@ def backend_name(backend: str) -> str:
     """
     has_vllm = importlib.util.find_spec("vllm") is not None
     if backend == "vllm" and not has_vllm:
-        raise UserError("--backend vllm: vLLM is not installed (pip install -r requirements-gpu.txt); or take --backend transformers")
+        raise UserError("--backend vllm: no vLLM (pip install -r requirements-gpu.txt); or take --backend transformers")
     return "vllm" if backend == "vllm" or (backend == "auto" and has_vllm) else "transformers"
 
 
