@@ -371,16 +371,25 @@ def report(rows: dict[Cell, dict[str, Any]], pictures: Path) -> str:
         *table("Other domains, trained with 20 % noise:", "accuracy", noisy_domains),
         *table("Calibration error (percent), movie reviews:", "calibration_error", by_condition),
     ]
-    for columns, title in (
-        (by_condition, "BA-LoRA minus another method from the same head, movie reviews (points; * excludes 0):"),
-        (by_domain, "The same on each domain, trained without noise:"),
+    for name, columns, title in (
+        (
+            "accuracy",
+            by_condition,
+            "BA-LoRA minus another method from the same head, movie reviews (points; * excludes 0):",
+        ),
+        ("accuracy", by_domain, "The same on each domain, trained without noise:"),
+        (
+            "calibration_error",
+            by_condition,
+            "The same of the calibration error (below 0: BA-LoRA is calibrated better):",
+        ),
     ):
         body = []
         for head, other in itertools.product(HEADS, METHODS[:-1]):
             differences = [
                 paired_difference(
-                    values(rows, condition, "ba-lora", head, "accuracy", domain),
-                    values(rows, condition, other, head, "accuracy", domain),
+                    values(rows, condition, "ba-lora", head, name, domain),
+                    values(rows, condition, other, head, name, domain),
                 )
                 for condition, domain in columns.values()
             ]
@@ -408,6 +417,7 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
         ("imbalance", (CONDITIONS[0], *CONDITIONS[4:]), "negative sentences to one positive"),
     ):
         ticks = [c.split()[1] for c in conditions] if kind == "noise" else ["1", "10", "50"]
+        places = [0, 1, 2, 4] if kind == "noise" else [0, 1, 1.7]  # to scale, the second by its logarithm
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
         for axis, head in zip(axes, HEADS, strict=True):
             for place, method in enumerate([*METHODS, "probe"]):
@@ -416,7 +426,7 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
                 groups = [list(values(rows, c, method, source, "accuracy", domain).values()) for c in conditions]
                 known = [position for position, group in enumerate(groups) if group]
                 axis.errorbar(
-                    [position + (place - 2) * 0.05 for position in known],
+                    [places[position] + (place - 2) * 0.04 for position in known],
                     [statistics.mean(groups[position]) for position in known],
                     [statistics.stdev(groups[at]) if len(groups[at]) > 1 else 0.0 for at in known],
                     color=colour,
@@ -425,7 +435,7 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
                     capsize=2,
                     label="linear probe alone" if method == "probe" else method,
                 )
-            axis.set_xticks(range(len(ticks)), ticks)
+            axis.set_xticks(places, ticks)
             axis.set_xlabel(label)
             axis.set_title(f"{head} head")
             axis.grid(axis="y", alpha=0.3)
