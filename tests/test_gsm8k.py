@@ -164,7 +164,7 @@ def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):
     tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
     options = {"dtype": "float32", "batch_size": 1, "max_length": 8}
     assert isinstance(load_backend("auto", str(checkpoint), tokenizer, config, **options), TransformersBackend)
-    with pytest.raises(train.UserError, match="not installed"):
+    with pytest.raises(train.UserError, match="no vLLM"):
         load_backend("vllm", str(checkpoint), tokenizer, config, **options)
 
 
