@@ -41,7 +41,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +173,10 @@ class Arguments:
     seed: int = option(42, "seed of initialisation and data order")
 
     # Interruptions
-    resume: bool = option(False, "go on from the newest complete checkpoint in --output-dir, or start where none is")
+    resume: bool = option(
+        False,
+        "go on from the newest complete checkpoint in --output-dir, or start where none is; a finished run stays",
+    )
     save_steps: int = option(100, "optimizer steps between two checkpoints; 0: none, except on SIGTERM and SIGINT")
     keep_checkpoints: int = option(2, "how many checkpoints are kept")
     on_nonfinite: Literal["stop", "skip"] = option("stop", "what a NaN or Inf in loss or gradients does to the run")
@@ -247,9 +250,9 @@ def _config_as_argv(path: Path, names: list[str]) -> list[str]:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             argv += [f"--{key}", *map(str, value)]
-        elif value is not None:
+        elif value is not None and value != []:
             argv.append(f"--{key}={value}")
     return argv
 
@@ -327,11 +330,36 @@ def clear_folder(folder: Path) -> None:
             path.unlink()
 
 
+def first_difference(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Collection[str] = (), *, common: bool = False
+) -> str | None:
+    """How the settings of something that is there differ from `ours`, in a few words; None where they do not.
+
+    Args:
+        but: names that may differ.
+        common: compare those names alone that both have, not every one of ours.
+    """
+    for name, value in ours.items():
+        if name not in but and (name in theirs or not common) and theirs.get(name) != value:
+            return f"{name} = {theirs.get(name)}, not {value}"
+    return None
+
+
+# Those of transformers' schedules that need no settings of their own.
+LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+LR_SCHEDULERS += ("cosine_with_restarts",)
+
+
 def require_lr_scheduler(name: str) -> None:
-    """Raises a UserError where transformers has no learning-rate schedule of this name."""
-    if name not in list(transformers.SchedulerType):
-        known = ", ".join(item.value for item in transformers.SchedulerType)
-        raise UserError(f"unknown --lr-scheduler {name!r}: one of {known}")
+    """Raises a UserError where `name` is not one of LR_SCHEDULERS."""
+    if name not in LR_SCHEDULERS:
+        raise UserError(f"unknown --lr-scheduler {name!r}: one of {', '.join(LR_SCHEDULERS)}")
+
+
+def require_max_steps(value: int) -> None:
+    """Raises a UserError where --max-steps is neither a number of steps nor -1."""
+    if value != -1 and value <= 0:
+        raise UserError(f"--max-steps is {value}: it must be above 0, or -1 for --epochs to decide")
 
 
 def resolve_arguments(args: Arguments) -> Arguments:
@@ -360,13 +388,18 @@ def resolve_arguments(args: Arguments) -> Arguments:
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
     require_lr_scheduler(args.lr_scheduler)
-    if args.deepspeed and not Path(args.deepspeed).is_file():
-        raise UserError(f"no such DeepSpeed configuration: {args.deepspeed}")
+    require_max_steps(args.max_steps)
+    if args.deepspeed:
+        try:
+            json.loads(Path(args.deepspeed).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"no DeepSpeed configuration in {args.deepspeed}: {_first_line(error)}") from error
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
-    require_output_dir(args, may_hold, remedy, args.model, args.data, args.init_adapter)
+    inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
+    require_output_dir(args, may_hold, remedy, *inputs, args.teacher_cache)
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
@@ -575,8 +608,11 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """The whole parameter's shape, partitioned or not."""
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+    """The whole parameter's shape, partitioned, packed, or as it is."""
+    if is_partitioned(parameter):
+        return parameter.ds_shape
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs 4 bits
+    return parameter.shape if state is None else state.shape
 
 
 def _device_of(parameter: Tensor) -> torch.device:
@@ -681,7 +717,10 @@ def find_target_modules(model: nn.Module, target_modules: list[str] | None, rank
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(f"target module {target!r} names no linear layer of {type(model).__name__}; it has {known}")
         found.update((name, linear[name]) for name in matches)
+    embeddings = model.get_input_embeddings()
     for name, module in found.items():
+        if embeddings is not None and module.weight is embeddings.weight:
+            raise UserError(f"target module {name} has its weight in common with the input embeddings: leave it out")
         smaller = min(module.in_features, module.out_features)
         if rank > smaller:
             raise UserError(f"rank {rank} is larger than {name} allows ({smaller}): use a smaller --rank")
@@ -815,6 +854,8 @@ def spectral_loss(logits: Tensor, k: int, norm: str) -> Tensor:
     logits = _at_least_fp32(logits)
     if logits.numel() == 0:
         return logits.sum() * 0.0
+    if not torch.isfinite(logits).all():  # of which the decomposition may raise an error
+        return logits.sum() * math.nan
     sigma = torch.linalg.svdvals(logits)  # (min(M, V),)
     noise = 4 * len(sigma) ** 0.5 * torch.finfo(sigma.dtype).eps * sigma[0].detach()
     sigma = torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
@@ -1231,6 +1272,8 @@ def spectral_value_and_gradient(Y: Tensor, k: int, norm: str) -> tuple[Tensor, T
     """
     if Y.numel() == 0 or not Y.any():
         return Y.new_zeros(()), torch.zeros_like(Y)
+    if not torch.isfinite(Y).all():  # of which the decomposition may raise an error
+        return Y.new_full((), math.nan), torch.full_like(Y, math.nan)
     if norm == "frobenius":
         total = torch.linalg.vector_norm(Y, dtype=torch.float64)
         iterate = min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k)
@@ -1329,16 +1372,25 @@ def load_records(
         raise UserError(f"{source} mixes kinds of files ({', '.join(suffixes)}): name one file")
     extra: dict[str, Any] = {}
     try:
-        if DATA_BUILDERS[files[0].suffix] == "csv":  # pandas takes "NA", "null" and "None" for a missing text
-            extra = {"sep": "\t" if files[0].suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
-        if files[0].suffix == ".tsv" and any(quotes_are_text(file) for file in files):
-            extra["quoting"] = csv.QUOTE_NONE
+        if DATA_BUILDERS[files[0].suffix] == "csv":
+            is_tsv = files[0].suffix == ".tsv"
+            quoting = csv.QUOTE_NONE if is_tsv and any(map(quotes_are_text, files)) else csv.QUOTE_MINIMAL
+            extra = {"sep": "\t" if is_tsv else ",", "quoting": quoting, "keep_default_na": False}
+            # Every cell is text as it is written: pandas would make 7 of "007", 2.0 of "2", nothing of "NA".
+            names = {name for file in files for name in header_of(file, extra["sep"], quoting)}
+            extra["converters"] = dict.fromkeys(sorted(names), str)
         return datasets.load_dataset(
             DATA_BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train", **extra
         )
     except Exception as error:  # each format's reader raises its own
         cause = error.__cause__ or error
         raise UserError(f"cannot read {source}: {_first_line(cause)}") from error
+
+
+def header_of(file: Path, sep: str, quoting: int) -> list[str]:
+    """The column names in the first line of a csv or tsv file."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        return next(csv.reader(stream, delimiter=sep, quoting=quoting), [])
 
 
 def quotes_are_text(file: Path) -> bool:
@@ -1424,6 +1476,10 @@ def build_dataset(
     An example's `index` is its place in what is returned.
     """
     instruction_field, response_field = fields
+    for name in fields:
+        dtype = getattr(records.features[name], "dtype", "list")
+        if not dtype.endswith("string") and not dtype.startswith(("int", "uint", "float", "bool", "null")):
+            raise UserError(f"the field {name!r} holds no text but {dtype}: write it as text")
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = {"input_ids": [], "labels": []}
@@ -1624,7 +1680,7 @@ class BALoRAModel(nn.Module):
         teacher = None
         if regularizers is not None and regularizers.lambda_consistency > 0:
             teacher = self.teacher_cache and self.teacher_cache.get(inputs["example_ids"])
-            if teacher is None:
+            if self._lacks_on_any_rank(teacher):
                 teacher = self.of_teacher(states, inputs)
                 if self.teacher_cache is not None:
                     self.teacher_cache.put(inputs["example_ids"], teacher)
@@ -1638,6 +1694,15 @@ class BALoRAModel(nn.Module):
             return objective_from_hidden(hidden, teacher, weight, self._head_factor, *rest, self.objective_memory)
 
         return self.model.get_output_embeddings()(states(inputs), fused)
+
+    def _lacks_on_any_rank(self, teacher: Tensor | None) -> bool:
+        """Whether the teacher's pass is needed: under ZeRO-3, which gathers the weights for it, on all or none."""
+        weight = self.model.get_input_embeddings().weight
+        if self.teacher_cache is None or _num_ranks() == 1 or not is_partitioned(weight):
+            return teacher is None
+        lacking = torch.tensor(int(teacher is None), device=_device_of(weight))
+        dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+        return bool(lacking)
 
     def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states at the valid positions, (M, d)."""
@@ -1677,7 +1742,10 @@ def _at_positions(forward: Callable[[Tensor], Tensor], positions: list[Tensor], 
     if not positions:
         return forward(x)
     rows = x.flatten(0, 1)
-    output = forward(rows[positions[0]][None])[0]
+    output = forward(rows[positions[0]][None])
+    if not isinstance(output, Tensor):  # some mixtures of experts also return how they routed
+        return forward(x)
+    output = output[0]
     return torch.zeros_like(rows).index_copy(0, positions[0], output).view_as(x)
 
 
@@ -1986,7 +2054,7 @@ class BALoRATrainer(Trainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        tensors = trained_tensors(self.model.model)
+        tensors = trained_tensors(self.model.model, keep=self.args.should_save)
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_file(tensors, Path(output_dir) / TRAINED_TENSORS)
@@ -2005,32 +2073,47 @@ class BALoRATrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / "checkpoints"
         final = folder / f"checkpoint-{self.state.global_step}"
-        if final.exists():
+        identity = checkpoint_identity(self.arguments, self.args.world_size)
+        if final.exists() and checkpoint_problem(final, identity) is None:
             return
-        problem = ""
         self._staging = folder / INCOMPLETE
-        try:
-            if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-                self._staging.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seal_checkpoint(self._staging / final.name, checkpoint_identity(self.arguments, self.args.world_size))
-                (self._staging / final.name).rename(final)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
-            problem = _first_line(error)
-            if self.accelerator.num_processes > 1 and not self.args.should_save:
-                raise
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        if problem:
+        problems = []
+
+        def attempt(part: Callable[[], Any]) -> None:
+            try:
+                part()
+            except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
+                problems.append(_first_line(error))
+
+        def prepare() -> None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir(parents=True)
+
+        def put_in_place() -> None:
+            seal_checkpoint(self._staging / final.name, identity)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one
+            (self._staging / final.name).rename(final)
+
+        if self.args.should_save:
+            attempt(prepare)
+        self.accelerator.wait_for_everyone()
+        attempt(lambda: super(BALoRATrainer, self)._save_checkpoint(model, trial))
+        if problems and self.is_deepspeed_enabled and self.accelerator.num_processes > 1:
+            # The other ranks are inside of DeepSpeed's own writing, and wait for this one there.
+            raise RunStopped(f"the checkpoint of step {self.state.global_step} could not be written ({problems[0]})")
+        failed = torch.tensor(float(bool(problems)), device=self.args.device)
+        if self.accelerator.num_processes > 1:  # which also awaits everyone
+            failed = self.accelerator.reduce(failed, reduction="sum")
+        if self.args.should_save:
+            if not failed:
+                attempt(put_in_place)
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self._staging = None
+        if problems or (failed and self.args.should_save):
             kept = newest_checkpoint(self.args.output_dir)
             print(
-                f"warning: the checkpoint of step {self.state.global_step} could not be written ({problem}); "
+                f"warning: the checkpoint of step {self.state.global_step} could not be written "
+                f"({problems[0] if problems else 'another rank says why'}); "
                 f"{'the last one is ' + str(kept) if kept else 'there is none yet'}",
                 file=sys.stderr,
             )
@@ -2119,16 +2202,23 @@ MANIFEST = "manifest.json"
 INCOMPLETE = ".incomplete"
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters in full precision and PiSSA's frozen factors, whole, on the CPU. Collective."""
+def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Trainable parameters in full precision and PiSSA's frozen factors, whole, on the CPU.
+
+    Collective, one parameter at a time: no device holds two of them whole. Without `keep` nothing is returned, for a
+    rank that only gives its parts.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensors[name] = _master(parameter)
-    for name, layer in adapter_layers(model).items():
+            whole = _master(parameter)
+            if keep:
+                tensors[name] = whole.detach().cpu().contiguous()
+    for name, layer in adapter_layers(model).items() if keep else ():
         if layer.initial_A is not None:
-            tensors |= {f"{name}.initial_A": layer.initial_A, f"{name}.initial_B": layer.initial_B}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            tensors[f"{name}.initial_A"] = layer.initial_A.detach().cpu().contiguous()
+            tensors[f"{name}.initial_B"] = layer.initial_B.detach().cpu().contiguous()
+    return tensors
 
 
 def _master(parameter: Tensor) -> Tensor:
@@ -2166,7 +2256,7 @@ def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
-NOT_IDENTITY |= {"trust_remote_code"}
+NOT_IDENTITY |= {"trust_remote_code", "skip_done"}
 
 
 def checkpoint_identity(args: Arguments, world_size: int) -> dict[str, Any]:
@@ -2188,6 +2278,11 @@ def seal_checkpoint(folder: Path, identity: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
+def last_state(checkpoint: Path) -> transformers.TrainerState:
+    """Where the run was when it wrote the checkpoint."""
+    return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
 def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> str | None:
     """Why the checkpoint cannot be used, in a few words; None where it can."""
     try:
@@ -2198,10 +2293,8 @@ def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> 
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             return f"{name} is cut short or missing"
-    for name, value in (identity or {}).items():
-        if theirs.get(name) != value:
-            return f"it belongs to a run with {name} = {theirs.get(name)}, not {value}"
-    return None
+    difference = first_difference(theirs, identity or {})
+    return f"it belongs to a run with {difference}" if difference else None
 
 
 def complete_checkpoints(output_dir: str | Path, identity: dict[str, Any] | None = None) -> list[Path]:
@@ -2279,9 +2372,8 @@ def export_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def adapter_card(args: Arguments) -> str:
-    """README.md of an exported adapter: what it is, on which base, how trained, how loaded."""
-    rank = args.rank if args.method == "lora" else 2 * args.rank
+def adapter_card(args: Arguments, rank: int) -> str:
+    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded."""
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     settings = {
         "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
@@ -2365,8 +2457,11 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
-    if isinstance(start, str) and start.startswith("pissa_niter"):
-        raise UserError(f"--init-adapter {folder}: {start} starts from random vectors; convert it to a LoRA with PEFT")
+    if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
+        raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
+    others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if others:
+        raise UserError(f"--init-adapter {folder}: only factors of linear layers can be gone on with, not {others[0]}")
     prefix, factors = "base_model.model.", {}
     for name in tensors:
         if name.endswith(".lora_A.weight"):
@@ -2514,7 +2609,8 @@ def on_one_device(trainer_args: TrainingArguments) -> TrainingArguments:
 
 def resolve_dtype(name: str) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
     return getattr(torch, name)
 
 
@@ -2530,7 +2626,10 @@ def main(argv: list[str]) -> None:
         model_path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
     with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        try:
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
+        except ValueError as error:
+            raise UserError(f"{args.model} is no causal language model: {_first_line(error)}") from error
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -2545,6 +2644,15 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         print(dry_run(args, skeleton, tokenizer))
         return
+    if args.deepspeed is not None and "RANK" not in os.environ:
+        raise UserError("--deepspeed needs its launcher: deepspeed --no_local_rank --num_gpus N train.py ...")
+    output_dir = Path(args.output_dir)
+    if args.resume and (output_dir / "run.json").is_file():
+        require_same_run(output_dir, args)
+        if (output_dir / "merged").is_dir() and (args.method == "full" or (output_dir / "adapter").is_dir()):
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"trained already, with these settings: {output_dir}")
+            return
 
     records = load_training_records(args)
     dtype = resolve_dtype(args.dtype)
@@ -2564,7 +2672,6 @@ def main(argv: list[str]) -> None:
     if len(dataset) == 0:
         raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
 
-    output_dir = Path(args.output_dir)
     checkpoint = None
     if args.resume:
         identity = checkpoint_identity(args, trainer_args.world_size)
@@ -2613,7 +2720,8 @@ def main(argv: list[str]) -> None:
     window = getattr(config, "sliding_window", None)
     longest = max(map(len, dataset["input_ids"])) if window else 0
     beyond_window = bool(window) and longest > window
-    packing = args.packing and not beyond_window and enable_packing(model)
+    eager = args.attn_implementation == "eager"  # asked for by name: packing would take another
+    packing = args.packing and not beyond_window and not eager and enable_packing(model)
     if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
@@ -2627,6 +2735,7 @@ def main(argv: list[str]) -> None:
             print(f"teacher cache: {size:.2f} GiB when full, {known} of {len(dataset)} examples are there")
     if is_main and args.packing and not packing:
         why = f"attends {window} tokens of {longest}" if beyond_window else "cannot attend to packed sequences"
+        why = "attends eagerly" if eager else why
         print(f"note: {type(model).__name__} {why}; batches are padded")
     if is_main and args.method != "full" and not wrapped.is_fused:
         print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")
@@ -2643,9 +2752,16 @@ def main(argv: list[str]) -> None:
     )
     trainer.pop_callback(transformers.ProgressCallback)
     trainer.add_callback(ProgressBar)
+    finished = checkpoint is not None and last_state(checkpoint).global_step >= last_state(checkpoint).max_steps
     try:
-        with trainer.interruption.awaited():
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if finished:  # only the export is missing; the Trainer would take one step more
+            trainer.state = last_state(checkpoint)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            train_loss, train_seconds = sum(losses) / max(len(losses), 1), 0.0
+        else:
+            with trainer.interruption.awaited():
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            train_loss, train_seconds = result.training_loss, result.metrics["train_runtime"]
     except RuntimeError as error:  # the backends have no exception of their own for it
         if _num_ranks() > 1 and any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
             kept = newest_checkpoint(output_dir)
@@ -2662,7 +2778,9 @@ def main(argv: list[str]) -> None:
 
     # From the published weights, where this model holds parts of them or rounded ones. Every rank has a part to give.
     rebuild = args.deepspeed is not None or args.load_in is not None
-    tensors = trained_tensors(model) if rebuild else None
+    tensors = None
+    if rebuild:
+        tensors = load_file(checkpoint / TRAINED_TENSORS) if finished else trained_tensors(model, keep=is_main)
     if is_main:
         if tensors is not None:
             model = rebuilt_model(args, model_path, dtype, tensors)
@@ -2680,8 +2798,8 @@ def main(argv: list[str]) -> None:
             "steps": trainer.state.global_step,
             "skipped_steps": trainer.skipped_steps,
             "resumed_from": str(checkpoint) if checkpoint else None,
-            "train_loss": result.training_loss,
-            "train_seconds": result.metrics["train_runtime"],
+            "train_loss": train_loss,
+            "train_seconds": train_seconds,
             "peak_memory_gib": peak_memory_gib(),
         }
         export_model(model, tokenizer, args, model_path, dtype, output_dir)
@@ -2790,7 +2908,7 @@ def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTra
         valid = int(responses[largest].sum())
         if args.packing:
             tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(len(dataset) / per_step * args.epochs)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(dataset) / per_step) * args.epochs)
         mean = lengths.float().mean().item()
         lines.append(
             f"data: {len(dataset)} examples ({num_dropped} dropped), {mean:.0f} tokens on average, at most "
@@ -2840,15 +2958,18 @@ def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: A
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
-        model_path,
-        revision=args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        dtype=dtype,
-        attn_implementation=args.attn_implementation,
-        use_safetensors=True,
-        **kwargs,
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_path,
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            use_safetensors=True,
+            **kwargs,
+        )
+    except (ImportError, ValueError) as error:  # an attention that does not exist, or is not installed
+        raise UserError(f"cannot load the model {args.model!r}: {_first_line(error)}") from error
 
 
 def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:
@@ -2902,19 +3023,29 @@ def export_model(
         shutil.rmtree(staging, ignore_errors=True)
         if args.method != "full":
             export_adapter(model, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
-            (staging / "adapter" / "README.md").write_text(adapter_card(args))
+            stored = json.loads((staging / "adapter" / "adapter_config.json").read_text())["r"]
+            (staging / "adapter" / "README.md").write_text(adapter_card(args, stored))
+        mend_generation_config(model)
         merge_adapters(model).to(dtype).save_pretrained(staging / "merged")
         tokenizer.save_pretrained(staging / "merged")
         for folder in staging.iterdir():
             shutil.rmtree(output_dir / folder.name, ignore_errors=True)
             folder.rename(output_dir / folder.name)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise RunStopped(
             f"cannot write the trained model to {output_dir} ({_first_line(error)}); "
             f"train.py --export-from {output_dir} writes it again from the newest checkpoint"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def mend_generation_config(model: transformers.PreTrainedModel) -> None:
+    """Some published models have sampling settings without sampling, which transformers reads but does not write."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True  # what they mean
 
 
 def export_again(args: Arguments) -> None:
@@ -2949,9 +3080,20 @@ def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
     path.write_text("".join(kept))
 
 
+def require_same_run(output_dir: Path, args: Any) -> None:
+    """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`."""
+    try:
+        made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
+        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY, common=True)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{output_dir / 'config.yaml'} is damaged: replace the run with --overwrite") from error
+    if difference:
+        raise UserError(f"{output_dir} holds a run with {difference}: name another --output-dir, or use --overwrite")
+
+
 def config_text(args: Arguments) -> str:
     """The resolved arguments as YAML that `--config` takes."""
-    once = ("config", "overwrite", "resume", "dry_run", "export_from")
+    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from")
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
     return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
         entries, sort_keys=False

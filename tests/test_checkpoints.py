@@ -150,6 +150,63 @@ def test_resume_after_the_end_exports_the_same_again(folder, uninterrupted):
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
+@pytest.mark.parametrize("method", ["full", "ba-lora"])
+def test_a_run_killed_before_its_export_takes_no_further_step(method, folder):
+    """With a learning rate that is not 0 at the end, within an epoch: all steps are done, and the files are missing."""
+    options = ("--method", method, "--lr-scheduler", "constant_with_warmup", "--max-steps", 6, "--save-steps", 3)
+    whole, output = folder / f"whole-{method}", folder / f"killed-before-export-{method}"
+    assert run(folder, whole, *options)[0] == 0
+    shutil.copytree(whole, output)
+    for name in ("adapter", "merged"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "run.json").unlink()
+    code, text = run(folder, output, *options, "--resume")
+    assert code == 0, text
+    theirs, ours = (load_file(path / "merged" / "model.safetensors") for path in (whole, output))
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert json.loads((output / "run.json").read_text())["steps"] == 6
+    assert saved_step(output) == 6
+
+
+def test_a_finished_run_is_left_alone(folder, uninterrupted):
+    output = folder / "finished"
+    shutil.copytree(uninterrupted, output)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    code, text = run(folder, output, "--resume")
+    assert code == 0
+    assert "trained already" in text
+    code, text = run(folder, output, "--resume", "--learning-rate", 1e-4)
+    assert code == 2
+    assert "learning_rate = 0.001, not 0.0001" in text
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def test_damaged_checkpoints_are_written_again(folder, uninterrupted):
+    output = folder / "damaged-twice"
+    options = ("--keep-checkpoints", 9)
+    assert run(folder, output, *options)[0] == 0
+    for step in (20, 24):
+        with open(output / "checkpoints" / f"checkpoint-{step}" / train.TRAINED_TENSORS, "r+b") as file:
+            file.truncate(100)
+    (output / "run.json").unlink()
+    code, text = run(folder, output, *options, "--resume")
+    assert code == 0, text
+    assert "going on from" in text
+    assert [path.name for path in train.complete_checkpoints(output)][:2] == ["checkpoint-24", "checkpoint-20"]
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_a_base_with_sampling_settings_but_no_sampling_is_exported(folder, tmp_path):
+    """As several Llama chat models have it: transformers reads such a generation_config.json, and does not write it."""
+    shutil.copytree(folder / "base", tmp_path / "base")
+    settings = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 257}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    code, text = run(folder, tmp_path / "out", "--model", tmp_path / "base", "--max-steps", 2)
+    assert code == 0, text
+    made = json.loads((tmp_path / "out" / "merged" / "generation_config.json").read_text())
+    assert (made["do_sample"], made["temperature"], made["top_p"]) == (True, 0.9, 0.6)
+
+
 def test_resume_without_a_checkpoint_starts(folder, uninterrupted):
     output = folder / "fresh"
     output.mkdir()
@@ -176,6 +233,7 @@ def test_a_checkpoint_holds_no_base_weight_and_is_small(uninterrupted):
 def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uninterrupted, capsys):
     output = folder / "damaged"
     shutil.copytree(uninterrupted, output)
+    (output / "run.json").unlink()
     with open(output / "checkpoints" / "checkpoint-24" / "optimizer.pt", "r+b") as file:
         file.truncate(100)
     shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-22")
@@ -199,15 +257,18 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
         ("--method", "pissa", "method = ba-lora, not pissa"),
     ],
 )
-def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, option, value, message):
+def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, tmp_path, option, value, message):
     """With other settings --resume has nothing to go on from, and beginning anew would delete what is there."""
-    before = {file: file.read_bytes() for file in uninterrupted.rglob("*") if file.is_file()}
-    code, text = run(folder, uninterrupted, "--resume", option, value)
+    output = tmp_path / "unfinished"
+    shutil.copytree(uninterrupted, output)
+    (output / "run.json").unlink()
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    code, text = run(folder, output, "--resume", option, value)
     assert code == 2
     last = text.strip().splitlines()[-1]
     assert message in last
     assert "--overwrite instead of --resume" in last
-    assert {file: file.read_bytes() for file in uninterrupted.rglob("*") if file.is_file()} == before
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterrupted):

@@ -30,12 +30,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def launch(name: str, runs: list[list], folder: Path) -> str:
+def launch(name: str, runs: list[list], folder: Path, **variables: str) -> str:
     """Makes the runs one after the other; returns what they printed."""
     file = folder / f"{name}.json"
     file.write_text(json.dumps([[str(word) for word in argv] for argv in runs]))
     command = [*LAUNCHERS[name], str(ROOT / "tests" / "distributed_runs.py"), str(file)]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment() | variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -127,6 +127,27 @@ def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, folder):
             expected, _ = movement(runs[name, method], folder)
             actual, _ = movement(folder / f"{name}-{method}-resumed", folder)
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(rank, runs, folder):
+    output = folder / f"full-disk-{rank}"
+    options = ("--save-steps", 3, "--method", "ba-lora")
+    text = launch("torchrun", [launched("torchrun", folder, output, *options)], folder, FULL_DISK_ON_RANK=rank)
+    assert "the checkpoint of step 3 could not be written" in text
+    assert "No space left" in text
+    assert [path.name for path in train.complete_checkpoints(output)] == ["checkpoint-5"]
+    assert torch.equal(movement(output, folder)[0], movement(runs["torchrun", "ba-lora"], folder)[0])
+
+
+def test_a_half_filled_teacher_cache_under_zero3(folder):
+    """Ranks that have their examples wait for one that has not: the weights are gathered by all or none."""
+    cache = ("--teacher-cache", folder / "states")
+    without, first, second = (folder / name for name in ("no-cache", "cache-1", "cache-2"))
+    options = {first: (*cache, "--seed", 1, "--max-steps", 2), second: (*cache, "--seed", 2), without: ("--seed", 2)}
+    launch("zero3", [launched("zero3", folder, output, *more) for output, more in options.items()], folder)
+    expected, learnt = movement(without, folder)
+    assert (movement(second, folder)[0] - expected).norm() < 1e-4 * learnt.norm()
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])

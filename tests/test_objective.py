@@ -136,6 +136,19 @@ def test_repeated_singular_values_and_rank_deficiency():
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "nuclear"])
+@pytest.mark.parametrize("rows", [4, 20, 600])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_come_out_as_nan(norm, rows, value):
+    """The guard of the training step sees them; an eigendecomposition would raise an error, or not."""
+    Y = torch.randn(rows, 700, generator=torch.Generator().manual_seed(0))
+    Y[1, 2] = value
+    for loss, gradient in [train.spectral_value_and_gradient(Y, 2, norm)]:
+        assert loss.isnan()
+        assert gradient.isnan().all()
+    assert train.spectral_loss(Y, 2, norm).isnan()
+
+
 def test_a_head_with_dependent_columns():
     hidden, _, head, _ = make_inputs((20, 60, 12))
     head[:, 3] = head[:, 5]

@@ -110,13 +110,16 @@ def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_pa
 
 
 @pytest.mark.parametrize(("suffix", "sep"), [("csv", ","), ("tsv", "\t")])
-def test_words_that_look_like_missing_values_are_text(suffix, sep, tmp_path):
-    answers = ["NA", "null", "None", "nan", "N/A"]
+def test_every_cell_is_text_as_it_is_written(suffix, sep, tmp_path):
+    """What looks like a missing value, a number, a truth value or a date."""
+    answers = ["NA", "null", "None", "nan", "N/A", "2", "007", "1.50", "true", "2020-01-01", "1e5"]
     path = tmp_path / f"data.{suffix}"
     path.write_text(f"question{sep}answer\n" + "".join(f"q{i}{sep}{answer}\n" for i, answer in enumerate(answers)))
     assert train.load_records(str(path))["answer"][:] == answers
     path.write_text(f"question{sep}answer\nq{sep}\nq{sep}a\n")
-    assert train.load_records(str(path))["answer"][:] == [None, "a"]
+    assert train.load_records(str(path))["answer"][:] == ["", "a"]
+    path.write_text(f"question{sep}answer\nq{sep}2\nq{sep}\n")  # pandas alone would make 2.0 of it
+    assert train.load_records(str(path))["answer"][:] == ["2", ""]
 
 
 # ---------------------------------------------------------------------------------------------- trainer

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import gsm8k
+import peft
 import pytest
 import report
 import torch
@@ -60,6 +61,11 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--lambda-spectral", "-1"], "--lambda-spectral"),
         (["--warmup-fraction", "0"], "--warmup-fraction"),
         (["--lr-scheduler", "sine"], "'sine'"),
+        (["--lr-scheduler", "reduce_lr_on_plateau"], "one of cosine, linear"),  # needs settings of its own
+        (["--max-steps", "0"], "--max-steps is 0"),
+        (["--deepspeed", "README.md"], "no DeepSpeed configuration in README.md"),
+        (["--deepspeed", "configs/ds_zero2.json"], "needs its launcher"),
+        (["--target-modules", "lm_head"], "has its weight in common with the input embeddings"),
         (["--fields", "instruction"], "--fields takes two names"),
         (["--fields", "question", "answer"], "no field 'question'; its fields are instruction, output"),
         (["--max-length", "8"], "no example of"),
@@ -77,7 +83,8 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments(options, expected, train_error):
+def test_bad_arguments(options, expected, train_error, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert expected in train_error(*options)
 
 
@@ -105,6 +112,44 @@ def test_a_run_without_a_checkpoint_has_nothing_to_export(train_error, tmp_path)
     (tmp_path / "run" / "checkpoints" / "checkpoint-3").mkdir(parents=True)  # begun, never completed
     (tmp_path / "run" / "config.yaml").write_text("rank: 4\n")
     assert "no complete checkpoint" in train_error("--export-from", tmp_path / "run", "--output-dir", tmp_path / "new")
+
+
+def saved_adapter(folder, **settings):
+    """A LoRA that PEFT has started on the tiny model."""
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=4, **({"target_modules": ["q_proj"]} | settings)))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"init_lora_weights": "olora"}, "olora changed the base's weights"),
+        ({"modules_to_save": ["norm"]}, "only factors of linear layers can be gone on with, not base_model.model"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_more_than_factors(settings, expected, train_error, tmp_path):
+    """Started from without what is left out, the model would be another one."""
+    assert expected in train_error("--init-adapter", saved_adapter(tmp_path / "adapter", **settings))
+
+
+def test_data_that_is_no_text(train_error, tmp_path):
+    data = tmp_path / "data.jsonl"
+    for value, kind in ((["a", "b"], "list"), ("2020-01-01T00:00:00", "timestamp"), ({"role": "user"}, "")):
+        data.write_text(json.dumps({"instruction": "x", "output": value}) + "\n")
+        assert f"the field 'output' holds no text but {kind}" in train_error(data=data)
+
+
+def test_a_finished_run_stays(tmp_path, train_error):
+    """--resume with other settings and no checkpoint to compare them with."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("{}")
+    for text, expected in (("rank: 8\n", "holds a run with rank = 8, not 4"), ("- 1\n", "config.yaml is damaged")):
+        (tmp_path / "out" / "config.yaml").write_text(text)
+        assert expected in train_error("--resume")
+        assert (tmp_path / "out" / "config.yaml").read_text() == text
 
 
 def test_no_model_and_no_data(monkeypatch, capsys):
@@ -176,6 +221,10 @@ def test_overwrite_deletes_nothing_that_the_run_reads(train_error, tmp_path, dat
     inside = tmp_path / "out" / "data.jsonl"
     inside.write_text(data_file.read_text())
     assert "which --overwrite would delete" in train_error("--overwrite", data=inside)
+    (tmp_path / "out" / "mine.yaml").write_text("rank: 4\n")
+    assert "mine.yaml, which --overwrite" in train_error("--overwrite", "--config", tmp_path / "out" / "mine.yaml")
+    (tmp_path / "out" / "states").mkdir()
+    assert "states, which --overwrite" in train_error("--overwrite", "--teacher-cache", tmp_path / "out" / "states")
     assert inside.read_text() == data_file.read_text()
 
 
