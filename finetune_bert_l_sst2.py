@@ -63,6 +63,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eval.intervals import proportion
 from train import (
+    NOT_IDENTITY,
     ProgressBar,
     RunStopped,
     UserError,
@@ -76,6 +77,7 @@ from train import (
     default_target_modules,
     export_adapter,
     find_target_modules,
+    first_difference,
     load_records,
     load_tokenizer_and_config,
     load_trained_tensors,
@@ -88,6 +90,7 @@ from train import (
     require_below_one,
     require_fields,
     require_lr_scheduler,
+    require_max_steps,
     require_not_negative,
     require_output_dir,
     require_positive,
@@ -174,6 +177,9 @@ class Arguments:
     max_length: int = option(128, "tokens per example; longer ones are cut")
     output_dir: str = option("output/nlu", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
+    skip_done: bool = option(
+        False, "leave a finished run of these settings alone, replace an unfinished one, refuse where there is another"
+    )
 
     # Adapter and head; the classifier is trained with every method
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train beside the classifier")
@@ -239,6 +245,7 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     for name, value in FORMULATIONS[args.formulation].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    require_max_steps(args.max_steps)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
     require_positive(args, *positive, "evals_per_epoch", "patience", "max_examples")
     require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "weight_decay")
@@ -251,9 +258,34 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     if args.eval_data and args.data is None:
         raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
     require_lr_scheduler(args.lr_scheduler)
-    inputs = (args.model, args.data, *args.eval_data)
+    if args.skip_done and not args.overwrite:
+        leave_if_done(args)
+        args.overwrite = (Path(args.output_dir) / "config.yaml").is_file()
+    inputs = (args.config, args.model, args.data, *args.eval_data)
     require_output_dir(args, args.overwrite, "name another one, or use --overwrite", *inputs)
     return args
+
+
+def leave_if_done(args: Arguments) -> None:
+    """Ends the program where --output-dir holds a finished run of these settings.
+
+    Raises:
+        UserError: it is a run of other settings, or cannot be read.
+    """
+    path = Path(args.output_dir) / "results.json"
+    if not path.is_file():
+        return
+    ours = asdict(args)
+    if args.target_modules is None:  # the run that is there has filled them in
+        del ours["target_modules"]
+    try:
+        difference = first_difference(json.loads(path.read_text())["arguments"], ours, NOT_IDENTITY, common=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: replace the run with --overwrite") from error
+    if difference:
+        raise UserError(f"{path} is of a run with {difference}: name another --output-dir, or use --overwrite")
+    print(f"done: {path}")
+    sys.exit(0)
 
 
 def default_experiment() -> tuple[Path, str]:
@@ -332,16 +364,14 @@ def load_data(args: Arguments) -> Data:
     elif task.num_classes:
         names = [str(number) for number in range(task.num_classes)]
     else:
-        if any(isinstance(label, float) and label % 1 for label in train[args.label]):
+        if any(map(_is_fraction, train[args.label])):
             raise UserError(f"{source} has numbers in {args.label!r}, not classes: --task stsb learns to predict them")
-        names = sorted({str(label) for label in train[args.label] if label is not None}, key=_natural)
+        names = sorted({str(label) for label in train[args.label] if label not in (None, "")}, key=_natural)
         if len(names) < 2:
             raise UserError(f"{source} has {len(names)} class in {args.label!r}: classification needs two or more")
-    splits = {
-        name: to_split(records, args, None if task.num_classes == 1 else names, name)
-        for name, records in {source: train, **tests}.items()
-    }
-    train, tests = splits.pop(source), splits
+    class_names = None if task.num_classes == 1 else names
+    train = to_split(train, args, class_names, source)
+    tests = {name: to_split(records, args, class_names, name) for name, records in tests.items()}
     if not tests:
         train, tests["held out"] = set_aside(train, source)
     train, validation = set_aside(train, source)
@@ -359,7 +389,8 @@ def demo_data(max_examples: int | None = None) -> Data:
 
     def read(split: str) -> Split:
         try:
-            rows = [json.loads(line) for line in sentiment.sentences(split).read_text().splitlines()]
+            with open(sentiment.sentences(split), encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file]
         except (RuntimeError, OSError) as error:
             raise UserError(f"cannot make the demo's sentences: {error}") from error
         return Split([(row["sentence"],) for row in rows], [names.index(row["label"]) for row in rows])
@@ -385,7 +416,10 @@ def read_table(source: str, fields: list[str], label: str) -> datasets.Dataset:
     if path.suffix == ".tsv":  # a quotation mark is text in a tsv file of GLUE's kind
         rows = [line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
     else:
-        rows = list(csv.reader(io.StringIO(text, newline="")))
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        except csv.Error as error:
+            raise UserError(f"cannot read {source} as csv: {error}") from error
     width = len(rows[0]) if rows else 0
     for number, row in enumerate(rows, 1):
         if len(row) != width:
@@ -430,8 +464,15 @@ def set_aside(split: Split, source: str) -> tuple[Split, Split]:
     return split.select(sorted(rows[count:])), split.select(sorted(rows[:count]))
 
 
+def _is_fraction(label: Any) -> bool:
+    try:
+        return math.isfinite(float(label)) and float(label) % 1 != 0
+    except (TypeError, ValueError):
+        return False
+
+
 def _natural(name: str) -> tuple[int, int | str]:
-    return (0, int(name)) if name.isdigit() else (1, name)
+    return (0, int(name)) if name.isdecimal() else (1, name)
 
 
 def encode(
@@ -1106,8 +1147,8 @@ def main(argv: list[str]) -> None:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "seconds": round(time.time() - started, 1),
     }
-    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     export(model, tokenizer, args, path, conv1d)
+    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")  # last: a run that has it is done
     print(report(summary, data, args))
 
 

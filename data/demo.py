@@ -20,7 +20,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -169,9 +168,6 @@ def _running_sum(terms: list[int]) -> list[str]:
 
 
 def main() -> None:
-    if len(sys.argv) > 1 and sys.argv[1] == "--clear":
-        shutil.rmtree(cache_dir(), ignore_errors=True)
-        return
     print(model(), problems("train"), problems("test"), sep="\n")
 
 

@@ -122,7 +122,8 @@ def _write(folder: Path, split: str, rows: list[dict]) -> None:
 def main() -> None:
     print(encoder())
     for split in ("train", "validation", "test", *DOMAINS[1:]):
-        labels = [json.loads(line)["label"] for line in sentences(split).read_text().splitlines()]
+        with open(sentences(split), encoding="utf-8") as file:
+            labels = [json.loads(line)["label"] for line in file]
         print(f"{sentences(split)}  {len(labels)} sentences, {labels.count('positive')} positive")
 
 

@@ -427,6 +427,71 @@ def test_every_format_gives_the_same_data(tmp_path, suffix):
     assert not chosen[0] & chosen[1]
 
 
+def test_the_configuration_repeats_the_run(tmp_path, encoders):
+    """config.yaml of a run without --eval-data, whose list of files is empty."""
+    data = reviews(tmp_path / "train.jsonl")
+    first = run(tmp_path, "--model", encoders["bert"], "--data", data)
+    again = tmp_path / "again"
+    nlu.main(["--config", str(tmp_path / "out" / "config.yaml"), "--output-dir", str(again)])
+    assert json.loads((again / "results.json").read_text())["results"] == first["results"]
+    assert (again / "predictions.jsonl").read_bytes() == (tmp_path / "out" / "predictions.jsonl").read_bytes()
+
+
+def test_a_run_that_is_done_is_left_and_one_that_is_not_is_replaced(tmp_path, encoders, monkeypatch, capsys):
+    argv = ["--model", encoders["bert"], "--data", reviews(tmp_path / "train.jsonl"), "--skip-done"]
+    run(tmp_path, *argv)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, *argv)
+    assert ended.value.code == 0
+    assert "done: " in capsys.readouterr().out
+    with pytest.raises(train.UserError, match="seed = 42, not 7"):
+        run(tmp_path, *argv, "--seed", 7)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    (tmp_path / "out" / "results.json").unlink()  # killed before the end
+    run(tmp_path, *argv)
+    assert (tmp_path / "out" / "results.json").read_text()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("no run of this script")
+    with pytest.raises(train.UserError, match="is not empty"):
+        run(tmp_path, *argv, output="other")
+
+
+def test_a_test_file_named_like_the_training_data_stays_a_test_file(tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    reviews(tmp_path / "train" / "part.jsonl", count=40)
+    (tmp_path / "other").mkdir()
+    reviews(tmp_path / "other" / "train.jsonl", count=20)
+    monkeypatch.chdir(tmp_path)
+    data = nlu.load_data(nlu.Arguments(data="train", eval_data=["other/train.jsonl"], fields=["sentence"]))
+    assert len(data.train) + len(data.validation) == 40
+    assert {name: len(split) for name, split in data.tests.items()} == {"train": 20}
+
+
+def test_labels_of_a_csv_file(tmp_path):
+    """Text as it is written: numbers, with a gap; digits that are no numbers; fractions, which are no classes."""
+
+    def data(*labels):
+        path = tmp_path / "data.csv"
+        lines = [f"{word} film,{labels[i % len(labels)]}" for i, word in enumerate(WORDS)]
+        path.write_text("\n".join(["text,label", *lines]) + "\n")
+        return nlu.load_data(nlu.Arguments(data=str(path), fields=["text"]))
+
+    assert data("10", "9").class_names == ["9", "10"]
+    assert data("1", "²").class_names == ["1", "²"]
+    with pytest.raises(train.UserError, match="label '' is none of the training classes 1, 2"):
+        data("1", "2", "")
+    with pytest.raises(train.UserError, match="--task stsb"):
+        data("0.5", "1")
+
+
+def test_a_quote_that_is_never_closed(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('"a film,1\n' + "a film,0\n" * 20)
+    with pytest.raises(train.UserError, match="as csv: unexpected end of data"):
+        nlu.load_data(nlu.Arguments(data=str(path), fields=["0"], label="1"))
+
+
 def test_marks_and_gaps_of_real_files_are_text(tmp_path):
     """Unquoted quotation marks of a tsv, a byte-order mark, odd line ends, an empty question: every row as written."""
     texts = ["plain", '"opens and does not close', "it's \x85 odd", 'a "quoted" word', '"also opens', "\u2028 too"] * 4
