@@ -23,7 +23,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +46,7 @@ from train import (
     ALPACA_PROMPT,
     UserError,
     encode_opening,
+    first_difference,
     load_records,
     load_tokenizer_and_config,
     option,
@@ -61,6 +62,9 @@ from train import (
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments and prompts
 # ------------------------------------------------------------------------------------------------------------------
+
+# The published scripts read an answer after these words, the space included (llm172/BA-LoRA, utils/test_acc.py).
+PUBLISHED_MARKER = "The answer is: "
 
 # "chat" is the tokenizer's own template.
 PROMPTS = {
@@ -78,6 +82,7 @@ class Arguments:
     limit: int | None = option(None, "the first N items only")
     output_dir: str = option("results", "folder for the results, and for the completions of an interrupted run")
     overwrite: bool = option(False, "replace results that are there already; completions made the same way are kept")
+    skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
     rescore: str | None = option(None, "grade the completions of this results file (.jsonl) again, without a model")
     prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each item")
     shots: int = option(0, "solved examples before each item")
@@ -94,6 +99,14 @@ class Arguments:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it, else float32")
     tensor_parallel_size: int = option(1, "GPUs that vLLM spreads the model over")
     gpu_memory_utilization: float = option(0.9, "share of GPU memory that vLLM takes")
+
+
+# What completions are made with, as the summary tells it.
+MADE_WITH = ("ckpt", "adapter", "prompt", "shots", "shots_data", "samples", "temperature", "top_p", "max_new_tokens")
+MADE_WITH += ("seed", "backend", "dtype")
+# What decides no result: where things are, and how the machine is used.
+NOT_DECIDING = {"output_dir", "overwrite", "skip_done", "rescore", "batch_size", "tensor_parallel_size", "workers"}
+NOT_DECIDING |= {"gpu_memory_utilization", "unsafe", "judge_key_env", "judge_requests", "judge_retries"}
 
 
 def check_arguments(args: Arguments) -> None:
@@ -130,8 +143,12 @@ def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns 
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
     prompt = PROMPTS[template]
-    text = "".join(f"{prompt.format(instruction=question)} {answer}\n\n" for question, answer in turns)
-    return encode_opening(tokenizer, text + prompt.format(instruction=instruction))
+    openings = [prompt.format(instruction=question) for question in (*(question for question, _ in turns), instruction)]
+    text = "".join(
+        opening + ("" if opening[-1:].isspace() else " ") + answer + "\n\n"
+        for opening, (_, answer) in zip(openings, turns, strict=False)
+    )
+    return encode_opening(tokenizer, text + openings[-1])
 
 
 def stop_strings(template: str, shots: int) -> tuple[str, ...]:
@@ -184,6 +201,15 @@ def checkpoint_identity(name: str, config: Any = None) -> Any:
     return [str(folder.resolve()), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
+def read_jsonl(path: Path) -> list[Any]:
+    """One value per line; a line ends at "\\n" alone, since JSON may hold other characters that end a line for Python.
+
+    Raises:
+        OSError, ValueError: no such file, or a line that is no JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
     part = path.with_name(f".{path.name}.part")
@@ -210,9 +236,14 @@ class Run:
         folder = Path(args.output_dir)
         self.items_path, self.summary_path = folder / f"{benchmark}.jsonl", folder / f"{benchmark}.json"
         if self.summary_path.exists() and not args.overwrite:
-            raise UserError(
-                f"{self.summary_path} is there already: name another --output-dir, or replace it with --overwrite"
-            )
+            remedy = "name another --output-dir, or replace it with --overwrite"
+            if not args.skip_done:
+                raise UserError(f"{self.summary_path} is there already: {remedy}")
+            difference = self._difference()
+            if difference:
+                raise UserError(f"{self.summary_path} was made with {difference}: {remedy}")
+            print(f"{benchmark} is done: {self.summary_path}")
+            sys.exit(0)
         self.max_length = 0  # tokens that the back end must hold; complete() raises it to what it needs
         self._backend: Backend | None = None
         self._store: Store | None = None
@@ -224,6 +255,11 @@ class Run:
             with contextlib.suppress(OSError, ValueError):
                 made = json.loads(summary.read_text())
                 self._origin = {name: made[name] for name in self._origin}
+                self._origin["made_with"] = made.get("made_with") or {
+                    "arguments": {name: made["arguments"].get(name) for name in MADE_WITH},
+                    "versions": made["versions"],
+                    "command": made["command"],
+                }
             self._origin["rescored"] = args.rescore
             return
         self._origin["backend"] = backend_name(args.backend)
@@ -231,6 +267,16 @@ class Run:
         self.tokenizer, self.config = load_tokenizer_and_config(self.ckpt)
         if args.adapter is not None:
             check_adapter(args.adapter, self.ckpt, self.config, self._origin["backend"])
+
+    def _difference(self) -> str | None:
+        """How the results that are there differ from those that the arguments ask for, in a few words."""
+        try:
+            made = json.loads(self.summary_path.read_text())
+            arguments = made["arguments"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.summary_path} is damaged: replace it with --overwrite") from error
+        now = asdict(self.args) | {"checkpoint": _state_of(self.args)}
+        return first_difference(arguments | {"checkpoint": made.get("checkpoint")}, now, NOT_DECIDING)
 
     def records(
         self, fields: list[str], remedy: str, split: str = "test", names: Mapping[str, str] = MappingProxyType({})
@@ -254,9 +300,15 @@ class Run:
         return records
 
     def examples(
-        self, fields: list[str], remedy: str, split: str = "train", names: Mapping[str, str] = MappingProxyType({})
+        self,
+        fields: list[str],
+        remedy: str,
+        split: str = "train",
+        names: Mapping[str, str] = MappingProxyType({}),
+        prefer: Callable[[dict], bool] = lambda record: True,
     ) -> list[dict]:
-        """The `--shots` solved examples: the first ones of the training data; arguments as of `records`."""
+        """The `--shots` solved examples: the first ones of the training data, those that are preferred before others;
+        further arguments as of `records`."""
         args = self.args
         if args.shots == 0:
             return []
@@ -269,7 +321,7 @@ class Run:
         require_fields(records, fields, source, remedy)
         if len(records) < args.shots:
             raise UserError(f"--shots {args.shots}: {source} holds {len(records)}")
-        return [records[index] for index in range(args.shots)]
+        return sorted(records, key=lambda record: not prefer(record))[: args.shots]
 
     def encode(self, instruction: str, shots: Turns = ()) -> list[int]:
         """The token ids of `--prompt` around an instruction."""
@@ -395,12 +447,16 @@ class Run:
         """Writes items and summary, the summary last, and prints the report: `lines` are made by `score_line`."""
         args = self.args
         seconds = round(time.time() - self.started, 1)
+        arguments = asdict(args)
+        if args.rescore is not None:  # its own say nothing of how the completions were made
+            arguments |= self._origin.get("made_with", {}).get("arguments") or dict.fromkeys(MADE_WITH)
         summary = {
             "benchmark": self.benchmark,
             **self._origin,
             "data": args.data,
             **scores,
-            "arguments": asdict(args),
+            "arguments": arguments,
+            "checkpoint": None if args.rescore is not None else _state_of(args),
             "versions": package_versions(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "seconds": seconds,
@@ -414,6 +470,12 @@ class Run:
         print("\n".join([*lines, f"  {'items and summary':24}{self.items_path}, {self.summary_path}"]))
 
 
+def _state_of(args: Arguments) -> str | None:
+    """Tells whether a checkpoint, or adapter, in a folder has changed since."""
+    folders = [checkpoint_identity(name) for name in (args.ckpt, args.adapter) if name and Path(name).is_dir()]
+    return digest(folders) if folders else None
+
+
 def _read_items(path: Path) -> list[dict]:
     """The items of an earlier run.
 
@@ -422,7 +484,7 @@ def _read_items(path: Path) -> list[dict]:
     """
     made = ("index", "sample", "instruction", "prompt", "completion", "num_tokens", "finished")
     try:
-        items = [json.loads(line) for line in path.read_text().splitlines()]
+        items = read_jsonl(path)
     except OSError as error:
         raise UserError(f"--rescore {path}: {error.strerror}") from error
     except ValueError as error:

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +51,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 # The code in a completion. By lines, not by Python's parser: a model can write what takes the parser down.
 # ----------------------------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*\w*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+# A fence that opens stands on a line of its own, indented in a list; one that closes may end a line of code.
+OPENING = re.compile(r"[ \t]*```[ \t]*\w*[ \t]*")
+CLOSING = re.compile(r"(.*?)[ \t]*```[ \t]*")
 # How a line of code outside every block begins, as opposed to prose.
 CODE_LINE = re.compile(
     r"(?:import|from|def|async def|class|if|elif|for|while|with|return|assert|del|raise|global)\b.*"
@@ -61,18 +64,78 @@ CODE_LINE = re.compile(
 
 
 def extract_code(completion: str, names: tuple[str, ...]) -> str:
-    """The code in a completion: the fenced block that defines one of `names`, else the first, else the lines of code.
+    """The code in a completion: of the fenced blocks the last that defines one of `names`, with the definitions in
+    others before it; else what stands outside of them and defines one; else the first. Without any, the lines of code.
 
     The first line keeps its indentation: a completion may be the body of a function.
     """
-    blocks = [match.group(1) for match in FENCE.finditer(completion)]
-    if blocks:
-        return next((block for block in blocks if defines(block, names)), blocks[0])
-    lines = completion.split("\n")
+    blocks, text = fenced_blocks(completion)
+    defining = [number for number, block in enumerate(blocks) if defines(block, names)]
+    if defining:
+        helpers = [block for block in blocks[: defining[-1]] if not defines(block, names) and is_definitions(block)]
+        return without_trials("\n".join([*helpers, blocks[defining[-1]]]), names)
+    if blocks and not defines(text, names):
+        return blocks[0]
+    return without_trials(leading_code(text, names), names)
+
+
+def fenced_blocks(completion: str) -> tuple[list[str], str]:
+    """The fenced blocks, without what all their lines are indented by, and the text outside of them.
+
+    A completion may begin inside of a block that its prompt has opened: code before a first fence without a language.
+    """
+    blocks, outside, block = [], [], None
+    for line in completion.split("\n"):
+        closing = CLOSING.fullmatch(line) if line.count("```") == 1 else None
+        if block is None and closing and not blocks and is_code("\n".join([*outside, closing[1]])):
+            block, outside = outside, []
+        if block is not None and closing:
+            blocks.append([*block, closing[1]] if closing[1] else block)
+            block = None
+        elif block is not None:
+            block.append(line)
+        elif OPENING.fullmatch(line):
+            block = []
+        else:
+            outside.append(line)
+    if block and any(line.strip() for line in block):  # cut short
+        blocks.append(block)
+    return [textwrap.dedent("\n".join(lines)).rstrip() + "\n" for lines in blocks], "\n".join(outside)
+
+
+def is_code(text: str) -> bool:
+    """Whether the first line that is not empty is one of code."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    return bool(first) and (first[0] in " \t" or CODE_LINE.fullmatch(first) is not None)
+
+
+def is_definitions(block: str) -> bool:
+    """Whether every line that is not indented imports, or begins or ends a definition or an assignment."""
+    lines = [line for line in block.split("\n") if line.strip() and line[0] not in " \t#"]
+    return all(re.match(r"(?:import|from|def|async def|class)\b|@|[)\]}]|\w+ *=[^=]", line) for line in lines)
+
+
+def without_trials(code: str, names: tuple[str, ...]) -> str:
+    """The code without the calls and asserts by which a model tries its function, after the function's definition."""
+    if not defines(code, names):
+        return code
+    lines, kept, defined, dropping = code.split("\n"), [], False, False
+    for line in lines:
+        if line.strip() and line[0] not in " \t)]}":
+            dropping = defined and re.match(r"assert\b|print\(|if __name__\b", line) is not None
+            defined = defined or defines(line, names)
+        if not dropping:
+            kept.append(line)
+    return "\n".join(kept).rstrip() + "\n"
+
+
+def leading_code(text: str, names: tuple[str, ...]) -> str:
+    """The lines of code that a text begins with, or those from its first definition on if it defines one of `names`."""
+    lines = text.split("\n")
     while lines and not lines[0].strip():
         del lines[0]
     start = 0
-    if defines(completion, names):  # prose before the code
+    if defines(text, names):  # prose before the code
         start = next(i for i, line in enumerate(lines) if re.match(r"(import|from|def|async def|class|@)\b", line))
     end = start + 1
     while end < len(lines) and (not lines[end].strip() or lines[end][0] in " \t" or CODE_LINE.fullmatch(lines[end])):

@@ -7,8 +7,9 @@ One item, as data in GSM8K's format has it, a completion, and its verdict:
      "answer": "In May she sold 48/2 = <<48/2=24>>24 clips. Altogether 48+24 = <<48+24=72>>72.\\n#### 72"}
     "In May: 48 / 2 = 24. Altogether 48 + 24 = 72.\\nThe answer is: 72"      extracted 72, correct
 
-Published rule (BA-LoRA, PiSSA, MetaMath): the number after the last "The answer is:" (GSM8K's own "####" counts too)
-equals the gold number after "####". The lenient reading, reported beside it, takes the last number of the completion.
+Three verdicts. `correct`: the number after the last "The answer is:", or else after GSM8K's own "####", is the gold
+number. `correct_strict`: by the published rule (BA-LoRA, PiSSA, MetaMath), which knows the first mark alone, reads no
+more than "1,000" of "1,000,000", and rounds: 17.6 counts for 18. `correct_lenient`: the completion's last number is it.
 
 How to run
     python eval/gsm8k.py --ckpt output/ba-lora/merged                       the 1,319 test problems from the hub
@@ -17,7 +18,7 @@ How to run
 
 What comes out, in --output-dir
     gsm8k.jsonl     every prompt, completion, extracted answer and verdict
-    gsm8k.json      accuracy with its 95 % Wilson interval, the settings and the versions
+    gsm8k.json      accuracy by the three rules with 95 % Wilson intervals, the settings and the versions
 """
 
 import re
@@ -26,7 +27,7 @@ from fractions import Fraction
 from typing import Any
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run
+from benchmark import PUBLISHED_MARKER, Run
 from intervals import score_line, share
 
 from train import UserError, encode_response, option, parse_arguments, run_script
@@ -42,15 +43,34 @@ class Arguments(benchmark.Arguments):
 
 
 NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
-ANSWER_MARKER = re.compile(r"The answer is:|####")
+MOST_DIGITS = 100  # of a number; what a model repeats for ever is none
 
 
 def extract_answer(text: str) -> Fraction | None:
-    """The first number after the last answer marker; None where there is no marker or no number after it."""
-    markers = list(ANSWER_MARKER.finditer(text))
-    if not markers:
+    """The first number after the last "The answer is:"; without one, the number right after the last "####", which is a
+    heading in Markdown too. None where there is neither."""
+    _, marker, answer = text.rpartition("The answer is:")
+    if marker:
+        return _number(NUMBER.search(answer))
+    _, marker, answer = text.rpartition("####")
+    return _number(NUMBER.match(answer.lstrip(" "))) if marker else None
+
+
+PUBLISHED_NUMBER = re.compile(r"([-+]?\d*)([.,/]?)(\d+)")
+
+
+def published_answer(text: str) -> int | None:
+    """The answer as the published scripts read it: a whole number, whatever the completion says."""
+    _, marker, answer = text.rpartition(PUBLISHED_MARKER)
+    match = PUBLISHED_NUMBER.search(answer) if marker else None
+    if match is None or len(match.group()) > MOST_DIGITS:
         return None
-    return _number(NUMBER.search(text, markers[-1].end()))
+    left, mark, right = match.groups()
+    if mark != "/":
+        return round(float(left + mark.replace(",", "") + right))
+    if left in ("", "-", "+"):
+        return None
+    return round(int(left) / int(right)) if int(right) else int(left)
 
 
 def extract_last_number(text: str) -> Fraction | None:
@@ -60,7 +80,7 @@ def extract_last_number(text: str) -> Fraction | None:
 
 
 def _number(match: re.Match | None) -> Fraction | None:
-    if match is None:
+    if match is None or len(match.group()) > MOST_DIGITS:
         return None
     sign, digits, denominator = match.groups()
     value = Fraction(digits.replace(",", ""))
@@ -70,11 +90,12 @@ def _number(match: re.Match | None) -> Fraction | None:
 
 
 def grade(completion: str, gold: Fraction) -> dict[str, Any]:
-    """What was extracted from a completion, by the published rule and by the lenient one, and the verdicts."""
+    """What was extracted from a completion, and the three verdicts."""
     extracted, last = extract_answer(completion), extract_last_number(completion)
     return {
         "extracted": None if extracted is None else str(extracted),
         "correct": extracted == gold,
+        "correct_strict": published_answer(completion) == gold,
         "last_number": None if last is None else str(last),
         "correct_lenient": last == gold,
     }
@@ -127,6 +148,7 @@ def main(argv: list[str]) -> None:
         item["answered"] = item["extracted"] is not None
     scores = {
         "accuracy": share(items, "correct"),
+        "accuracy_strict": share(items, "correct_strict"),
         "accuracy_lenient": share(items, "correct_lenient"),
         "answer_extracted": share(items, "answered"),
         "finished": share(items, "finished"),
@@ -134,6 +156,7 @@ def main(argv: list[str]) -> None:
     }
     lines = [
         score_line("accuracy", scores["accuracy"]),
+        score_line("accuracy, published rule", scores["accuracy_strict"]),
         score_line("accuracy, last number", scores["accuracy_lenient"]),
         score_line("answer extracted", scores["answer_extracted"]),
         score_line("finished in time", scores["finished"]),

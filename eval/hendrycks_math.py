@@ -9,7 +9,8 @@ One item, as data in MATH's format has it, a completion, and its verdicts:
 
 The gold answer is in the solution's last \\boxed{}. The model's is what follows the last "The answer is:", or else its
 own last \\boxed{}. Two verdicts: `correct`, by math-verify, whether both have one value; `correct_strict`, by the text
-normalisation that the published numbers of BA-LoRA, PiSSA and MetaMath come from (eval/math_grader.py has both).
+normalisation that the published numbers of BA-LoRA, PiSSA and MetaMath come from (eval/math_grader.py has both), which
+take no answer but the one after "The answer is: ".
 
 How to run
     python eval/hendrycks_math.py --ckpt output/ba-lora/merged                      the 5,000 test problems from the hub
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import benchmark  # first: it makes train.py importable
-from benchmark import Run
+from benchmark import PUBLISHED_MARKER, Run
 from intervals import score_line, share
 from math_grader import SECONDS, Grader
 from tqdm import tqdm
@@ -92,10 +93,10 @@ def grade(completions: list[str], golds: list[str], seconds: float = SECONDS) ->
         {
             "extracted": answer,
             "correct": verdict.get("value", False),
-            "correct_strict": verdict.get("spelling", False),
+            "correct_strict": verdict.get("spelling", False) and PUBLISHED_MARKER in completion,
             "problem": verdict.get("problem"),
         }
-        for answer, verdict in zip(answers, of_answers, strict=True)
+        for completion, answer, verdict in zip(completions, answers, of_answers, strict=True)
     ]
 
 

@@ -80,7 +80,9 @@ def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -
         code = extract_code(completion, (name,))
         # A restated function needs what the prompt has before it: imports and helpers.
         before = re.split(rf"^def {name}\b", prompt, flags=re.MULTILINE)[0]
-        candidate = before + code if defines(code, (name,)) else prompt + as_body(code)
+        future = re.compile(r"^from __future__ .*\n", re.MULTILINE)  # what must come first
+        restated = "".join(future.findall(code)) + before + future.sub("", code)
+        candidate = restated if defines(code, (name,)) else prompt + as_body(code)
     return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=prompt)
 
 

@@ -15,7 +15,7 @@ first. Tests see only the functions and classes that the reference solution defi
 How to run
     python eval/mbpp.py --ckpt output/ba-lora/merged                        500 test items from the hub, greedy, pass@1
     python eval/mbpp.py --ckpt FOLDER_OR_HUB_NAME --data sanitized_mbpp.json
-    python eval/mbpp.py --ckpt BASE_MODEL --prompt raw --shots 3            the paper's few-shot form
+    python eval/mbpp.py --ckpt BASE_MODEL --prompt raw --shots 3            the paper's few-shot form, with its examples
 
 What comes out, in --output-dir
     mbpp.jsonl     every prompt, completion, program and verdict, with what the program printed
@@ -41,6 +41,7 @@ INSTRUCTION = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}"
 )
 BEGIN, END = "\n[BEGIN]\n", "[DONE]"
+PAPERS_EXAMPLES = (2, 3, 4)  # task ids of the paper's three examples
 
 
 @dataclass
@@ -78,9 +79,12 @@ def program_of(record: dict[str, Any], completion: str) -> Program:
 def main(argv: list[str]) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     run = Run("mbpp", args)
-    records = list(run.records(FIELDS, FORMAT))
+    examples = run.examples(FIELDS, FORMAT, split="prompt", prefer=lambda record: record["task_id"] in PAPERS_EXAMPLES)
+    shown = {record["task_id"] for record in examples}
+    records = [record for record in run.records(FIELDS, FORMAT) if record["task_id"] not in shown]
+    if not records:
+        raise UserError(f"--shots {args.shots}: every item of {args.data} is among the examples")
     instructions = [instruction_of(record) for record in records]
-    examples = run.examples(FIELDS, FORMAT, split="prompt")
     check_code_arguments(args)
     raw = args.prompt == "raw"
     begin, end = (BEGIN, f"\n{END}") if raw else ("", "")

@@ -62,6 +62,7 @@ TEMPERATURES = {
 }
 WITH_REFERENCE = ("math", "reasoning", "coding")
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]|\[(\d+\.?\d*)\]")  # the second form is FastChat's fallback
+LOCAL = ("127.0.0.1", "localhost", "::1")
 FORMAT = "MT-Bench's format has question_id, category and turns (FastChat's question.jsonl)"
 
 
@@ -148,7 +149,7 @@ def rescored(items: list[dict], questions: list[dict], args: Arguments) -> list[
 def read_jsonl(path: str, what: str) -> list[dict]:
     """Raises a UserError where `path` does not hold one JSON object per line."""
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        return benchmark.read_jsonl(Path(path))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the {what} {path}: {error}") from error
 
@@ -194,8 +195,10 @@ class Judge:
             if question["category"] in WITH_REFERENCE and len(references.get(question["question_id"], [])) < 2:
                 raise UserError(f"{args.references} lacks question {question['question_id']}, which needs a reference")
         key = os.environ.get(args.judge_key_env)
-        if key is None and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        if key is None and parts.hostname not in LOCAL:
             raise UserError(f"no key for the judge: set {args.judge_key_env}, or name another --judge-key-env")
+        if key is not None and parts.scheme == "http" and parts.hostname not in LOCAL:
+            print(f"note: {args.judge_url} is not encrypted, and the key in {args.judge_key_env} goes there")
         return Judge(args, prompts, references, key)
 
     def messages(self, question: dict, answers: list[str], turn: int) -> list[dict[str, str]]:
@@ -293,7 +296,7 @@ class Judge:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(args.judge_url.rstrip("/") + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            with OPENER.open(request, timeout=SECONDS) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             detail = " ".join(error.read(300).decode(errors="replace").split())
@@ -302,7 +305,9 @@ class Judge:
                     f"the judge at {args.judge_url} refuses the key in {args.judge_key_env} (HTTP {error.code}): set "
                     f"another one and start again; answers and judgments are kept"
                 ) from error
-            if error.code in (400, 404) and "model" in detail and body is not None:
+            # Not every complaint about a model is one about its name: a long answer exceeds "this model's context".
+            unknown = (error.code == 404 and "model" in detail) or "model_not_found" in detail or "not exist" in detail
+            if unknown and body is not None:
                 raise UserError(f"the judge at {args.judge_url} does not take {args.judge_model}: {detail}") from error
             raise
         except urllib.error.URLError as error:
@@ -311,6 +316,16 @@ class Judge:
 
 SECONDS = 300.0  # for one answer of the judge
 FIRST_PAUSE = 2.0  # seconds before a judgment is asked for again, doubled from time to time
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key is for the address that was given, and for no other that this one names."""
+
+    def redirect_request(self, *request: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class Unreachable(Exception):

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark import write_whole  # first: it makes train.py importable
+from benchmark import NOT_DECIDING, read_jsonl, write_whole  # first: it makes train.py importable
 
-from train import NOT_IDENTITY, UserError, run_script
+from train import NOT_IDENTITY, UserError, first_difference, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN = "not run"
@@ -47,7 +47,7 @@ class Column:
 
 
 NLG = {
-    "gsm8k": Column("GSM8K", items=1319),
+    "gsm8k": Column("GSM8K", "accuracy_strict", items=1319),
     "hendrycks_math": Column("MATH", "accuracy_strict", items=5000),
     "humaneval": Column("HumanEval", "pass@1", items=164),
     "mbpp": Column("MBPP", "pass@1", items=500),
@@ -83,7 +83,7 @@ class Row:
     deviations: dict[str, float | None] = field(default_factory=dict)  # published ones; ours come from the scores
     printed_average: float | None = None  # published
     notes: dict[str, str] = field(default_factory=dict)  # what else a cell must say: an interval, another count
-    origins: dict[str, list[tuple[str, dict]]] = field(default_factory=dict)  # folders and settings of ours
+    origins: dict[str, list["Run"]] = field(default_factory=dict)  # of ours
 
     def mean(self, benchmark: str) -> float | None:
         scores = self.scores.get(benchmark)
@@ -222,7 +222,18 @@ def load_summaries(folder: str) -> dict[str, dict]:
         raise UserError(
             f"no results in {folder}: it has none of {names}, nor results.json; run eval/gsm8k.py or a sibling first"
         )
+    for what in ("ckpt", "adapter"):
+        found = {name: summary.get(what) for name, summary in summaries.items()}
+        if len(set(found.values())) > 1:
+            values = ", ".join(f"{value} ({name})" for name, value in found.items())
+            raise UserError(f"{folder} mixes results of several checkpoints: {what} is {values}")
     return summaries
+
+
+def scoring(summary: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a summary's scoring that decide its result; of the checkpoint nothing."""
+    arguments = summary.get("arguments") or {}
+    return {name: value for name, value in arguments.items() if name not in {"ckpt", "adapter", *NOT_DECIDING}}
 
 
 def training_folder(summaries: dict[str, dict]) -> Path | None:
@@ -270,17 +281,16 @@ def _published_name(model: str, published: dict[str, Table]) -> str:
 
 def _require_seeds(row: Row, benchmark: str, run: Run) -> None:
     """Raises UserError where `run` is not one more seed of the runs that the row has of this benchmark."""
-    for folder, settings in row.origins.get(benchmark, []):
-        differing = [name for name in settings if name in run.settings and settings[name] != run.settings[name]]
-        remedy = "name rows by hand: NAME=FOLDER"
-        if not differing:
-            raise UserError(f"{folder} and {run.folder} are the same run, of {row.method}: give one, or {remedy}")
-        for name in differing:
-            if name != "seed":
-                values = f"{settings[name]} and {run.settings[name]}"
-                raise UserError(
-                    f"{folder} and {run.folder} are no seeds of one {row.method}: {name} is {values}; {remedy}"
-                )
+    remedy = "name rows by hand: NAME=FOLDER"
+    ours = scoring(run.summaries[benchmark])
+    for other in row.origins.get(benchmark, []):
+        theirs = scoring(other.summaries[benchmark])
+        difference = first_difference(other.settings, run.settings, {"seed"}, common=True)
+        difference = difference or first_difference(theirs, ours, {"seed"}, common=True)
+        if difference:
+            raise UserError(f"{run.folder} and {other.folder} are no seeds of one {row.method}: {difference}; {remedy}")
+        if (other.settings.get("seed"), theirs.get("seed")) == (run.settings.get("seed"), ours.get("seed")):
+            raise UserError(f"{other.folder} and {run.folder} are the same run, of {row.method}: give one, or {remedy}")
 
 
 def _add(row: Row, run: Run) -> None:
@@ -289,15 +299,16 @@ def _add(row: Row, run: Run) -> None:
         score = summary[column.score]
         if score["value"] is None:  # MT-Bench without a judge
             continue
-        if run.settings and run.name is None:
+        if run.name is None:
             _require_seeds(row, name, run)
-            row.origins.setdefault(name, []).append((run.folder, run.settings))
+        row.origins.setdefault(name, []).append(run)
         row.scores.setdefault(name, []).append(score["value"] * column.scale)
         notes = []
         if len(row.scores[name]) == 1:
             notes.append("[{:.2f}, {:.2f}]".format(*(bound * column.scale for bound in score["interval_95"])))
-        if score["of"] != column.items:
-            notes.append(f"n = {score['of']}")
+        counts = {other.summaries[name][column.score]["of"] for other in row.origins[name]}
+        if counts != {column.items}:
+            notes.append(f"n = {', '.join(map(str, sorted(counts)))}")
         row.notes[name] = ", ".join(notes)
 
 
@@ -414,13 +425,17 @@ def comparison(summaries: dict[str, dict]) -> str:
     return markdown(rows)
 
 
-def verdict(base: dict, tuned: dict) -> str:
-    """One line: whether the two accuracies' intervals are apart."""
-    (base_low, base_high), (low, high) = base["accuracy"]["interval_95"], tuned["accuracy"]["interval_95"]
-    if low > base_high:
-        return "The accuracy intervals do not overlap: fine-tuning helped."
-    if high < base_low:
-        return "The accuracy intervals do not overlap: fine-tuning hurt."
+def verdict(summaries: dict[str, dict]) -> str:
+    """One line: whether the two checkpoints' intervals of accuracy are apart."""
+    (first, one), (second, other) = summaries.items()
+    difference = first_difference(scoring(one), scoring(other))
+    if difference:
+        return f"The two are not scored alike, {difference}: no comparison."
+    (first_low, first_high), (low, high) = one["accuracy"]["interval_95"], other["accuracy"]["interval_95"]
+    if low > first_high:
+        return f"The accuracy intervals do not overlap: {second} is better than {first}."
+    if high < first_low:
+        return f"The accuracy intervals do not overlap: {second} is worse than {first}."
     return "The accuracy intervals overlap: no difference is shown."
 
 
@@ -547,7 +562,7 @@ def load_metrics(path: Path) -> list[dict]:
         UserError: not such a file.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read_jsonl(path)
         return [line for line in lines if "loss" in line and "step" in line]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the metrics {path}: {error}") from error
@@ -595,7 +610,7 @@ def main(argv: list[str]) -> None:
     if of_gsm8k:
         print(comparison(of_gsm8k))
         if len(of_gsm8k) == len(runs) == 2:
-            print("\n" + verdict(*of_gsm8k.values()))
+            print("\n" + verdict(of_gsm8k))
     tables = our_tables(runs) if runs else published_tables()
     if output_dir is not None or not runs or any(set(run.summaries) != {"gsm8k"} for run in runs):
         print(("\n" if of_gsm8k else "") + markdown_report(tables))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import benchmark
@@ -240,6 +241,64 @@ def test_rescoring_needs_no_model_and_gives_the_same_verdicts(argv, tmp_path, pr
     items.write_text("".join(json.dumps(item) + "\n" for item in edited))
     _, perfect = run(gsm8k, ["--rescore", items, "--data", problems], tmp_path / "perfect")
     assert perfect["accuracy"]["count"] == len(PROBLEMS)
+
+
+def test_a_rescored_summary_tells_how_the_completions_were_made(argv, tmp_path, problems):
+    """In place, twice, as MT-Bench's judging does; and without the first summary, which knew."""
+    made = ("--prompt", "alpaca-cot", "--temperature", 0.8, "--seed", 3, "--limit", 4)
+    _, summary = run(gsm8k, argv, tmp_path / "out", *made)
+    items = tmp_path / "out" / "gsm8k.jsonl"
+    again = ["--rescore", items, "--data", problems, "--overwrite"]
+    for _ in range(2):
+        _, rescored = run(gsm8k, again, tmp_path / "out")
+        for name in ("ckpt", "prompt", "temperature", "seed", "max_new_tokens"):
+            assert rescored["arguments"][name] == summary["arguments"][name]
+        assert rescored["made_with"]["command"] == summary["command"]
+        assert rescored["made_with"]["versions"] == summary["versions"]
+    (tmp_path / "out" / "gsm8k.json").unlink()
+    _, rescored = run(gsm8k, again, tmp_path / "out")
+    assert (rescored["arguments"]["prompt"], rescored["arguments"]["temperature"]) == (None, None)
+
+
+def test_every_character_of_a_completion_survives_rescoring(argv, tmp_path, problems):
+    """Those too that end a line for Python and not in JSON: GSM8K itself has one."""
+    run(gsm8k, argv, tmp_path / "out")
+    items = tmp_path / "out" / "gsm8k.jsonl"
+    rows = [json.loads(line) for line in items.read_text().split("\n") if line]
+    rows[0]["completion"] = "so\u2028\u2029\x85\x0b\x1c\r The answer is: 0"
+    items.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    gsm8k.main(["--rescore", str(items), "--data", str(problems), "--output-dir", str(tmp_path / "again")])
+    first = json.loads((tmp_path / "again" / "gsm8k.jsonl").read_text().split("\n")[0])
+    assert first["completion"] == rows[0]["completion"]
+    assert first["correct"]
+
+
+def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, capsys, monkeypatch):
+    """--skip-done: the same settings end at once; others, another checkpoint, a changed one are named and refused."""
+    out = tmp_path / "out"
+    argv = [*argv, "--limit", "3", "--skip-done"]
+    run(gsm8k, argv, out)
+    before = (out / "gsm8k.json").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        run(gsm8k, argv, out, "--batch-size", 2)  # which decides nothing
+    assert ended.value.code == 0
+    assert "gsm8k is done" in capsys.readouterr().out
+    other = tmp_path / "other" / checkpoint.name
+    make_model(seed=1).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    for options, expected in (
+        (("--prompt", "raw"), "prompt = alpaca, not raw"),
+        (("--limit", 4), "limit = 3, not 4"),
+        (("--ckpt", other), f"ckpt = {checkpoint}, not {other}"),
+    ):
+        with pytest.raises(train.UserError, match=re.escape(f"was made with {expected}")):
+            run(gsm8k, argv, out, *options)
+    make_model(seed=1).save_pretrained(checkpoint)
+    with pytest.raises(train.UserError, match="was made with checkpoint"):
+        run(gsm8k, argv, out)
+    assert (out / "gsm8k.json").read_bytes() == before
+    run(gsm8k, argv, out, "--overwrite")
+    assert (out / "gsm8k.json").read_bytes() != before
 
 
 # ---------------------------------------------------------------------------------------------- adapters

@@ -18,7 +18,7 @@ import mbpp
 import pytest
 import sandbox
 from code_tasks import as_body, extract_code, pass_at_k
-from conftest import start_script
+from conftest import make_model, start_script
 from sandbox import Limits, Program, run_programs
 
 import train
@@ -174,7 +174,19 @@ WHOLE = "def add(x, y):\n    return x + y\n"
         (f"```python\n{WHOLE}```", WHOLE),
         (f"Sure!\n```py\n{WHOLE}```\nThis adds.", WHOLE),
         (f"```\n{WHOLE}", WHOLE),  # cut at the longest completion
-        (f"```python\n{WHOLE}\nprint(add(1, 2))\n```\nOutput:\n```\n3\n```", WHOLE + "\nprint(add(1, 2))\n"),
+        (f"```python\n{WHOLE}\nprint(add(1, 2))\n```\nOutput:\n```\n3\n```", WHOLE),
+        (f"```python\n{WHOLE}\nassert add(1, 2) == 4\nprint(\n    add(1, 2)\n)\nZERO = 0\n```", f"{WHOLE}\nZERO = 0\n"),
+        (f"{WHOLE}\nFor example:\n\n```python\nprint(add(1, 2))\n```", WHOLE),
+        ("    return x + y\n```\nThe sum.", "return x + y\n"),  # goes on in the prompt's block
+        ("    return x + y```", "return x + y\n"),
+        (f"```python\n{WHOLE.rstrip()}```\nDone.", WHOLE),
+        (
+            f"```python\ndef one():\n    return 1\n```\nThen\n```python\n{WHOLE}```",
+            f"def one():\n    return 1\n\n{WHOLE}",
+        ),
+        (f"```python\nadd(1, 2)\n```\n```python\n{WHOLE}```", WHOLE),  # what is no definition does not come along
+        (f"```python\n{WHOLE.replace('+', '-')}```\nNo:\n```python\n{WHOLE}```", WHOLE),
+        (f"1. So:\n   ```python\n   {WHOLE.replace('    ', '       ')}   ```", WHOLE),
         (f"```bash\npip install x\n```\n```python\n{WHOLE}```", WHOLE),
         (WHOLE, WHOLE),
         (f" {WHOLE}".lstrip(), WHOLE),
@@ -210,6 +222,34 @@ def test_a_body_is_indented(code):
     namespace = {}
     exec("def add(x, y):\n" + as_body(code), namespace)
     assert [namespace["add"](x, y) for x, y in [(0, 1), (2, 3)]] == [1, 5]
+
+
+def test_a_restated_function_may_begin_with_a_future_import():
+    problem = {"prompt": 'import math\n\n\ndef add(x, y):\n    """Adds."""\n', "entry_point": "add"}
+    problem["test"] = "def check(candidate):\n    assert candidate(1, 2) == 3\n"
+    program = humaneval.program_of(problem, f"```python\nfrom __future__ import annotations\n{WHOLE}```")
+    assert verdicts_of([program]) == [True]
+
+
+def test_mbpps_few_shot_prompt_is_the_papers(tmp_path, checkpoint):
+    """As printed in the paper: the code on the line after [BEGIN]; tasks 2, 3 and 4; no shown item is scored."""
+    rows = [
+        {"task_id": i, "text": f"T{i}.", "code": f"def f{i}():\n  return {i}", "test_list": [f"assert f{i}() == {i}"]}
+        for i in range(1, 7)
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_model(max_position_embeddings=1024).save_pretrained(checkpoint)
+    argv = ["--ckpt", checkpoint, "--data", tmp_path / "mbpp.jsonl", "--shots-data", tmp_path / "mbpp.jsonl"]
+    argv += ["--output-dir", tmp_path / "out", "--backend", "transformers", "--max-new-tokens", 1]
+    mbpp.main([str(word) for word in (*argv, "--shots", 3, "--prompt", "raw")])
+    items = [json.loads(line) for line in (tmp_path / "out" / "mbpp.jsonl").read_text().splitlines()]
+    assert [item["task_id"] for item in items] == [1, 5, 6]
+    form = (
+        "You are an expert Python programmer, and here is your task: T{i}. Your code should pass these tests:\n\n"
+        "assert f{i}() == {i}\n[BEGIN]\n"
+    )
+    shown = "".join(form.format(i=i) + f"def f{i}():\n  return {i}\n[DONE]\n\n" for i in (2, 3, 4))
+    assert items[0]["prompt"] == shown + form.format(i=1)
 
 
 def test_mbpps_few_shot_form_ends_at_its_mark():

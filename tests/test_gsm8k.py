@@ -31,6 +31,9 @@ from data import demo
         ("The answer is: 3\n\nThe answer is: 4", 4),
         ("steps 1 + 1 = 2\n#### 2", 2),
         ("The answer is: unknown", None),
+        ("The answer is: 18\n\n#### Note 2", 18),
+        ("#### Step 3: add", None),  # a heading
+        ("The answer is: " + "9" * 5000, None),  # a loop
         ("The sum is 72", None),
         ("", None),
     ],
@@ -46,6 +49,33 @@ def test_last_numbers(text, expected):
     assert gsm8k.extract_last_number(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        ("The answer is: 18", 18, True),
+        ("The answer is: 17.6", 18, True),
+        ("The answer is: 33.33", 33, True),
+        ("The answer is: 0.5", 0, True),  # Python's round
+        ("The answer is: -3 apples", -3, True),
+        ("The answer is: $1,200.", 1200, True),
+        ("The answer is: 7/2", 4, True),
+        ("The answer is: 7/0", 7, True),
+        ("The answer is: /2", 2, False),
+        ("The answer is: .6", 1, True),
+        ("The answer is: 3. The answer is: 4", 4, True),
+        ("The answer is: 1,000,000", 10**6, False),
+        ("The answer is: 1,000,000", 1000, True),
+        ("The answer is:18", 18, False),
+        ("#### 18", 18, False),
+        ("The answer is: none", 0, False),
+        ("The answer is: " + "1" * 5000, 1, False),
+    ],
+)
+def test_the_published_rule(text, gold, expected):
+    """What the authors' script (llm172/BA-LoRA, utils/test_acc.py) makes of these texts, worked out by hand from it."""
+    assert gsm8k.grade(text, Fraction(gold))["correct_strict"] == expected
+
+
 def test_a_right_answer_without_the_marker_counts_only_leniently():
     verdict = gsm8k.grade("So there are 12.", Fraction(12))
     assert (verdict["correct"], verdict["correct_lenient"]) == (False, True)
@@ -58,10 +88,12 @@ def test_gsm8ks_own_solutions_are_all_right(shared_data):
     rows = [json.loads(line) for line in (shared_data / "gsm8k_test.jsonl").read_text().splitlines()]
     assert len(rows) == 1319
     for row in rows:
-        gold = Fraction(row["answer"].split("#### ")[1].replace(",", ""))
+        gold_text = row["answer"].split("#### ")[1]
+        gold = Fraction(gold_text.replace(",", ""))
         assert gsm8k.grade(row["answer"], gold)["correct"]
         metamath_style = row["answer"].replace("####", "The answer is:")
         assert gsm8k.grade(metamath_style, gold)["correct"]
+        assert gsm8k.grade(metamath_style, gold)["correct_strict"] == (gold_text.count(",") < 2)
         assert not gsm8k.grade(metamath_style, gold + 1)["correct"]
 
 

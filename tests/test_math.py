@@ -64,10 +64,11 @@ def test_maths_own_solutions_are_all_right(shared_data):
     golds = [hendrycks_math.gold_answer(row["solution"], index, "math500") for index, row in enumerate(rows)]
     assert golds == [row["answer"] for row in rows]
     assert len(golds) == 500
-    for completions in ([row["solution"] for row in rows], [f"So.\nThe answer is: {gold}." for gold in golds]):
+    boxed, marked = [row["solution"] for row in rows], [f"So.\nThe answer is: {gold}." for gold in golds]
+    for completions, strict in ((boxed, 0), (marked, 500)):  # the published rule knows no box
         verdicts = hendrycks_math.grade(completions, golds, seconds=30)
         assert sum(verdict["correct"] for verdict in verdicts) == 500
-        assert sum(verdict["correct_strict"] for verdict in verdicts) == 500
+        assert sum(verdict["correct_strict"] for verdict in verdicts) == strict
     wrong = hendrycks_math.grade([f"So.\nThe answer is: 9{gold}." for gold in golds[::10]], golds[::10], seconds=30)
     assert not any(verdict["correct"] or verdict["correct_strict"] for verdict in wrong)
 

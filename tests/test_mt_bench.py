@@ -58,8 +58,10 @@ class StubJudge(http.server.ThreadingHTTPServer):
                 reply = (200, json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
             self._send(*reply)
 
-        def _send(self, status, data):
+        def _send(self, status, data, location=None):
             self.send_response(status)
+            if location is not None:
+                self.send_header("Location", location)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -302,6 +304,30 @@ def test_a_judge_that_refuses_the_key_or_is_not_there(mt_bench_error, run, stub,
     _, summary = run(judge=stub)
     assert summary["both_turns"]["value"] == 6
     assert (files / "out" / "mt_bench.completions.jsonl").read_text() == completions
+
+
+def test_an_answer_too_long_for_the_judge_is_missing_and_the_others_are_judged(run, stub):
+    """The complaint has the word "model" in it."""
+    too_long = (400, b"This model's maximum context length is 4096 tokens")
+    stub.reply = lambda body, count: too_long if "Q Write. A" in body["messages"][1]["content"] else "[[5]]"
+    items, _ = run("--judge-retries", 1, judge=stub)
+    assert [item["score"] for item in items] == [None, None, 5, 5, 5, 5]
+    assert "HTTP 400" in items[0]["problem"]
+
+
+def test_the_key_follows_no_redirect(stub, run, monkeypatch):
+    """Another port is another server."""
+    elsewhere = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    elsewhere.timeout = 0.5
+    asked = []
+    elsewhere.process_request = lambda request, address: (asked.append(address), elsewhere.shutdown_request(request))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    location = f"http://localhost:{elsewhere.server_port}/v1/chat/completions"
+    stub.reply = lambda body, count: (302, b"", location)
+    _, summary = run("--judge-retries", 0, "--limit", 1, judge=stub)
+    elsewhere.handle_request()
+    assert not asked
+    assert summary["missing"] == 2
 
 
 def test_bad_input(mt_bench_error, files, monkeypatch):

@@ -161,8 +161,8 @@ def test_own_classification_data_has_a_column_per_test_set(tmp_path, capsys):
     ("second", "message"),
     [
         ({"seed": 1}, "are the same run, of BA-LoRA"),
-        ({"seed": 2, "rank": 16}, "no seeds of one BA-LoRA: rank is 8 and 16"),
-        ({"seed": 2, "data": "other.csv"}, "no seeds of one BA-LoRA: data is my/train.csv and other.csv"),
+        ({"seed": 2, "rank": 16}, "are no seeds of one BA-LoRA: rank = 8, not 16"),
+        ({"seed": 2, "data": "other.csv"}, "no seeds of one BA-LoRA: data = my/train.csv, not other.csv"),
     ],
 )
 def test_only_seeds_are_averaged(second, message, tmp_path, monkeypatch, capsys):
@@ -266,9 +266,34 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
 
 
 def test_the_verdict_compares_intervals():
-    def summary(successes: int) -> dict:
-        return {"accuracy": intervals.proportion(successes, 100)}
+    def verdict(one: int, other: int, **arguments) -> str:
+        summaries = [{"accuracy": intervals.proportion(count, 100), "arguments": {}} for count in (one, other)]
+        summaries[1]["arguments"] = arguments
+        return report.verdict(dict(zip(("base", "mine"), summaries, strict=True)))
 
-    assert "helped" in report.verdict(summary(4), summary(40))
-    assert "hurt" in report.verdict(summary(40), summary(4))
-    assert "no difference" in report.verdict(summary(4), summary(8))
+    assert "mine is better than base" in verdict(4, 40)
+    assert "mine is worse than base" in verdict(40, 4)
+    assert "no difference" in verdict(4, 8)
+    assert "limit = None, not 100: no comparison" in verdict(4, 40, limit=100)
+    assert "is better" in verdict(4, 40, batch_size=3)
+
+
+def test_scores_that_are_not_comparable_are_not_averaged(tmp_path, monkeypatch, capsys):
+    """Models that train.py did not make: another prompt, the same folder twice; one folder with two checkpoints."""
+    made = {"a": {"prompt": "alpaca"}, "b": {"prompt": "chat"}, "c": {"prompt": "chat", "seed": 1}}
+    for name, arguments in made.items():
+        write_summary(tmp_path / name / "base", "gsm8k", 0.5, 100)
+        path = tmp_path / name / "base" / "gsm8k.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"arguments": {"seed": 0, "limit": 100} | arguments}))
+
+    def error(*names):
+        return error_of(report, [tmp_path / name / "base" for name in names], monkeypatch, capsys)
+
+    assert "no seeds of one base: prompt = alpaca, not chat" in error("a", "b")
+    assert "are the same run" in error("a", "a")
+    write_summary(tmp_path / "c" / "base", "mbpp", 0.5, 500, ckpt="other/model")
+    assert "mixes results of several checkpoints: ckpt is some/model (gsm8k), other/model (mbpp)" in error("c")
+    (tmp_path / "c" / "base" / "mbpp.json").unlink()
+    write_summary(tmp_path / "b" / "base", "mbpp", 0.5, 500)
+    report.main([str(tmp_path / name / "base") for name in ("b", "c")])  # two seeds of sampling
+    assert "50.00±0.00 n = 100" in capsys.readouterr().out
