@@ -14,7 +14,8 @@
 # DRY_RUN=1                                 prints the commands and runs nothing
 # Arguments go to train.py: sh scripts/ba-lora.sh --learning-rate 1e-4
 #
-# OUTPUT=output/NAME sh scripts/ba-lora.sh --resume goes on with a run that was interrupted, in training or in scoring.
+# OUTPUT=output/NAME sh scripts/ba-lora.sh --resume goes on with a run that was interrupted, in training or in scoring;
+# what is done with other settings is refused.
 set -eu
 . "$(dirname "$0")/setup.sh"
 
@@ -36,28 +37,16 @@ else
 fi
 output=${OUTPUT:-output/$method-$experiment-$(date +%Y%m%d-%H%M%S)}
 
-# train COMMAND...   unless it is done
-train() {
-    case " $* " in *" --overwrite "*) ;; *)
-        if [ -f "$output/run.json" ]; then
-            say "trained already: $output"
-            return
-        fi
-        ;;
-    esac
-    run "$@"
-}
+# What is trained anew is scored anew.
+again=--skip-done
+case " $* " in *" --overwrite "*) again=--overwrite ;; esac
 
 # score NAME CKPT   GSM8K's rule on a checkpoint; the demo's problems
 score() {
-    if [ -f "$output/results/$1/gsm8k.json" ]; then
-        say "$1 is scored already"
-        return
-    fi
     say "scoring $1"
     # A small engine for small problems: transformers starts at once, and two cores have no use for vLLM's batching.
     run python eval/gsm8k.py --ckpt "$2" --output-dir "$output/results/$1" --data demo --backend transformers \
-        --max-new-tokens 96 --batch-size 50 --loss-field response
+        --max-new-tokens 96 --batch-size 50 --loss-field response "$again"
 }
 
 say "$method, $experiment experiment ($reason); everything goes to $output"
@@ -66,7 +55,7 @@ if [ -z "${DRY_RUN:-}" ]; then setup; fi
 case "$experiment" in
 demo)
     if [ "$method" = full ]; then set -- --learning-rate 5e-5 "$@"; fi # every weight moves: the adapters' rate is too high
-    train python train.py --config configs/demo.yaml --method "$method" --seed "$seed" --output-dir "$output" "$@"
+    run python train.py --config configs/demo.yaml --method "$method" --seed "$seed" --output-dir "$output" "$@"
     if [ "${BASE:-}" != no ]; then score base demo; fi
     score "$method" "$output/merged"
     ;;
@@ -96,12 +85,17 @@ paper)
     if [ $((accumulation * 4 * num_gpus)) -ne 128 ]; then
         say "note: $num_gpus GPUs x 4 sequences do not divide the paper's batch of 128: $((accumulation * 4 * num_gpus))"
     fi
-    train deepspeed --no_local_rank --num_gpus "$num_gpus" train.py --config configs/llama2_7b_metamath.yaml --method "$method" \
+    where="--num_gpus $num_gpus"
+    if [ -z "${NUM_GPUS:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # given a number, deepspeed takes the first ones
+        where="--include localhost:$CUDA_VISIBLE_DEVICES"
+    fi
+    # shellcheck disable=SC2086  # two words
+    run deepspeed --no_local_rank $where train.py --config configs/llama2_7b_metamath.yaml --method "$method" \
         --seed "$seed" --model "$model" ${DATA:+--data "$DATA"} --data-subset "$subset" --batch-size 4 \
         --gradient-accumulation "$accumulation" --deepspeed configs/ds_zero2.json --output-dir "$output" "$@"
     export BENCHMARKS="$benchmarks"
-    if [ "${BASE:-}" != no ]; then sh scripts/eval.sh "$model" "$output/results/base" --backend vllm; fi
-    sh scripts/eval.sh "$output/merged" "$output/results/$method" --backend vllm
+    if [ "${BASE:-}" != no ]; then sh scripts/eval.sh "$model" "$output/results/base" --backend vllm "$again"; fi
+    sh scripts/eval.sh "$output/merged" "$output/results/$method" --backend vllm "$again"
     ;;
 *)
     say "EXPERIMENT=$experiment: demo or paper" >&2

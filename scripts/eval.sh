@@ -10,7 +10,8 @@
 # BENCHMARKS="humaneval mbpp"                      these alone
 # DRY_RUN=1                                        prints the commands and runs nothing
 #
-# Started again after an interruption, it leaves out what is done and goes on with the rest.
+# Started again after an interruption, it leaves out what is done and goes on with the rest; it refuses what was done with
+# another checkpoint or other settings (--overwrite replaces it).
 set -eu
 . "$(dirname "$0")/setup.sh"
 
@@ -26,16 +27,12 @@ esac
 shift
 if [ $# -gt 0 ]; then shift; fi
 
-# score NAME [OPTION...]   one benchmark, unless it is done
+# score NAME [OPTION...]   one benchmark
 score() {
     name=$1
     shift
-    if [ -f "$out/$name.json" ]; then
-        say "$name is done: $out/$name.json"
-        return
-    fi
     say "$name"
-    run python "eval/$name.py" --ckpt "$ckpt" --output-dir "$out" "$@"
+    run python "eval/$name.py" --ckpt "$ckpt" --output-dir "$out" --skip-done "$@"
 }
 
 # mt_bench [OPTION...]   where there are questions; answers that were not judged yet are judged when there is a judge
@@ -46,12 +43,9 @@ mt_bench() {
     fi
     set -- --data "$MT_BENCH" ${JUDGE:+--judge-model "$JUDGE"} ${JUDGE_URL:+--judge-url "$JUDGE_URL"} \
         ${JUDGE_PROMPTS:+--judge-prompts "$JUDGE_PROMPTS"} ${REFERENCES:+--references "$REFERENCES"} "$@"
-    if [ -n "${JUDGE:-}" ] && grep -qs '"judge": null' "$out/mt_bench.json"; then
-        say "mt_bench: judging the answers that are there"
-        run python eval/mt_bench.py --rescore "$out/mt_bench.jsonl" --output-dir "$out" --overwrite "$@"
-    else
-        score mt_bench "$@"
-    fi
+    # The answers, which are on disk, are not made again.
+    if [ -n "${JUDGE:-}" ] && grep -qs '"judge": null' "$out/mt_bench.json"; then set -- "$@" --overwrite; fi
+    score mt_bench "$@"
 }
 
 if [ -z "${DRY_RUN:-}" ]; then setup; fi

@@ -8,7 +8,7 @@
 # OUTPUT=output/glue                                           a folder per run; the report in output/glue-report
 # DRY_RUN=1                                                    prints the commands and runs nothing
 #
-# Started again after an interruption, it leaves out the runs that are done.
+# Started again after an interruption, it leaves out the runs that are done, and refuses those of other settings.
 set -eu
 . "$(dirname "$0")/setup.sh"
 
@@ -24,15 +24,11 @@ for task in ${TASKS:-mnli sst2 mrpc cola qnli qqp rte stsb}; do
         for seed in $seeds; do
             folder=$output/$(basename "$config" .yaml)-$task-$method-$seed
             results="$results $folder"
-            if [ -f "$folder/results.json" ]; then
-                say "done: $folder"
-                continue
-            fi
             say "$task, $method, seed $seed"
             rate=
             if [ "$method" = full ]; then rate="--learning-rate=${FULL_LEARNING_RATE:-2e-5}"; fi
             run python finetune_bert_l_sst2.py --config "$config" --task "$task" --method "$method" --seed "$seed" \
-                --output-dir "$folder" --overwrite ${rate:+"$rate"} "$@"
+                --output-dir "$folder" --skip-done ${rate:+"$rate"} "$@"
         done
     done
 done

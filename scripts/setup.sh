@@ -11,8 +11,14 @@ say() { echo "[$(($(date +%s) - started)) s] $*"; }
 # run COMMAND...   or with DRY_RUN=1 only prints it
 run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi; }
 
-# grep counts 0 where nvidia-smi is there and finds no GPU, or is not there
-gpus() { nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true; }
+# How many GPUs there are, or are named by CUDA_VISIBLE_DEVICES. grep counts 0 where nvidia-smi finds none, or is not there.
+gpus() {
+    found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+    if [ "$found" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        found=$(echo "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c '^[^-]' || true)
+    fi
+    echo "$found"
+}
 
 # install NAME COMMAND...   runs COMMAND unless it has run for the same requirement files
 install() {
@@ -30,7 +36,7 @@ install() {
 }
 
 setup() {
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -x .venv/bin/pip ]; then # a first try without the venv package leaves a python without it
         python=${PYTHON:-python3}
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
             say "Python 3.11 or newer is needed, and $python is not: set PYTHON=..." >&2

@@ -90,30 +90,57 @@ def test_a_driver_without_a_gpu_is_no_gpu(tmp_path):
     assert "2 CUDA GPUs" in dry_run("ba-lora.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
-    """A run that was interrupted in scoring: OUTPUT names it, training and the base's score are left out."""
+def test_visible_gpus_are_those_that_train(tmp_path):
+    """deepspeed takes the first GPUs when it is told their number; CUDA_VISIBLE_DEVICES names others."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: H100; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    printed = dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="2,3", **path)
+    assert "2 CUDA GPUs" in printed
+    assert "deepspeed --no_local_rank --include localhost:2,3 train.py" in printed
+    assert "--gradient-accumulation 16" in printed
+    assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="", **path)
+    assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="-1", **path)
+
+
+def test_a_second_start_asks_the_scripts_what_is_done(tmp_path, monkeypatch):
+    """They compare the settings (their own tests); what is trained anew is scored anew."""
     monkeypatch.chdir(ROOT)
-    (tmp_path / "results" / "base").mkdir(parents=True)
-    for name in ("run.json", "results/base/gsm8k.json"):
-        (tmp_path / name).write_text("{}")
-    printed = dry_run("ba-lora.sh", NUM_GPUS="0", OUTPUT=str(tmp_path))
-    commands = [line.split()[1] for line in printed.splitlines() if line.startswith("python")]
-    assert commands == ["eval/gsm8k.py", "eval/report.py"]
-    assert f"--ckpt {tmp_path}/merged" in printed
-    again = dry_run("ba-lora.sh", "--overwrite", NUM_GPUS="0", OUTPUT=str(tmp_path))
-    assert "train.py --config configs/demo.yaml" in again
+    for script in (["ba-lora.sh", "--resume"], ["ba-lora.sh", "--overwrite"]):
+        printed = dry_run(*script, NUM_GPUS="0", OUTPUT=str(tmp_path))
+        training, *scoring, _ = [line for line in printed.splitlines() if line.startswith("python")]
+        assert script[1] in training.split()
+        flag = "--skip-done" if script[1] == "--resume" else "--overwrite"
+        assert [line.split()[1] for line in scoring] == ["eval/gsm8k.py"] * 2
+        assert all(flag in line.split() for line in scoring)
+        assert f"--ckpt {tmp_path}/merged" in scoring[1]
+    eight = dry_run("ba-lora.sh", "--overwrite", NUM_GPUS="8")
+    assert all("--overwrite" in line for line in eight.splitlines() if "eval/gsm8k.py" in line)
+
+
+def test_the_published_table_without_mt_bench(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    printed = dry_run("nlg.sh", NUM_GPUS="8", MT_BENCH="", SEEDS="1", METHODS="lora")
+    assert "MT_BENCH=question.jsonl" in printed
+    assert [
+        line.partition("--data-subset ")[2].split()[0] for line in printed.splitlines() if " train.py " in line
+    ] == [
+        "metamath",
+        "python",
+    ]
+    assert "eval/report.py" in printed.splitlines()[-1]
 
 
 def test_answers_without_a_judge_are_judged_later(tmp_path):
     (tmp_path / "mt_bench.json").write_text('{"judge": null}')
     command = ["sh", str(ROOT / "scripts/eval.sh"), "ckpt", str(tmp_path)]
     environment = os.environ | {"DRY_RUN": "1", "BENCHMARKS": "mt_bench", "MT_BENCH": "q.jsonl"}
-    without = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert "mt_bench is done" in without
-    judged = subprocess.run(command, env=environment | {"JUDGE": "gpt-4"}, capture_output=True, text=True, check=True)
-    (line,) = (line for line in judged.stdout.splitlines() if "eval/mt_bench.py" in line)
-    args = train.parse_arguments(mt_bench.Arguments, "", shlex.split(line)[2:])
-    assert (args.rescore, args.judge_model, args.overwrite) == (str(tmp_path / "mt_bench.jsonl"), "gpt-4", True)
+    for judge, overwrite in ({}, False), ({"JUDGE": "gpt-4"}, True):
+        printed = subprocess.run(command, env=environment | judge, capture_output=True, text=True, check=True).stdout
+        (line,) = (line for line in printed.splitlines() if "eval/mt_bench.py" in line)
+        args = train.parse_arguments(mt_bench.Arguments, "", shlex.split(line)[2:])
+        assert (args.ckpt, args.judge_model, args.overwrite) == ("ckpt", judge.get("JUDGE"), overwrite)
+        assert args.skip_done
 
 
 def test_the_demo_without_gpus(monkeypatch):
