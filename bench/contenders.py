@@ -6,6 +6,7 @@ of the model as the teacher, whole logits of both in fp32, the unshifted label m
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -58,6 +59,23 @@ def padded_batch(examples: list[dict]) -> dict[str, Tensor]:
         "attention_mask": torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in examples]),
         "labels": torch.tensor([pad(e["labels"], train.IGNORE_INDEX) for e in examples]),
     }
+
+
+def batches_of(args: Any, tokenizer: Any) -> list[list[dict]]:
+    """The batches of `--steps` timed steps, after one to warm up, from `--data` and `--fields`.
+
+    Raises:
+        UserError: no such data, or too little.
+    """
+    records = train.load_records(train.resolve_demo(args.data, "train"))
+    train.require_fields(records, args.fields, args.data, "name two of them with --fields")
+    count = (args.steps + 1) * args.batch_size
+    dataset, _ = train.build_dataset(
+        records.select(range(min(2 * count, len(records)))), tokenizer, args.fields, args.max_length
+    )
+    if len(dataset) < count:
+        raise train.UserError(f"{args.data} has {len(dataset)} examples, of {count} needed: fewer --steps")
+    return [[dataset[i] for i in range(start, start + args.batch_size)] for start in range(0, count, args.batch_size)]
 
 
 def machine() -> str:

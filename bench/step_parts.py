@@ -47,7 +47,7 @@ class Clock:
         return timed
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
     parser.add_argument("--data", default="demo", help="real text of uneven lengths")
@@ -56,15 +56,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after one to warm up")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     path = train.resolve_demo(args.model, "model")
     tokenizer, _ = train.load_tokenizer_and_config(path)
-    count = (args.steps + 1) * args.batch_size
-    records = train.load_records(train.resolve_demo(args.data, "train")).select(range(2 * count))
-    dataset, _ = train.build_dataset(records, tokenizer, args.fields, args.max_length)
-    examples = [dataset[i] for i in range(count)]
-    batches = [examples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+    batches = contenders.batches_of(args, tokenizer)
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     train.add_adapters(model, "ba-lora", args.rank, args.rank, train.TARGET_MODULES)
@@ -135,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train.run_script(main)

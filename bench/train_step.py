@@ -97,7 +97,7 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
         connection.send((seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
     parser.add_argument("--data", default="demo", help="real text of uneven lengths")
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each contender, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     import contenders
 
@@ -115,11 +115,8 @@ def main() -> None:
 
     model_path = train.resolve_demo(args.model, "model")
     tokenizer, _ = train.load_tokenizer_and_config(model_path)
-    records = train.load_records(train.resolve_demo(args.data, "train"))
-    count = (args.steps + 1) * args.batch_size
-    dataset, _ = train.build_dataset(records.select(range(2 * count)), tokenizer, args.fields, args.max_length)
-    examples = [dataset[i] for i in range(count)]
-    batches = [examples[i : i + args.batch_size] for i in range(0, count, args.batch_size)]
+    batches = contenders.batches_of(args, tokenizer)
+    examples = [example for batch in batches for example in batch]
     tokens = sum(len(example["input_ids"]) for example in examples) / len(batches)
     padded = sum(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in batches) / len(batches)
     valid = sum(label != -100 for example in examples for label in example["labels"]) / len(batches)
@@ -163,4 +160,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import train
+
+    train.run_script(main)
