@@ -2626,10 +2626,15 @@ def main(argv: list[str]) -> None:
         model_path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
     with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
+        attention = None if args.dry_run else args.attn_implementation  # which another machine may have
         try:
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
-        except ValueError as error:
-            raise UserError(f"{args.model} is no causal language model: {_first_line(error)}") from error
+            skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
+            )
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"cannot make {args.model} as a causal language model with these options: {_first_line(error)}"
+            ) from error
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -2958,18 +2963,15 @@ def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: A
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            model_path,
-            revision=args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=args.attn_implementation,
-            use_safetensors=True,
-            **kwargs,
-        )
-    except (ImportError, ValueError) as error:  # an attention that does not exist, or is not installed
-        raise UserError(f"cannot load the model {args.model!r}: {_first_line(error)}") from error
+    return AutoModelForCausalLM.from_pretrained(
+        model_path,
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        use_safetensors=True,
+        **kwargs,
+    )
 
 
 def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:

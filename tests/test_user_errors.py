@@ -63,6 +63,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--lr-scheduler", "sine"], "'sine'"),
         (["--lr-scheduler", "reduce_lr_on_plateau"], "one of cosine, linear"),  # needs settings of its own
         (["--max-steps", "0"], "--max-steps is 0"),
+        (["--attn-implementation", "magic"], 'attn_implementation="magic"` is not supported'),
         (["--deepspeed", "README.md"], "no DeepSpeed configuration in README.md"),
         (["--deepspeed", "configs/ds_zero2.json"], "needs its launcher"),
         (["--target-modules", "lm_head"], "has its weight in common with the input embeddings"),
@@ -226,6 +227,13 @@ def test_overwrite_deletes_nothing_that_the_run_reads(train_error, tmp_path, dat
     (tmp_path / "out" / "states").mkdir()
     assert "states, which --overwrite" in train_error("--overwrite", "--teacher-cache", tmp_path / "out" / "states")
     assert inside.read_text() == data_file.read_text()
+
+
+def test_a_model_of_another_kind(train_error, checkpoint):
+    """An encoder-decoder cannot be trained as a causal language model."""
+    config = transformers.T5Config(vocab_size=258, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(checkpoint)
+    assert "as a causal language model" in train_error()
 
 
 def test_a_folder_of_mixed_formats(train_error, tmp_path):
