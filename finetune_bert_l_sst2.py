@@ -55,6 +55,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -260,7 +261,7 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     require_lr_scheduler(args.lr_scheduler)
     if args.skip_done and not args.overwrite:
         leave_if_done(args)
-        args.overwrite = (Path(args.output_dir) / "config.yaml").is_file()
+        args.overwrite = is_unfinished(Path(args.output_dir))
     inputs = (args.config, args.model, args.data, *args.eval_data)
     require_output_dir(args, args.overwrite, "name another one, or use --overwrite", *inputs)
     return args
@@ -286,6 +287,15 @@ def leave_if_done(args: Arguments) -> None:
         raise UserError(f"{path} is of a run with {difference}: name another --output-dir, or use --overwrite")
     print(f"done: {path}")
     sys.exit(0)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether the folder is of a run of this script that did not end."""
+    try:
+        made = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(made, dict) and "teacher_head" in made and not (folder / "results.json").exists()
 
 
 def default_experiment() -> tuple[Path, str]:

@@ -1484,7 +1484,7 @@ def build_dataset(
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = {"input_ids": [], "labels": []}
         for instruction, response in zip(batch[instruction_field], batch[response_field], strict=True):
-            if instruction is None or response is None or not str(response).strip():
+            if None in (instruction, response) or not str(instruction).strip() or not str(response).strip():
                 continue
             example = encode_example(tokenizer, str(instruction), str(response), max_length)
             if any(label != IGNORE_INDEX for label in example["labels"][1:]):
@@ -2654,10 +2654,11 @@ def main(argv: list[str]) -> None:
     output_dir = Path(args.output_dir)
     if args.resume and (output_dir / "run.json").is_file():
         require_same_run(output_dir, args)
-        if (output_dir / "merged").is_dir() and (args.method == "full" or (output_dir / "adapter").is_dir()):
-            if int(os.environ.get("RANK", "0")) == 0:
-                print(f"trained already, with these settings: {output_dir}")
-            return
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"trained already, with these settings: {output_dir}")
+            if not (output_dir / "merged").is_dir():
+                print(f"note: its merged/ is gone; train.py --export-from {output_dir} --overwrite writes it again")
+        return
 
     records = load_training_records(args)
     dtype = resolve_dtype(args.dtype)
@@ -2673,7 +2674,8 @@ def main(argv: list[str]) -> None:
         dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
     is_main = trainer_args.process_index == 0
     if num_dropped and is_main:
-        print(f"dropped {num_dropped} of {len(records)} examples: no response token within {args.max_length} tokens")
+        why = f"a field is empty, or no response token is within {args.max_length} tokens"
+        print(f"dropped {num_dropped} of {len(records)} examples: {why}")
     if len(dataset) == 0:
         raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
 
@@ -3043,11 +3045,23 @@ def export_model(
 
 
 def mend_generation_config(model: transformers.PreTrainedModel) -> None:
-    """Some published models have sampling settings without sampling, which transformers reads but does not write."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True  # what they mean
+    """Some published models have settings that transformers reads and does not write: most of sampling, without
+    sampling. These are kept, with sampling; of any others nothing is kept but the special tokens."""
+    config = model.generation_config
+
+    def can_be_written() -> bool:
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            return False
+        return True
+
+    if not can_be_written():
+        config.do_sample = True
+    if not can_be_written():
+        model.generation_config = transformers.GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
+        )
 
 
 def export_again(args: Arguments) -> None:

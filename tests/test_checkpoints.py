@@ -141,15 +141,6 @@ def test_a_second_signal_leaves_at_once(folder, tmp_path):
     assert process.exitcode == 143
 
 
-def test_resume_after_the_end_exports_the_same_again(folder, uninterrupted):
-    output = folder / "again"
-    shutil.copytree(uninterrupted, output)
-    shutil.rmtree(output / "adapter")
-    code, text = run(folder, output, "--resume")
-    assert code == 0, text
-    assert adapter_of(output) == adapter_of(uninterrupted)
-
-
 @pytest.mark.parametrize("method", ["full", "ba-lora"])
 def test_a_run_killed_before_its_export_takes_no_further_step(method, folder):
     """With a learning rate that is not 0 at the end, within an epoch: all steps are done, and the files are missing."""
@@ -179,6 +170,13 @@ def test_a_finished_run_is_left_alone(folder, uninterrupted):
     assert code == 2
     assert "learning_rate = 0.001, not 0.0001" in text
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    for name in ("merged", "checkpoints"):  # to save the disk
+        shutil.rmtree(output / name)
+    code, text = run(folder, output, "--resume")
+    assert code == 0
+    assert "its merged/ is gone" in text
+    assert not (output / "merged").exists()
+    assert adapter_of(output) == adapter_of(uninterrupted)
 
 
 def test_damaged_checkpoints_are_written_again(folder, uninterrupted):
@@ -205,6 +203,12 @@ def test_a_base_with_sampling_settings_but_no_sampling_is_exported(folder, tmp_p
     assert code == 0, text
     made = json.loads((tmp_path / "out" / "merged" / "generation_config.json").read_text())
     assert (made["do_sample"], made["temperature"], made["top_p"]) == (True, 0.9, 0.6)
+    settings = {"pad_token_id": -1, "eos_token_id": 257, "length_penalty": 2.0}  # not of sampling
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    code, text = run(folder, tmp_path / "second", "--model", tmp_path / "base", "--max-steps", 2)
+    assert code == 0, text
+    made = json.loads((tmp_path / "second" / "merged" / "generation_config.json").read_text())
+    assert made["eos_token_id"] == 257
 
 
 def test_resume_without_a_checkpoint_starts(folder, uninterrupted):
@@ -275,6 +279,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterru
     """Files above 60 kB cannot be written: neither a checkpoint's nor the exported model's."""
     output = folder / "full-disk"
     shutil.copytree(uninterrupted, output)
+    (output / "run.json").unlink()
     for name in ("adapter", "merged"):
         shutil.rmtree(output / name)
     shutil.rmtree(output / "checkpoints" / "checkpoint-24")

@@ -455,6 +455,10 @@ def test_a_run_that_is_done_is_left_and_one_that_is_not_is_replaced(tmp_path, en
     (tmp_path / "other" / "precious.txt").write_text("no run of this script")
     with pytest.raises(train.UserError, match="is not empty"):
         run(tmp_path, *argv, output="other")
+    (tmp_path / "other" / "config.yaml").write_text(train.config_text(train.Arguments()))  # of train.py
+    with pytest.raises(train.UserError, match="is not empty"):
+        run(tmp_path, *argv, output="other")
+    assert (tmp_path / "other" / "precious.txt").exists()
 
 
 def test_a_test_file_named_like_the_training_data_stays_a_test_file(tmp_path, monkeypatch):
