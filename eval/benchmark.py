@@ -201,6 +201,31 @@ def checkpoint_identity(name: str, config: Any = None) -> Any:
     return [str(folder.resolve()), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
+PLACES, PLACE = 16, 2**16  # how many places of a weight file tell it from others, and the bytes of each
+
+
+def state_of(args: Arguments) -> str | None:
+    """Tells the weights of --ckpt and --adapter from others, wherever they lie; None where neither is a folder.
+
+    Files are read in a few places only: no training leaves those as they are.
+    """
+    folders = [Path(name) for name in (args.ckpt, args.adapter) if name and Path(name).is_dir()]
+    known = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        size = path.stat().st_size
+        known.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(PLACES):
+                file.seek(place * max(size - PLACE, 0) // (PLACES - 1))
+                known.update(file.read(PLACE))
+    return known.hexdigest()[:32] if folders else None
+
+
+def full_name(name: str | None) -> str | None:
+    """One name for a folder, however it was typed; a hub name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """One value per line; a line ends at "\\n" alone, since JSON may hold other characters that end a line for Python.
 
@@ -254,7 +279,7 @@ class Run:
             summary = Path(args.rescore).with_suffix(".json")
             with contextlib.suppress(OSError, ValueError):
                 made = json.loads(summary.read_text())
-                self._origin = {name: made[name] for name in self._origin}
+                self._origin = {name: made[name] for name in self._origin} | {"checkpoint": made.get("checkpoint")}
                 self._origin["made_with"] = made.get("made_with") or {
                     "arguments": {name: made["arguments"].get(name) for name in MADE_WITH},
                     "versions": made["versions"],
@@ -275,8 +300,13 @@ class Run:
             arguments = made["arguments"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.summary_path} is damaged: replace it with --overwrite") from error
-        now = asdict(self.args) | {"checkpoint": _state_of(self.args)}
-        return first_difference(arguments | {"checkpoint": made.get("checkpoint")}, now, NOT_DECIDING)
+        arguments |= {name: full_name(arguments.get(name)) for name in ("ckpt", "adapter")}
+        ours = asdict(self.args) | {name: full_name(getattr(self.args, name)) for name in ("ckpt", "adapter")}
+        difference = first_difference(arguments, ours, NOT_DECIDING)
+        now = state_of(self.args)
+        if difference is None and now is not None and made.get("checkpoint") not in (None, now):
+            return "other weights in the same folder"
+        return difference
 
     def records(
         self, fields: list[str], remedy: str, split: str = "test", names: Mapping[str, str] = MappingProxyType({})
@@ -452,11 +482,11 @@ class Run:
             arguments |= self._origin.get("made_with", {}).get("arguments") or dict.fromkeys(MADE_WITH)
         summary = {
             "benchmark": self.benchmark,
+            "checkpoint": None if args.rescore is not None else state_of(args),
             **self._origin,
             "data": args.data,
             **scores,
             "arguments": arguments,
-            "checkpoint": None if args.rescore is not None else _state_of(args),
             "versions": package_versions(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "seconds": seconds,
@@ -468,12 +498,6 @@ class Run:
         on = f" with {self._origin['adapter']}" if self._origin["adapter"] else ""
         print(f"\n{self._origin['ckpt']}{on} on {args.data} ({how}, {seconds:.0f} s)")
         print("\n".join([*lines, f"  {'items and summary':24}{self.items_path}, {self.summary_path}"]))
-
-
-def _state_of(args: Arguments) -> str | None:
-    """Tells whether a checkpoint, or adapter, in a folder has changed since."""
-    folders = [checkpoint_identity(name) for name in (args.ckpt, args.adapter) if name and Path(name).is_dir()]
-    return digest(folders) if folders else None
 
 
 def _read_items(path: Path) -> list[dict]:

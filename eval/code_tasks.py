@@ -51,9 +51,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 # The code in a completion. By lines, not by Python's parser: a model can write what takes the parser down.
 # ----------------------------------------------------------------------------------------------------------------------
 
-# A fence that opens stands on a line of its own, indented in a list; one that closes may end a line of code.
-OPENING = re.compile(r"[ \t]*```[ \t]*\w*[ \t]*")
-CLOSING = re.compile(r"(.*?)[ \t]*```[ \t]*")
+FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)[ \t]*")  # a line of its own; with a language, it opens
 # How a line of code outside every block begins, as opposed to prose.
 CODE_LINE = re.compile(
     r"(?:import|from|def|async def|class|if|elif|for|while|with|return|assert|del|raise|global)\b.*"
@@ -64,16 +62,16 @@ CODE_LINE = re.compile(
 
 
 def extract_code(completion: str, names: tuple[str, ...]) -> str:
-    """The code in a completion: of the fenced blocks the last that defines one of `names`, with the definitions in
-    others before it; else what stands outside of them and defines one; else the first. Without any, the lines of code.
+    """The code in a completion: the first fenced block that defines one of `names`, with the definitions in blocks
+    before it; else what stands outside and defines one; else the first block. Without blocks, the lines of code.
 
     The first line keeps its indentation: a completion may be the body of a function.
     """
-    blocks, text = fenced_blocks(completion)
+    blocks, text = fenced_blocks(re.sub(r"^ (?=\S)", "", completion))  # the space that parts it from its prompt
     defining = [number for number, block in enumerate(blocks) if defines(block, names)]
     if defining:
-        helpers = [block for block in blocks[: defining[-1]] if not defines(block, names) and is_definitions(block)]
-        return without_trials("\n".join([*helpers, blocks[defining[-1]]]), names)
+        helpers = [block for block in blocks[: defining[0]] if is_definitions(block, names)]
+        return without_trials("\n".join([*helpers, blocks[defining[0]]]), names)
     if blocks and not defines(text, names):
         return blocks[0]
     return without_trials(leading_code(text, names), names)
@@ -83,36 +81,43 @@ def fenced_blocks(completion: str) -> tuple[list[str], str]:
     """The fenced blocks, without what all their lines are indented by, and the text outside of them.
 
     A completion may begin inside of a block that its prompt has opened: code before a first fence without a language.
+    It may end inside of one, cut short: that one comes last.
     """
     blocks, outside, block = [], [], None
     for line in completion.split("\n"):
-        closing = CLOSING.fullmatch(line) if line.count("```") == 1 else None
-        if block is None and closing and not blocks and is_code("\n".join([*outside, closing[1]])):
+        before, mark, after = line.partition("```")
+        fence = FENCE.fullmatch(line)
+        ends = bool(mark) and (not before.strip() or not after.strip())  # a model may write on where a block ends
+        if block is None and ends and not after.strip() and not blocks and is_code([*outside, before]):
             block, outside = outside, []
-        if block is not None and closing:
-            blocks.append([*block, closing[1]] if closing[1] else block)
-            block = None
+        if block is not None and ends:
+            blocks.append([*block, before])
+            block = [] if fence and fence[1] else None
         elif block is not None:
             block.append(line)
-        elif OPENING.fullmatch(line):
+        elif fence:
             block = []
         else:
             outside.append(line)
-    if block and any(line.strip() for line in block):  # cut short
+    if block and any(line.strip() for line in block):
         blocks.append(block)
     return [textwrap.dedent("\n".join(lines)).rstrip() + "\n" for lines in blocks], "\n".join(outside)
 
 
-def is_code(text: str) -> bool:
-    """Whether the first line that is not empty is one of code."""
-    first = next((line for line in text.split("\n") if line.strip()), "")
-    return bool(first) and (first[0] in " \t" or CODE_LINE.fullmatch(first) is not None)
+def is_code(lines: list[str]) -> bool:
+    """Whether every line that is not empty is one of code, indented or not, and one of them no comment."""
+    lines = [line for line in lines if line.strip()]
+    return all(line.startswith(("  ", "\t")) or CODE_LINE.fullmatch(line) for line in lines) and any(
+        line.lstrip()[0] != "#" for line in lines
+    )
 
 
-def is_definitions(block: str) -> bool:
-    """Whether every line that is not indented imports, or begins or ends a definition or an assignment."""
+def is_definitions(block: str, names: tuple[str, ...]) -> bool:
+    """Whether the block imports, defines and sets constants, and does nothing with `names`."""
     lines = [line for line in block.split("\n") if line.strip() and line[0] not in " \t#"]
-    return all(re.match(r"(?:import|from|def|async def|class)\b|@|[)\]}]|\w+ *=[^=]", line) for line in lines)
+    pattern = r"(?:import|from|def|async def|class)\b.*|@.*|[)\]}].*|\w+ *=[^=(]*"
+    uses = any(re.search(rf"\b{re.escape(name)}\b", block) for name in names)
+    return not uses and all(re.fullmatch(pattern, line) for line in lines)
 
 
 def without_trials(code: str, names: tuple[str, ...]) -> str:
@@ -121,7 +126,8 @@ def without_trials(code: str, names: tuple[str, ...]) -> str:
         return code
     lines, kept, defined, dropping = code.split("\n"), [], False, False
     for line in lines:
-        if line.strip() and line[0] not in " \t)]}":
+        goes_on = dropping and re.match(r"(?:else|elif|except|finally)\b", line) is not None
+        if line.strip() and line[0] not in " \t)]}" and not goes_on:
             dropping = defined and re.match(r"assert\b|print\(|if __name__\b", line) is not None
             defined = defined or defines(line, names)
         if not dropping:

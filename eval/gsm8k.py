@@ -43,6 +43,8 @@ class Arguments(benchmark.Arguments):
 
 
 NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
+# What may stand between "####" and its number.
+DECORATION = re.compile(r"(?:[\s*:+]|(?:the )?(?:final )?answer(?: is)?\b|\\boxed\{)*", re.IGNORECASE)
 MOST_DIGITS = 100  # of a number; what a model repeats for ever is none
 
 
@@ -53,7 +55,7 @@ def extract_answer(text: str) -> Fraction | None:
     if marker:
         return _number(NUMBER.search(answer))
     _, marker, answer = text.rpartition("####")
-    return _number(NUMBER.match(answer.lstrip(" "))) if marker else None
+    return _number(NUMBER.match(answer, DECORATION.match(answer).end())) if marker else None
 
 
 PUBLISHED_NUMBER = re.compile(r"([-+]?\d*)([.,/]?)(\d+)")

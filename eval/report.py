@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark import NOT_DECIDING, read_jsonl, write_whole  # first: it makes train.py importable
+from benchmark import NOT_DECIDING, full_name, read_jsonl, write_whole  # first: it makes train.py importable
 
 from train import NOT_IDENTITY, UserError, first_difference, run_script
 
@@ -213,17 +213,24 @@ def load_summaries(folder: str) -> dict[str, dict]:
         path = Path(folder) / f"{name}.json"
         if path.is_file():
             try:
-                summaries[name] = json.loads(path.read_text())
-                summaries[name][NLG[name].score]["value"]
+                found = json.loads(path.read_text())
+                is_older = "accuracy" in found and NLG[name].score not in found
+                found[NLG[name].score if not is_older else "accuracy"]["value"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged: run eval/{name}.py again with --overwrite") from error
+            if is_older:
+                raise UserError(
+                    f"{path} is older than this script and lacks {NLG[name].score}: python eval/{name}.py "
+                    f"--rescore {path.with_suffix('.jsonl')} --output-dir {folder} --overwrite"
+                )
+            summaries[name] = found
     if not summaries:
         names = ", ".join(f"{name}.json" for name in NLG)
         raise UserError(
             f"no results in {folder}: it has none of {names}, nor results.json; run eval/gsm8k.py or a sibling first"
         )
     for what in ("ckpt", "adapter"):
-        found = {name: summary.get(what) for name, summary in summaries.items()}
+        found = {name: full_name(summary.get(what)) for name, summary in summaries.items()}
         if len(set(found.values())) > 1:
             values = ", ".join(f"{value} ({name})" for name, value in found.items())
             raise UserError(f"{folder} mixes results of several checkpoints: {what} is {values}")

@@ -1,8 +1,10 @@
 """What the benchmarks share: prompts, runs that are killed and started again, rescoring, adapters, intervals."""
 
 import json
+import os
 import random
 import re
+import shutil
 import time
 
 import benchmark
@@ -293,12 +295,24 @@ def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, 
     ):
         with pytest.raises(train.UserError, match=re.escape(f"was made with {expected}")):
             run(gsm8k, argv, out, *options)
+    for path in checkpoint.iterdir():  # copied, the weights are what they were
+        os.utime(path, (1, 1))
+    for options in ((), ("--ckpt", f"{checkpoint}/")):
+        with pytest.raises(SystemExit):
+            run(gsm8k, argv, out, *options)
     make_model(seed=1).save_pretrained(checkpoint)
-    with pytest.raises(train.UserError, match="was made with checkpoint"):
+    with pytest.raises(train.UserError, match="was made with other weights in the same folder"):
         run(gsm8k, argv, out)
     assert (out / "gsm8k.json").read_bytes() == before
     run(gsm8k, argv, out, "--overwrite")
     assert (out / "gsm8k.json").read_bytes() != before
+    rescored = ["--rescore", out / "gsm8k.jsonl", "--data", argv[argv.index("--data") + 1], "--limit", 3, "--overwrite"]
+    run(gsm8k, rescored, out)  # which does not make them another checkpoint's
+    with pytest.raises(SystemExit):
+        run(gsm8k, argv, out)
+    shutil.rmtree(checkpoint)  # nor does its absence, where a table alone is wanted
+    with pytest.raises(SystemExit):
+        run(gsm8k, argv, out)
 
 
 # ---------------------------------------------------------------------------------------------- adapters

@@ -33,6 +33,11 @@ from data import demo
         ("The answer is: unknown", None),
         ("The answer is: 18\n\n#### Note 2", 18),
         ("#### Step 3: add", None),  # a heading
+        ("#### **72**", 72),
+        ("####: 72", 72),
+        ("#### +72", 72),
+        ("#### Answer: $72", 72),
+        (r"#### \boxed{72}", 72),
         ("The answer is: " + "9" * 5000, None),  # a loop
         ("The sum is 72", None),
         ("", None),

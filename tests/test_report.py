@@ -252,6 +252,11 @@ def test_bad_input(tmp_path, monkeypatch, capsys):
     assert "no results in" in error_of(report, [tmp_path], monkeypatch, capsys)
     (tmp_path / "mbpp.json").write_text('{"pass@1": 3}')
     assert "is damaged: run eval/mbpp.py" in error_of(report, [tmp_path], monkeypatch, capsys)
+    (tmp_path / "mbpp.json").unlink()
+    (tmp_path / "gsm8k.json").write_text('{"accuracy": {"value": 0.5}}')
+    assert "older than this script and lacks accuracy_strict: python eval/gsm8k.py --rescore" in error_of(
+        report, [tmp_path], monkeypatch, capsys
+    )
     (tmp_path / "results.json").write_text('{"results": {}}')
     assert "is damaged: run finetune_bert_l_sst2.py" in error_of(report, [tmp_path], monkeypatch, capsys)
     assert "cannot read the metrics" in error_of(report, ["--metrics", tmp_path / "none"], monkeypatch, capsys)

@@ -99,6 +99,8 @@ def test_visible_gpus_are_those_that_train(tmp_path):
     assert "2 CUDA GPUs" in printed
     assert "deepspeed --no_local_rank --include localhost:2,3 train.py" in printed
     assert "--gradient-accumulation 16" in printed
+    assert "--include localhost:2,3 train.py" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="2, 3", **path)
+    assert "--num_gpus 1 train.py" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="GPU-1f2e", **path)
     assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="", **path)
     assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="-1", **path)
 
