@@ -86,9 +86,12 @@ paper)
         say "note: $num_gpus GPUs x 4 sequences do not divide the paper's batch of 128: $((accumulation * 4 * num_gpus))"
     fi
     where="--num_gpus $num_gpus"
-    if [ -z "${NUM_GPUS:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # given a number, deepspeed takes the first ones
-        where="--include localhost:$CUDA_VISIBLE_DEVICES"
-    fi
+    # Given a number, deepspeed takes the first ones; of names it knows numbers only.
+    visible=$(echo "${CUDA_VISIBLE_DEVICES:-}" | tr -d ' ')
+    case "${NUM_GPUS:+given}$visible" in
+    '' | *[!0-9,]*) ;;
+    *) where="--include localhost:$visible" ;;
+    esac
     # shellcheck disable=SC2086  # two words
     run deepspeed --no_local_rank $where train.py --config configs/llama2_7b_metamath.yaml --method "$method" \
         --seed "$seed" --model "$model" ${DATA:+--data "$DATA"} --data-subset "$subset" --batch-size 4 \
