@@ -2965,15 +2965,18 @@ def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: A
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
-        model_path,
-        revision=args.model_revision,
-        trust_remote_code=args.trust_remote_code,
-        dtype=dtype,
-        attn_implementation=args.attn_implementation,
-        use_safetensors=True,
-        **kwargs,
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_path,
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            use_safetensors=True,
+            **kwargs,
+        )
+    except OSError as error:  # on the hub, a model of pickles that has not been converted there either
+        raise UserError(f"cannot load the model {args.model!r}: {_first_line(error)}") from error
 
 
 def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:

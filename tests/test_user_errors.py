@@ -229,6 +229,17 @@ def test_overwrite_deletes_nothing_that_the_run_reads(train_error, tmp_path, dat
     assert inside.read_text() == data_file.read_text()
 
 
+def test_weights_that_cannot_be_had(train_error, monkeypatch):
+    """What transformers raises for a hub model without safetensors."""
+
+    def refuse(*args, use_safetensors, **kwargs):
+        assert use_safetensors
+        raise OSError("nobody/pickled does not appear to have a file named model.safetensors\nPlease do not")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    assert "cannot load the model" in train_error()
+
+
 def test_a_model_of_another_kind(train_error, checkpoint):
     """An encoder-decoder cannot be trained as a causal language model."""
     config = transformers.T5Config(vocab_size=258, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
