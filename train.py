@@ -3138,14 +3138,22 @@ def summary(args: Arguments, run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main_of_rank(argv: list[str]) -> None:
-    """`main`, then out of the process group: its threads, left running, may abort the exit."""
-    try:
-        main(argv)
-    finally:
-        if dist.is_initialized() and not isinstance(sys.exc_info()[1], RunStopped):  # whose other ranks may be gone
-            dist.destroy_process_group()
+def leave(code: int) -> None:
+    """Ends a rank's process at once. In an ordinary exit the threads that its libraries have left running may abort it,
+    and the launcher would then end the other ranks, of which one still writes the model."""
+    if dist.is_initialized() and code != 1:  # with 1 another rank may be lost, and with it what closes the connections
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    run_script(main_of_rank)
+    code = 0
+    try:
+        run_script(main)
+    except SystemExit as end:
+        code = end.code
+    if "RANK" in os.environ:
+        leave(code)
+    sys.exit(code)

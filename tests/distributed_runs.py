@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import accelerate
-import torch.distributed as dist
 import transformers
 
 import train
@@ -37,8 +36,7 @@ def main() -> None:
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
         accelerate.state.GradientState._reset_state()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    train.leave(0)
 
 
 if __name__ == "__main__":

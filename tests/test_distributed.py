@@ -222,7 +222,7 @@ grown = resident() - before
 partitioned = all(p.numel() == 0 for n, p in model.named_parameters() if "lora" not in n)
 result = [most, count, grown / (4 * largest), partitioned]
 open(f"{out}/{{dist.get_rank()}}.json", "w").write(json.dumps(result))
-dist.destroy_process_group()  # or its threads may abort the exit
+train.leave(0)
 """
 
 
