@@ -59,12 +59,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from eval.intervals import proportion
 from train import (
-    NOT_IDENTITY,
     ProgressBar,
     RunStopped,
     UserError,
@@ -72,19 +71,18 @@ from train import (
     add_adapters,
     check_checkpoint,
     clear_folder,
+    common_training_arguments,
     config_text,
     consistency_loss,
     covariance_loss,
     default_target_modules,
     export_adapter,
     find_target_modules,
-    first_difference,
     load_records,
     load_tokenizer_and_config,
     load_trained_tensors,
     merge_adapters,
     normalized_mse_consistency_loss,
-    on_one_device,
     option,
     package_versions,
     parse_arguments,
@@ -95,6 +93,7 @@ from train import (
     require_not_negative,
     require_output_dir,
     require_positive,
+    require_same_run,
     require_share,
     run_script,
     schedule_factor,
@@ -273,20 +272,11 @@ def leave_if_done(args: Arguments) -> None:
     Raises:
         UserError: it is a run of other settings, or cannot be read.
     """
-    path = Path(args.output_dir) / "results.json"
-    if not path.is_file():
-        return
-    ours = asdict(args)
-    if args.target_modules is None:  # the run that is there has filled them in
-        del ours["target_modules"]
-    try:
-        difference = first_difference(json.loads(path.read_text())["arguments"], ours, NOT_IDENTITY, common=True)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: replace the run with --overwrite") from error
-    if difference:
-        raise UserError(f"{path} is of a run with {difference}: name another --output-dir, or use --overwrite")
-    print(f"done: {path}")
-    sys.exit(0)
+    results = Path(args.output_dir) / "results.json"
+    if results.is_file():
+        require_same_run(Path(args.output_dir), args)
+        print(f"done: {results}")
+        sys.exit(0)
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -876,29 +866,14 @@ def fit(
         arguments=args,
         validate=validate,
         model=model,
-        args=on_one_device(
-            TrainingArguments(
-                output_dir=args.output_dir,
-                num_train_epochs=args.epochs,
-                max_steps=args.max_steps,
-                per_device_train_batch_size=args.batch_size,
-                learning_rate=args.learning_rate,
-                weight_decay=args.weight_decay,
-                warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
-                lr_scheduler_type=args.lr_scheduler,
-                max_grad_norm=args.max_grad_norm,
-                optim="adamw_torch",
-                seed=args.seed,
-                use_cpu=not torch.cuda.is_available(),
-                train_sampling_strategy="group_by_length",
-                logging_strategy="no" if quiet else "steps",
-                logging_steps=10,
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                disable_tqdm=quiet,
-                dataloader_pin_memory=torch.cuda.is_available(),
-            )
+        args=common_training_arguments(
+            args,
+            train_sampling_strategy="group_by_length",
+            logging_strategy="no" if quiet else "steps",
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=quiet,
         ),
         train_dataset=examples,
         data_collator=collator,

@@ -250,10 +250,9 @@ def _config_as_argv(path: Path, names: list[str]) -> list[str]:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if isinstance(value, list) and value:
-            argv += [f"--{key}", *map(str, value)]
-        elif value is not None and value != []:
-            argv.append(f"--{key}={value}")
+        if value is None or value == []:
+            continue
+        argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
     return argv
 
 
@@ -2333,8 +2332,8 @@ def export_adapter(
     target_modules: list[str],
     task_type: str,
     modules_to_save: list[str] | None = None,
-) -> None:
-    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; PiSSA's has rank 2r.
+) -> int:
+    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; returns its rank, PiSSA's 2r.
 
     Args:
         modules_to_save: names of trained modules, such as a classifier, that are stored whole beside the adapters.
@@ -2370,6 +2369,7 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return rank
 
 
 def adapter_card(args: Arguments, rank: int) -> str:
@@ -2568,21 +2568,10 @@ def training_arguments(args: Arguments, dtype: torch.dtype) -> TrainingArguments
     """What the transformers Trainer needs to know of `args`."""
     # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
     mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
-    return TrainingArguments(
-        output_dir=args.output_dir,
-        num_train_epochs=args.epochs,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
+    return common_training_arguments(
+        args,
         gradient_accumulation_steps=args.gradient_accumulation,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
-        lr_scheduler_type=args.lr_scheduler,
-        max_grad_norm=args.max_grad_norm,
-        optim="adamw_torch",
-        seed=args.seed,
         bf16=mixed,
-        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=args.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         deepspeed=args.deepspeed,
@@ -2592,15 +2581,31 @@ def training_arguments(args: Arguments, dtype: torch.dtype) -> TrainingArguments
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
         report_to="tensorboard",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # PiSSA's frozen factors, which no step changes
     )
 
 
-def on_one_device(trainer_args: TrainingArguments) -> TrainingArguments:
-    """Started by plain python on a machine of several GPUs, the Trainer would take them all and multiply the batch."""
+def common_training_arguments(args: Any, **settings: Any) -> TrainingArguments:
+    """What every training here tells the Trainer, and `settings`."""
+    trainer_args = TrainingArguments(
+        output_dir=args.output_dir,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
+        lr_scheduler_type=args.lr_scheduler,
+        max_grad_norm=args.max_grad_norm,
+        optim="adamw_torch",
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+    # Started by plain python on a machine of several GPUs, the Trainer would take them all and multiply the batch.
     if trainer_args.n_gpu > 1:
         print(f"note: one of {trainer_args.n_gpu} GPUs is used; torchrun or deepspeed start train.py on all of them")
         trainer_args._n_gpu = 1
@@ -2663,9 +2668,7 @@ def main(argv: list[str]) -> None:
     records = load_training_records(args)
     dtype = resolve_dtype(args.dtype)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
-    trainer_args = on_one_device(
-        training_arguments(args, dtype)
-    )  # before the model: DeepSpeed decides how weights are loaded
+    trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
     if args.deepspeed is not None:
         import deepspeed
 
@@ -2759,11 +2762,12 @@ def main(argv: list[str]) -> None:
     )
     trainer.pop_callback(transformers.ProgressCallback)
     trainer.add_callback(ProgressBar)
-    finished = checkpoint is not None and last_state(checkpoint).global_step >= last_state(checkpoint).max_steps
+    state = None if checkpoint is None else last_state(checkpoint)
+    finished = state is not None and state.global_step >= state.max_steps
     try:
         if finished:  # only the export is missing; the Trainer would take one step more
-            trainer.state = last_state(checkpoint)
-            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            trainer.state = state
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             train_loss, train_seconds = sum(losses) / max(len(losses), 1), 0.0
         else:
             with trainer.interruption.awaited():
@@ -3029,9 +3033,8 @@ def export_model(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         if args.method != "full":
-            export_adapter(model, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
-            stored = json.loads((staging / "adapter" / "adapter_config.json").read_text())["r"]
-            (staging / "adapter" / "README.md").write_text(adapter_card(args, stored))
+            rank = export_adapter(model, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
         mend_generation_config(model)
         merge_adapters(model).to(dtype).save_pretrained(staging / "merged")
         tokenizer.save_pretrained(staging / "merged")
@@ -3101,9 +3104,10 @@ def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
 
 def require_same_run(output_dir: Path, args: Any) -> None:
     """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`."""
+    open_ones = {"target_modules"} if args.target_modules is None else set()  # which that run has filled in
     try:
         made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
-        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY, common=True)
+        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones, common=True)
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{output_dir / 'config.yaml'} is damaged: replace the run with --overwrite") from error
     if difference:
