@@ -19,59 +19,54 @@ What comes out, in --output-dir
     run.json        seed, versions, command, counts and times
     metrics.jsonl   one line per logging step; the same in tensorboard/
 
-Read from top to bottom: arguments, adapters, regularizers, objective, data, model, trainer, export, main.
+Read from top to bottom: arguments, adapters, regularizers, objective, data, model, trainer, the stages of
+a run, main. What is not the method has a file of its own in common/.
 """
 
 import contextlib
-import csv
 import dataclasses
-import difflib
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import platform
-import re
-import resource
 import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from common import checkpoints, cli, estimates, partitioned, pretrained, runs
+from common.activations import save_activations
+from common.checkpoints import TRAINED_TENSORS
+from common.cli import UserError, first_line, option, parse_arguments
+from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
+from common.partitioned import device_of, is_partitioned, num_ranks, whole
+from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
+from common.pretrained import resolve_demo, resolve_dtype
+from common.prompts import encode_prompt, encode_response
+from common.tables import load_records, require_fields
+from common.targets import default_target_modules, find_target_modules
+from common.teacher_cache import TeacherCache, require_space
+from common.tensors import fingerprint, kept_in_file
+from common.trainer import ResumableTrainer
+from common.training import leave, peak_memory_gib, require_lr_scheduler, require_max_steps, training_arguments
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
-
-# The prompt that BA-LoRA, PiSSA and MetaMath train and evaluate with (Stanford Alpaca's, without input).
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
-# The attention and feed-forward projections of Llama, Mistral, Gemma and Qwen2, and their fused forms in Phi-3. The
-# experts of Mixtral are no linear layers in transformers: there, attention alone.
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FUSED_TARGET_MODULES = ["qkv_proj", "gate_up_proj"]
-
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
 # takes its value from here.
 FORMULATIONS: dict[str, dict[str, Any]] = {
@@ -97,22 +92,15 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field that is also a command-line option with the help `text`."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class Arguments:
-    # What is trained, on what
+class DataArguments:
+    """What is trained, on what."""
+
     config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
     model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
     model_revision: str | None = option(None, "hub revision of the model")
@@ -133,7 +121,11 @@ class Arguments:
         None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
     )
 
-    # Adapter
+
+@dataclass
+class AdapterArguments:
+    """What is trained of the model."""
+
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
     rank: int = option(128, "adapter rank r")
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
@@ -143,7 +135,11 @@ class Arguments:
     init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     init_cache: str | None = option(None, "folder that keeps PiSSA's initial factors for the next run")
 
-    # Regularizers, for --method ba-lora only; None: the formulation's published value
+
+@dataclass
+class RegularizerArguments:
+    """The three terms, for --method ba-lora only; None: the published value of the formulation."""
+
     formulation: Literal["iclr2026", "arxiv2024"] = option("iclr2026", "which published form of the regularizers")
     lambda_consistency: float | None = option(None, "weight λ₁ of L_CR, consistency with the pre-trained model")
     lambda_diversity: float | None = option(None, "weight λ₂ of L_DR, diversity of the predictions")
@@ -160,7 +156,11 @@ class Arguments:
     )
     warmup_fraction: float = option(0.1, "part of training over which linear_warmup and quadratic_warmup rise")
 
-    # Optimization; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences per step
+
+@dataclass
+class OptimizationArguments:
+    """How it is trained; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences per step."""
+
     epochs: float = option(1.0, "passes over the data")
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
     batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
@@ -172,7 +172,11 @@ class Arguments:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
     seed: int = option(42, "seed of initialisation and data order")
 
-    # Interruptions
+
+@dataclass
+class InterruptionArguments:
+    """What is kept of a run that does not end."""
+
     resume: bool = option(
         False,
         "go on from the newest complete checkpoint in --output-dir, or start where none is; a finished run stays",
@@ -181,7 +185,11 @@ class Arguments:
     keep_checkpoints: int = option(2, "how many checkpoints are kept")
     on_nonfinite: Literal["stop", "skip"] = option("stop", "what a NaN or Inf in loss or gradients does to the run")
 
-    # Machine
+
+@dataclass
+class MachineArguments:
+    """How the machine is used; the result does not depend on it."""
+
     teacher_cache: str | None = option(
         None, "folder that keeps the teacher's hidden states, so that further epochs, seeds and λs skip its pass"
     )
@@ -197,168 +205,16 @@ class Arguments:
     logging_steps: int = option(10, "optimizer steps between two lines of metrics.jsonl")
 
 
-class UserError(ValueError):
-    """A mistake of the user's. The message is one line that names the thing and the remedy; scripts exit with 2."""
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on, for no mistake of the user's. One line on stderr and exit code 1; checkpoints are kept."""
-
-
-ArgumentsType = TypeVar("ArgumentsType")
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv: list[str]) -> ArgumentsType:
-    """Reads `argv` into the dataclass; a `--config` file's entries come first, so that the command line wins.
-
-    Raises:
-        UserError: an unknown option or key, or a value that does not fit.
-    """
-    parser = _Parser(
-        arguments_type, description=description, formatter_class=_HelpFormatter, allow_abbrev=False, add_help=True
-    )
-    parser.add_argument("--local_rank", "--local-rank", help="==SUPPRESS==")  # the deepspeed launcher adds it
-    config = parser.parse_known_args(argv)[0].__dict__.get("config")
-    if config:
-        argv = _config_as_argv(Path(config), [item.name for item in dataclasses.fields(arguments_type)]) + argv
-    values = vars(parser.parse_args(argv))
-    values.pop("local_rank")
-    return arguments_type(**values)
-
-
-class _HelpFormatter(transformers.hf_argparser.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines as they are written."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
-
-
-def _config_as_argv(path: Path, names: list[str]) -> list[str]:
-    try:
-        entries = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the configuration {path}: {_first_line(error)}") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"{path} is not a configuration: expected lines of the form 'option: value'")
-    argv = []
-    for key, value in entries.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if value is None or value == []:
-            continue
-        argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-    return argv
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunStopped as error:
-        print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def require_positive(args: Any, *names: str) -> None:
-    """Raises a UserError where one of these arguments is given and not above 0."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-
-
-def require_not_negative(args: Any, *names: str) -> None:
-    """Raises a UserError where one of these arguments is below 0."""
-    for name in names:
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must not be negative")
-
-
-def require_share(args: Any, *names: str) -> None:
-    """Raises a UserError where one of these arguments is no part of a whole."""
-    for name in names:
-        if not 0 < getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0 and at most 1")
-
-
-def require_below_one(args: Any, *names: str) -> None:
-    """Raises a UserError where one of these arguments is no part of a whole, nor 0."""
-    for name in names:
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 0 and below 1")
-
-
-def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | None) -> None:
-    """Raises UserError where --output-dir is a file, holds something that it may not, or, with --overwrite, one of
-    the `inputs` or the working directory: they would be deleted."""
-    path = Path(args.output_dir)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output-dir {path} is a file")
-    if path.is_dir() and any(path.iterdir()) and not may_hold:
-        raise UserError(f"--output-dir {path} is not empty: {remedy}")
-    for name in (".", *filter(None, inputs)):
-        if args.overwrite and Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
-            what = "the working directory" if name == "." else name
-            raise UserError(f"--output-dir {path} holds {what}, which --overwrite would delete: name another folder")
-
-
-def clear_folder(folder: Path) -> None:
-    """Makes `folder`, or deletes what is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def first_difference(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Collection[str] = (), *, common: bool = False
-) -> str | None:
-    """How the settings of something that is there differ from `ours`, in a few words; None where they do not.
-
-    Args:
-        but: names that may differ.
-        common: compare those names alone that both have, not every one of ours.
-    """
-    for name, value in ours.items():
-        if name not in but and (name in theirs or not common) and theirs.get(name) != value:
-            return f"{name} = {theirs.get(name)}, not {value}"
-    return None
-
-
-# Those of transformers' schedules that need no settings of their own.
-LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
-LR_SCHEDULERS += ("cosine_with_restarts",)
-
-
-def require_lr_scheduler(name: str) -> None:
-    """Raises a UserError where `name` is not one of LR_SCHEDULERS."""
-    if name not in LR_SCHEDULERS:
-        raise UserError(f"unknown --lr-scheduler {name!r}: one of {', '.join(LR_SCHEDULERS)}")
-
-
-def require_max_steps(value: int) -> None:
-    """Raises a UserError where --max-steps is neither a number of steps nor -1."""
-    if value != -1 and value <= 0:
-        raise UserError(f"--max-steps is {value}: it must be above 0, or -1 for --epochs to decide")
+@dataclass
+class Arguments(  # a dataclass takes its bases' fields from the last to the first
+    MachineArguments,
+    InterruptionArguments,
+    OptimizationArguments,
+    RegularizerArguments,
+    AdapterArguments,
+    DataArguments,
+):
+    """Everything that a run is told."""
 
 
 def resolve_arguments(args: Arguments) -> Arguments:
@@ -378,12 +234,12 @@ def resolve_arguments(args: Arguments) -> Arguments:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
     positive += ("epochs", "logging_steps", "spectral_k", "objective_memory", "keep_checkpoints", "max_examples")
-    require_positive(args, *positive)
-    require_not_negative(
+    cli.require_positive(args, *positive)
+    cli.require_not_negative(
         args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k", "save_steps"
     )
-    require_share(args, "warmup_fraction")
-    require_below_one(args, "warmup_ratio")
+    cli.require_share(args, "warmup_fraction")
+    cli.require_below_one(args, "warmup_ratio")
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
     require_lr_scheduler(args.lr_scheduler)
@@ -392,13 +248,13 @@ def resolve_arguments(args: Arguments) -> Arguments:
         try:
             json.loads(Path(args.deepspeed).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"no DeepSpeed configuration in {args.deepspeed}: {_first_line(error)}") from error
+            raise UserError(f"no DeepSpeed configuration in {args.deepspeed}: {first_line(error)}") from error
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    require_output_dir(args, may_hold, remedy, *inputs, args.teacher_cache)
+    runs.require_output_dir(args, may_hold, remedy, *inputs, args.teacher_cache)
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
@@ -534,22 +390,15 @@ def _principal_factors_of_all(
     """`principal_factors` of each weight in order: shared out among the ranks, or one thread per core."""
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = _dequantized(weight)
+        weight = partitioned.dequantized(weight)
         if cache is None:
             return principal_factors(weight, rank, scaling)
         # Under the weight's own content: a stale entry cannot be met.
         file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
-        if not file.exists():
-            A, B = principal_factors(weight, rank, scaling)
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-            save_file({"A": A.cpu(), "B": B.cpu()}, partial)
-            partial.rename(file)
-        stored = load_file(file, device=str(weight.device))
-        return stored["A"], stored["B"]
+        return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
-    if _num_ranks() > 1:
-        yield from _shared_among_ranks(list(weights.values()), factors, rank)
+    if num_ranks() > 1:
+        yield from partitioned.shared_among_ranks(list(weights.values()), factors, rank)
         return
     num_threads = torch.get_num_threads()
     # One decomposition alone cannot use all cores.
@@ -560,170 +409,6 @@ def _principal_factors_of_all(
             yield from pool.map(factors, weights.values())
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _shared_among_ranks(
-    weights: list[Tensor], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each process decomposes every n-th weight and sends the factors to the others; at most one whole weight each."""
-    me, count = dist.get_rank(), dist.get_world_size()
-    for first in range(0, len(weights), count):
-        group = weights[first : first + count]
-        own = None
-        for owner, weight in enumerate(group):
-            whole = _gathered_by(owner, weight)
-            own = whole if owner == me else own
-        pair = None if own is None else factors(own)
-        del own, whole
-        for owner, weight in enumerate(group):
-            num_out, num_in = shape_of(weight)
-            if owner == me:
-                A, B = pair
-            else:
-                A, B = (torch.empty(shape, device=_device_of(weight)) for shape in ((rank, num_in), (num_out, rank)))
-            dist.broadcast(A, owner)
-            dist.broadcast(B, owner)
-            yield A, B
-
-
-def _dequantized(weight: Tensor) -> Tensor:
-    """A weight of bitsandbytes as plain numbers, any other as it is."""
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if hasattr(weight, "SCB"):  # 8 bit: each row times its scale
-        return weight.CB.float() * weight.SCB[:, None] / 127
-    return weight
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds this parameter in parts, one on each rank."""
-    return hasattr(parameter, "ds_tensor")
-
-
-def shape_of(parameter: Tensor) -> torch.Size:
-    """The whole parameter's shape, partitioned, packed, or as it is."""
-    if is_partitioned(parameter):
-        return parameter.ds_shape
-    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs 4 bits
-    return parameter.shape if state is None else state.shape
-
-
-def _device_of(parameter: Tensor) -> torch.device:
-    """Where this process computes with the parameter; a partitioned one may be kept elsewhere."""
-    if is_partitioned(parameter) and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return parameter.device
-
-
-def _gathered_by(owner: int, parameter: Tensor) -> Tensor | None:
-    """The whole parameter on process `owner`, None on the others, which hold no more than their part. Collective."""
-    mine = dist.get_rank() == owner
-    if not is_partitioned(parameter):
-        return parameter if mine else None
-    part = parameter.ds_tensor.detach().to(_device_of(parameter))
-    parts = part.new_empty(dist.get_world_size() * part.numel()) if mine else None
-    # As bytes, which every backend can send, whatever the type.
-    receive = list(parts.view(torch.uint8).chunk(dist.get_world_size())) if mine else None
-    dist.gather(part.view(torch.uint8), receive, dst=owner)
-    return parts[: parameter.ds_numel].view(parameter.ds_shape) if mine else None
-
-
-@contextlib.contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, every process holds these parameters whole. Collective; nothing to do but under ZeRO-3."""
-    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
-    if not partitioned:
-        yield
-        return
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    with GatheredParameters(partitioned):
-        yield
-
-
-@contextlib.contextmanager
-def gathered_module_by_module(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` runs before DeepSpeed has wrapped it: each module holds its own parameters while it runs."""
-    held: dict[nn.Module, contextlib.ExitStack] = {}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        held[module] = contextlib.ExitStack()
-        held[module].enter_context(gathered(module.parameters(recurse=False)))
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        held.pop(module).close()
-
-    handles = []
-    for module in model.modules():
-        if any(is_partitioned(parameter) for parameter in module.parameters(recurse=False)):
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the tensors' types, shapes and bytes, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def default_target_modules(model: nn.Module) -> list[str]:
-    """The names of TARGET_MODULES and their fused forms that `model` has.
-
-    Raises:
-        UserError: it has none of them.
-    """
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = [name for name in (*TARGET_MODULES, *FUSED_TARGET_MODULES) if name in linear]
-    if not found:
-        known = ", ".join(sorted(linear))
-        raise UserError(f"no known projection in {type(model).__name__}: name --target-modules among {known}")
-    return found
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The whole parameter on every process: itself, or under ZeRO-3 a copy. Collective."""
-    with gathered([parameter]):
-        return parameter.detach().clone() if is_partitioned(parameter) else parameter.detach()
-
-
-def find_target_modules(model: nn.Module, target_modules: list[str] | None, rank: int) -> dict[str, nn.Linear]:
-    """The linear layers of `model` that an entry of `target_modules` names, by their last name or a dotted suffix.
-
-    Args:
-        target_modules: None: `default_target_modules`.
-
-    Raises:
-        UserError: an entry matches nothing, or `rank` is larger than a layer's smaller side.
-    """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {}
-    for target in default_target_modules(model) if target_modules is None else target_modules:
-        matches = [name for name in linear if name == target or name.endswith(f".{target}")]
-        if not matches:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise UserError(f"target module {target!r} names no linear layer of {type(model).__name__}; it has {known}")
-        found.update((name, linear[name]) for name in matches)
-    embeddings = model.get_input_embeddings()
-    for name, module in found.items():
-        if embeddings is not None and module.weight is embeddings.weight:
-            raise UserError(f"target module {name} has its weight in common with the input embeddings: leave it out")
-        smaller = min(module.in_features, module.out_features)
-        if rank > smaller:
-            raise UserError(f"rank {rank} is larger than {name} allows ({smaller}): use a smaller --rank")
-    return dict(sorted(found.items(), key=lambda item: list(linear).index(item[0])))
 
 
 def add_adapters(
@@ -789,6 +474,37 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Adds each adapter to its base weight and takes the LoRALinear out, in place; returns the plain model."""
+    for name, layer in adapter_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        layer.base.weight.data = layer.merged_weight()
+        setattr(model.get_submodule(parent), child, layer.base)
+    return model
+
+
+def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:
+    """`add_adapters` with the factors of `tensors` (see `trained_tensors`) in them, in place; returns `model`."""
+    initial = checkpoints.initial_factors(tensors)
+    method = "lora" if args.method != "full" and not initial else args.method
+    device = next(iter(model.parameters())).device
+    initial = {name: (A.to(device), B.to(device)) for name, (A, B) in initial.items()}
+    add_adapters(model, method, args.rank, args.alpha, args.target_modules, initial=initial)
+    if not any(is_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
+        checkpoints.load_trained_tensors(model, tensors)
+    return model
+
+
+@torch.no_grad()
+def round_factors(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds adapters and PiSSA's frozen factors alike to `dtype`, in which DeepSpeed starts what it trains: rounded
+    apart, B A − B₀A₀ would not be zero at the start."""
+    for layer in adapter_layers(model).values():
+        for factor in (layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B):
+            if factor is not None:
+                factor.copy_(factor.to(dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1037,89 +753,75 @@ def objective_from_hidden(
     if regularizers is not None and regularizers.adaptive and teacher_hidden is not None:
         confidence = _confidence_from_hidden(teacher_hidden, head_weight, memory_mib)
         regularizers = regularizers.scaled_consistency(adaptive_factor(confidence))
-    loss, task, consistency, diversity, spectral = _ObjectiveFromHidden.apply(
-        hidden,
-        teacher_hidden,
-        head_weight,
-        head_factor,
-        targets,
-        regularizers,
-        num_tokens,
-        num_micro_batches,
-        memory_mib,
-    )
-    terms: dict[str, float | Tensor] = {"task": task}
-    if regularizers is not None:
-        if teacher_hidden is not None:
-            terms["consistency"] = consistency
-        terms |= {"diversity": diversity, "spectral": spectral} | _lambda_shares(regularizers, num_micro_batches)
-    return loss, terms
-
-
-CACHED_BYTES = 2**21  # of one operand of a block on a CPU
-
-
-class _ObjectiveFromHidden(torch.autograd.Function):
-    """The forward pass returns the loss and its terms, and keeps ∂loss/∂H, (M, d), for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        teacher_hidden,
-        head_weight,
-        head_factor,
-        targets,
-        regularizers,
-        num_tokens,
-        num_micro_batches,
-        memory_mib,
-    ):
-        needs_gradient = ctx.needs_input_grad[0]
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        sums = torch.zeros(3, dtype=dtype, device=hidden.device)  # task, consistency, diversity
-        gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
-        for rows in _chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib):
-            z = _logits(hidden[rows], head_weight, dtype)
-            teacher = None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, dtype)
-            for block in _blocks(z):
-                _token_terms(
-                    z[block],
-                    None if teacher is None else teacher[block],
-                    targets[rows][block],
-                    regularizers,
-                    sums,
-                    needs_gradient,
-                )
-            del teacher
-            if needs_gradient:
-                gradient[rows] = z.to(head_weight.dtype) @ head_weight
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    needs_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        sums, gradient = _token_sums(
+            hidden, teacher_hidden, head_weight, targets, regularizers, needs_gradient, memory_mib
+        )
         sums /= num_tokens
-        spectral = sums.new_zeros(())
-        loss = sums[0]
         if needs_gradient:
             gradient /= num_tokens
+        task, consistency, diversity = sums.unbind()
+        loss, terms = task, {"task": task.clone()}
         if regularizers is not None:
-            loss = loss + regularizers.lambda_consistency * sums[1] + regularizers.lambda_diversity * sums[2]
             factor = head_factor.to(dtype)
             spectral, spectral_gradient = spectral_value_and_gradient(
                 hidden.to(dtype) @ factor, regularizers.spectral_k, regularizers.spectral_norm
             )
             spectral = spectral.to(dtype) / num_micro_batches
-            loss = loss + regularizers.lambda_spectral * spectral
             if needs_gradient and regularizers.lambda_spectral > 0:
                 gradient += (regularizers.lambda_spectral / num_micro_batches) * (spectral_gradient @ factor.T)
-        if needs_gradient:
-            ctx.save_for_backward(gradient)
-            ctx.input_dtype = hidden.dtype
-        terms = sums[0].clone(), sums[1].clone(), sums[2].clone(), spectral
-        ctx.mark_non_differentiable(*terms)
-        return loss, *terms
+            loss = loss + regularizers.lambda_consistency * consistency + regularizers.lambda_diversity * diversity
+            loss = loss + regularizers.lambda_spectral * spectral
+            if teacher_hidden is not None:
+                terms["consistency"] = consistency.clone()
+            terms |= {"diversity": diversity.clone(), "spectral": spectral}
+            terms |= _lambda_shares(regularizers, num_micro_batches)
+    return (_WithGradient.apply(hidden, loss, gradient) if needs_gradient else loss), terms
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient with respect to the hidden states, (M, d), is known already."""
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def forward(ctx, hidden, loss, gradient):
+        ctx.save_for_backward(gradient)
+        ctx.input_dtype = hidden.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss).to(ctx.input_dtype), *[None] * 8
+        return (gradient * grad_loss).to(ctx.input_dtype), None, None
+
+
+CACHED_BYTES = 2**21  # of one operand of a block on a CPU
+
+
+def _token_sums(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head_weight: Tensor,
+    targets: Tensor,
+    regularizers: Regularizers | None,
+    needs_gradient: bool,
+    memory_mib: float,
+) -> tuple[Tensor, Tensor | None]:
+    """L_task, L_CR and L_DR summed over the tokens, (3,), and the gradient of their weighted sum, (M, d)."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    sums = torch.zeros(3, dtype=dtype, device=hidden.device)
+    gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
+    for rows in _chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib):
+        z = _logits(hidden[rows], head_weight, dtype)
+        teacher = None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, dtype)
+        for block in _blocks(z):
+            teacher_block = None if teacher is None else teacher[block]
+            _token_terms(z[block], teacher_block, targets[rows][block], regularizers, sums, needs_gradient)
+        del teacher
+        if needs_gradient:
+            gradient[rows] = z.to(head_weight.dtype) @ head_weight
+    return sums, gradient
 
 
 def _token_terms(
@@ -1332,123 +1034,17 @@ def _leading_by_iteration(
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Data
+# Data: from a record to a micro-batch
 # ------------------------------------------------------------------------------------------------------------------
 
-DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 
-
-def load_records(
-    source: str, split: str = "train", subset: str | None = None, name: str | None = None
-) -> datasets.Dataset:
-    """Reads a data set from a local file, a folder of files of one kind, or the hub.
-
-    Args:
-        split, subset: of a hub data set or a folder: its split, a folder inside it.
-        name: configuration of a hub data set.
-
-    Raises:
-        UserError: nothing there, or nothing readable.
-    """
-    path = Path(source)
-    if path.is_dir():
-        files = files_of_split(path / (subset or ""), split)
-    elif path.is_file():
-        files = [path]
-        if path.suffix not in DATA_BUILDERS:
-            raise UserError(f"cannot tell the format of {source}: expected {', '.join(DATA_BUILDERS)}")
-    elif path.suffix in DATA_BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"no such data file or folder: {source}")
-    else:
-        try:
-            return datasets.load_dataset(source, name, data_dir=subset, split=split)
-        except Exception as error:  # the hub's client has dozens of kinds
-            raise UserError(f"cannot load the data set {source!r} from the hub: {_first_line(error)}") from error
-    suffixes = sorted({file.suffix for file in files})
-    if len({DATA_BUILDERS[suffix] for suffix in suffixes}) > 1:
-        raise UserError(f"{source} mixes kinds of files ({', '.join(suffixes)}): name one file")
-    extra: dict[str, Any] = {}
-    try:
-        if DATA_BUILDERS[files[0].suffix] == "csv":
-            is_tsv = files[0].suffix == ".tsv"
-            quoting = csv.QUOTE_NONE if is_tsv and any(map(quotes_are_text, files)) else csv.QUOTE_MINIMAL
-            extra = {"sep": "\t" if is_tsv else ",", "quoting": quoting, "keep_default_na": False}
-            # Every cell is text as it is written: pandas would make 7 of "007", 2.0 of "2", nothing of "NA".
-            names = {name for file in files for name in header_of(file, extra["sep"], quoting)}
-            extra["converters"] = dict.fromkeys(sorted(names), str)
-        return datasets.load_dataset(
-            DATA_BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train", **extra
-        )
-    except Exception as error:  # each format's reader raises its own
-        cause = error.__cause__ or error
-        raise UserError(f"cannot read {source}: {_first_line(cause)}") from error
-
-
-def header_of(file: Path, sep: str, quoting: int) -> list[str]:
-    """The column names in the first line of a csv or tsv file."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        return next(csv.reader(stream, delimiter=sep, quoting=quoting), [])
-
-
-def quotes_are_text(file: Path) -> bool:
-    """Whether a tsv file, like GLUE's, was written without quoting: each line is a row, which reading it with quotation
-    marks that enclose line ends would join."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        lines = [line for line in stream.read().split("\n") if line.strip("\r")]
-    if len({line.count("\t") for line in lines}) > 1:
-        return False
-    csv.field_size_limit(2**31 - 1)
-    return sum(1 for row in csv.reader((line + "\n" for line in lines), delimiter="\t") if row) != len(lines)
-
-
-def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The data files below `folder`; where names or folders tell splits apart, those of `split` alone.
-
-    Raises:
-        UserError: there is none.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA_BUILDERS)
-    if not files:
-        raise UserError(f"{folder} holds no {', '.join(DATA_BUILDERS)} file")
-    splits = {}
-    for file in files:
-        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
-        splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
-    known = sorted({found for found in splits.values() if found})
-    if not known:
-        return files
-    chosen = [file for file in files if splits[file] == SPLIT_OF_WORD.get(split, split)]
-    if not chosen:
-        raise UserError(
-            f"{folder} has files of {', '.join(known)} and none of {split!r}: choose by --split, or name one"
-        )
-    return chosen
-
-
-def require_fields(records: datasets.Dataset, fields: list[str], source: str, remedy: str) -> None:
-    """Raises a UserError that lists what there is, where `records` lacks one of `fields`."""
-    for name in fields:
-        if name not in records.column_names:
-            known = ", ".join(records.column_names)
-            raise UserError(f"{source} has no field {name!r}; its fields are {known}: {remedy}")
-
-
-def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, instruction: str) -> list[int]:
-    """The tokens of ALPACA_PROMPT around an instruction; see `encode_opening`."""
-    return encode_opening(tokenizer, ALPACA_PROMPT.format(instruction=instruction))
-
-
-def encode_opening(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that goes on, with the tokenizer's own start token where it has one."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
-
-
-def encode_response(tokenizer: transformers.PreTrainedTokenizerBase, response: str) -> list[int]:
-    """The response's tokens and the end-of-sequence token."""
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def load_training_records(args: Arguments) -> datasets.Dataset:
+    """The examples that --data, --fields and --max-examples name, as they are written."""
+    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset, args.data_config)
+    require_fields(records, args.fields, args.data, "name two of them with --fields")
+    if args.max_examples is not None:
+        records = records.select(range(min(args.max_examples, len(records))))
+    return records
 
 
 def encode_example(
@@ -1493,6 +1089,11 @@ def build_dataset(
 
     encoded = records.map(encode, batched=True, remove_columns=records.column_names, desc="tokenising")
     return encoded.add_column("index", list(range(len(encoded)))), len(records) - len(encoded)
+
+
+def num_valid(labels: list[int]) -> int:
+    """How many positions of an example have a response token next."""
+    return sum(label != IGNORE_INDEX for label in labels[1:])
 
 
 @dataclass
@@ -1576,58 +1177,8 @@ class PaddingCollator:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Model: student, teacher and objective as one module; packed attention; fewer activations
+# Model: student, teacher and objective as one module; packed attention
 # ------------------------------------------------------------------------------------------------------------------
-
-
-class TeacherCache:
-    """The teacher's last hidden states at every example's valid positions, on disk: exact, not approximated logits.
-
-    Filled as training meets the examples, read from then on. The file's name is a digest of the base weights and the
-    tokenised data, so that a stale cache is never met; an example counts only once all its states are written, so that
-    a killed run leaves a cache that the next one goes on with.
-    """
-
-    def __init__(self, folder: Path, model: transformers.PreTrainedModel, dataset: datasets.Dataset):
-        """Opens or makes the cache of the base weights in `model` (adapters aside) and the tokenised `dataset`.
-
-        Raises:
-            UserError: the disk cannot hold it.
-        """
-        counts = [sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]]
-        self.offsets = [0, *itertools.accumulate(counts)]
-        self.width = shape_of(model.get_output_embeddings().weight)[1]
-        parameter = model.get_input_embeddings().weight
-        self.device, dtype = _device_of(parameter), parameter.dtype
-        base = (_whole(tensor) for name, tensor in model.named_parameters() if "lora_" not in name)
-        rows = (torch.tensor(row) for name in ("input_ids", "labels") for row in dataset[name])
-        path = folder / f"teacher-{fingerprint(itertools.chain(base, rows))[:32]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.num_bytes = self.offsets[-1] * self.width * dtype.itemsize
-        states, done = path.with_suffix(".states"), path.with_suffix(".done")
-        missing = self.num_bytes - (states.stat().st_blocks * 512 if states.exists() else 0)
-        free = shutil.disk_usage(folder).free
-        if missing > free:
-            raise UserError(
-                f"--teacher-cache {folder} needs {self.num_bytes / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} "
-                "left: name another folder, or go without"
-            )
-        shape = (self.offsets[-1], self.width)
-        self.states = torch.from_file(str(states), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        self.done = torch.from_file(str(done), shared=True, size=len(counts), dtype=torch.bool)
-
-    def get(self, example_ids: list[int]) -> Tensor | None:
-        """The states of these examples, in order, (M, d); None where one is missing."""
-        if not all(self.done[i] for i in example_ids):
-            return None
-        return torch.cat([self.states[self.offsets[i] : self.offsets[i + 1]] for i in example_ids]).to(self.device)
-
-    def put(self, example_ids: list[int], states: Tensor) -> None:
-        """Keeps the states of these examples, (M, d) in order."""
-        sizes = [self.offsets[i + 1] - self.offsets[i] for i in example_ids]
-        for i, rows in zip(example_ids, states.split(sizes), strict=True):
-            self.states[self.offsets[i] : self.offsets[i + 1]] = rows.to(self.states)
-            self.done[i] = True  # after the states: a kill in between costs this example, never its truth
 
 
 class BALoRAModel(nn.Module):
@@ -1697,9 +1248,9 @@ class BALoRAModel(nn.Module):
     def _lacks_on_any_rank(self, teacher: Tensor | None) -> bool:
         """Whether the teacher's pass is needed: under ZeRO-3, which gathers the weights for it, on all or none."""
         weight = self.model.get_input_embeddings().weight
-        if self.teacher_cache is None or _num_ranks() == 1 or not is_partitioned(weight):
+        if self.teacher_cache is None or num_ranks() == 1 or not is_partitioned(weight):
             return teacher is None
-        lacking = torch.tensor(int(teacher is None), device=_device_of(weight))
+        lacking = torch.tensor(int(teacher is None), device=device_of(weight))
         dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
         return bool(lacking)
 
@@ -1709,7 +1260,7 @@ class BALoRAModel(nn.Module):
         if not self.model.is_gradient_checkpointing:  # whose second pass comes later
             self._last_positions.append(positions)
         try:
-            states = self.model.get_decoder()(**_model_inputs(inputs), use_cache=False).last_hidden_state
+            states = self.model.get_decoder()(**model_inputs(inputs), use_cache=False).last_hidden_state
         finally:
             self._last_positions.clear()
         return states.flatten(0, 1)[positions]
@@ -1718,7 +1269,7 @@ class BALoRAModel(nn.Module):
         """The logits at the valid positions, (M, V)."""
         if self.head_is_linear:
             return self.model.get_output_embeddings()(self.hidden_states(inputs))
-        logits = self.model(**_model_inputs(inputs), use_cache=False).logits
+        logits = self.model(**model_inputs(inputs), use_cache=False).logits
         return logits.flatten(0, 1)[inputs["valid_positions"]]
 
     @torch.no_grad()
@@ -1753,179 +1304,17 @@ def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, T
     return F.linear(hidden, head.weight) if function is None else function(hidden, head.weight)
 
 
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the causal language model itself takes."""
-    names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths", "shared_length")
-    model_inputs = {name: inputs[name] for name in names if name in inputs}
-    if inputs["input_ids"].is_cuda and "sequence_lengths" in inputs:  # FlashAttention's own form of the lengths
-        lengths = torch.tensor([0, *inputs["sequence_lengths"]], dtype=torch.int32)
-        ends = lengths.cumsum(0, dtype=torch.int32).to(inputs["input_ids"].device, non_blocking=True)
-        model_inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        model_inputs |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
-    return model_inputs
-
-
 @torch.no_grad()
 def head_is_linear(model: transformers.PreTrainedModel) -> bool:
     """Whether the logits are H Eᵀ and nothing else: tried out, which finds biases, soft caps and scales alike."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    input_ids = torch.arange(8, device=_device_of(head.weight))[None] % model.config.vocab_size
-    with gathered_module_by_module(model):
+    input_ids = torch.arange(8, device=device_of(head.weight))[None] % model.config.vocab_size
+    with partitioned.gathered_module_by_module(model):
         hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         logits = model(input_ids=input_ids, use_cache=False).logits
         return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)
-
-
-def attend_per_sequence(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sequence_lengths: list[int] | None = None,
-    shared_length: int = 0,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each of the sequences that lie end to end; transformers' attention interface.
-
-    Args:
-        query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
-        sequence_lengths: of each sequence; None: one sequence.
-        shared_length: the beginning that all of them have and only the first still holds.
-    """
-    lengths = sequence_lengths or [query.shape[2]]
-    if sliding_window is not None and max(lengths) > sliding_window:
-        raise UserError(f"a sequence of {max(lengths)} tokens exceeds the model's window: use --no-packing")
-    held = [lengths[0], *(length - shared_length for length in lengths[1:])]
-    outputs = []
-    for index, states in enumerate(zip(*(x.split(held, dim=2) for x in (query, key, value)), strict=True)):
-        missing = shared_length if index > 0 else 0
-        if missing:
-            # Queries too: is_causal wants a square, and the beginning is short.
-            states = [
-                torch.cat([x[:, :, :missing], own], dim=2) for x, own in zip((query, key, value), states, strict=True)
-            ]
-        q, k, v = states
-        output = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        outputs.append(output[:, :, missing:].transpose(1, 2))
-    return torch.cat(outputs, dim=1), None  # (1, tokens, heads, head size)
-
-
-PER_SEQUENCE = "per_sequence"
-transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
-transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
-
-
-@torch.no_grad()
-def enable_packing(model: transformers.PreTrainedModel) -> bool:
-    """Lets `model` take PackingCollator's batches, where it can: tried out against one sequence at a time."""
-    before = model.config._attn_implementation
-    # FlashAttention has a form for packed sequences of its own.
-    packable = before if before == "flash_attention_2" else PER_SEQUENCE
-    device = _device_of(model.get_input_embeddings().weight)
-    examples = [{"input_ids": list(range(2, 2 + n)), "labels": [IGNORE_INDEX] * 3 + [0] * (n - 3)} for n in (5, 8)]
-    collate = PackingCollator(share_beginning=packable == PER_SEQUENCE)
-
-    def states(rows: list[dict]) -> Tensor:
-        batch = collate(rows)
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        states = model.get_decoder()(**_model_inputs(moved), use_cache=False).last_hidden_state
-        return states[0, moved["valid_positions"]].float()
-
-    fits = False
-    with contextlib.suppress(TypeError, ValueError, RuntimeError), gathered_module_by_module(model):
-        model.set_attn_implementation(packable)
-        packed = states(examples)
-        model.set_attn_implementation(before)
-        alone = torch.cat([states([example]) for example in examples])
-        fits = torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
-    model.set_attn_implementation(packable if fits else before)
-    return fits
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate)·up, keeping the two and nothing else."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) · weight with a frozen weight, computed in fp32, keeping x and the row's 1 / rms."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rows = x.float()
-        scale = torch.linalg.vecdot(rows, rows).div_(rows.shape[-1]).add_(eps).rsqrt_()[..., None]
-        ctx.save_for_backward(x, weight, scale)
-        return (rows * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # With g the gradient at x·scale and d the width: scale·g − scale³·(g·x / d)·x
-        x, weight, scale = ctx.saved_tensors
-        rows, grad_rows = x.float(), (grad * weight).float()
-        mean = torch.linalg.vecdot(grad_rows, rows)[..., None] / x.shape[-1]
-        return grad_rows.mul_(scale).addcmul_(rows, mean.mul_(scale**3), value=-1).to(x.dtype), None, None
-
-
-def _lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product = _SwiGLU.apply(gate, up)
-    # down_proj's adapter would keep the product for its gradient, and it is cheap to have again.
-    kept = gate.detach(), up.detach()
-
-    def pack(tensor: Tensor) -> Any:
-        return kept if tensor.data_ptr() == product.data_ptr() else tensor
-
-    def unpack(packed: Any) -> Tensor:
-        return F.silu(packed[0]).mul_(packed[1]) if isinstance(packed, tuple) else packed
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return mlp.down_proj(product)
-
-
-def _lean_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-
-
-def save_activations(model: nn.Module) -> int:
-    """Replaces the forward of gated SiLU MLPs and of frozen RMSNorms by ones that keep half for the backward pass.
-
-    Each is tried against the module's own forward first. Returns how many were replaced.
-    """
-    count = 0
-    for module in model.modules():
-        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            linear = getattr(module.gate_proj, "base", module.gate_proj)
-            lean, width = _lean_mlp, linear.in_features
-        elif type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            if module.weight.requires_grad:
-                continue
-            lean, width = _lean_norm, shape_of(module.weight)[0]
-        else:
-            continue
-        parameter = next(module.parameters())
-        x = torch.linspace(-2, 2, 3 * width, device=_device_of(parameter)).view(3, width).to(parameter.dtype)
-        with torch.no_grad(), gathered(module.parameters()):
-            if torch.allclose(lean(module, x).float(), module(x).float(), rtol=1e-2, atol=1e-4):
-                module.forward = functools.partial(lean, module)
-                count += 1
-    return count
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1933,42 +1322,17 @@ def save_activations(model: nn.Module) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class BALoRATrainer(Trainer):
-    """The transformers Trainer with BA-LoRA's objective, one definition of the mean, the terms' metrics, checkpoints of
-    what is trained that are complete or not there, and a guard against NaN and Inf."""
+class BALoRATrainer(ResumableTrainer):
+    """The Trainer with BA-LoRA's objective and one definition of the mean: over an optimizer step of all ranks."""
 
-    def __init__(self, *, arguments: Arguments, **kwargs: Any):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.arguments = arguments
         self.loss_is_scaled_for_ga = True  # `objective` normalises over the whole optimizer step
-        self.interruption = _Interruption()
-        self.add_callback(self.interruption)
-        self.skipped_steps = 0
         self._num_micro_batches = 1
-        self._staging: Path | None = None
-        self._tr_loss = torch.zeros(())  # the Trainer's own, before it starts
-        self._micro_batches: list[tuple[dict[str, float | Tensor], list[int]]] = []  # of the step under way
-        self._sums: dict[str, float | Tensor] = {}
-        self._reset_clock()
 
-    def _reset_clock(self) -> None:
-        self._sums = {}
-        self._last_log = (time.monotonic(), self.state.global_step)
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        # DeepSpeed would insist on the base weights, which no checkpoint holds.
-        deepspeed = self.is_deepspeed_enabled and resume_from_checkpoint is not None
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if deepspeed else resume_from_checkpoint
-        )
-        if deepspeed:
-            self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        zero = getattr(self.model_wrapped, "optimizer", None)
-        if hasattr(zero, "check_grad_overflow"):
-            zero.check_grad_overflow = True  # ZeRO-2 looks for NaN in bf16 alone, and steps on it in fp32
-        self._reset_clock()
-        return prepared
+    @property
+    def trained(self) -> nn.Module:
+        return self.model.model
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -1976,13 +1340,7 @@ class BALoRATrainer(Trainer):
         """One optimizer step's micro-batches, and its number of valid tokens over all ranks."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         num_tokens = sum(len(batch["targets"]) for batch in batches)
-        counts = torch.tensor([num_tokens, len(batches), self.interruption.signal], device=device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        num_tokens, self._num_micro_batches, signals = counts.tolist()
-        self.interruption.agreed = signals > 0  # all ranks stop after the same step
-        self._micro_batches = []
-        self._before_step = (self._tr_loss.clone(), dict(self._sums))
+        num_tokens, self._num_micro_batches = self.begin_step(num_tokens, len(batches))
         return batches, num_tokens
 
     def compute_loss(
@@ -1996,1003 +1354,229 @@ class BALoRATrainer(Trainer):
         if self.arguments.method == "ba-lora":
             regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
         loss, terms = model(inputs, regularizers, num_items_in_batch, self._num_micro_batches)
-        self._micro_batches.append((terms, inputs["example_ids"]))
         mask = inputs.get("attention_mask")
-        terms = terms | {"tokens": sum(inputs["sequence_lengths"]) if mask is None else mask.sum()}
-        # Kept as tensors: reading them here would make the device wait at every micro-step.
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        tokens = sum(inputs["sequence_lengths"]) if mask is None else mask.sum()
+        self.record(terms, tokens, inputs["example_ids"])
         # Gradients are averaged over ranks, but the parts of the loss add up.
         loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """The norm, after the guard: NaN or Inf anywhere in the step's terms or gradients stops the run or skips the
-        step. The one place between the gradients and the optimizer's step that the Trainer leaves open."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        values = [value for terms, _ in self._micro_batches for value in terms.values()]
-        total = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values]).sum()
-        total = total + torch.as_tensor(grad_norm, device=self.args.device).float()
-        if getattr(getattr(self.model_wrapped, "optimizer", None), "overflow", False):  # DeepSpeed's own verdict
-            total = total + math.inf
-        if self.accelerator.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        if math.isfinite(total.item()):
-            return grad_norm
-        found = self._describe_nonfinite()
-        if self.arguments.on_nonfinite == "stop":
-            kept = newest_checkpoint(self.args.output_dir)
-            raise RunStopped(
-                f"NaN or Inf in step {self.state.global_step + 1}: {found}; the last checkpoint is "
-                f"{kept if kept else 'none'}; --on-nonfinite skip leaves such steps out"
-            )
-        self.skipped_steps += 1
-        if self.is_world_process_zero():
-            print(f"note: step {self.state.global_step + 1} skipped, NaN or Inf in {found}", file=sys.stderr)
-        # The log's means leave the step out too.
-        self._tr_loss, self._sums = self._before_step
-        self._globalstep_last_logged += 1
-        self._last_log = (self._last_log[0], self._last_log[1] + 1)
-        if not self.is_deepspeed_enabled:  # which has skipped by itself
-            model.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
-        return 0.0
-
-    def _describe_nonfinite(self) -> str:
-        """The terms that are NaN or Inf with their examples' places in the data; this rank's."""
-        for terms, example_ids in self._micro_batches:
-            names = [name for name, value in terms.items() if not math.isfinite(float(value))]
-            if names:
-                return f"{', '.join(names)}, in the examples {example_ids}"
-        every = [index for _, example_ids in self._micro_batches for index in example_ids]
-        where = "the gradients" if self.accelerator.num_processes == 1 else "the gradients, or another rank's terms"
-        return f"{where}, in the examples {every}"
-
-    # Checkpoints: the Trainer's own files, but only what is trained; written elsewhere and moved to their place.
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        tensors = trained_tensors(self.model.model, keep=self.args.should_save)
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(tensors, Path(output_dir) / TRAINED_TENSORS)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            if self.args.should_save:  # transformers' own schedule, of which DeepSpeed knows nothing
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained_tensors(self.model.model, load_file(Path(resume_from_checkpoint) / TRAINED_TENSORS))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / "checkpoints"
-        final = folder / f"checkpoint-{self.state.global_step}"
-        identity = checkpoint_identity(self.arguments, self.args.world_size)
-        if final.exists() and checkpoint_problem(final, identity) is None:
-            return
-        self._staging = folder / INCOMPLETE
-        problems = []
-
-        def attempt(part: Callable[[], Any]) -> None:
-            try:
-                part()
-            except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
-                problems.append(_first_line(error))
-
-        def prepare() -> None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging.mkdir(parents=True)
-
-        def put_in_place() -> None:
-            seal_checkpoint(self._staging / final.name, identity)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one
-            (self._staging / final.name).rename(final)
-
-        if self.args.should_save:
-            attempt(prepare)
-        self.accelerator.wait_for_everyone()
-        attempt(lambda: super(BALoRATrainer, self)._save_checkpoint(model, trial))
-        if problems and self.is_deepspeed_enabled and self.accelerator.num_processes > 1:
-            # The other ranks are inside of DeepSpeed's own writing, and wait for this one there.
-            raise RunStopped(f"the checkpoint of step {self.state.global_step} could not be written ({problems[0]})")
-        failed = torch.tensor(float(bool(problems)), device=self.args.device)
-        if self.accelerator.num_processes > 1:  # which also awaits everyone
-            failed = self.accelerator.reduce(failed, reduction="sum")
-        if self.args.should_save:
-            if not failed:
-                attempt(put_in_place)
-            shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging = None
-        if problems or (failed and self.args.should_save):
-            kept = newest_checkpoint(self.args.output_dir)
-            print(
-                f"warning: the checkpoint of step {self.state.global_step} could not be written "
-                f"({problems[0] if problems else 'another rank says why'}); "
-                f"{'the last one is ' + str(kept) if kept else 'there is none yet'}",
-                file=sys.stderr,
-            )
-        elif self.args.should_save:
-            for old in complete_checkpoints(self.args.output_dir)[self.arguments.keep_checkpoints :]:
-                shutil.rmtree(old, ignore_errors=True)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the terms, the λs, tokens per second and peak memory to a training step's log; writes metrics.jsonl."""
-        if "loss" in logs:
-            names = sorted(self._sums)
-            sums = torch.stack([torch.as_tensor(self._sums[name], device=self.args.device).float() for name in names])
-            sums = dict(zip(names, self.accelerator.reduce(sums, reduction="sum").tolist(), strict=True))
-            then, step = self._last_log
-            tokens = sums.pop("tokens")
-            logs |= {name: value / (self.state.global_step - step) for name, value in sums.items()}
-            logs["tokens_per_second"] = tokens / (time.monotonic() - then)
-            logs["peak_memory_gib"] = peak_memory_gib()
-            self._reset_clock()
-        super().log(logs, start_time)
-        if self.is_world_process_zero():
-            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(self.state.log_history[-1]) + "\n")
-
-
-class _Interruption(transformers.TrainerCallback):
-    """SIGTERM and SIGINT: the step is finished, a checkpoint saved, the training ended. A second one leaves at once.
-
-    Attributes:
-        signal: the number of the signal that came, 0 before.
-        agreed: whether it has come to any rank, as of the step under way.
-    """
-
-    def __init__(self):
-        self.signal = 0
-        self.agreed = False
-        self._came_at = 0.0
-
-    def _receive(self, number: int, frame: Any) -> None:
-        # Launchers pass on what the terminal sends to all of them anyway: the same signal twice at once is one.
-        if self.signal and time.monotonic() - self._came_at > 2:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self._came_at = number, time.monotonic()
-            print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Inside, the signals are taken this way."""
-        handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.agreed or (self.signal and args.world_size == 1):
-            self.agreed = control.should_training_stop = control.should_save = True
-
-
-def peak_memory_gib() -> float:
-    """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-class ProgressBar(transformers.ProgressCallback):
-    """The Trainer's progress bar with the loss on the bar itself; metrics.jsonl has the rest."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second"}
-            self.training_bar.set_postfix({label: f"{logs[name]:.4g}" for label, name in names.items() if name in logs})
-
 
 # ------------------------------------------------------------------------------------------------------------------
-# Checkpoints: what is trained and PiSSA's initial factors, the optimizer, the scheduler, random states, the position in
-# the data. Never the base weights.
+# The stages of a run, in order
 # ------------------------------------------------------------------------------------------------------------------
-
-TRAINED_TENSORS = "trained.safetensors"
-MANIFEST = "manifest.json"
-INCOMPLETE = ".incomplete"
-
-
-def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """Trainable parameters in full precision and PiSSA's frozen factors, whole, on the CPU.
-
-    Collective, one parameter at a time: no device holds two of them whole. Without `keep` nothing is returned, for a
-    rank that only gives its parts.
-    """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            whole = _master(parameter)
-            if keep:
-                tensors[name] = whole.detach().cpu().contiguous()
-    for name, layer in adapter_layers(model).items() if keep else ():
-        if layer.initial_A is not None:
-            tensors[f"{name}.initial_A"] = layer.initial_A.detach().cpu().contiguous()
-            tensors[f"{name}.initial_B"] = layer.initial_B.detach().cpu().contiguous()
-    return tensors
-
-
-def _master(parameter: Tensor) -> Tensor:
-    """The parameter as the optimizer keeps it: DeepSpeed has a copy in fp32, in parts."""
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
-    return parameter
-
-
-@torch.no_grad()
-def load_trained_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts `trained_tensors` of a model of the same shape into `model`.
-
-    Raises:
-        KeyError: one is missing.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(tensors[name])
-    for name, layer in adapter_layers(model).items():
-        if layer.initial_A is not None:
-            layer.initial_A.copy_(tensors[f"{name}.initial_A"])
-            layer.initial_B.copy_(tensors[f"{name}.initial_B"])
-
-
-def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A₀ and B₀ by layer among `trained_tensors`."""
-    names = [name.removesuffix(".initial_A") for name in tensors if name.endswith(".initial_A")]
-    return {name: (tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"]) for name in names}
-
-
-# What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
-NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
-NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
-NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
-NOT_IDENTITY |= {"trust_remote_code", "skip_done"}
-
-
-def checkpoint_identity(args: Arguments, world_size: int) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
-    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_IDENTITY}
-    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
-    return identity | {"processes": world_size, "zero_stage": zero.get("stage", 0)}
-
-
-def seal_checkpoint(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes the manifest, and everything through to the disk: what is renamed after this is complete."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"identity": identity, "sizes": sizes}, indent=2) + "\n")
-    for file in (*files, manifest, folder):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def last_state(checkpoint: Path) -> transformers.TrainerState:
-    """Where the run was when it wrote the checkpoint."""
-    return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> str | None:
-    """Why the checkpoint cannot be used, in a few words; None where it can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        sizes, theirs = manifest["sizes"], manifest["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it has no readable manifest"
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            return f"{name} is cut short or missing"
-    difference = first_difference(theirs, identity or {})
-    return f"it belongs to a run with {difference}" if difference else None
-
-
-def complete_checkpoints(output_dir: str | Path, identity: dict[str, Any] | None = None) -> list[Path]:
-    """The usable checkpoints of a run, the newest first; of `identity`, where it is given."""
-    return [folder for folder in _all_checkpoints(output_dir) if checkpoint_problem(folder, identity) is None]
-
-
-def _all_checkpoints(output_dir: str | Path) -> list[Path]:
-    folders = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
-    numbered = [folder for folder in folders if folder.name.partition("-")[2].isdigit()]
-    return sorted(numbered, key=lambda folder: int(folder.name.partition("-")[2]), reverse=True)
-
-
-def newest_checkpoint(
-    output_dir: str | Path, identity: dict[str, Any] | None = None, *, verbose: bool = False
-) -> Path | None:
-    """The newest usable checkpoint; with `verbose`, says which newer ones were passed over and why."""
-    for folder in _all_checkpoints(output_dir):
-        problem = checkpoint_problem(folder, identity)
-        if problem is None:
-            return folder
-        if verbose:
-            print(f"note: {folder} is passed over: {problem}", file=sys.stderr)
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Export
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def export_adapter(
-    model: nn.Module,
-    folder: Path,
-    base_model: str,
-    target_modules: list[str],
-    task_type: str,
-    modules_to_save: list[str] | None = None,
-) -> int:
-    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; returns its rank, PiSSA's 2r.
-
-    Args:
-        modules_to_save: names of trained modules, such as a classifier, that are stored whole beside the adapters.
-    """
-    layers = adapter_layers(model)
-    tensors = {}
-    for name, layer in layers.items():
-        A, B = layer.stacked_factors()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
-    for name in modules_to_save or []:
-        for key, tensor in model.get_submodule(name).state_dict().items():
-            tensors[f"base_model.model.{name}.{key}"] = tensor.detach().cpu().contiguous()
-    rank = len(A)
-    metadata = {"format": "pt"}
-    if layer.initial_A is not None:
-        metadata["principal_rank"] = str(len(layer.lora_A))  # of the stacked rank, how much is trained
-    config = {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": layer.scaling * rank,
-        "target_modules": target_modules,
-        "modules_to_save": modules_to_save,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return rank
-
-
-def adapter_card(args: Arguments, rank: int) -> str:
-    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded."""
-    front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
-    settings = {
-        "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
-        "method": args.method + (f", formulation {args.formulation}" if args.method == "ba-lora" else ""),
-        "data": f"{args.data}, fields {', '.join(args.fields)}",
-        "rank, alpha": f"{args.rank}, {args.alpha:g}"
-        + (f"; stored as a LoRA of rank {rank}" if rank != args.rank else ""),
-        "target modules": ", ".join(args.target_modules),
-        "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
-    }
-    if args.method == "ba-lora":
-        names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
-        settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
-    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} adapter of {args.model}\n\n"
-        "An ordinary LoRA adapter in PEFT's format, for the base model as it is published"
-        + (": the factors are [A; A₀] and [B, −B₀], A₀ and B₀ PiSSA's start.\n\n" if rank != args.rank else ".\n\n")
-        + f"| | |\n|---|---|\n{rows}\n"
-        "```python\nmodel = AutoModelForCausalLM.from_pretrained(base)\n"
-        'model = peft.PeftModel.from_pretrained(model, "this folder")\n```\n\n'
-        f"It was trained behind this prompt:\n\n```text\n{ALPACA_PROMPT}\n```\n\n"
-        f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
-    )
 
 
 @dataclass
-class InitialAdapter:
-    """An adapter in PEFT's format that a run starts from."""
+class Base:
+    """The pre-trained model, as far as it is known before its weights are read.
 
-    folder: Path
-    rank: int
-    alpha: float
-    target_modules: list[str]
-    factors: dict[str, tuple[Tensor, Tensor]]  # A (R × in) and B (out × R) by layer name
-    principal_rank: int | None  # ours: the first this many of R are trained, the others are PiSSA's start
-    is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are those of the weight
+    Attributes:
+        path: the folder or hub name behind --model.
+        skeleton: the model on the meta device: shapes only.
+        adapter: what --init-adapter names.
+        num_adapters: how many layers get an adapter.
+        trainable: how many parameters --method trains.
+    """
 
-    def require_fit(self, layers: dict[str, nn.Linear]) -> None:
-        """Raises a UserError where the adapter does not fit the model's target layers."""
-        for name, layer in layers.items():
-            if name not in self.factors:
-                raise UserError(f"--init-adapter {self.folder} has no factors for {name}: an adapter of another model")
-            A, B = self.factors[name]
-            if (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
-                raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
-        beyond = sorted(self.factors.keys() - layers.keys())
-        if beyond:
-            raise UserError(f"--init-adapter {self.folder} has factors for {beyond[0]}, which this model lacks")
+    path: str
+    tokenizer: transformers.PreTrainedTokenizerBase | None
+    config: transformers.PretrainedConfig
+    skeleton: transformers.PreTrainedModel
+    adapter: InitialAdapter | None
+    num_adapters: int
+    trainable: int
 
-    def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What `trained_tensors` would give for a model that starts from it."""
-        tensors = {}
-        for name, (A, B) in self.factors.items():
-            r = self.rank
-            tensors |= {f"{name}.lora_A": A[:r].contiguous(), f"{name}.lora_B": B[:, :r].contiguous()}
-            if self.principal_rank is not None:
-                initial = (A[r:].contiguous(), -B[:, r:])
-            elif self.is_pissa:
-                initial = principal_factors(_whole(model.get_submodule(name).weight), r, self.alpha / r)
-            else:
-                continue
-            tensors |= {f"{name}.initial_A": initial[0].cpu(), f"{name}.initial_B": initial[1].cpu()}
-        return tensors
+    @property
+    def total(self) -> int:
+        """How many parameters the model has."""
+        return self.skeleton.num_parameters()
 
 
-def read_adapter(folder: Path, method: str) -> InitialAdapter:
-    """Reads a LoRA adapter in PEFT's format.
+def inspect_base(args: Arguments) -> Base:
+    """Finds a model, rank, target or adapter that does not fit before any weight is read; fills in `args`' targets.
 
     Raises:
-        UserError: not such an adapter, or of a kind that this script cannot go on with.
+        UserError: see `load_tokenizer_and_config`, `read_adapter` and `find_target_modules`.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # OSError, JSON's and safetensors' own
-        raise UserError(f"--init-adapter {folder} is no adapter in PEFT's format: {_first_line(error)}") from error
-    start = config.get("init_lora_weights", True)
-    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
-    if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
-        raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
-    others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if others:
-        raise UserError(f"--init-adapter {folder}: only factors of linear layers can be gone on with, not {others[0]}")
-    prefix, factors = "base_model.model.", {}
-    for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            factors[layer.removeprefix(prefix)] = (tensors[name], tensors[f"{layer}.lora_B.weight"])
-    principal_rank = int(metadata["principal_rank"]) if "principal_rank" in metadata else None
-    is_pissa = start == "pissa"
-    if (is_pissa or principal_rank is not None) and method == "lora":
-        raise UserError(f"--init-adapter {folder} is a PiSSA adapter: go on with --method pissa or ba-lora")
-    rank = principal_rank or config["r"]
-    alpha = config["lora_alpha"] * rank / config["r"]
-    targets = sorted({name.rpartition(".")[2] for name in factors})
-    return InitialAdapter(folder, rank, alpha, targets, factors, principal_rank, is_pissa)
-
-
-def merge_adapters(model: nn.Module) -> nn.Module:
-    """Adds each adapter to its base weight and takes the LoRALinear out, in place; returns the plain model."""
-    for name, layer in adapter_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        layer.base.weight.data = layer.merged_weight()
-        setattr(model.get_submodule(parent), child, layer.base)
-    return model
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "datasets", "deepspeed", "safetensors", "numpy", "vllm"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def check_checkpoint(name: str) -> None:
-    """Raises a UserError where the local folder `name` cannot be a checkpoint; reads no weights. Hub names pass."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"no such model folder: {name}")
-        return
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{name} has no config.json: not a transformers checkpoint")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{name} has no .safetensors file (pickled weights are not loaded: convert them first)")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
-        if missing:
-            raise UserError(f"{name} lacks {sorted(missing)[0]}, which its index names: the checkpoint is incomplete")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except Exception as error:
-            raise UserError(f"{file} is damaged ({_first_line(error)}): fetch or copy it again") from error
-
-
-def load_tokenizer_and_config(
-    name: str, revision: str | None = None, trust_remote_code: bool = False, *, needs_all: bool = True
-) -> tuple[transformers.PreTrainedTokenizerBase | None, transformers.PretrainedConfig]:
-    """The tokenizer and configuration of a checkpoint.
-
-    Args:
-        needs_all: False: neither weights nor tokenizer need to be there; where it is not, None comes in its place.
-
-    Raises:
-        UserError: neither a readable folder nor a hub name that answers, or no end-of-sequence token.
-    """
-    if needs_all:
-        check_checkpoint(name)
-    tokenizer = None
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        with contextlib.nullcontext() if needs_all else contextlib.suppress(Exception):
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, and the hub client's own
-        raise UserError(f"cannot load the model {name!r}: {_first_line(error)}") from error
-    if needs_all and tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its configuration")
-    return tokenizer, config
-
-
-def resolve_demo(name: str | None, kind: Literal["model", "train", "test"]) -> str | None:
-    """The path behind the reserved name `demo`; any other name as it is."""
-    if name != "demo":
-        return name
-    from data import demo
-
-    try:
-        return str(demo.model() if kind == "model" else demo.problems(kind))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"cannot make the demo's {kind}: {_first_line(error)}") from error
-
-
-def training_arguments(args: Arguments, dtype: torch.dtype) -> TrainingArguments:
-    """What the transformers Trainer needs to know of `args`."""
-    # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
-    mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
-    return common_training_arguments(
-        args,
-        gradient_accumulation_steps=args.gradient_accumulation,
-        bf16=mixed,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        deepspeed=args.deepspeed,
-        logging_steps=args.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
-        save_strategy="steps" if args.save_steps else "no",
-        save_steps=args.save_steps or 500,
-        report_to="tensorboard",
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # PiSSA's frozen factors, which no step changes
+    path = resolve_demo(args.model, "model")
+    tokenizer, config = pretrained.load_tokenizer_and_config(
+        path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
-
-
-def common_training_arguments(args: Any, **settings: Any) -> TrainingArguments:
-    """What every training here tells the Trainer, and `settings`."""
-    trainer_args = TrainingArguments(
-        output_dir=args.output_dir,
-        num_train_epochs=args.epochs,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
-        lr_scheduler_type=args.lr_scheduler,
-        max_grad_norm=args.max_grad_norm,
-        optim="adamw_torch",
-        seed=args.seed,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **settings,
-    )
-    # Started by plain python on a machine of several GPUs, the Trainer would take them all and multiply the batch.
-    if trainer_args.n_gpu > 1:
-        print(f"note: one of {trainer_args.n_gpu} GPUs is used; torchrun or deepspeed start train.py on all of them")
-        trainer_args._n_gpu = 1
-    return trainer_args
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return getattr(torch, name)
-
-
-def main(argv: list[str]) -> None:
-    started = time.time()
-    args = parse_arguments(Arguments, __doc__, argv)
-    if args.export_from is not None:
-        export_again(args)
-        return
-    args = resolve_arguments(args)
-    model_path = resolve_demo(args.model, "model")
-    tokenizer, config = load_tokenizer_and_config(
-        model_path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
-    )
-    with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
-        attention = None if args.dry_run else args.attn_implementation  # which another machine may have
-        try:
+    attention = None if args.dry_run else args.attn_implementation  # which another machine may have
+    try:
+        with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"cannot make {args.model} as a causal language model with these options: {_first_line(error)}"
-            ) from error
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
+        ) from error
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
         args.rank, args.alpha, args.target_modules = adapter.rank, adapter.alpha, adapter.target_modules
-    if args.method != "full":
-        if args.target_modules is None:
-            args.target_modules = default_target_modules(skeleton)
-        found = find_target_modules(skeleton, args.target_modules, args.rank)
-        if adapter is not None:
-            adapter.require_fit(found)
+    if args.method == "full":
+        return Base(path, tokenizer, config, skeleton, None, 0, skeleton.num_parameters())
+    if args.target_modules is None:
+        args.target_modules = default_target_modules(skeleton)
+    found = find_target_modules(skeleton, args.target_modules, args.rank)
+    if adapter is not None:
+        adapter.require_fit(found)
+    trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
+    return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable)
 
-    if args.dry_run:
-        print(dry_run(args, skeleton, tokenizer))
-        return
+
+def dry_run(args: Arguments, base: Base) -> str:
+    """What a run with these arguments would be: configuration, parameters, memory, disk, steps and tokens."""
+    try:
+        if base.tokenizer is None:
+            raise UserError("the model has no tokenizer here")
+        records = load_training_records(args)
+        dataset, _ = build_dataset(records, base.tokenizer, args.fields, args.max_length)
+        if len(dataset) == 0:
+            raise UserError(f"no example has a response token within {args.max_length} tokens")
+        lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
+        valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
+        # The largest of the micro-batches that one random order gives.
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(args.seed)).split(args.batch_size)
+        sizes = [int(lengths[batch].sum() if args.packing else lengths[batch].max() * len(batch)) for batch in order]
+        tokens, largest = max(zip(sizes, order, strict=True), key=lambda pair: pair[0])
+        if args.packing:
+            tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
+        data = estimates.DataSizes(lengths, valid, len(records) - len(dataset), tokens, int(valid[largest].sum()))
+    except UserError as error:
+        data = error
+    return runs.config_text(args) + "\n" + "\n".join(estimates.report(args, base, data))
+
+
+def start_ranks(args: Arguments) -> TrainingArguments:
+    """Makes this process one of a run's ranks, under torchrun or DeepSpeed; alone, the only one."""
     if args.deepspeed is not None and "RANK" not in os.environ:
         raise UserError("--deepspeed needs its launcher: deepspeed --no_local_rank --num_gpus N train.py ...")
-    output_dir = Path(args.output_dir)
-    if args.resume and (output_dir / "run.json").is_file():
-        require_same_run(output_dir, args)
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"trained already, with these settings: {output_dir}")
-            if not (output_dir / "merged").is_dir():
-                print(f"note: its merged/ is gone; train.py --export-from {output_dir} --overwrite writes it again")
-        return
-
-    records = load_training_records(args)
-    dtype = resolve_dtype(args.dtype)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
-    trainer_args = training_arguments(args, dtype)  # before the model: DeepSpeed decides how weights are loaded
+    trainer_args = training_arguments(args)
     if args.deepspeed is not None:
         import deepspeed
 
         deepspeed.init_distributed()  # ZeRO-3 partitions the weights while they are loaded, and asks how many ranks
+    return trainer_args
+
+
+def encode_records(
+    args: Arguments, base: Base, records: datasets.Dataset, trainer_args: TrainingArguments
+) -> datasets.Dataset:
+    """`build_dataset` of what --data names, by the first process for all; says what was dropped.
+
+    Raises:
+        UserError: no example is left, or --teacher-cache has no room for their states.
+    """
     with trainer_args.main_process_first(desc="tokenising"):
-        dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
-    is_main = trainer_args.process_index == 0
-    if num_dropped and is_main:
+        dataset, num_dropped = build_dataset(records, base.tokenizer, args.fields, args.max_length)
+    if num_dropped and trainer_args.process_index == 0:
         why = f"a field is empty, or no response token is within {args.max_length} tokens"
         print(f"dropped {num_dropped} of {len(records)} examples: {why}")
     if len(dataset) == 0:
         raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
+    if needs_teacher_cache(args):
+        width = base.skeleton.get_output_embeddings().weight.shape[1]
+        num_valid_positions = sum(map(num_valid, dataset["labels"]))
+        require_space(Path(args.teacher_cache), num_valid_positions * width * resolve_dtype(args.dtype).itemsize)
+    return dataset
 
-    checkpoint = None
-    if args.resume:
-        identity = checkpoint_identity(args, trainer_args.world_size)
-        checkpoint = newest_checkpoint(output_dir, identity, verbose=is_main)
-        others = complete_checkpoints(output_dir)
-        if checkpoint is None and others:  # starting anew would delete them
-            raise UserError(
-                f"--resume: {others[0]}: {checkpoint_problem(others[0], identity)}; give that run's settings, name "
-                "another --output-dir, or replace it with --overwrite instead of --resume"
-            )
-        if is_main:
-            where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
-            print(where, flush=True)
-    if is_main:
-        if args.overwrite:
-            clear_folder(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(config_text(args))
-        forget_metrics_after(output_dir, checkpoint)
-        print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
 
+def needs_teacher_cache(args: Arguments) -> bool:
+    return args.teacher_cache is not None and args.method == "ba-lora" and args.lambda_consistency > 0
+
+
+def load_student(
+    args: Arguments, base: Base, trainer_args: TrainingArguments, checkpoint: Path | None
+) -> transformers.PreTrainedModel:
+    """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
+    dtype, is_main = resolve_dtype(args.dtype), trainer_args.process_index == 0
     # The masters that full fine-tuning needs; with adapters the base is frozen and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
-    model = load_model(args, model_path, load_dtype)
-    use_cache = model.config.use_cache
+    model = pretrained.load_model(args, base.path, load_dtype)
     partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
     if not partitioned and args.load_in is None:
         model.to(trainer_args.device)  # so that the decompositions run where they are fast
     if checkpoint is not None:
-        tensors = load_file(checkpoint / TRAINED_TENSORS)
-        attach_adapters(model, args, tensors)
-    elif adapter is not None:
-        attach_adapters(model, args, adapter.trained_tensors(model))
+        attach_adapters(model, args, load_file(checkpoint / TRAINED_TENSORS))
+    elif base.adapter is not None:
+
+        def factors(name: str) -> tuple[Tensor, Tensor]:
+            return principal_factors(whole(model.get_submodule(name).weight), args.rank, args.alpha / args.rank)
+
+        attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:
         cache = Path(args.init_cache) if args.init_cache else None
         add_adapters(model, args.method, args.rank, args.alpha, args.target_modules, cache=cache, progress=is_main)
     if args.deepspeed is not None:
         round_factors(model, dtype)
-    trainable = sum(shape_of(parameter).numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(shape_of(parameter).numel() for parameter in model.parameters())
-    if is_main:
-        share = f"{trainable / 1e6:.2f} M trainable parameters on a model of {skeleton.num_parameters() / 1e6:.2f} M"
-        print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
+    return model
 
-    window = getattr(config, "sliding_window", None)
-    longest = max(map(len, dataset["input_ids"])) if window else 0
-    beyond_window = bool(window) and longest > window
-    eager = args.attn_implementation == "eager"  # asked for by name: packing would take another
-    packing = args.packing and not beyond_window and not eager and enable_packing(model)
+
+def make_trainer(
+    args: Arguments,
+    base: Base,
+    model: transformers.PreTrainedModel,
+    dataset: datasets.Dataset,
+    trainer_args: TrainingArguments,
+) -> BALoRATrainer:
+    """The Trainer of `model` on `dataset`: packed, and with lean activations, where the model can; else says so."""
+    is_main = trainer_args.process_index == 0
+    obstacle = None
+    if args.packing:
+        obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, dataset["input_ids"]))
     if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
-    if args.teacher_cache is not None and args.method == "ba-lora" and args.lambda_consistency > 0:
+    if needs_teacher_cache(args):
         if not wrapped.is_fused:
             raise UserError("--teacher-cache keeps hidden states, and this model's head is not a plain linear map")
-        wrapped.teacher_cache = TeacherCache(Path(args.teacher_cache), model, dataset)
+        counts = list(map(num_valid, dataset["labels"]))
+        cache = wrapped.teacher_cache = TeacherCache(Path(args.teacher_cache), model, dataset, counts)
         if is_main:
-            known = int(wrapped.teacher_cache.done.sum())
-            size = wrapped.teacher_cache.num_bytes / 2**30
-            print(f"teacher cache: {size:.2f} GiB when full, {known} of {len(dataset)} examples are there")
-    if is_main and args.packing and not packing:
-        why = f"attends {window} tokens of {longest}" if beyond_window else "cannot attend to packed sequences"
-        why = "attends eagerly" if eager else why
-        print(f"note: {type(model).__name__} {why}; batches are padded")
+            known = f"{int(cache.done.sum())} of {len(dataset)} examples are there"
+            print(f"teacher cache: {cache.num_bytes / 2**30:.2f} GiB when full, {known}")
+    if is_main and obstacle:
+        print(f"note: {type(model).__name__} {obstacle}; batches are padded")
     if is_main and args.method != "full" and not wrapped.is_fused:
         print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    trainer = BALoRATrainer(
-        arguments=args,
-        model=wrapped,
-        args=trainer_args,
-        train_dataset=dataset,
+    if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has none for a beginning that stands there once.
-        data_collator=PackingCollator(model.config._attn_implementation == PER_SEQUENCE)
-        if packing
-        else PaddingCollator(pad_token_id),
+        collator = PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
+    else:
+        pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
+        collator = PaddingCollator(end if pad is None else pad)
+    return BALoRATrainer(
+        arguments=args, model=wrapped, args=trainer_args, train_dataset=dataset, data_collator=collator
     )
-    trainer.pop_callback(transformers.ProgressCallback)
-    trainer.add_callback(ProgressBar)
-    state = None if checkpoint is None else last_state(checkpoint)
-    finished = state is not None and state.global_step >= state.max_steps
-    try:
-        if finished:  # only the export is missing; the Trainer would take one step more
-            trainer.state = state
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            train_loss, train_seconds = sum(losses) / max(len(losses), 1), 0.0
-        else:
-            with trainer.interruption.awaited():
-                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            train_loss, train_seconds = result.training_loss, result.metrics["train_runtime"]
-    except RuntimeError as error:  # the backends have no exception of their own for it
-        if _num_ranks() > 1 and any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
-            kept = newest_checkpoint(output_dir)
-            raise RunStopped(
-                f"rank {trainer_args.process_index} lost another rank after step {trainer.state.global_step} "
-                f"({_first_line(error)}); --resume goes on from {kept if kept else 'the start'}"
-            ) from error
-        raise
-    if trainer.interruption.agreed and trainer.state.global_step < trainer.state.max_steps:
-        if is_main:
-            kept = newest_checkpoint(output_dir) or "no checkpoint"
-            print(f"interrupted after step {trainer.state.global_step}: {kept} is what --resume goes on from")
-        sys.exit(128 + (trainer.interruption.signal or signal.SIGTERM))
-
-    # From the published weights, where this model holds parts of them or rounded ones. Every rank has a part to give.
-    rebuild = args.deepspeed is not None or args.load_in is not None
-    tensors = None
-    if rebuild:
-        tensors = load_file(checkpoint / TRAINED_TENSORS) if finished else trained_tensors(model, keep=is_main)
-    if is_main:
-        if tensors is not None:
-            model = rebuilt_model(args, model_path, dtype, tensors)
-        model.config.use_cache = use_cache  # the Trainer switches it off; the exported model generates with it
-        run = {
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "seed": args.seed,
-            "versions": package_versions(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "processes": trainer_args.world_size,
-            "examples": len(dataset),
-            "dropped_examples": num_dropped,
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "steps": trainer.state.global_step,
-            "skipped_steps": trainer.skipped_steps,
-            "resumed_from": str(checkpoint) if checkpoint else None,
-            "train_loss": train_loss,
-            "train_seconds": train_seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        }
-        export_model(model, tokenizer, args, model_path, dtype, output_dir)
-        (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-        print(summary(args, run))
 
 
-# Resident beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. From peaks
-# of whole runs on Linux (tests/test_architectures.py measures them again); on a GPU it does not count.
-PROGRAM_BYTES = 0.85 * 2**30
+def trained_model(
+    args: Arguments, base: Base, trainer: BALoRATrainer, finished: Path | None
+) -> transformers.PreTrainedModel | None:
+    """The model to export, on the first process; None on the others. Every rank has a part to give.
 
-
-def num_trainable(args: Arguments, skeleton: nn.Module) -> int:
-    """How many parameters --method trains."""
-    if args.method == "full":
-        return skeleton.num_parameters()
-    layers = find_target_modules(skeleton, args.target_modules, args.rank).values()
-    return sum(args.rank * (layer.in_features + layer.out_features) for layer in layers)
-
-
-def adapter_bytes(args: Arguments, trainable: int) -> int:
-    """Of the factors in fp32, PiSSA's frozen ones included."""
-    return trainable * 4 * (1 if args.method == "lora" else 2)
-
-
-def estimated_memory(
-    args: Arguments, skeleton: nn.Module, dtype: torch.dtype, tokens: int, valid: int, num_processes: int
-) -> dict[str, float]:
-    """Bytes per process at the peak of a training step, by part.
-
-    Activations are what the student keeps for its backward pass, counted per token and layer for gated decoders whose
-    attention keeps no matrix of scores: d is the residual stream's width, f the feed-forward's, a and g the widths of
-    queries and of keys, r the adapter's rank.
+    From the published weights, where the trained model holds parts of them or rounded ones.
 
     Args:
-        skeleton: the model without adapters, on the meta device.
-        tokens, valid: of the largest micro-batch; those at which the objective is computed.
+        finished: the checkpoint that has it all already.
     """
-    config = skeleton.config
-    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
-    stage = zero.get("stage", 0)
-    split = {name: num_processes if stage >= needed else 1 for name, needed in (("o", 1), ("g", 2), ("w", 3))}
-    total, trainable = skeleton.num_parameters(), num_trainable(args, skeleton)
-    full = args.method == "full"
-    item = dtype.itemsize
-    base_item = {None: 4 if full and not args.deepspeed else item, "8bit": 1, "4bit": 0.56}[args.load_in]
-    parts = {"weights": total * base_item / split["w"]}
-    if not full:
-        parts["adapters"] = adapter_bytes(args, trainable)
-    parts["gradients"] = trainable * (item if args.deepspeed else 4) / split["g"]
-    masters = 4 if args.deepspeed and item < 4 else 0
-    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and torch.cuda.is_available()
-    parts["optimizer"] = 0 if offloaded else trainable * (8 + masters) / split["o"]
-
-    d, layers = config.hidden_size, config.num_hidden_layers
-    f = getattr(config, "intermediate_size", 4 * d)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or d // heads
-    a, g = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    num_adapters = 0 if full else len(find_target_modules(skeleton, args.target_modules, args.rank))
-    ranks = args.rank * num_adapters / layers
-    attention = 3 * a + 2 * g  # queries, keys, values, what comes out, and its copy for the output projection
-    # Full fine-tuning has transformers' own norms and activations.
-    kept = 8 * d + attention + 4 * f if full else 4 * d + attention + 2 * f + ranks
-    if args.gradient_checkpointing:
-        parts["activations"] = tokens * item * (layers * d + kept)
-    else:
-        parts["activations"] = tokens * item * layers * kept
-    vocabulary = config.vocab_size
-    if full:  # the head is trained: whole logits, their gradient and softmax in fp32
-        parts["objective"] = valid * vocabulary * (3 * 4 + item)
-    else:
-        parts["objective"] = (
-            min(args.objective_memory * 2**20, 2 * valid * vocabulary * 4) + 3 * valid * d * 4 + 12 * d * d
+    model, is_main = trainer.trained, trainer.is_world_process_zero()
+    if args.deepspeed is not None or args.load_in is not None:
+        tensors = (
+            load_file(finished / TRAINED_TENSORS) if finished else checkpoints.trained_tensors(model, keep=is_main)
         )
-    # What a layer's backward pass holds beside: a feed-forward's gradients.
-    parts["transient"] = 4 * tokens * f * item
-    if not torch.cuda.is_available():
-        parts["program"] = PROGRAM_BYTES
-    return parts
-
-
-def dry_run(args: Arguments, skeleton: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase | None) -> str:
-    """What a run with these arguments would be: configuration, parameters, memory, disk, steps and tokens."""
-    dtype = resolve_dtype(args.dtype)
-    num_processes = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
-    lines = [config_text(args), ""]
-    total, trainable = skeleton.num_parameters(), num_trainable(args, skeleton)
-    lines.append(f"parameters: {trainable / 1e6:.1f} M trainable, {total / 1e6:.1f} M in the model")
-
-    tokens, valid = args.batch_size * args.max_length, args.batch_size * args.max_length
-    per_step = args.batch_size * args.gradient_accumulation * num_processes
-    try:
-        if tokenizer is None:
-            raise UserError("the model has no tokenizer here")
-        records = load_training_records(args)
-        dataset, num_dropped = build_dataset(records, tokenizer, args.fields, args.max_length)
-        if len(dataset) == 0:
-            raise UserError(f"no example has a response token within {args.max_length} tokens")
-        lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
-        responses = torch.tensor([sum(label != IGNORE_INDEX for label in labels[1:]) for labels in dataset["labels"]])
-        # The largest of the micro-batches that one random order gives.
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(args.seed)).split(args.batch_size)
-        sizes = [int(lengths[batch].sum() if args.packing else lengths[batch].max() * len(batch)) for batch in order]
-        tokens, largest = max(zip(sizes, order, strict=True), key=lambda pair: pair[0])
-        valid = int(responses[largest].sum())
-        if args.packing:
-            tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(dataset) / per_step) * args.epochs)
-        mean = lengths.float().mean().item()
-        lines.append(
-            f"data: {len(dataset)} examples ({num_dropped} dropped), {mean:.0f} tokens on average, at most "
-            f"{lengths.max()}; {int(responses.sum())} response tokens"
-        )
-        lines.append(
-            f"steps: {steps} of {per_step} sequences ({args.batch_size} x {args.gradient_accumulation} x "
-            f"{num_processes} processes), about {steps * per_step * mean / 1e6:.2f} M tokens"
-        )
-    except UserError as error:
-        known = f"{args.max_steps} steps" if args.max_steps > 0 else "steps not known"
-        lines.append(
-            f"data: not read ({error}); {known}, {per_step} sequences each of at most {args.max_length} tokens"
-        )
-
-    parts = estimated_memory(args, skeleton, dtype, tokens, valid, num_processes)
-    device = "GPU" if torch.cuda.is_available() else "process"
-    lines.append(f"memory per {device}, estimated for a micro-batch of {tokens} tokens in {str(dtype)[6:]}:")
-    lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
-    lines.append(f"  {'together':<12} {sum(parts.values()) / 2**30:8.2f} GiB")
-    adapter = 0 if args.method == "full" else adapter_bytes(args, trainable)
-    checkpoint = trainable * 12 + (adapter if args.method in ("pissa", "ba-lora") else 0) / 2
-    merged = total * dtype.itemsize
-    checkpoints = (args.keep_checkpoints + 1) * checkpoint
-    lines.append(
-        f"disk: {(checkpoints + adapter + merged) / 2**30:.2f} GiB at most ({args.keep_checkpoints + 1} checkpoints of "
-        f"{checkpoint / 2**30:.2f} GiB, adapter {adapter / 2**30:.2f} GiB, merged model {merged / 2**30:.2f} GiB)"
-    )
-    return "\n".join(lines)
-
-
-def load_training_records(args: Arguments) -> datasets.Dataset:
-    """The examples that --data, --fields and --max-examples name, as they are written."""
-    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset, args.data_config)
-    require_fields(records, args.fields, args.data, "name two of them with --fields")
-    if args.max_examples is not None:
-        records = records.select(range(min(args.max_examples, len(records))))
-    return records
-
-
-def load_model(args: Arguments, model_path: str, dtype: torch.dtype, **kwargs: Any) -> transformers.PreTrainedModel:
-    """The pre-trained model, quantized where --load-in says so."""
-    if args.load_in is not None:
-        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=args.load_in == "4bit",
-            load_in_8bit=args.load_in == "8bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            model_path,
-            revision=args.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            dtype=dtype,
-            attn_implementation=args.attn_implementation,
-            use_safetensors=True,
-            **kwargs,
-        )
-    except OSError as error:  # on the hub, a model of pickles that has not been converted there either
-        raise UserError(f"cannot load the model {args.model!r}: {_first_line(error)}") from error
-
-
-def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:
-    """`add_adapters` with the factors of `tensors` (see `trained_tensors`) in them, in place; returns `model`."""
-    initial = initial_factors(tensors)
-    method = "lora" if args.method != "full" and not initial else args.method
-    device = next(iter(model.parameters())).device
-    initial = {name: (A.to(device), B.to(device)) for name, (A, B) in initial.items()}
-    add_adapters(model, method, args.rank, args.alpha, args.target_modules, initial=initial)
-    if not any(is_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
-        load_trained_tensors(model, tensors)
-    return model
+        model = rebuilt_model(args, base.path, resolve_dtype(args.dtype), tensors) if is_main else None
+    if is_main:
+        model.config.use_cache = (
+            base.config.use_cache
+        )  # the Trainer switches it off; the exported model generates with it
+    return model if is_main else None
 
 
 def rebuilt_model(
@@ -3002,18 +1586,8 @@ def rebuilt_model(
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
     args = dataclasses.replace(args, load_in=None, attn_implementation=None)
     return attach_adapters(
-        load_model(args, model_path, torch.float32 if args.method == "full" else dtype), args, tensors
+        pretrained.load_model(args, model_path, torch.float32 if args.method == "full" else dtype), args, tensors
     )
-
-
-@torch.no_grad()
-def round_factors(model: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds adapters and PiSSA's frozen factors alike to `dtype`, in which DeepSpeed starts what it trains: rounded
-    apart, B A − B₀A₀ would not be zero at the start."""
-    for layer in adapter_layers(model).values():
-        for factor in (layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B):
-            if factor is not None:
-                factor.copy_(factor.to(dtype))
 
 
 def export_model(
@@ -3021,7 +1595,6 @@ def export_model(
     tokenizer: transformers.PreTrainedTokenizerBase,
     args: Arguments,
     model_path: str,
-    dtype: torch.dtype,
     output_dir: Path,
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
@@ -3029,45 +1602,14 @@ def export_model(
     Raises:
         RunStopped: the disk does not take them.
     """
-    staging = output_dir / INCOMPLETE
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
+    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
         if args.method != "full":
-            rank = export_adapter(model, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+            layers = adapter_layers(model)
+            rank = export_adapter(layers, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
             (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
-        mend_generation_config(model)
-        merge_adapters(model).to(dtype).save_pretrained(staging / "merged")
+        pretrained.mend_generation_config(model)
+        merge_adapters(model).to(resolve_dtype(args.dtype)).save_pretrained(staging / "merged")
         tokenizer.save_pretrained(staging / "merged")
-        for folder in staging.iterdir():
-            shutil.rmtree(output_dir / folder.name, ignore_errors=True)
-            folder.rename(output_dir / folder.name)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({_first_line(error)}); "
-            f"train.py --export-from {output_dir} writes it again from the newest checkpoint"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def mend_generation_config(model: transformers.PreTrainedModel) -> None:
-    """Some published models have settings that transformers reads and does not write: most of sampling, without
-    sampling. These are kept, with sampling; of any others nothing is kept but the special tokens."""
-    config = model.generation_config
-
-    def can_be_written() -> bool:
-        try:
-            config.validate(strict=True)
-        except ValueError:
-            return False
-        return True
-
-    if not can_be_written():
-        config.do_sample = True
-    if not can_be_written():
-        model.generation_config = transformers.GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id
-        )
 
 
 def export_again(args: Arguments) -> None:
@@ -3079,83 +1621,79 @@ def export_again(args: Arguments) -> None:
     existing = [name for name in ("adapter", "merged") if (output_dir / name).exists()]
     if existing and not args.overwrite:
         raise UserError(f"{output_dir / existing[0]} exists: replace it with --overwrite, or name another --output-dir")
-    checkpoint = newest_checkpoint(source, verbose=True)
+    checkpoint = checkpoints.newest_checkpoint(source, verbose=True)
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
-    model_path = resolve_demo(run.model, "model")
-    tokenizer, _ = load_tokenizer_and_config(model_path, run.model_revision, run.trust_remote_code)
-    dtype = resolve_dtype(run.dtype)
-    model = rebuilt_model(run, model_path, dtype, load_file(checkpoint / TRAINED_TENSORS))
-    export_model(model, tokenizer, run, model_path, dtype, output_dir)
+    path = resolve_demo(run.model, "model")
+    tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
+    model = rebuilt_model(run, path, resolve_dtype(run.dtype), load_file(checkpoint / TRAINED_TENSORS))
+    export_model(model, tokenizer, run, path, output_dir)
     print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
 
 
-def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
-    """Drops the lines of metrics.jsonl that the resumed run will write again."""
-    path = output_dir / "metrics.jsonl"
-    if not path.is_file():
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    args = parse_arguments(Arguments, __doc__, argv)
+    if args.export_from is not None:
+        export_again(args)
         return
-    step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step and "loss" in json.loads(line)]
-    path.write_text("".join(kept))
+    args = resolve_arguments(args)
+    base = inspect_base(args)
+    if args.dry_run:
+        print(dry_run(args, base))
+        return
+    if runs.is_trained_already(args):
+        return
+    records = load_training_records(args)
+    trainer_args = start_ranks(args)  # before the model: DeepSpeed decides how weights are loaded
+    is_main = trainer_args.process_index == 0
+    dataset = encode_records(args, base, records, trainer_args)
+    checkpoint = checkpoints.checkpoint_to_resume(args, trainer_args)
+    if is_main:
+        runs.open_output_dir(args, checkpoint)
+        print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
 
+    model = load_student(args, base, trainer_args, checkpoint)
+    if is_main:
+        share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
+        print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
+    trainer = make_trainer(args, base, model, dataset, trainer_args)
+    finished = checkpoint if checkpoints.is_complete(checkpoint) else None
+    train_loss, train_seconds = trainer.fit(checkpoint)
 
-def require_same_run(output_dir: Path, args: Any) -> None:
-    """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`."""
-    open_ones = {"target_modules"} if args.target_modules is None else set()  # which that run has filled in
-    try:
-        made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
-        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones, common=True)
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{output_dir / 'config.yaml'} is damaged: replace the run with --overwrite") from error
-    if difference:
-        raise UserError(f"{output_dir} holds a run with {difference}: name another --output-dir, or use --overwrite")
-
-
-def config_text(args: Arguments) -> str:
-    """The resolved arguments as YAML that `--config` takes."""
-    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from")
-    entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
-    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
-        entries, sort_keys=False
-    )
-
-
-def summary(args: Arguments, run: dict[str, Any]) -> str:
-    """What the run leaves behind, for the terminal."""
-    output_dir = Path(args.output_dir)
-    lines = [
-        "",
-        f"{args.method}: {run['steps']} steps in {run['train_seconds']:.0f} s, mean loss {run['train_loss']:.4f}, "
-        f"peak memory {run['peak_memory_gib']:.2f} GiB",
-    ]
-    if args.method != "full":
-        lines.append(f"  adapter         {output_dir / 'adapter'}  (PEFT's format, on {args.model})")
-    lines += [
-        f"  merged model    {output_dir / 'merged'}",
-        f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
-        f"  metrics         {output_dir / 'metrics.jsonl'}  (tensorboard --logdir {output_dir / 'tensorboard'})",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}",
-    ]
-    return "\n".join(lines)
-
-
-def leave(code: int) -> None:
-    """Ends a rank's process at once. In an ordinary exit the threads that its libraries have left running may abort it,
-    and the launcher would then end the other ranks, of which one still writes the model."""
-    if dist.is_initialized() and code != 1:  # with 1 another rank may be lost, and with it what closes the connections
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    model = trained_model(args, base, trainer, finished)
+    if is_main:
+        export_model(model, base.tokenizer, args, base.path, Path(args.output_dir))
+        run = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "seed": args.seed,
+            "versions": runs.package_versions(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "processes": trainer_args.world_size,
+            "examples": len(dataset),
+            "dropped_examples": len(records) - len(dataset),
+            "trainable_parameters": base.trainable,
+            "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
+            "steps": trainer.state.global_step,
+            "skipped_steps": trainer.skipped_steps,
+            "resumed_from": str(checkpoint) if checkpoint else None,
+            "train_loss": train_loss,
+            "train_seconds": train_seconds,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        runs.write_summary(args, run)
 
 
 if __name__ == "__main__":
     code = 0
     try:
-        run_script(main)
+        cli.run_script(main)
     except SystemExit as end:
         code = end.code
     if "RANK" in os.environ:

@@ -1,5 +1,6 @@
 """Tiny random models and a byte-level tokenizer: everything a test needs is made here, nothing is downloaded."""
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -7,7 +8,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,6 +19,8 @@ from transformers import (  # noqa: E402
     MistralConfig,
     PreTrainedTokenizerFast,
 )
+
+from common.cli import run_script  # noqa: E402
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EOS, MERGED = "<|end|>", ":T"  # MERGED crosses the border between the prompt's last ":" and a response's first "T"
@@ -147,8 +149,7 @@ def _run_script(script: str, argv: list[str], log: str, file_size: int | None) -
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     torch.set_num_threads(1)  # so that two runs add up in the same order
     sys.argv = [f"{script}.py", *argv]
-    module = __import__(script)
-    sys.modules["train"].run_script(module.main)
+    run_script(importlib.import_module(script).main)
 
 
 def start_script(

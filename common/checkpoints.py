@@ -1,0 +1,164 @@
+"""Checkpoints of what is trained, complete or not there.
+
+What is trained and PiSSA's initial factors, the optimizer, the schedule, the random states, the position in the data.
+Never the base weights. A checkpoint is written under another name, sealed by a manifest of its files, and renamed.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from common.cli import UserError
+from common.runs import NOT_IDENTITY, first_difference
+
+TRAINED_TENSORS = "trained.safetensors"
+MANIFEST = "manifest.json"
+
+
+def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Trainable parameters in full precision and PiSSA's frozen factors, whole, on the CPU.
+
+    Collective, one parameter at a time: no device holds two of them whole. Without `keep` nothing is returned, for a
+    rank that only gives its parts.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = _master(parameter)
+            if keep:
+                tensors[name] = whole.detach().cpu().contiguous()
+    for name, factor in _initial_factors_in(model) if keep else ():
+        tensors[name] = factor.detach().cpu().contiguous()
+    return tensors
+
+
+def _initial_factors_in(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """PiSSA's frozen A₀ and B₀ in `model`, by the names of their buffers."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith((".initial_A", ".initial_B"))]
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """The parameter as the optimizer keeps it: DeepSpeed has a copy in fp32, in parts."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter
+
+
+@torch.no_grad()
+def load_trained_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts `trained_tensors` of a model of the same shape into `model`.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(tensors[name])
+    for name, factor in _initial_factors_in(model):
+        factor.copy_(tensors[name])
+
+
+def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A₀ and B₀ by layer among `trained_tensors`."""
+    names = [name.removesuffix(".initial_A") for name in tensors if name.endswith(".initial_A")]
+    return {name: (tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"]) for name in names}
+
+
+def checkpoint_identity(args: Any, world_size: int) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_IDENTITY}
+    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
+    return identity | {"processes": world_size, "zero_stage": zero.get("stage", 0)}
+
+
+def seal_checkpoint(folder: Path, identity: dict[str, Any]) -> None:
+    """Writes the manifest, and everything through to the disk: what is renamed after this is complete."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"identity": identity, "sizes": sizes}, indent=2) + "\n")
+    for file in (*files, manifest, folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def last_state(checkpoint: Path) -> transformers.TrainerState:
+    """Where the run was when it wrote the checkpoint."""
+    return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> str | None:
+    """Why the checkpoint cannot be used, in a few words; None where it can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sizes, theirs = manifest["sizes"], manifest["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has no readable manifest"
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            return f"{name} is cut short or missing"
+    difference = first_difference(theirs, identity or {})
+    return f"it belongs to a run with {difference}" if difference else None
+
+
+def complete_checkpoints(output_dir: str | Path, identity: dict[str, Any] | None = None) -> list[Path]:
+    """The usable checkpoints of a run, the newest first; of `identity`, where it is given."""
+    return [folder for folder in _all_checkpoints(output_dir) if checkpoint_problem(folder, identity) is None]
+
+
+def _all_checkpoints(output_dir: str | Path) -> list[Path]:
+    folders = (Path(output_dir) / "checkpoints").glob("checkpoint-*")
+    numbered = [folder for folder in folders if folder.name.partition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda folder: int(folder.name.partition("-")[2]), reverse=True)
+
+
+def newest_checkpoint(
+    output_dir: str | Path, identity: dict[str, Any] | None = None, *, verbose: bool = False
+) -> Path | None:
+    """The newest usable checkpoint; with `verbose`, says which newer ones were passed over and why."""
+    for folder in _all_checkpoints(output_dir):
+        problem = checkpoint_problem(folder, identity)
+        if problem is None:
+            return folder
+        if verbose:
+            print(f"note: {folder} is passed over: {problem}", file=sys.stderr)
+    return None
+
+
+def checkpoint_to_resume(args: Any, trainer_args: transformers.TrainingArguments) -> Path | None:
+    """What --resume goes on from; None: from the start.
+
+    Raises:
+        UserError: there are complete checkpoints, and all are another run's: starting anew would delete them.
+    """
+    if not args.resume:
+        return None
+    output_dir, is_main = Path(args.output_dir), trainer_args.process_index == 0
+    identity = checkpoint_identity(args, trainer_args.world_size)
+    checkpoint = newest_checkpoint(output_dir, identity, verbose=is_main)
+    others = complete_checkpoints(output_dir)
+    if checkpoint is None and others:
+        raise UserError(
+            f"--resume: {others[0]}: {checkpoint_problem(others[0], identity)}; give that run's settings, name "
+            "another --output-dir, or replace it with --overwrite instead of --resume"
+        )
+    if is_main:
+        where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
+        print(where, flush=True)
+    return checkpoint
+
+
+def is_complete(checkpoint: Path | None) -> bool:
+    """Whether a run's checkpoint is of its last step: only the export is missing."""
+    state = None if checkpoint is None else last_state(checkpoint)
+    return state is not None and state.global_step >= state.max_steps

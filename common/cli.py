@@ -1,0 +1,189 @@
+"""The command line of every script: options from a dataclass, a configuration file, and one line for a mistake.
+
+A script's arguments are a dataclass of `option`s. One that inherits from several dataclasses shows each of them as a
+group of --help, titled by its docstring. tyro reads the options; nothing here imports more than it.
+"""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+ArgumentsType = TypeVar("ArgumentsType")
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line that names the thing and the remedy; scripts exit with 2."""
+
+
+class RunStopped(RuntimeError):
+    """The run cannot go on, for no mistake of the user's. One line on stderr and exit code 1; checkpoints are kept."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunStopped as error:
+        print(f"{Path(sys.argv[0]).name}: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field that is also a command-line option with the help `text`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv: list[str]) -> ArgumentsType:
+    """Reads `argv` into the dataclass; a `--config` file's entries come first, so that the command line wins.
+
+    Raises:
+        UserError: an unknown option or key, or a value that does not fit.
+    """
+    import tyro
+    from tyro import _errors  # its one way to an error that is not a box of many lines; the version is pinned
+
+    names = [item.name for item in dataclasses.fields(arguments_type)]
+    argv = [word for word in argv if not word.replace("-", "_").startswith("__local_rank=")]  # deepspeed's launcher
+
+    def parse(words: list[str]) -> dict[str, Any]:
+        with _errors.on_parse_error(lambda event: _raise_user_error(event, names)):
+            groups = tyro.cli(
+                _grouped(arguments_type), description=description, args=words, config=(tyro.conf.OmitArgPrefixes,)
+            )
+        return {name: value for group in vars(groups).values() for name, value in vars(group).items()}
+
+    values = parse(argv)
+    if values.get("config"):
+        values = parse(_config_as_argv(Path(values["config"]), arguments_type) + argv)
+    return arguments_type(**values)
+
+
+def _grouped(arguments_type: type) -> type:
+    """A dataclass with a dataclass in it for every group of options, as tyro shows them."""
+    import tyro
+
+    owners: dict[type, list] = {}
+    for item in dataclasses.fields(arguments_type):
+        owner = next(
+            kind for kind in reversed(arguments_type.__mro__) if item.name in vars(kind).get("__annotations__", ())
+        )
+        kind = Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])]
+        has_default = item.default is not dataclasses.MISSING
+        default = field(default=item.default) if has_default else field(default_factory=item.default_factory)
+        owners.setdefault(owner, []).append((item.name, kind, default))
+    groups = []
+    for owner, members in owners.items():
+        name = owner.__name__.removesuffix("Arguments").lower() or "main"
+        group = dataclasses.make_dataclass(owner.__name__, members, namespace={"__doc__": owner.__doc__})
+        groups.append((name, group, field(default_factory=group)))
+    return dataclasses.make_dataclass("Options", groups)
+
+
+def _raise_user_error(event: Any, names: list[str]) -> NoReturn:
+    """Turns tyro's account of a mistake into one line."""
+    argument = getattr(event, "argument", None)
+    flag = argument.lowered.name_or_flags[0] if argument is not None else ""
+    match type(event).__name__:
+        case "UnrecognizedArgs":
+            word = event.tokens[0].partition("=")[0]
+            what = f"unknown option {word}" if word.startswith("-") else f"{word!r} belongs to no option"
+            near = _nearest(word.lstrip("-").replace("-", "_"), names) if word.startswith("-") else None
+            message = what + (f"; did you mean {option_name(near)}?" if near else "")
+        case "InvalidChoice":
+            message = f"{flag} {event.value}: choose from {', '.join(map(str, event.choices))}"
+        case "BadValue":
+            found = "" if event.offending_value is None else f", not {event.offending_value!r}"
+            message = f"{flag} needs a value{found}"
+        case "InstantiationFailure":
+            message = f"{flag}: {event.message}"
+        case kind:
+            message = f"{flag} {kind}".strip()
+    raise UserError(f"{' '.join(message.split())} (--help lists the options)")
+
+
+def _nearest(name: str, names: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
+
+def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the configuration {path}: {first_line(error)}") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path} is not a configuration: expected lines of the form 'option: value'")
+    fields = {item.name: item for item in dataclasses.fields(arguments_type)}
+    argv = []
+    for key, value in entries.items():
+        if key not in fields:
+            near = _nearest(str(key), list(fields))
+            raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near!r}?" if near else ""))
+        if value is None or value == []:
+            continue
+        if fields[key].type is bool and str(value).lower() in ("true", "false"):
+            argv.append(f"--{key}" if str(value).lower() == "true" else f"--no-{key}")
+        else:
+            argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return argv
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Ranges
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def require_positive(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is given and not above 0."""
+    for name in names:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must be above 0")
+
+
+def require_not_negative(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is below 0."""
+    for name in names:
+        if getattr(args, name) < 0:
+            raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must not be negative")
+
+
+def require_share(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is no part of a whole."""
+    for name in names:
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must be above 0 and at most 1")
+
+
+def require_below_one(args: Any, *names: str) -> None:
+    """Raises a UserError where one of these arguments is no part of a whole, nor 0."""
+    for name in names:
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must be at least 0 and below 1")
+
+
+def option_name(name: str) -> str:
+    """How an option is typed: `batch_size` is --batch-size."""
+    return f"--{name.replace('_', '-')}"

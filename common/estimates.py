@@ -1,0 +1,144 @@
+"""What a run will take, for --dry-run: memory by part, disk."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.cli import UserError
+from common.pretrained import resolve_dtype
+
+# Resident beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. From peaks
+# of whole runs on Linux (tests/test_architectures.py measures them again); on a GPU it does not count.
+PROGRAM_BYTES = 0.85 * 2**30
+
+
+def adapter_bytes(args: Any, trainable: int) -> int:
+    """Of the factors in fp32, PiSSA's frozen ones included."""
+    return trainable * 4 * (1 if args.method == "lora" else 2)
+
+
+def estimated_memory(
+    args: Any,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    total: int,
+    trainable: int,
+    num_adapters: int,
+    tokens: int,
+    valid: int,
+    num_processes: int,
+) -> dict[str, float]:
+    """Bytes per process at the peak of a training step, by part.
+
+    Activations are what the student keeps for its backward pass, counted per token and layer for gated decoders whose
+    attention keeps no matrix of scores: d is the residual stream's width, f the feed-forward's, a and g the widths of
+    queries and of keys, r the adapter's rank.
+
+    Args:
+        args: train.py's Arguments. config: the model's configuration.
+        total, trainable: parameters of the model, and those that are trained.
+        num_adapters: how many layers get an adapter.
+        tokens, valid: of the largest micro-batch; those at which the objective is computed.
+    """
+    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
+    stage = zero.get("stage", 0)
+    split = {name: num_processes if stage >= needed else 1 for name, needed in (("o", 1), ("g", 2), ("w", 3))}
+    full = args.method == "full"
+    item = dtype.itemsize
+    base_item = {None: 4 if full and not args.deepspeed else item, "8bit": 1, "4bit": 0.56}[args.load_in]
+    parts = {"weights": total * base_item / split["w"]}
+    if not full:
+        parts["adapters"] = adapter_bytes(args, trainable)
+    parts["gradients"] = trainable * (item if args.deepspeed else 4) / split["g"]
+    masters = 4 if args.deepspeed and item < 4 else 0
+    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and torch.cuda.is_available()
+    parts["optimizer"] = 0 if offloaded else trainable * (8 + masters) / split["o"]
+
+    d, layers = config.hidden_size, config.num_hidden_layers
+    f = getattr(config, "intermediate_size", 4 * d)
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or d // heads
+    a, g = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+    ranks = args.rank * num_adapters / layers
+    attention = 3 * a + 2 * g  # queries, keys, values, what comes out, and its copy for the output projection
+    # Full fine-tuning has transformers' own norms and activations.
+    kept = 8 * d + attention + 4 * f if full else 4 * d + attention + 2 * f + ranks
+    if args.gradient_checkpointing:
+        parts["activations"] = tokens * item * (layers * d + kept)
+    else:
+        parts["activations"] = tokens * item * layers * kept
+    vocabulary = config.vocab_size
+    if full:  # the head is trained: whole logits, their gradient and softmax in fp32
+        parts["objective"] = valid * vocabulary * (3 * 4 + item)
+    else:
+        parts["objective"] = (
+            min(args.objective_memory * 2**20, 2 * valid * vocabulary * 4) + 3 * valid * d * 4 + 12 * d * d
+        )
+    # What a layer's backward pass holds beside: a feed-forward's gradients.
+    parts["transient"] = 4 * tokens * f * item
+    if not torch.cuda.is_available():
+        parts["program"] = PROGRAM_BYTES
+    return parts
+
+
+@dataclass
+class DataSizes:
+    """The tokenised data: tokens and response tokens of each example; those of the largest micro-batch."""
+
+    lengths: torch.Tensor
+    valid: torch.Tensor
+    num_dropped: int
+    largest_tokens: int
+    largest_valid: int
+
+
+def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
+    """Parameters, data, steps, memory and disk of a run of train.py, a line each.
+
+    Args:
+        base: the model: train.py's Base. data: why it is not known, where it is not.
+    """
+    dtype = resolve_dtype(args.dtype)
+    num_processes = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
+    lines = [f"parameters: {base.trainable / 1e6:.1f} M trainable, {base.total / 1e6:.1f} M in the model"]
+    per_step = args.batch_size * args.gradient_accumulation * num_processes
+    if isinstance(data, DataSizes):
+        count, mean = len(data.lengths), data.lengths.float().mean().item()
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / per_step) * args.epochs)
+        tokens, valid = data.largest_tokens, data.largest_valid
+        lines += [
+            f"data: {count} examples ({data.num_dropped} dropped), {mean:.0f} tokens on average, at most "
+            f"{data.lengths.max()}; {int(data.valid.sum())} response tokens",
+            f"steps: {steps} of {per_step} sequences ({args.batch_size} x {args.gradient_accumulation} x "
+            f"{num_processes} processes), about {steps * per_step * mean / 1e6:.2f} M tokens",
+        ]
+    else:
+        known = f"{args.max_steps} steps" if args.max_steps > 0 else "steps not known"
+        tokens = valid = args.batch_size * args.max_length
+        lines.append(f"data: not read ({data}); {known}, {per_step} sequences each of at most {args.max_length} tokens")
+    parameters = {"total": base.total, "trainable": base.trainable}
+    sizes = {"num_adapters": base.num_adapters, "tokens": tokens, "valid": valid, "num_processes": num_processes}
+    parts = estimated_memory(args, base.config, dtype, **parameters, **sizes)
+    device = "GPU" if torch.cuda.is_available() else "process"
+    lines.append(f"memory per {device}, estimated for a micro-batch of {tokens} tokens in {str(dtype)[6:]}:")
+    lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'together':<12} {sum(parts.values()) / 2**30:8.2f} GiB")
+    return [*lines, disk_line(args, dtype, **parameters)]
+
+
+def disk_line(args: Any, dtype: torch.dtype, *, total: int, trainable: int) -> str:
+    """What checkpoints, adapter and merged model take, for the terminal."""
+    adapter = 0 if args.method == "full" else adapter_bytes(args, trainable)
+    checkpoint = trainable * 12 + (adapter if args.method in ("pissa", "ba-lora") else 0) / 2
+    merged = total * dtype.itemsize
+    count = args.keep_checkpoints + 1
+    return (
+        f"disk: {(count * checkpoint + adapter + merged) / 2**30:.2f} GiB at most ({count} checkpoints of "
+        f"{checkpoint / 2**30:.2f} GiB, adapter {adapter / 2**30:.2f} GiB, merged model {merged / 2**30:.2f} GiB)"
+    )

@@ -1,0 +1,115 @@
+"""Attention over sequences that lie end to end in one row."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+from common.cli import UserError
+from common.partitioned import device_of, gathered_module_by_module
+
+PER_SEQUENCE = "per_sequence"  # the name of `attend_per_sequence` among transformers' attention functions
+
+
+def attend_per_sequence(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sequence_lengths: list[int] | None = None,
+    shared_length: int = 0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of the sequences that lie end to end; transformers' attention interface.
+
+    Args:
+        query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
+        sequence_lengths: of each sequence; None: one sequence.
+        shared_length: the beginning that all of them have and only the first still holds.
+    """
+    lengths = sequence_lengths or [query.shape[2]]
+    if sliding_window is not None and max(lengths) > sliding_window:
+        raise UserError(f"a sequence of {max(lengths)} tokens exceeds the model's window: use --no-packing")
+    held = [lengths[0], *(length - shared_length for length in lengths[1:])]
+    outputs = []
+    for index, states in enumerate(zip(*(x.split(held, dim=2) for x in (query, key, value)), strict=True)):
+        missing = shared_length if index > 0 else 0
+        if missing:
+            # Queries too: is_causal wants a square, and the beginning is short.
+            states = [
+                torch.cat([x[:, :, :missing], own], dim=2) for x, own in zip((query, key, value), states, strict=True)
+            ]
+        q, k, v = states
+        output = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(output[:, :, missing:].transpose(1, 2))
+    return torch.cat(outputs, dim=1), None  # (1, tokens, heads, head size)
+
+
+transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
+transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
+
+
+def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the causal language model itself takes."""
+    names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths", "shared_length")
+    model_inputs = {name: inputs[name] for name in names if name in inputs}
+    if inputs["input_ids"].is_cuda and "sequence_lengths" in inputs:  # FlashAttention's own form of the lengths
+        lengths = torch.tensor([0, *inputs["sequence_lengths"]], dtype=torch.int32)
+        ends = lengths.cumsum(0, dtype=torch.int32).to(inputs["input_ids"].device, non_blocking=True)
+        model_inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        model_inputs |= {"max_length_q": int(lengths.max()), "max_length_k": int(lengths.max())}
+    return model_inputs
+
+
+@torch.no_grad()
+def enable_packing(model: transformers.PreTrainedModel) -> bool:
+    """Lets `model` take packed batches, where it can: tried out against one sequence at a time."""
+    before = model.config._attn_implementation
+    # FlashAttention has a form for packed sequences of its own, which has none for a beginning that stands there once.
+    packable, shared = (before, 0) if before == "flash_attention_2" else (PER_SEQUENCE, 2)
+    device = device_of(model.get_input_embeddings().weight)
+
+    def states(lengths: list[int], shared: int = 0) -> Tensor:
+        """Of sequences that count from 2, (tokens, d)."""
+        held = [torch.arange(shared if row else 0, length) for row, length in enumerate(lengths)]
+        positions = torch.cat(held)[None].to(device)
+        batch = {"input_ids": positions + 2, "position_ids": positions}
+        inputs = model_inputs(batch | {"sequence_lengths": lengths, "shared_length": shared})
+        return model.get_decoder()(**inputs, use_cache=False).last_hidden_state[0].float()
+
+    fits = False
+    with contextlib.suppress(TypeError, ValueError, RuntimeError), gathered_module_by_module(model):
+        model.set_attn_implementation(packable)
+        packed = states([5, 8], shared)
+        model.set_attn_implementation(before)
+        alone = torch.cat([states([5]), states([8])[shared:]])
+        fits = torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
+    model.set_attn_implementation(packable if fits else before)
+    return fits
+
+
+def obstacle_to_packing(
+    model: transformers.PreTrainedModel, attention: str | None, lengths: Iterable[int]
+) -> str | None:
+    """Why `model` cannot take packed batches, in a few words; where it can, it is made ready, and None.
+
+    Args:
+        attention: the one that was asked for by name. lengths: of the sequences.
+    """
+    if attention == "eager":  # packing would take another
+        return "attends eagerly"
+    window = getattr(model.config, "sliding_window", None)
+    longest = max(lengths) if window else 0
+    if window and longest > window:
+        return f"attends {window} tokens of {longest}"
+    return None if enable_packing(model) else "cannot attend to packed sequences"

@@ -1,0 +1,123 @@
+"""Parameters that DeepSpeed's ZeRO-3 holds in parts, and quantized ones: their shape, their place, the whole."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds this parameter in parts, one on each rank."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The whole parameter's shape, partitioned, packed, or as it is."""
+    if is_partitioned(parameter):
+        return parameter.ds_shape
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs 4 bits
+    return parameter.shape if state is None else state.shape
+
+
+def device_of(parameter: Tensor) -> torch.device:
+    """Where this process computes with the parameter; a partitioned one may be kept elsewhere."""
+    if is_partitioned(parameter) and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+@contextlib.contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, every process holds these parameters whole. Collective; nothing to do but under ZeRO-3."""
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters(partitioned):
+        yield
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The whole parameter on every process: itself, or under ZeRO-3 a copy. Collective."""
+    with gathered([parameter]):
+        return parameter.detach().clone() if is_partitioned(parameter) else parameter.detach()
+
+
+def gathered_by(owner: int, parameter: Tensor) -> Tensor | None:
+    """The whole parameter on process `owner`, None on the others, which hold no more than their part. Collective."""
+    mine = dist.get_rank() == owner
+    if not is_partitioned(parameter):
+        return parameter if mine else None
+    part = parameter.ds_tensor.detach().to(device_of(parameter))
+    parts = part.new_empty(dist.get_world_size() * part.numel()) if mine else None
+    # As bytes, which every backend can send, whatever the type.
+    receive = list(parts.view(torch.uint8).chunk(dist.get_world_size())) if mine else None
+    dist.gather(part.view(torch.uint8), receive, dst=owner)
+    return parts[: parameter.ds_numel].view(parameter.ds_shape) if mine else None
+
+
+@contextlib.contextmanager
+def gathered_module_by_module(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` runs before DeepSpeed has wrapped it: each module holds its own parameters while it runs."""
+    held: dict[nn.Module, contextlib.ExitStack] = {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        held[module] = contextlib.ExitStack()
+        held[module].enter_context(gathered(module.parameters(recurse=False)))
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        held.pop(module).close()
+
+    handles = []
+    for module in model.modules():
+        if any(is_partitioned(parameter) for parameter in module.parameters(recurse=False)):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """A weight of bitsandbytes as plain numbers, any other as it is."""
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB"):  # 8 bit: each row times its scale
+        return weight.CB.float() * weight.SCB[:, None] / 127
+    return weight
+
+
+def shared_among_ranks(
+    weights: list[Tensor], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each process decomposes every n-th weight and sends the factors to the others; at most one whole weight each."""
+    me, count = dist.get_rank(), dist.get_world_size()
+    for first in range(0, len(weights), count):
+        group = weights[first : first + count]
+        own = None
+        for owner, weight in enumerate(group):
+            whole = gathered_by(owner, weight)
+            own = whole if owner == me else own
+        pair = None if own is None else factors(own)
+        del own, whole
+        for owner, weight in enumerate(group):
+            num_out, num_in = shape_of(weight)
+            if owner == me:
+                A, B = pair
+            else:
+                A, B = (torch.empty(shape, device=device_of(weight)) for shape in ((rank, num_in), (num_out, rank)))
+            dist.broadcast(A, owner)
+            dist.broadcast(B, owner)
+            yield A, B

@@ -1,0 +1,171 @@
+"""Adapters in PEFT's file format: an ordinary LoRA on the unmodified base, written and read."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from common.cli import UserError, first_line
+from common.prompts import ALPACA_PROMPT
+from common.tensors import save_tensors
+
+
+def export_adapter(
+    layers: Mapping[str, Any],
+    folder: Path,
+    base_model: str,
+    target_modules: list[str],
+    task_type: str,
+    modules_to_save: Mapping[str, nn.Module] | None = None,
+) -> int:
+    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; returns its rank, PiSSA's 2r.
+
+    Args:
+        layers: the adapted layers (train.py's LoRALinear) by name.
+        modules_to_save: trained modules by name, such as a classifier, that are stored whole beside the adapters.
+    """
+    tensors = {}
+    for name, layer in layers.items():
+        A, B = layer.stacked_factors()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    for name, module in (modules_to_save or {}).items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"base_model.model.{name}.{key}"] = tensor.detach().cpu().contiguous()
+    rank = len(A)
+    metadata = {"format": "pt"}
+    if layer.initial_A is not None:
+        metadata["principal_rank"] = str(len(layer.lora_A))  # of the stacked rank, how much is trained
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": layer.scaling * rank,
+        "target_modules": target_modules,
+        "modules_to_save": list(modules_to_save) if modules_to_save else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / "adapter_model.safetensors", metadata)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return rank
+
+
+def adapter_card(args: Any, rank: int) -> str:
+    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded."""
+    front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
+    settings = {
+        "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
+        "method": args.method + (f", formulation {args.formulation}" if args.method == "ba-lora" else ""),
+        "data": f"{args.data}, fields {', '.join(args.fields)}",
+        "rank, alpha": f"{args.rank}, {args.alpha:g}"
+        + (f"; stored as a LoRA of rank {rank}" if rank != args.rank else ""),
+        "target modules": ", ".join(args.target_modules),
+        "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
+    }
+    if args.method == "ba-lora":
+        names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
+        settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
+    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} adapter of {args.model}\n\n"
+        "An ordinary LoRA adapter in PEFT's format, for the base model as it is published"
+        + (": the factors are [A; A₀] and [B, −B₀], A₀ and B₀ PiSSA's start.\n\n" if rank != args.rank else ".\n\n")
+        + f"| | |\n|---|---|\n{rows}\n"
+        "```python\nmodel = AutoModelForCausalLM.from_pretrained(base)\n"
+        'model = peft.PeftModel.from_pretrained(model, "this folder")\n```\n\n'
+        f"It was trained behind this prompt:\n\n```text\n{ALPACA_PROMPT}\n```\n\n"
+        f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
+    )
+
+
+@dataclass
+class InitialAdapter:
+    """An adapter in PEFT's format that a run starts from."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    factors: dict[str, tuple[Tensor, Tensor]]  # A (R × in) and B (out × R) by layer name
+    principal_rank: int | None  # ours: the first this many of R are trained, the others are PiSSA's start
+    is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are those of the weight
+
+    def require_fit(self, layers: dict[str, nn.Linear]) -> None:
+        """Raises a UserError where the adapter does not fit the model's target layers."""
+        for name, layer in layers.items():
+            if name not in self.factors:
+                raise UserError(f"--init-adapter {self.folder} has no factors for {name}: an adapter of another model")
+            A, B = self.factors[name]
+            if (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
+                raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
+        beyond = sorted(self.factors.keys() - layers.keys())
+        if beyond:
+            raise UserError(f"--init-adapter {self.folder} has factors for {beyond[0]}, which this model lacks")
+
+    def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """What `trained_tensors` would give for a model that starts from it.
+
+        Args:
+            principal_factors: gives PiSSA's A₀ and B₀ of a layer's weight by the layer's name.
+        """
+        tensors = {}
+        for name, (A, B) in self.factors.items():
+            r = self.rank
+            tensors |= {f"{name}.lora_A": A[:r].contiguous(), f"{name}.lora_B": B[:, :r].contiguous()}
+            if self.principal_rank is not None:
+                initial = (A[r:].contiguous(), -B[:, r:])
+            elif self.is_pissa:
+                initial = principal_factors(name)
+            else:
+                continue
+            tensors |= {f"{name}.initial_A": initial[0].cpu(), f"{name}.initial_B": initial[1].cpu()}
+        return tensors
+
+
+def read_adapter(folder: Path, method: str) -> InitialAdapter:
+    """Reads a LoRA adapter in PEFT's format.
+
+    Raises:
+        UserError: not such an adapter, or of a kind that this script cannot go on with.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # OSError, JSON's and safetensors' own
+        raise UserError(f"--init-adapter {folder} is no adapter in PEFT's format: {first_line(error)}") from error
+    start = config.get("init_lora_weights", True)
+    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+        kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
+    if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
+        raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
+    others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if others:
+        raise UserError(f"--init-adapter {folder}: only factors of linear layers can be gone on with, not {others[0]}")
+    prefix, factors = "base_model.model.", {}
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            factors[layer.removeprefix(prefix)] = (tensors[name], tensors[f"{layer}.lora_B.weight"])
+    principal_rank = int(metadata["principal_rank"]) if "principal_rank" in metadata else None
+    is_pissa = start == "pissa"
+    if (is_pissa or principal_rank is not None) and method == "lora":
+        raise UserError(f"--init-adapter {folder} is a PiSSA adapter: go on with --method pissa or ba-lora")
+    rank = principal_rank or config["r"]
+    alpha = config["lora_alpha"] * rank / config["r"]
+    targets = sorted({name.rpartition(".")[2] for name in factors})
+    return InitialAdapter(folder, rank, alpha, targets, factors, principal_rank, is_pissa)

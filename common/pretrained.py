@@ -1,0 +1,134 @@
+"""Pre-trained checkpoints: whether a name can be one, its tokenizer and configuration, the embedded demo."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from common.cli import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+
+def check_checkpoint(name: str) -> None:
+    """Raises a UserError where the local folder `name` cannot be a checkpoint; reads no weights. Hub names pass."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_file() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise UserError(f"no such model folder: {name}")
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} has no config.json: not a transformers checkpoint")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name} has no .safetensors file (pickled weights are not loaded: convert them first)")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
+        if missing:
+            raise UserError(f"{name} lacks {sorted(missing)[0]}, which its index names: the checkpoint is incomplete")
+    from safetensors import safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except Exception as error:
+            raise UserError(f"{file} is damaged ({first_line(error)}): fetch or copy it again") from error
+
+
+def load_tokenizer_and_config(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, *, needs_all: bool = True
+) -> "tuple[transformers.PreTrainedTokenizerBase | None, transformers.PretrainedConfig]":
+    """The tokenizer and configuration of a checkpoint.
+
+    Args:
+        needs_all: False: neither weights nor tokenizer need to be there; where it is not, None comes in its place.
+
+    Raises:
+        UserError: neither a readable folder nor a hub name that answers, or no end-of-sequence token.
+    """
+    if needs_all:
+        check_checkpoint(name)
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = None
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with contextlib.nullcontext() if needs_all else contextlib.suppress(Exception):
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # OSError, ValueError, and the hub client's own
+        raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error
+    if needs_all and tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its configuration")
+    return tokenizer, config
+
+
+def resolve_demo(name: str | None, kind: Literal["model", "train", "test"]) -> str | None:
+    """The path behind the reserved name `demo`; any other name as it is."""
+    if name != "demo":
+        return name
+    from data import demo
+
+    try:
+        return str(demo.model() if kind == "model" else demo.problems(kind))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"cannot make the demo's {kind}: {first_line(error)}") from error
+
+
+def resolve_dtype(name: str) -> "torch.dtype":
+    """The type behind --dtype; auto: bfloat16 where the GPU has it, else float32."""
+    import torch
+
+    if name == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return getattr(torch, name)
+
+
+def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
+    """Some published models have settings that transformers reads and does not write: most of sampling, without
+    sampling. These are kept, with sampling; of any others nothing is kept but the special tokens."""
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+
+    def can_be_written() -> bool:
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            return False
+        return True
+
+    if not can_be_written():
+        config.do_sample = True
+    if not can_be_written():
+        model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+
+
+def load_model(args: Any, model_path: str, dtype: "torch.dtype") -> "transformers.PreTrainedModel":
+    """The pre-trained model, quantized where --load-in says so."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = {}
+    if args.load_in is not None:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.load_in == "4bit",
+            load_in_8bit=args.load_in == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_path,
+            revision=args.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=args.attn_implementation,
+            use_safetensors=True,
+            **quantization,
+        )
+    except OSError as error:  # on the hub, a model of pickles that has not been converted there either
+        raise UserError(f"cannot load the model {args.model!r}: {first_line(error)}") from error

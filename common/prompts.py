@@ -1,0 +1,29 @@
+"""The prompt that a model is trained and evaluated with, and its tokens."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# The prompt that BA-LoRA, PiSSA and MetaMath train and evaluate with (Stanford Alpaca's, without input).
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> list[int]:
+    """The tokens of ALPACA_PROMPT around an instruction; see `encode_opening`."""
+    return encode_opening(tokenizer, ALPACA_PROMPT.format(instruction=instruction))
+
+
+def encode_opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text that goes on, with the tokenizer's own start token where it has one."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+
+
+def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
+    """The response's tokens and the end-of-sequence token."""
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

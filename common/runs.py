@@ -1,0 +1,182 @@
+"""A run's output folder: whether it may be written to, which settings it was made with, on which versions."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.cli import RunStopped, UserError, first_line
+
+
+def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | None) -> None:
+    """Raises UserError where --output-dir is a file, holds something that it may not, or, with --overwrite, one of
+    the `inputs` or the working directory: they would be deleted."""
+    path = Path(args.output_dir)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output-dir {path} is a file")
+    if path.is_dir() and any(path.iterdir()) and not may_hold:
+        raise UserError(f"--output-dir {path} is not empty: {remedy}")
+    for name in (".", *filter(None, inputs)):
+        if args.overwrite and Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
+            what = "the working directory" if name == "." else name
+            raise UserError(f"--output-dir {path} holds {what}, which --overwrite would delete: name another folder")
+
+
+def clear_folder(folder: Path) -> None:
+    """Makes `folder`, or deletes what is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+# What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
+NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
+NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
+NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
+NOT_IDENTITY |= {"trust_remote_code", "skip_done"}
+
+
+def first_difference(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Collection[str] = (), *, common: bool = False
+) -> str | None:
+    """How the settings of something that is there differ from `ours`, in a few words; None where they do not.
+
+    Args:
+        but: names that may differ.
+        common: compare those names alone that both have, not every one of ours.
+    """
+    for name, value in ours.items():
+        if name not in but and (name in theirs or not common) and theirs.get(name) != value:
+            return f"{name} = {theirs.get(name)}, not {value}"
+    return None
+
+
+def config_text(args: Any) -> str:
+    """The resolved arguments as YAML that `--config` takes."""
+    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from")
+    entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
+    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
+        entries, sort_keys=False
+    )
+
+
+def require_same_run(output_dir: Path, args: Any) -> None:
+    """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`."""
+    open_ones = {"target_modules"} if args.target_modules is None else set()  # which that run has filled in
+    try:
+        made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
+        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones, common=True)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{output_dir / 'config.yaml'} is damaged: replace the run with --overwrite") from error
+    if difference:
+        raise UserError(f"{output_dir} holds a run with {difference}: name another --output-dir, or use --overwrite")
+
+
+INCOMPLETE = ".incomplete"  # a folder of what is being written
+
+
+@contextlib.contextmanager
+def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
+    """Gives a folder to write folders to, which take their places in `output_dir` at the end, or not at all.
+
+    Args:
+        remedy: the command that writes them again.
+
+    Raises:
+        RunStopped: the disk does not take them.
+    """
+    from safetensors import SafetensorError
+
+    staging = output_dir / INCOMPLETE
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        yield staging
+        for folder in staging.iterdir():
+            shutil.rmtree(output_dir / folder.name, ignore_errors=True)
+            folder.rename(output_dir / folder.name)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise RunStopped(
+            f"cannot write the trained model to {output_dir} ({first_line(error)}); "
+            f"{remedy} writes it again from the newest checkpoint"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "datasets", "deepspeed", "safetensors", "numpy", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def open_output_dir(args: Any, checkpoint: Path | None) -> None:
+    """Makes or clears --output-dir, and writes the configuration there."""
+    output_dir = Path(args.output_dir)
+    if args.overwrite:
+        clear_folder(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(config_text(args))
+    forget_metrics_after(output_dir, checkpoint)
+
+
+def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
+    """Drops the lines of metrics.jsonl that the resumed run will write again."""
+    path = output_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step and "loss" in json.loads(line)]
+    path.write_text("".join(kept))
+
+
+def is_trained_already(args: Any) -> bool:
+    """Whether --resume meets a finished run; says so.
+
+    Raises:
+        UserError: it is a run of other settings.
+    """
+    output_dir = Path(args.output_dir)
+    if not args.resume or not (output_dir / "run.json").is_file():
+        return False
+    require_same_run(output_dir, args)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"trained already, with these settings: {output_dir}")
+        if not (output_dir / "merged").is_dir():
+            print(f"note: its merged/ is gone; train.py --export-from {output_dir} --overwrite writes it again")
+    return True
+
+
+def write_summary(args: Any, run: dict[str, Any]) -> None:
+    """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
+    output_dir = Path(args.output_dir)
+    (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    lines = [
+        "",
+        f"{args.method}: {run['steps']} steps in {run['train_seconds']:.0f} s, mean loss {run['train_loss']:.4f}, "
+        f"peak memory {run['peak_memory_gib']:.2f} GiB",
+    ]
+    if args.method != "full":
+        lines.append(f"  adapter         {output_dir / 'adapter'}  (PEFT's format, on {args.model})")
+    lines += [
+        f"  merged model    {output_dir / 'merged'}",
+        f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
+        f"  metrics         {output_dir / 'metrics.jsonl'}  (tensorboard --logdir {output_dir / 'tensorboard'})",
+        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}",
+    ]
+    print("\n".join(lines))

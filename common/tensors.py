@@ -1,0 +1,51 @@
+"""Tensors in files and by content."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the tensors' types, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file: the same tensors and metadata, the same bytes.
+
+    safetensors itself writes several entries of metadata in another order each time. They stand in the header, JSON
+    after eight bytes that tell its length, which another order does not change.
+    """
+    save_file(tensors, path, metadata=metadata)
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def kept_in_file(
+    path: Path, names: tuple[str, ...], make: Callable[[], tuple[Tensor, ...]], device: torch.device
+) -> tuple[Tensor, ...]:
+    """The tensors in the file; where it is not there, what `make` gives, kept in it. Processes may meet here."""
+    if not path.exists():
+        tensors = {name: tensor.cpu() for name, tensor in zip(names, make(), strict=True)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        save_file(tensors, partial)
+        partial.rename(path)
+    stored = load_file(path, device=str(device))
+    return tuple(stored[name] for name in names)

@@ -1,0 +1,108 @@
+"""What every training here tells the transformers Trainer, and shows while it runs."""
+
+import os
+import resource
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import TrainingArguments
+
+from common.cli import UserError
+from common.pretrained import resolve_dtype
+
+# Those of transformers' schedules that need no settings of their own.
+LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+LR_SCHEDULERS += ("cosine_with_restarts",)
+
+
+def require_lr_scheduler(name: str) -> None:
+    """Raises a UserError where `name` is not one of LR_SCHEDULERS."""
+    if name not in LR_SCHEDULERS:
+        raise UserError(f"unknown --lr-scheduler {name!r}: one of {', '.join(LR_SCHEDULERS)}")
+
+
+def require_max_steps(value: int) -> None:
+    """Raises a UserError where --max-steps is neither a number of steps nor -1."""
+    if value != -1 and value <= 0:
+        raise UserError(f"--max-steps is {value}: it must be above 0, or -1 for --epochs to decide")
+
+
+def training_arguments(args: Any) -> TrainingArguments:
+    """What the transformers Trainer needs to know of `args`."""
+    dtype = resolve_dtype(args.dtype)
+    # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
+    mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
+    return common_training_arguments(
+        args,
+        gradient_accumulation_steps=args.gradient_accumulation,
+        bf16=mixed,
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        deepspeed=args.deepspeed,
+        logging_steps=args.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        report_to="tensorboard",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # PiSSA's frozen factors, which no step changes
+    )
+
+
+def common_training_arguments(args: Any, **settings: Any) -> TrainingArguments:
+    """What every training here tells the Trainer, and `settings`."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
+    trainer_args = TrainingArguments(
+        output_dir=args.output_dir,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
+        lr_scheduler_type=args.lr_scheduler,
+        max_grad_norm=args.max_grad_norm,
+        optim="adamw_torch",
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+    # Started by plain python on a machine of several GPUs, the Trainer would take them all and multiply the batch.
+    if trainer_args.n_gpu > 1:
+        print(f"note: one of {trainer_args.n_gpu} GPUs is used; torchrun or deepspeed start train.py on all of them")
+        trainer_args._n_gpu = 1
+    return trainer_args
+
+
+class ProgressBar(transformers.ProgressCallback):
+    """The Trainer's progress bar with the loss on the bar itself; metrics.jsonl has the rest."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second"}
+            self.training_bar.set_postfix({label: f"{logs[name]:.4g}" for label, name in names.items() if name in logs})
+
+
+def peak_memory_gib() -> float:
+    """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def leave(code: int) -> None:
+    """Ends a rank's process at once. In an ordinary exit the threads that its libraries have left running may abort it,
+    and the launcher would then end the other ranks, of which one still writes the model."""
+    if dist.is_initialized() and code != 1:  # with 1 another rank may be lost, and with it what closes the connections
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""The embedded demo's models and data, and published numbers."""

@@ -1,0 +1,1 @@
+"""One script per benchmark, and what they share."""
