@@ -4,7 +4,6 @@ The public objective is written out from the paper and from what the authors' co
 of the model as the teacher, whole logits of both in fp32, the unshifted label mask, `svd_lowrank` under autograd.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
 import train
+from common.cli import UserError
+from common.pretrained import resolve_demo
+from common.runs import package_versions
+from common.tables import load_records, require_fields
+from common.targets import TARGET_MODULES
 
 WEIGHTS = (0.025, 0.005, 0.005)  # λ₁, λ₂, λ₃
 REGULARIZERS = train.Regularizers(*WEIGHTS, 2.0, 20, 10, "frobenius")
@@ -42,7 +44,7 @@ def public_regularizers(student: Tensor, teacher: Tensor, mask: Tensor) -> Tenso
 def peft_model(model: torch.nn.Module, rank: int, init: str = "pissa") -> torch.nn.Module:
     """PEFT's PiSSA (`pissa`, or `pissa_niter_4`) on all seven projections, alpha = r."""
     config = peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=train.TARGET_MODULES, init_lora_weights=init, task_type="CAUSAL_LM"
+        r=rank, lora_alpha=rank, target_modules=TARGET_MODULES, init_lora_weights=init, task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(model, config)
 
@@ -67,20 +69,20 @@ def batches_of(args: Any, tokenizer: Any) -> list[list[dict]]:
     Raises:
         UserError: no such data, or too little.
     """
-    records = train.load_records(train.resolve_demo(args.data, "train"))
-    train.require_fields(records, args.fields, args.data, "name two of them with --fields")
+    records = load_records(resolve_demo(args.data, "train"))
+    require_fields(records, args.fields, args.data, "name two of them with --fields")
     count = (args.steps + 1) * args.batch_size
     dataset, _ = train.build_dataset(
         records.select(range(min(2 * count, len(records)))), tokenizer, args.fields, args.max_length
     )
     if len(dataset) < count:
-        raise train.UserError(f"{args.data} has {len(dataset)} examples, of {count} needed: fewer --steps")
+        raise UserError(f"{args.data} has {len(dataset)} examples, of {count} needed: fewer --steps")
     return [[dataset[i] for i in range(start, start + args.batch_size)] for start in range(0, count, args.batch_size)]
 
 
 def machine() -> str:
     """Processor, threads and versions, for the line under a table."""
-    versions = train.package_versions()
+    versions = package_versions()
     versions["peft"] = peft.__version__
     cpu = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():

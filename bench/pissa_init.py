@@ -17,6 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
+from common.pretrained import resolve_demo
+from common.targets import TARGET_MODULES
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # B₀ and A₀ by layer
 
@@ -28,7 +30,7 @@ def with_peft(model: torch.nn.Module, rank: int, init: str) -> Factors:
 
 
 def with_ours(model: torch.nn.Module, rank: int) -> Factors:
-    train.add_adapters(model, "pissa", rank, rank, train.TARGET_MODULES)
+    train.add_adapters(model, "pissa", rank, rank, TARGET_MODULES)
     return {name: (layer.lora_B, layer.lora_A) for name, layer in train.adapter_layers(model).items()}
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    path = train.resolve_demo(args.model, "model")
+    path = resolve_demo(args.model, "model")
 
     def load() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -17,6 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
+from common.activations import save_activations
+from common.cli import run_script
+from common.packing import enable_packing
+from common.pretrained import load_tokenizer_and_config, resolve_demo
+from common.targets import TARGET_MODULES
 
 
 def rate(size: int = 1536, repeats: int = 7) -> float:
@@ -58,14 +63,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps, after one to warm up")
     args = parser.parse_args(argv)
 
-    path = train.resolve_demo(args.model, "model")
-    tokenizer, _ = train.load_tokenizer_and_config(path)
+    path = resolve_demo(args.model, "model")
+    tokenizer, _ = load_tokenizer_and_config(path)
     batches = contenders.batches_of(args, tokenizer)
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    train.add_adapters(model, "ba-lora", args.rank, args.rank, train.TARGET_MODULES)
-    assert train.enable_packing(model)
-    train.save_activations(model)
+    train.add_adapters(model, "ba-lora", args.rank, args.rank, TARGET_MODULES)
+    assert enable_packing(model)
+    save_activations(model)
     wrapper = train.BALoRAModel(model)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
@@ -131,4 +136,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

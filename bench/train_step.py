@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+from common.cli import run_script
+from common.pretrained import load_tokenizer_and_config, resolve_demo
 
 CONTENDERS = {
     "peft": "PEFT's PiSSA, stock loss",
@@ -48,6 +49,10 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
     from transformers import AutoModelForCausalLM
 
     import train
+    from common.activations import save_activations
+    from common.packing import enable_packing
+    from common.targets import TARGET_MODULES
+    from common.teacher_cache import TeacherCache
 
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     if name in PEFT:
@@ -55,13 +60,14 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
         if name == "public":
             teacher = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
     else:
-        train.add_adapters(model, "ba-lora", rank, rank, train.TARGET_MODULES)
-        assert train.enable_packing(model)
-        train.save_activations(model)
+        train.add_adapters(model, "ba-lora", rank, rank, TARGET_MODULES)
+        assert enable_packing(model)
+        save_activations(model)
         wrapper = train.BALoRAModel(model)
         if name == "cached":
             examples = [example for batch in batches for example in batch]
-            wrapper.teacher_cache = train.TeacherCache(Path(cache), model, datasets.Dataset.from_list(examples))
+            counts = [train.num_valid(example["labels"]) for example in examples]
+            wrapper.teacher_cache = TeacherCache(Path(cache), model, datasets.Dataset.from_list(examples), counts)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
 
@@ -111,10 +117,8 @@ def main(argv: list[str]) -> None:
 
     import contenders
 
-    import train
-
-    model_path = train.resolve_demo(args.model, "model")
-    tokenizer, _ = train.load_tokenizer_and_config(model_path)
+    model_path = resolve_demo(args.model, "model")
+    tokenizer, _ = load_tokenizer_and_config(model_path)
     batches = contenders.batches_of(args, tokenizer)
     examples = [example for batch in batches for example in batch]
     tokens = sum(len(example["input_ids"]) for example in examples) / len(batches)
@@ -160,6 +164,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import train
-
-    train.run_script(main)
+    run_script(main)

@@ -5,12 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import accelerate
 import transformers
 
 import train
+from common.training import leave
 
 
 def full_disk_once(rank: str) -> None:
@@ -36,7 +35,7 @@ def main() -> None:
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
         accelerate.state.GradientState._reset_state()
-    train.leave(0)
+    leave(0)
 
 
 if __name__ == "__main__":

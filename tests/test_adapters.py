@@ -10,6 +10,9 @@ import transformers
 from conftest import PUBLISHED, make_model, relative_error
 
 import train
+from common.cli import UserError
+from common.peft_format import export_adapter
+from common.targets import TARGET_MODULES
 
 METHODS = ["lora", "pissa", "ba-lora"]
 INPUT_IDS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -28,7 +31,7 @@ def perturb(model: torch.nn.Module) -> None:
 @torch.no_grad()
 def test_adding_adapters_changes_nothing(method, alpha):
     base, model = make_model(), make_model()
-    assert train.add_adapters(model, method, 4, alpha, train.TARGET_MODULES) is model
+    assert train.add_adapters(model, method, 4, alpha, TARGET_MODULES) is model
     expected = base(INPUT_IDS).logits
     assert relative_error(model(INPUT_IDS).logits, expected) < 1e-5
     perturb(model)
@@ -51,7 +54,7 @@ def test_adapters_come_back_on_after_an_error(model):
 
 def test_only_the_factors_train_and_they_are_fp32():
     model = make_model().to(torch.bfloat16)
-    train.add_adapters(model, "ba-lora", 4, 4, train.TARGET_MODULES)
+    train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 7 * 2  # two factors, seven projections, two layers
     assert all(name.endswith(("lora_A", "lora_B")) and p.dtype == torch.float32 for name, p in trainable.items())
@@ -76,9 +79,9 @@ def test_pissa_starts_at_the_best_low_rank_approximation(name, alpha):
 @torch.no_grad()
 def test_peft_loads_the_adapter_on_the_unmodified_base(method, alpha, tmp_path):
     model = make_model()
-    train.add_adapters(model, method, 4, alpha, train.TARGET_MODULES)
+    train.add_adapters(model, method, 4, alpha, TARGET_MODULES)
     perturb(model)
-    train.export_adapter(model, tmp_path, "some/base", train.TARGET_MODULES, "CAUSAL_LM")
+    export_adapter(train.adapter_layers(model), tmp_path, "some/base", TARGET_MODULES, "CAUSAL_LM")
     expected = model(INPUT_IDS).logits
     loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
     assert relative_error(loaded(INPUT_IDS).logits, expected) < 1e-4
@@ -92,7 +95,7 @@ def test_peft_loads_the_adapter_on_the_unmodified_base(method, alpha, tmp_path):
 @torch.no_grad()
 def test_the_merged_model_is_plain_and_equal(method, tmp_path):
     model = make_model()
-    train.add_adapters(model, method, 4, 8, train.TARGET_MODULES)
+    train.add_adapters(model, method, 4, 8, TARGET_MODULES)
     perturb(model)
     expected = model(INPUT_IDS).logits
     train.merge_adapters(model).save_pretrained(tmp_path)
@@ -119,30 +122,30 @@ def test_parameter_counts_of_the_published_table(name):
     config, rank, millions, _ = PUBLISHED[name]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-        train.add_adapters(model, "lora", rank, rank, train.TARGET_MODULES)
+        train.add_adapters(model, "lora", rank, rank, TARGET_MODULES)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert round(trainable / 1e6, 1) == millions
 
 
 def test_full_fine_tuning_trains_everything(model):
-    train.add_adapters(model, "full", 4, 4, train.TARGET_MODULES)
+    train.add_adapters(model, "full", 4, 4, TARGET_MODULES)
     assert not train.adapter_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_target_that_names_nothing_is_an_error(model):
-    with pytest.raises(train.UserError, match=r"'query'.*names no linear layer.*q_proj"):
+    with pytest.raises(UserError, match=r"'query'.*names no linear layer.*q_proj"):
         train.add_adapters(model, "lora", 4, 4, ["q_proj", "query"])
 
 
 def test_a_rank_larger_than_a_layer_is_an_error(model):
-    with pytest.raises(train.UserError, match=r"rank 17 is larger than .*k_proj allows \(16\)"):
-        train.add_adapters(model, "pissa", 17, 17, train.TARGET_MODULES)
+    with pytest.raises(UserError, match=r"rank 17 is larger than .*k_proj allows \(16\)"):
+        train.add_adapters(model, "pissa", 17, 17, TARGET_MODULES)
     assert not train.adapter_layers(model), "nothing may be replaced before the check"
 
 
 def test_an_unknown_method_is_an_error(model):
-    with pytest.raises(train.UserError, match="dora"):
+    with pytest.raises(UserError, match="dora"):
         train.add_adapters(model, "dora", 4, 4, ["q_proj"])
 
 

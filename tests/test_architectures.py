@@ -15,6 +15,9 @@ import transformers
 from conftest import PUBLISHED, ROOT, make_tokenizer, relative_error
 
 import train
+from common.cli import UserError
+from common.prompts import encode_prompt
+from common.targets import TARGET_MODULES
 from data import demo
 
 SHAPE = {
@@ -30,7 +33,7 @@ SHAPE = {
     "eos_token_id": 257,
     "pad_token_id": 257,
 }
-SEVEN = train.TARGET_MODULES
+SEVEN = TARGET_MODULES
 ATTENTION = SEVEN[:4]
 # Configuration, and the target modules that are to be found without being named.
 ARCHITECTURES = {
@@ -100,7 +103,7 @@ def test_an_architecture_without_known_names_says_which_there_are(data_file, tmp
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    with pytest.raises(train.UserError, match=r"--target-modules.*query_key_value"):
+    with pytest.raises(UserError, match=r"--target-modules.*query_key_value"):
         train.main(["--model", str(tmp_path / "base"), "--data", str(data_file), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -165,7 +168,7 @@ def trained_smollm2(tmp_path_factory):
     train.main([*map(str, files), *map(str, options)])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out" / "merged")
     questions = [json.loads(line)["question"] for line in demo.problems("test").read_text().splitlines()[:20]]
-    prompts = [train.encode_prompt(tokenizer, question) for question in questions]
+    prompts = [encode_prompt(tokenizer, question) for question in questions]
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
     def greedy(path: Path) -> list[list[int]]:

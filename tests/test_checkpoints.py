@@ -16,6 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
+from common.checkpoints import MANIFEST, TRAINED_TENSORS, complete_checkpoints, newest_checkpoint
+from common.cli import UserError
+from common.peft_format import read_adapter
+from common.runs import INCOMPLETE
+from common.targets import find_target_modules
 
 SAVE_STEPS = 4
 STEPS = 24
@@ -68,7 +73,7 @@ def steps_done(output: Path) -> int:
 
 
 def saved_step(output: Path) -> int:
-    newest = train.newest_checkpoint(output)
+    newest = newest_checkpoint(output)
     return int(newest.name.partition("-")[2]) if newest else 0
 
 
@@ -81,7 +86,7 @@ def test_kill_9_at_any_moment_and_resume_is_an_uninterrupted_run(trial, folder, 
     for attempt in range(5):  # on a busy machine a save may pass unseen, and the run ends before it is killed
         output = folder / f"killed-{trial}-{attempt}"
         process = start_script("train", arguments(folder, output), folder / f"{output.name}.log")
-        incomplete = output / "checkpoints" / train.INCOMPLETE
+        incomplete = output / "checkpoints" / INCOMPLETE
         moment = random.Random(trial).randrange(STEPS) if trial < 7 else (trial - 7) * SAVE_STEPS
         while steps_done(output) < moment and process.is_alive():
             time.sleep(0.002)
@@ -184,13 +189,13 @@ def test_damaged_checkpoints_are_written_again(folder, uninterrupted):
     options = ("--keep-checkpoints", 9)
     assert run(folder, output, *options)[0] == 0
     for step in (20, 24):
-        with open(output / "checkpoints" / f"checkpoint-{step}" / train.TRAINED_TENSORS, "r+b") as file:
+        with open(output / "checkpoints" / f"checkpoint-{step}" / TRAINED_TENSORS, "r+b") as file:
             file.truncate(100)
     (output / "run.json").unlink()
     code, text = run(folder, output, *options, "--resume")
     assert code == 0, text
     assert "going on from" in text
-    assert [path.name for path in train.complete_checkpoints(output)][:2] == ["checkpoint-24", "checkpoint-20"]
+    assert [path.name for path in complete_checkpoints(output)][:2] == ["checkpoint-24", "checkpoint-20"]
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
@@ -226,12 +231,12 @@ def test_resume_without_a_checkpoint_starts(folder, uninterrupted):
 
 
 def test_a_checkpoint_holds_no_base_weight_and_is_small(uninterrupted):
-    checkpoint = train.newest_checkpoint(uninterrupted)
-    names = set(load_file(checkpoint / train.TRAINED_TENSORS))
+    checkpoint = newest_checkpoint(uninterrupted)
+    names = set(load_file(checkpoint / TRAINED_TENSORS))
     assert {name.rpartition(".")[2] for name in names} == {"lora_A", "lora_B", "initial_A", "initial_B"}
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     assert size <= 5 * (uninterrupted / "adapter" / "adapter_model.safetensors").stat().st_size + 10**6
-    assert [path.name for path in train.complete_checkpoints(uninterrupted)] == ["checkpoint-24", "checkpoint-20"]
+    assert [path.name for path in complete_checkpoints(uninterrupted)] == ["checkpoint-24", "checkpoint-20"]
 
 
 def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uninterrupted, capsys):
@@ -241,7 +246,7 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
     with open(output / "checkpoints" / "checkpoint-24" / "optimizer.pt", "r+b") as file:
         file.truncate(100)
     shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-22")
-    manifest = output / "checkpoints" / "checkpoint-22" / train.MANIFEST
+    manifest = output / "checkpoints" / "checkpoint-22" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"rank": 8', '"rank": 16'))
     code, text = run(folder, output, "--resume")
     assert code == 0, text
@@ -295,7 +300,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterru
     again = start_script("train", ["--export-from", output], folder / "full-disk-again.log")  # as the message says
     again.join(120)
     assert again.exitcode == 0
-    checkpoint = load_file(output / "checkpoints" / "checkpoint-20" / train.TRAINED_TENSORS)
+    checkpoint = load_file(output / "checkpoints" / "checkpoint-20" / TRAINED_TENSORS)
     exported = load_file(output / "adapter" / "adapter_model.safetensors")
     name = next(name for name in exported if name.endswith("lora_A.weight"))
     trained = checkpoint[name.removeprefix("base_model.model.").removesuffix("weight").rstrip(".")]
@@ -362,7 +367,7 @@ def test_skip_leaves_the_step_out_and_counts(poisoned):
     step = int(text.partition("note: step ")[2].split()[0])
     result = json.loads((output / "run.json").read_text())
     assert (result["steps"], result["skipped_steps"]) == (4, 1)
-    states = {n: load_file(output / "checkpoints" / f"checkpoint-{n}" / train.TRAINED_TENSORS) for n in range(1, 5)}
+    states = {n: load_file(output / "checkpoints" / f"checkpoint-{n}" / TRAINED_TENSORS) for n in range(1, 5)}
     for n in range(2, 5):
         moved = any(not torch.equal(states[n][name], states[n - 1][name]) for name in states[n])
         assert moved == (n != step)
@@ -400,9 +405,9 @@ def test_a_run_starts_where_the_given_adapter_is(kind, folder, uninterrupted, tm
     assert (expected - pretrained).norm() > 1e-2 * pretrained.norm()
 
     started = AutoModelForCausalLM.from_pretrained(base)
-    read = train.read_adapter(adapter, "ba-lora")
+    read = read_adapter(adapter, "ba-lora")
     args = train.Arguments(method="ba-lora", rank=read.rank, alpha=read.alpha, target_modules=read.target_modules)
-    read.require_fit(train.find_target_modules(started, read.target_modules, read.rank))
+    read.require_fit(find_target_modules(started, read.target_modules, read.rank))
     train.attach_adapters(started, args, read.trained_tensors(started))
     assert (started(input_ids).logits - expected).norm() < 1e-4 * expected.norm()
     with train.adapters_disabled(started):
@@ -427,11 +432,11 @@ def test_adapters_that_cannot_be_gone_on_with_are_refused(change, expected, unin
     shutil.copytree(uninterrupted / "adapter", adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(train.UserError, match=expected):
-        train.read_adapter(adapter, "ba-lora")
+    with pytest.raises(UserError, match=expected):
+        read_adapter(adapter, "ba-lora")
     (adapter / "adapter_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(train.UserError, match="no adapter in PEFT's format"):
-        train.read_adapter(adapter, "ba-lora")
+    with pytest.raises(UserError, match="no adapter in PEFT's format"):
+        read_adapter(adapter, "ba-lora")
 
 
 def test_the_adapter_card_says_what_it_is(folder, uninterrupted):

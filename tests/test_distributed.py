@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, make_model, make_tokenizer
 from safetensors.torch import load_file
 
-import train
+from common.checkpoints import complete_checkpoints, newest_checkpoint
 
 METHODS = ["full", "lora", "pissa", "ba-lora"]
 LAUNCHERS = {
@@ -136,7 +136,7 @@ def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(rank, runs, 
     text = launch("torchrun", [launched("torchrun", folder, output, *options)], folder, FULL_DISK_ON_RANK=rank)
     assert "the checkpoint of step 3 could not be written" in text
     assert "No space left" in text
-    assert [path.name for path in train.complete_checkpoints(output)] == ["checkpoint-5"]
+    assert [path.name for path in complete_checkpoints(output)] == ["checkpoint-5"]
     assert torch.equal(movement(output, folder)[0], movement(runs["torchrun", "ba-lora"], folder)[0])
 
 
@@ -152,7 +152,7 @@ def test_a_half_filled_teacher_cache_under_zero3(folder):
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_a_checkpoint_under_deepspeed_is_small_too(name, runs):
-    checkpoint = train.newest_checkpoint(runs[name, "ba-lora"])
+    checkpoint = newest_checkpoint(runs[name, "ba-lora"])
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     adapter = runs[name, "ba-lora"] / "adapter" / "adapter_model.safetensors"
     assert size <= 5 * adapter.stat().st_size + 10**6
@@ -181,19 +181,20 @@ def test_nan_stops_or_skips_on_every_rank(folder):
 
 MEASURE = """
 import json, sys, threading, time
-sys.path.insert(0, {root!r})
 import deepspeed, torch, transformers
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 import train
+from common import partitioned
+from common.training import leave
 
 deepspeed.init_distributed(dist_backend="gloo")
 keep = HfDeepSpeedConfig({{"zero_optimization": {{"stage": 3}}, "train_micro_batch_size_per_gpu": 1}})
 model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32)
 largest = max(p.ds_numel for p in model.parameters() if len(p.ds_shape) == 2)
 held, most = {{}}, 0
-gathered_by, principal_factors = train._gathered_by, train.principal_factors
+gathered_by, principal_factors = partitioned.gathered_by, train.principal_factors
 
 def watch(owner, weight):
     global most
@@ -214,15 +215,15 @@ def resident():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 principal_factors(torch.randn(1024, 1024), 4, 1.0)  # loads the libraries
-train._gathered_by, train.principal_factors = watch, counted
+partitioned.gathered_by, train.principal_factors = watch, counted
 open("/proc/self/clear_refs", "w").write("5")
 before = resident()
 train.add_adapters(model, "ba-lora", 4, 4, None)
 grown = resident() - before
-partitioned = all(p.numel() == 0 for n, p in model.named_parameters() if "lora" not in n)
-result = [most, count, grown / (4 * largest), partitioned]
+all_in_parts = all(p.numel() == 0 for n, p in model.named_parameters() if "lora" not in n)
+result = [most, count, grown / (4 * largest), all_in_parts]
 open(f"{out}/{{dist.get_rank()}}.json", "w").write(json.dumps(result))
-train.leave(0)
+leave(0)
 """
 
 
@@ -230,7 +231,7 @@ def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
     """Twelve layers of 4 MiB: whole weights alive at once are counted, and the resident peak bounds what is not."""
     make_model(hidden_size=1024, intermediate_size=1024, num_hidden_layers=4).save_pretrained(tmp_path / "base")
     script = tmp_path / "measure.py"
-    script.write_text(MEASURE.format(root=str(ROOT), base=str(tmp_path / "base"), out=str(tmp_path)))
+    script.write_text(MEASURE.format(base=str(tmp_path / "base"), out=str(tmp_path)))
     command = ["torchrun", "--nproc_per_node", "2", str(script)]
     # What is freed goes back at once: the peak is of what is alive.
     where = environment() | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
@@ -316,7 +317,7 @@ def test_two_nodes_end_where_one_process_ends_and_a_lost_rank_ends_both(nodes, r
     argv = launched("torchrun", folder, output, *options)
     processes = start_nodes(nodes, argv, [tmp_path / "c.log", tmp_path / "d.log"])
     deadline = time.monotonic() + 120
-    while train.newest_checkpoint(output) is None:
+    while newest_checkpoint(output) is None:
         assert time.monotonic() < deadline, (tmp_path / "c.log").read_text()[-2000:]
         time.sleep(0.1)
     listed = subprocess.run(["pgrep", "-P", str(processes[1].pid), "-f", "train.py"], capture_output=True, text=True)

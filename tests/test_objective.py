@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import shutil
 
 import oracle
 import pytest
@@ -12,6 +13,12 @@ from conftest import make_model, relative_error
 from test_training import make_trainer
 
 import train
+from common.activations import save_activations
+from common.cli import UserError
+from common.packing import PER_SEQUENCE, enable_packing
+from common.tables import load_records
+from common.targets import TARGET_MODULES
+from common.teacher_cache import TeacherCache
 
 ICLR = train.Regularizers(0.5, 0.4, 0.3, 2.0, 20, 10, "frobenius")
 ARXIV = train.Regularizers(0.5, 0.4, 0.3, 1.0, None, 10, "nuclear")
@@ -241,9 +248,9 @@ def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenize
     for packed in (False, True):
         torch.manual_seed(0)
         model = getattr(transformers, f"{architecture}ForCausalLM")(config)
-        train.add_adapters(model, "ba-lora", 4, 4, train.TARGET_MODULES)
+        train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
         if packed:
-            assert train.enable_packing(model)
+            assert enable_packing(model)
         wrapper = train.BALoRAModel(model)
         batch = (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
         if packed:  # the template's head stands there once
@@ -299,8 +306,8 @@ def test_a_model_that_cannot_be_packed_says_so():
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     model = transformers.GPT2LMHeadModel(config).eval()
     before = model.config._attn_implementation
-    fits = train.enable_packing(model)
-    assert model.config._attn_implementation == (train.PER_SEQUENCE if fits else before)
+    fits = enable_packing(model)
+    assert model.config._attn_implementation == (PER_SEQUENCE if fits else before)
 
 
 @torch.no_grad()
@@ -335,13 +342,13 @@ def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
     for lean in (False, True):
         torch.manual_seed(0)
         model = getattr(transformers, f"{architecture}ForCausalLM")(config)
-        train.add_adapters(model, "ba-lora", 4, 4, train.TARGET_MODULES)
+        train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
         for layer in train.adapter_layers(model).values():
             layer.lora_B.data += 0.05
         expected_count = {"Llama": 13, "Qwen2": 13, "Gemma": 0}[
             architecture
         ]  # four MLPs, nine norms; Gemma's are GELU's
-        assert not lean or train.save_activations(model) == expected_count
+        assert not lean or save_activations(model) == expected_count
         sizes = {}
 
         def pack(tensor, sizes=sizes):
@@ -368,18 +375,22 @@ def test_a_failed_trial_of_packing_leaves_the_model_as_it_was(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
-    assert not train.enable_packing(model)
+    assert not enable_packing(model)
     assert model.config._attn_implementation == before
 
 
 # ---------------------------------------------------------------------------------------------- the teacher cache
 
 
+def teacher_cache(folder, model, dataset):
+    return TeacherCache(folder / "cache", model, dataset, [train.num_valid(row) for row in dataset["labels"]])
+
+
 def cached_run(folder, tokenizer, max_steps):
     trainer = make_trainer(
         make_model(), tokenizer, folder / "data.jsonl", folder / "out", max_steps=max_steps, overwrite=True
     )
-    trainer.model.teacher_cache = train.TeacherCache(folder / "cache", trainer.model.model, trainer.train_dataset)
+    trainer.model.teacher_cache = teacher_cache(folder, trainer.model.model, trainer.train_dataset)
     return trainer
 
 
@@ -429,9 +440,9 @@ def test_an_interrupted_cache_goes_on(tokenizer, data_file, tmp_path):
 
 def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
     def files(model, count):
-        records = train.load_records(str(data_file)).select(range(count))
+        records = load_records(str(data_file)).select(range(count))
         dataset, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
-        train.TeacherCache(tmp_path / "cache", model, dataset)
+        teacher_cache(tmp_path, model, dataset)
         return len(list((tmp_path / "cache").glob("*.states")))
 
     assert files(make_model(seed=0), 16) == 1
@@ -441,9 +452,9 @@ def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tokenizer, data_file, tmp_path, monkeypatch):
-    usage = train.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: usage._replace(free=10))
-    with pytest.raises(train.UserError, match=r"needs .* GiB and the disk has 0\.00"):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
+    with pytest.raises(UserError, match=r"needs .* GiB and the disk has 0\.00"):
         cached_run(tmp_path, tokenizer, max_steps=1)
     assert not list((tmp_path / "cache").iterdir())
 

@@ -7,13 +7,14 @@ import os
 import shlex
 import subprocess
 
-import mt_bench
 import pytest
 import yaml
 from conftest import ROOT
 
 import finetune_bert_l_sst2
 import train
+from common.cli import parse_arguments
+from eval import mt_bench
 
 
 def dry_run(script: str, *options: str, **environment: str) -> str:
@@ -30,7 +31,7 @@ def dry_run(script: str, *options: str, **environment: str) -> str:
 def train_options(printed: str) -> train.Arguments:
     (line,) = (line for line in printed.splitlines() if "train.py" in line)
     words = shlex.split(line)
-    return train.resolve_arguments(train.parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :]))
+    return train.resolve_arguments(parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :]))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmark
     trainings, scored = {}, {}
     for words in map(shlex.split, printed.splitlines()):
         if "train.py" in words:
-            args = train.parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :])
+            args = parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :])
             assert (args.formulation, args.resume) == ("arxiv2024", True)
             trainings[args.output_dir] = (args.method, args.data_subset, args.seed)
         elif words[0] == "python" and words[1].startswith("eval/") and "report" not in words[1]:
@@ -140,7 +141,7 @@ def test_answers_without_a_judge_are_judged_later(tmp_path):
     for judge, overwrite in ({}, False), ({"JUDGE": "gpt-4"}, True):
         printed = subprocess.run(command, env=environment | judge, capture_output=True, text=True, check=True).stdout
         (line,) = (line for line in printed.splitlines() if "eval/mt_bench.py" in line)
-        args = train.parse_arguments(mt_bench.Arguments, "", shlex.split(line)[2:])
+        args = parse_arguments(mt_bench.Arguments, "", shlex.split(line)[2:])
         assert (args.ckpt, args.judge_model, args.overwrite) == ("ckpt", judge.get("JUDGE"), overwrite)
         assert args.skip_done
 
@@ -174,8 +175,8 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
     assert last[1:3] == ["eval/report.py", "out/run/results"]
     parsed = {}
     for words in scores:
-        script = importlib.import_module(words[1].removeprefix("eval/").removesuffix(".py"))
-        parsed[script.__name__] = train.parse_arguments(script.Arguments, "", words[2:])
+        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        parsed[script.__name__] = parse_arguments(script.Arguments, "", words[2:])
     assert list(parsed) == ["gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench"]
     for args, data in zip(parsed.values(), files.values(), strict=True):
         assert (args.ckpt, args.data, args.limit) == ("out/run/merged", data, 7)
@@ -214,7 +215,7 @@ def test_every_configuration_is_valid(path, tmp_path):
         finetune_bert_l_sst2.resolve_arguments(["--config", str(path), "--output-dir", str(tmp_path / "out"), *task])
     else:
         assert keys <= set(train.Arguments.__dataclass_fields__)
-        train.resolve_arguments(train.parse_arguments(train.Arguments, "", ["--config", str(path)]))
+        train.resolve_arguments(parse_arguments(train.Arguments, "", ["--config", str(path)]))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.json")), ids=lambda path: path.name)

@@ -13,13 +13,18 @@ from conftest import MERGED, make_model, make_tokenizer, relative_error
 from safetensors.torch import load_file
 
 import train
+from common.packing import enable_packing
+from common.prompts import ALPACA_PROMPT, encode_prompt
+from common.tables import load_records
+from common.targets import TARGET_MODULES
+from common.training import training_arguments
 
 # ---------------------------------------------------------------------------------------------- data
 
 
 def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
     response = "The sum"
-    prompt = train.ALPACA_PROMPT.format(instruction="Add")
+    prompt = ALPACA_PROMPT.format(instruction="Add")
     together = tokenizer(prompt + response)["input_ids"]
     assert tokenizer.convert_tokens_to_ids(MERGED) in together  # the trap is there
     example = train.encode_example(tokenizer, "Add", response, 512)
@@ -51,7 +56,7 @@ def test_valid_positions_predict_exactly_the_response(tokenizer):
         if example["labels"][i + 1] != train.IGNORE_INDEX
     ]
     assert list(zip(batch["valid_positions"].tolist(), batch["targets"].tolist(), strict=True)) == expected
-    prompt_end = len(train.encode_prompt(tokenizer, "a")) - 1
+    prompt_end = len(encode_prompt(tokenizer, "a")) - 1
     assert batch["valid_positions"][0] == prompt_end  # the last prompt token predicts the first response token
 
 
@@ -90,8 +95,8 @@ def test_every_local_format_and_a_folder_of_it(suffix, tmp_path):
             dataset.to_csv(file, sep="\t")
         case "parquet":
             dataset.to_parquet(file)
-    assert train.load_records(str(file)).to_list() == rows
-    assert train.load_records(str(tmp_path)).to_list() == rows
+    assert load_records(str(file)).to_list() == rows
+    assert load_records(str(tmp_path)).to_list() == rows
 
 
 def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_path):
@@ -101,7 +106,7 @@ def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_pa
         (tmp_path / name).write_text(json.dumps({"from": name}) + "\n")
 
     def sources(*args):
-        return sorted(train.load_records(str(tmp_path), *args)["from"][:])
+        return sorted(load_records(str(tmp_path), *args)["from"][:])
 
     assert sources() == ["metamath/train-00000.jsonl", "python/train.jsonl"]
     assert sources("train", "python") == ["python/train.jsonl"]
@@ -115,11 +120,11 @@ def test_every_cell_is_text_as_it_is_written(suffix, sep, tmp_path):
     answers = ["NA", "null", "None", "nan", "N/A", "2", "007", "1.50", "true", "2020-01-01", "1e5"]
     path = tmp_path / f"data.{suffix}"
     path.write_text(f"question{sep}answer\n" + "".join(f"q{i}{sep}{answer}\n" for i, answer in enumerate(answers)))
-    assert train.load_records(str(path))["answer"][:] == answers
+    assert load_records(str(path))["answer"][:] == answers
     path.write_text(f"question{sep}answer\nq{sep}\nq{sep}a\n")
-    assert train.load_records(str(path))["answer"][:] == ["", "a"]
+    assert load_records(str(path))["answer"][:] == ["", "a"]
     path.write_text(f"question{sep}answer\nq{sep}2\nq{sep}\n")  # pandas alone would make 2.0 of it
-    assert train.load_records(str(path))["answer"][:] == ["2", ""]
+    assert load_records(str(path))["answer"][:] == ["2", ""]
 
 
 # ---------------------------------------------------------------------------------------------- trainer
@@ -140,15 +145,15 @@ def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> train.
         "regularizer_schedule": "constant",
     }
     args = train.resolve_arguments(train.Arguments(**(settings | overrides)))
-    records = train.load_records(str(data_file))
+    records = load_records(str(data_file))
     dataset, _ = train.build_dataset(records, tokenizer, args.fields, args.max_length)
     transformers.set_seed(args.seed)
     train.add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
-    assert not args.packing or train.enable_packing(model)
+    assert not args.packing or enable_packing(model)
     return train.BALoRATrainer(
         arguments=args,
         model=train.BALoRAModel(model, args.objective_memory),
-        args=train.training_arguments(args, torch.float32),
+        args=training_arguments(args),
         train_dataset=dataset,
         data_collator=train.PackingCollator() if args.packing else train.PaddingCollator(tokenizer.pad_token_id),
     )
@@ -209,7 +214,7 @@ def test_the_teacher_is_the_untouched_base(tokenizer, data_file, tmp_path):
     teacher = trainer.model.of_teacher(trainer.model.logits, batch)
     assert not teacher.requires_grad
     base = make_model()
-    train.enable_packing(base)
+    enable_packing(base)
     assert torch.equal(teacher, train.BALoRAModel(base).logits(batch))
     assert relative_error(trainer.model.logits(batch), teacher) > 1e-3
 
@@ -223,7 +228,7 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
     config = peft.LoraConfig(
         r=4,
         lora_alpha=alpha,
-        target_modules=train.TARGET_MODULES,
+        target_modules=TARGET_MODULES,
         init_lora_weights="pissa" if method == "pissa" else True,
         task_type="CAUSAL_LM",
     )
@@ -241,7 +246,7 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
             "labels": torch.tensor([pad(e["labels"], -100) for e in examples]),
         }
 
-    args = train.training_arguments(ours.arguments, torch.float32)
+    args = training_arguments(ours.arguments)
     args.output_dir = str(tmp_path / "theirs")
     reference = transformers.Trainer(model=theirs, args=args, train_dataset=ours.train_dataset, data_collator=collate)
     start = {name: layer.merged_weight() for name, layer in train.adapter_layers(ours.model.model).items()}

@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 
-import gsm8k
 import peft
 import pytest
-import report
 import torch
 import transformers
 from conftest import ROOT, make_model
 
 import train
+from common.cli import parse_arguments, run_script
+from common.peft_format import export_adapter
+from common.targets import TARGET_MODULES
+from eval import gsm8k, report
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def error_of(script, argv, monkeypatch, capsys) -> str:
     """The one line that a script ends with on bad input."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
     with pytest.raises(SystemExit) as exit_info:
-        train.run_script(script.main)
+        run_script(script.main)
     assert exit_info.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
@@ -104,8 +106,8 @@ def test_quantization_without_a_gpu(train_error):
 )
 def test_an_adapter_of_another_model(overrides, expected, train_error, tmp_path):
     other = make_model(**overrides)
-    train.add_adapters(other, "pissa", 4, 4, train.TARGET_MODULES)
-    train.export_adapter(other, tmp_path / "adapter", "other", train.TARGET_MODULES, "CAUSAL_LM")
+    train.add_adapters(other, "pissa", 4, 4, TARGET_MODULES)
+    export_adapter(train.adapter_layers(other), tmp_path / "adapter", "other", TARGET_MODULES, "CAUSAL_LM")
     assert expected in train_error("--init-adapter", tmp_path / "adapter")
 
 
@@ -182,7 +184,7 @@ def test_an_unknown_key_gets_the_nearest_name(train_error, tmp_path):
 def test_the_command_line_overrides_the_configuration(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("rank: 8\nlearning_rate: 1e-4\nfields: [a, b]\noverwrite: true\nalpha: null\n")
-    args = train.parse_arguments(train.Arguments, "", ["--config", str(config), "--rank", "16"])
+    args = parse_arguments(train.Arguments, "", ["--config", str(config), "--rank", "16"])
     assert (args.rank, args.learning_rate, args.fields, args.overwrite, args.alpha) == (
         16,
         1e-4,
