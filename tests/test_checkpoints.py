@@ -408,7 +408,11 @@ def test_a_run_starts_where_the_given_adapter_is(kind, folder, uninterrupted, tm
     read = read_adapter(adapter, "ba-lora")
     args = train.Arguments(method="ba-lora", rank=read.rank, alpha=read.alpha, target_modules=read.target_modules)
     read.require_fit(find_target_modules(started, read.target_modules, read.rank))
-    train.attach_adapters(started, args, read.trained_tensors(started))
+
+    def principal_factors(name):
+        return train.principal_factors(started.get_submodule(name).weight, read.rank, read.alpha / read.rank)
+
+    train.attach_adapters(started, args, read.trained_tensors(principal_factors))
     assert (started(input_ids).logits - expected).norm() < 1e-4 * expected.norm()
     with train.adapters_disabled(started):
         assert torch.equal(started(input_ids).logits, pretrained)

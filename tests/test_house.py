@@ -1,0 +1,79 @@
+"""Each thing in its room: how long files and functions may be, and which room may not reach into which."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ROOMS_BELOW = ("common", "data", "eval")  # which no script at the root may be needed for
+LONGEST_FILE = {"train.py": 1700, "finetune_bert_l_sst2.py": 900}
+LONGEST_FUNCTION, LONGEST_MAIN, LONGEST_README = 80, 60, 150
+
+
+def tracked(pattern: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split() if (ROOT / name).is_file()]
+
+
+def functions(name: str):
+    """Each function of the file with its number of lines, as the parser counts them."""
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def imported(name: str) -> set[str]:
+    """The first word of everything that the file imports, anywhere in it."""
+    modules = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module.partition(".")[0])
+    return modules
+
+
+PROGRAMS = [name for name in tracked("*.py") if not name.startswith("tests/")]
+
+
+@pytest.mark.parametrize(("name", "most"), LONGEST_FILE.items())
+def test_a_file_is_read_in_one_sitting(name, most):
+    assert len((ROOT / name).read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_function_is_long(name):
+    lengths = dict(functions(name))
+    assert {function: length for function, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("name", LONGEST_FILE)
+def test_main_is_the_list_of_a_runs_stages(name):
+    """Short, and the last of the file's functions."""
+    tree = ast.parse((ROOT / name).read_text())
+    assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)][-1] == "main"
+    assert dict(functions(name))["main"] <= LONGEST_MAIN
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name.startswith(ROOMS_BELOW)])
+def test_no_room_reaches_into_one_above(name):
+    above = {"train", "finetune_bert_l_sst2", "experiments", "bench"} | (
+        {"eval"} if not name.startswith("eval") else set()
+    )
+    assert not imported(name) & above
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_there_is_one_way_to_import(name):
+    """The installation makes every room importable; no file helps itself."""
+    assert not re.search(r"sys\.path\b(?!_)", (ROOT / name).read_text()) or name.startswith("eval/sandbox")
+
+
+def test_scripts_import_from_any_folder(tmp_path):
+    """As after the README's installation line: the rooms are found from a folder that has nothing to do with them."""
+    code = "import common.cli, data.demo, eval.benchmark, train; print(train.__file__)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.strip().endswith("train.py"), result.stderr
