@@ -64,7 +64,7 @@ from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.tensors import fingerprint, kept_in_file
 from common.trainer import ResumableTrainer
-from common.training import leave, peak_memory_gib, require_lr_scheduler, require_max_steps, training_arguments
+from common.training import leave, peak_memory_gib, resolve_shared_arguments, training_arguments
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
@@ -105,6 +105,7 @@ class DataArguments:
     model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
     model_revision: str | None = option(None, "hub revision of the model")
     trust_remote_code: bool = option(False, "run code that the model's repository ships")
+    init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     data: str | None = option(
         None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
     )
@@ -129,11 +130,7 @@ class AdapterArguments:
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
     rank: int = option(128, "adapter rank r")
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
-    target_modules: list[str] | None = option(
-        None, "names of the linear layers that get an adapter; None: the model's attention and feed-forward projections"
-    )
-    init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
-    init_cache: str | None = option(None, "folder that keeps PiSSA's initial factors for the next run")
+    target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")
 
 
 @dataclass
@@ -145,9 +142,7 @@ class RegularizerArguments:
     lambda_diversity: float | None = option(None, "weight λ₂ of L_DR, diversity of the predictions")
     lambda_spectral: float | None = option(None, "weight λ₃ of L_SVDR, concentration of the singular values")
     temperature: float | None = option(None, "distillation temperature T of L_CR")
-    entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
     spectral_k: int = option(10, "k of L_SVDR: the leading singular values")
-    spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "what L_SVDR divides by")
     consistency_schedule: Literal["constant", "cosine", "adaptive"] | None = option(
         None, "λ₁ over training; adaptive: by the teacher's confidence on each micro-batch"
     )
@@ -158,13 +153,27 @@ class RegularizerArguments:
 
 
 @dataclass
+class VocabularyArguments:
+    """What the terms make of a whole vocabulary's logits; None: the published value of the formulation."""
+
+    entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
+    spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "what L_SVDR divides by")
+
+
+@dataclass
+class BatchArguments:
+    """What one step takes; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
+
+    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
+    gradient_accumulation: int = option(4, "micro-batches per optimizer step")
+
+
+@dataclass
 class OptimizationArguments:
-    """How it is trained; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences per step."""
+    """How it is trained; the defaults are the paper's."""
 
     epochs: float = option(1.0, "passes over the data")
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
-    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
-    gradient_accumulation: int = option(4, "micro-batches per optimizer step")
     learning_rate: float = option(2e-5, "peak learning rate of AdamW")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
@@ -193,6 +202,7 @@ class MachineArguments:
     teacher_cache: str | None = option(
         None, "folder that keeps the teacher's hidden states, so that further epochs, seeds and λs skip its pass"
     )
+    init_cache: str | None = option(None, "folder that keeps PiSSA's initial factors for the next run")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type of base weights and activations; auto: bfloat16 where the GPU has it, else float32"
     )
@@ -210,6 +220,8 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
     MachineArguments,
     InterruptionArguments,
     OptimizationArguments,
+    BatchArguments,
+    VocabularyArguments,
     RegularizerArguments,
     AdapterArguments,
     DataArguments,
@@ -227,23 +239,11 @@ def resolve_arguments(args: Arguments) -> Arguments:
     for name in ("model", "data"):
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
-    if args.alpha is None:
-        args.alpha = float(args.rank)
-    for name, value in FORMULATIONS[args.formulation].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    positive = ("rank", "alpha", "max_length", "batch_size", "gradient_accumulation", "learning_rate", "temperature")
-    positive += ("epochs", "logging_steps", "spectral_k", "objective_memory", "keep_checkpoints", "max_examples")
-    cli.require_positive(args, *positive)
-    cli.require_not_negative(
-        args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "entropy_top_k", "save_steps"
-    )
-    cli.require_share(args, "warmup_fraction")
-    cli.require_below_one(args, "warmup_ratio")
+    resolve_shared_arguments(args, FORMULATIONS)
+    cli.require_positive(args, "gradient_accumulation", "logging_steps", "objective_memory", "keep_checkpoints")
+    cli.require_not_negative(args, "entropy_top_k", "save_steps")
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
-    require_lr_scheduler(args.lr_scheduler)
-    require_max_steps(args.max_steps)
     if args.deepspeed:
         try:
             json.loads(Path(args.deepspeed).read_text())

@@ -1,7 +1,8 @@
 """The command line of every script: options from a dataclass, a configuration file, and one line for a mistake.
 
 A script's arguments are a dataclass of `option`s. One that inherits from several dataclasses shows each of them as a
-group of --help, titled by its docstring. tyro reads the options; nothing here imports more than it.
+group of --help, titled by its docstring; a subclass of the same name adds to a group, or says it otherwise. tyro reads
+the options; nothing here imports more than it.
 """
 
 import dataclasses
@@ -84,7 +85,7 @@ def _grouped(arguments_type: type) -> type:
     """A dataclass with a dataclass in it for every group of options, as tyro shows them."""
     import tyro
 
-    owners: dict[type, list] = {}
+    owners: dict[str, list] = {}
     for item in dataclasses.fields(arguments_type):
         owner = next(
             kind for kind in reversed(arguments_type.__mro__) if item.name in vars(kind).get("__annotations__", ())
@@ -92,11 +93,12 @@ def _grouped(arguments_type: type) -> type:
         kind = Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])]
         has_default = item.default is not dataclasses.MISSING
         default = field(default=item.default) if has_default else field(default_factory=item.default_factory)
-        owners.setdefault(owner, []).append((item.name, kind, default))
+        owners.setdefault(owner.__name__, []).append((item.name, kind, default))
     groups = []
     for owner, members in owners.items():
-        name = owner.__name__.removesuffix("Arguments").lower() or "main"
-        group = dataclasses.make_dataclass(owner.__name__, members, namespace={"__doc__": owner.__doc__})
+        name = owner.removesuffix("Arguments").lower() or "main"
+        title = next(kind.__doc__ for kind in arguments_type.__mro__ if kind.__name__ == owner)
+        group = dataclasses.make_dataclass(owner, members, namespace={"__doc__": title})
         groups.append((name, group, field(default_factory=group)))
     return dataclasses.make_dataclass("Options", groups)
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import transformers
 from transformers import TrainingArguments
 
-from common.cli import UserError
+from common.cli import UserError, require_below_one, require_not_negative, require_positive, require_share
 from common.pretrained import resolve_dtype
 
 # Those of transformers' schedules that need no settings of their own.
@@ -18,16 +19,27 @@ LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "invers
 LR_SCHEDULERS += ("cosine_with_restarts",)
 
 
-def require_lr_scheduler(name: str) -> None:
-    """Raises a UserError where `name` is not one of LR_SCHEDULERS."""
-    if name not in LR_SCHEDULERS:
-        raise UserError(f"unknown --lr-scheduler {name!r}: one of {', '.join(LR_SCHEDULERS)}")
+def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, Any]]) -> None:
+    """Fills in `args` what every training here leaves open, alpha and the formulation's values, and checks what every
+    training is told.
 
-
-def require_max_steps(value: int) -> None:
-    """Raises a UserError where --max-steps is neither a number of steps nor -1."""
-    if value != -1 and value <= 0:
-        raise UserError(f"--max-steps is {value}: it must be above 0, or -1 for --epochs to decide")
+    Raises:
+        UserError: a value out of range.
+    """
+    if args.alpha is None:
+        args.alpha = float(args.rank)
+    for name, value in formulations[args.formulation].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
+    require_positive(args, *positive, "max_examples")
+    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral")
+    require_share(args, "warmup_fraction")
+    require_below_one(args, "warmup_ratio")
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {', '.join(LR_SCHEDULERS)}")
+    if args.max_steps != -1 and args.max_steps <= 0:
+        raise UserError(f"--max-steps is {args.max_steps}: it must be above 0, or -1 for --epochs to decide")
 
 
 def training_arguments(args: Any) -> TrainingArguments:
