@@ -34,14 +34,14 @@ What comes out, in --output-dir
 
 The state that scores best on a held-out part of the training data (the demo has a file of its own) is kept; the
 evaluation sets are read once, at the end.
+
+Read from top to bottom: arguments, data, adapters and objective, trainer, the stages of a run, main. What is not the
+method has a file of its own in common/.
 """
 
-import csv
-import io
 import json
 import math
 import os
-import random
 import shlex
 import sys
 import time
@@ -50,7 +50,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -58,48 +57,44 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, Trainer
-from transformers.pytorch_utils import Conv1D
 
-from eval.intervals import proportion
+import train
+from common import cli
+from common.checkpoints import load_trained_tensors, trained_tensors
+from common.classifiers import (
+    INPUTS,
+    Outputs,
+    conv1d_for_linear,
+    final_linear,
+    head_modules,
+    linear_for_conv1d,
+    load_classifier,
+    run_model,
+    set_head,
+)
+from common.cli import RunStopped, UserError, option, parse_arguments
+from common.labelled import Data, classes_of, demo_data, set_aside, to_split
+from common.markdown import markdown
+from common.metrics import metric, predictions, score, softmax
+from common.peft_format import export_adapter
+from common.pretrained import check_checkpoint, load_tokenizer_and_config
+from common.probe import apply_probe, fit_probe
+from common.runs import clear_folder, config_text, package_versions, require_output_dir, require_same_run
+from common.tables import load_records, read_table, require_fields
+from common.targets import default_target_modules, find_target_modules
+from common.training import ProgressBar, common_training_arguments, resolve_shared_arguments
 from train import (
-    ProgressBar,
-    RunStopped,
-    UserError,
+    adapter_layers,
     adaptive_factor,
     add_adapters,
-    check_checkpoint,
-    clear_folder,
-    common_training_arguments,
-    config_text,
     consistency_loss,
     covariance_loss,
-    default_target_modules,
-    export_adapter,
-    find_target_modules,
-    load_records,
-    load_tokenizer_and_config,
-    load_trained_tensors,
     merge_adapters,
     normalized_mse_consistency_loss,
-    option,
-    package_versions,
-    parse_arguments,
-    require_below_one,
-    require_fields,
-    require_lr_scheduler,
-    require_max_steps,
-    require_not_negative,
-    require_output_dir,
-    require_positive,
-    require_same_run,
-    require_share,
-    run_script,
     schedule_factor,
     spectral_loss,
     teacher_confidence,
-    trained_tensors,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -150,8 +145,6 @@ TASKS = {
     "rte": Task(("sentence1", "sentence2"), 2),
 }
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
 
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -159,8 +152,9 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass
-class Arguments:
-    # What is trained, on what
+class DataArguments:
+    """What is trained, on what."""
+
     config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
     model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded MiniLM")
     model_revision: str | None = option(None, "hub revision of the model")
@@ -181,23 +175,23 @@ class Arguments:
         False, "leave a finished run of these settings alone, replace an unfinished one, refuse where there is another"
     )
 
-    # Adapter and head; the classifier is trained with every method
+
+@dataclass
+class AdapterArguments(train.AdapterArguments):
+    """What is trained of the model; the classifier is, with every method."""
+
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train beside the classifier")
     rank: int = option(8, "adapter rank r")
-    alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
-    target_modules: list[str] | None = option(
-        None, "names of the linear layers that get an adapter; None: attention and feed-forward"
-    )
     teacher_head: Literal["initial", "probe"] = option(
         "initial", "head that the teacher keeps and training starts from: random (as published), or a fitted probe"
     )
 
-    # Regularizers, for --method ba-lora only; None: the formulation's published value
-    formulation: Literal["iclr2026", "arxiv2024"] = option("iclr2026", "which published form of the regularizers")
-    lambda_consistency: float | None = option(None, "weight λ₁ of L_CR, consistency with the pre-trained model")
+
+@dataclass
+class RegularizerArguments(train.RegularizerArguments):
+    """The three terms, for --method ba-lora only; None: the published value of the formulation."""
+
     lambda_diversity: float | None = option(None, "weight λ₂ of L_DR, decorrelation of the logits")
-    lambda_spectral: float | None = option(None, "weight λ₃ of L_SVDR, concentration of the singular values")
-    temperature: float | None = option(None, "distillation temperature T of L_CR")
     spectral_k: int = option(5, "k of L_SVDR, the leading singular values; acts where k < min(batch, classes)")
     consistency_schedule: Literal["constant", "cosine", "adaptive"] = option(
         "constant", "λ₁ over training; adaptive: by the teacher's confidence on each batch"
@@ -205,20 +199,27 @@ class Arguments:
     regularizer_schedule: Literal["constant", "two_phase", "linear_warmup", "quadratic_warmup"] = option(
         "constant", "λ₂ and λ₃ over training"
     )
-    warmup_fraction: float = option(0.1, "part of training over which linear_warmup and quadratic_warmup rise")
 
-    # Optimization
+
+@dataclass
+class OptimizationArguments(train.OptimizationArguments):
+    """How it is trained."""
+
     epochs: float = option(3.0, "passes over the data")
-    max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
     batch_size: int = option(32, "examples per step; L_DR and L_SVDR are those of one batch")
     learning_rate: float = option(5e-4, "peak learning rate of AdamW")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.06, "part of training over which the learning rate rises")
     lr_scheduler: str = option("linear", "learning-rate schedule after warm-up, a name that transformers knows")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not clipped")
     evals_per_epoch: int = option(1, "validations per epoch; the best state so far is kept")
     patience: int = option(5, "stop after this many validations without a better score")
     seed: int = option(42, "seed of the head, the adapters, dropout and data order")
+
+
+@dataclass
+class Arguments(  # a dataclass takes its bases' fields from the last to the first
+    OptimizationArguments, RegularizerArguments, AdapterArguments, DataArguments
+):
+    """Everything that a run is told."""
 
 
 def resolve_arguments(argv: list[str]) -> Arguments:
@@ -238,26 +239,17 @@ def resolve_arguments(argv: list[str]) -> Arguments:
         args = parse_arguments(Arguments, __doc__, ["--config", str(experiment), *argv])
     if args.model is None:
         raise UserError("no --model: a hub name or a folder, or 'demo' for the embedded MiniLM")
-    if args.alpha is None:
-        args.alpha = float(args.rank)
     if args.fields is None and args.data != "demo":
         args.fields = list(TASKS[args.task].fields) if args.task else ["sentence"]
-    for name, value in FORMULATIONS[args.formulation].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    require_max_steps(args.max_steps)
-    positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
-    require_positive(args, *positive, "evals_per_epoch", "patience", "max_examples")
-    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "weight_decay")
-    require_share(args, "warmup_fraction")
-    require_below_one(args, "warmup_ratio")
+    resolve_shared_arguments(args, FORMULATIONS)
+    cli.require_positive(args, "evals_per_epoch", "patience")
+    cli.require_not_negative(args, "weight_decay")
     if args.data == "demo" and (args.task or args.eval_data):
         raise UserError("--data demo has its own task and test sets: leave out --task and --eval-data")
     if args.data != "demo" and len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes one or two columns of text, not {len(args.fields)}")
     if args.eval_data and args.data is None:
         raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
-    require_lr_scheduler(args.lr_scheduler)
     if args.skip_done and not args.overwrite:
         leave_if_done(args)
         args.overwrite = is_unfinished(Path(args.output_dir))
@@ -306,35 +298,6 @@ def default_experiment() -> tuple[Path, str]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Split:
-    """Texts (each a tuple of one or two) and labels: class numbers, or numbers to predict."""
-
-    texts: list[tuple[str, ...]]
-    labels: list[int | float]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def select(self, rows: list[int]) -> "Split":
-        return Split([self.texts[row] for row in rows], [self.labels[row] for row in rows])
-
-
-@dataclass
-class Data:
-    """What a run reads: the state is selected on `validation`; `tests` are scored once, at the end, by name."""
-
-    train: Split
-    validation: Split
-    tests: dict[str, Split]
-    class_names: list[str]  # empty: a number is predicted
-    metrics: tuple[str, ...]
-
-    @property
-    def is_regression(self) -> bool:
-        return not self.class_names
-
-
 def load_data(args: Arguments) -> Data:
     """Reads, checks and splits the data that `args` names.
 
@@ -345,134 +308,36 @@ def load_data(args: Arguments) -> Data:
         return demo_data(args.max_examples)
     task = TASKS.get(args.task, Task((), 0))
     if args.data is None:
-        train = load_records("nyu-mll/glue", "train", name=args.task)
+        training = load_records("nyu-mll/glue", "train", name=args.task)
         tests = {name: load_records("nyu-mll/glue", name, name=args.task) for name in task.eval_splits}
         source = f"nyu-mll/glue, {args.task}"
     else:
-        train, source = read_table(args.data, args.fields, args.label), args.data
+        training, source = read_table(args.data, args.fields, args.label), args.data
         tests = {}
         for path in args.eval_data:
             name = Path(path).stem if Path(path).stem not in tests else path
             tests[name] = read_table(path, args.fields, args.label)
     remedy = "name the columns with --fields and --label"
-    for records, name in ((train, source), *((records, name) for name, records in tests.items())):
+    for records, name in ((training, source), *((records, name) for name, records in tests.items())):
         require_fields(records, [*args.fields, args.label], name, remedy)
     if args.max_examples is not None:
-        train = train.select(range(min(args.max_examples, len(train))))
+        training = training.select(range(min(args.max_examples, len(training))))
     if task.num_classes == 1:
         names = []
     elif task.num_classes:
         names = [str(number) for number in range(task.num_classes)]
     else:
-        if any(map(_is_fraction, train[args.label])):
-            raise UserError(f"{source} has numbers in {args.label!r}, not classes: --task stsb learns to predict them")
-        names = sorted({str(label) for label in train[args.label] if label not in (None, "")}, key=_natural)
-        if len(names) < 2:
-            raise UserError(f"{source} has {len(names)} class in {args.label!r}: classification needs two or more")
+        names = classes_of(training[args.label], source, args.label)
     class_names = None if task.num_classes == 1 else names
-    train = to_split(train, args, class_names, source)
-    tests = {name: to_split(records, args, class_names, name) for name, records in tests.items()}
+    training = to_split(training, args.fields, args.label, class_names, source)
+    tests = {name: to_split(records, args.fields, args.label, class_names, name) for name, records in tests.items()}
     if not tests:
-        train, tests["held out"] = set_aside(train, source)
-    train, validation = set_aside(train, source)
+        training, tests["held out"] = set_aside(training, source)
+    training, validation = set_aside(training, source)
     for number, name in enumerate(names):
-        if number not in train.labels:
-            raise UserError(f"{source}: no training example of class {name!r} is left among {len(train)}: add some")
-    return Data(train, validation, tests, names, task.metrics)
-
-
-def demo_data(max_examples: int | None = None) -> Data:
-    """The embedded movie reviews, with their own validation split, and three other domains to test on."""
-    from data import sentiment
-
-    names = ["negative", "positive"]
-
-    def read(split: str) -> Split:
-        try:
-            with open(sentiment.sentences(split), encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file]
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"cannot make the demo's sentences: {error}") from error
-        return Split([(row["sentence"],) for row in rows], [names.index(row["label"]) for row in rows])
-
-    first, *others = sentiment.DOMAINS
-    tests = {first: read("test")} | {domain: read(domain) for domain in others}
-    train = read("train")
-    if max_examples is not None:
-        train = train.select(list(range(min(max_examples, len(train)))))
-    return Data(train, read("validation"), tests, names, ("accuracy",))
-
-
-def read_table(source: str, fields: list[str], label: str) -> datasets.Dataset:
-    """`load_records`; where all columns are given as numbers, a csv or tsv file without header, read line by line."""
-    path = Path(source)
-    if not all(name.isdigit() for name in (*fields, label)) or path.suffix not in (".csv", ".tsv"):
-        return load_records(source)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {source}: {error}") from error
-    if path.suffix == ".tsv":  # a quotation mark is text in a tsv file of GLUE's kind
-        rows = [line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    else:
-        try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-        except csv.Error as error:
-            raise UserError(f"cannot read {source} as csv: {error}") from error
-    width = len(rows[0]) if rows else 0
-    for number, row in enumerate(rows, 1):
-        if len(row) != width:
-            raise UserError(f"{source}, line {number}: {len(row)} columns, where the first line has {width}")
-    return datasets.Dataset.from_dict({str(column): [row[column] for row in rows] for column in range(width)})
-
-
-def to_split(records: datasets.Dataset, args: Arguments, class_names: list[str] | None, source: str) -> Split:
-    """Checks every row. `class_names` None: labels are numbers to predict."""
-    if len(records) == 0:
-        raise UserError(f"{source} holds no example")
-    columns = [records[name] for name in args.fields]
-    texts, labels = list(zip(*columns, strict=True)), []
-    for number, (row, label) in enumerate(zip(texts, records[args.label], strict=True), 1):
-        for name, text in zip(args.fields, row, strict=True):
-            # One text of two may be empty: QQP has such questions.
-            if not isinstance(text, str) or not any(map(str.strip, row)):
-                raise UserError(f"{source}, example {number}: {name!r} is empty or no text: {text!r}")
-        if class_names is None:
-            try:
-                labels.append(float(label))
-                if not math.isfinite(labels[-1]):
-                    raise ValueError
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{source}, example {number}: {args.label!r} is no number: {label!r}") from error
-        elif str(label) in class_names:
-            labels.append(class_names.index(str(label)))
-        else:
-            raise UserError(
-                f"{source}, example {number}: label {label!r} is none of the training classes {', '.join(class_names)}"
-            )
-    return Split(texts, labels)
-
-
-def set_aside(split: Split, source: str) -> tuple[Split, Split]:
-    """A fixed random tenth, at most 2,000 examples, taken out: what is left, and the tenth."""
-    rows = list(range(len(split)))
-    random.Random(0).shuffle(rows)
-    count = min(max(len(rows) // 10, 1), 2000)
-    if len(rows) <= count:
-        raise UserError(f"{source} has {len(rows)} example: too few to set some aside")
-    return split.select(sorted(rows[count:])), split.select(sorted(rows[:count]))
-
-
-def _is_fraction(label: Any) -> bool:
-    try:
-        return math.isfinite(float(label)) and float(label) % 1 != 0
-    except (TypeError, ValueError):
-        return False
-
-
-def _natural(name: str) -> tuple[int, int | str]:
-    return (0, int(name)) if name.isdecimal() else (1, name)
+        if number not in training.labels:
+            raise UserError(f"{source}: no training example of class {name!r} is left among {len(training)}: add some")
+    return Data(training, validation, tests, names, task.metrics)
 
 
 def encode(
@@ -487,6 +352,29 @@ def encode(
     if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
         names.remove("token_type_ids")  # some tokenizers give them to models that know none
     return [dict(zip(names, row, strict=True)) for row in zip(*(encoded[name] for name in names), strict=True)]
+
+
+def encode_data(
+    data: Data,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    config: transformers.PretrainedConfig,
+    max_length: int,
+) -> None:
+    """`encode` for every split, which gets its `examples`."""
+    for split in (data.train, data.validation, *data.tests.values()):
+        split.examples = encode(tokenizer, config, split.texts, max_length)
+
+
+def training_examples(
+    examples: list[dict[str, list[int]]], labels: list[int | float], teacher_logits: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """What `fit` trains on: inputs, label, and for BA-LoRA the teacher's logits, (N, D)."""
+    if teacher_logits is None:
+        return [example | {"labels": label} for example, label in zip(examples, labels, strict=True)]
+    return [
+        example | {"labels": label, "teacher_logits": teacher}
+        for example, label, teacher in zip(examples, labels, teacher_logits, strict=True)
+    ]
 
 
 @dataclass
@@ -508,24 +396,8 @@ class Collator:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Model: an encoder with a classifier, and what is trained of it
+# Adapters and objective
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def head_modules(model: transformers.PreTrainedModel) -> list[str]:
-    """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`. First what
-    the checkpoint lacked of the encoder: the pooler of a BERT that was trained as a language model."""
-    return getattr(model, "new_modules", []) + [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]
-
-
-def final_linear(model: transformers.PreTrainedModel) -> nn.Linear:
-    """The layer whose outputs are the logits."""
-    modules = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
-    return [module for module in modules if isinstance(module, nn.Linear)][-1]
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -541,174 +413,6 @@ def add_trainable(model: transformers.PreTrainedModel, args: Arguments) -> trans
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
     return model
-
-
-def linear_for_conv1d(model: nn.Module) -> nn.Module:
-    """Puts an equal nn.Linear in the place of each of GPT-2's Conv1D (weight in × out), in place."""
-    return _replace(model, Conv1D, lambda layer: _with(nn.Linear(*layer.weight.shape, device="meta"), layer))
-
-
-def conv1d_for_linear(model: nn.Module, names: list[str]) -> nn.Module:
-    """Undoes `linear_for_conv1d` for the layers `names`, in place."""
-    return _replace(model, nn.Linear, lambda layer: _with(Conv1D(*layer.weight.shape), layer), names)
-
-
-def _replace(
-    model: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module], names: list[str] | None = None
-) -> nn.Module:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, kind) and (names is None or name in names):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, make(module))
-    return model
-
-
-def _with(layer: nn.Module, source: nn.Module) -> nn.Module:
-    """`layer` with the transposed weight of `source`, and its bias."""
-    layer.weight = nn.Parameter(source.weight.detach().T.contiguous())
-    layer.bias = nn.Parameter(source.bias.detach())
-    return layer
-
-
-def conv1d_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-
-
-@dataclass
-class Outputs:
-    """What a model says of N examples.
-
-    Attributes:
-        logits: (N, D).
-        features: what the final linear layer is given, (N, d).
-        mean_states: the encoder's last hidden states, averaged over each example's tokens, (N, h).
-    """
-
-    logits: np.ndarray
-    features: np.ndarray
-    mean_states: np.ndarray
-
-
-@torch.no_grad()
-def run_model(
-    model: transformers.PreTrainedModel,
-    examples: list[dict[str, Any]],
-    collator: Collator,
-    batch_size: int = 64,
-    title: str | None = None,
-) -> Outputs:
-    """Runs `model` on `examples` without dropout, those of like length together.
-
-    Args:
-        title: of the progress bar; None: no bar.
-    """
-    captured = {}
-    handles = [
-        final_linear(model).register_forward_pre_hook(lambda _, inputs: captured.update(features=inputs[0])),
-        model.base_model.register_forward_hook(lambda *call: captured.update(states=call[2].last_hidden_state)),
-    ]
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
-    parts: list[tuple[Tensor, ...]] = []
-    try:
-        with tqdm(total=len(examples), desc=title, unit="example", disable=title is None) as bar:
-            for first in range(0, len(order), batch_size):
-                chosen = [examples[row] for row in order[first : first + batch_size]]
-                batch = collator([{name: row[name] for name in INPUTS if name in row} for row in chosen])
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                logits = model(**batch).logits
-                mask, features = batch["attention_mask"], captured["features"]
-                if features.dim() == 3:  # GPT-2 scores every token and takes the last that does not pad
-                    real = batch["input_ids"] != model.config.pad_token_id
-                    places = torch.arange(real.shape[1], device=device)
-                    features = features[torch.arange(len(mask), device=device), (places * real).argmax(dim=1)]
-                means = (captured["states"] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-                parts.append(tuple(tensor.float().cpu() for tensor in (logits, features, means)))
-                bar.update(len(chosen))
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    place = np.argsort(order)
-    return Outputs(*(torch.cat(tensors).numpy()[place] for tensors in zip(*parts, strict=True)))
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The linear probe: what the frozen encoder knows already
-# ------------------------------------------------------------------------------------------------------------------
-
-PROBE_EXAMPLES = 20_000  # more change a probe little
-PROBE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-
-
-def fit_probe(
-    features: np.ndarray,
-    labels: list[int | float],
-    validation_features: np.ndarray,
-    validation_labels: list[int | float],
-    *,
-    regression: bool = False,
-    bias: bool = True,
-    penalties: tuple[float, ...] = PROBE_PENALTIES,
-) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression (scikit-learn's) on standardized features; ridge regression for `regression`.
-
-    Args:
-        features: (N, d). bias: False where the head has none.
-        penalties: inverse strengths C of the L2 penalty; the one with the best validation score is taken.
-
-    Returns:
-        weight (D, d) and bias (D,) on the features as they come.
-    """
-    from sklearn.linear_model import LogisticRegression, Ridge
-
-    labels = np.asarray(labels)
-    rows = np.random.default_rng(0).permutation(len(labels))
-    if len(rows) > PROBE_EXAMPLES:
-        if not regression:  # one of each class first, or a rare one might be left out
-            first = np.unique(labels[rows], return_index=True)[1]
-            rows = np.concatenate([rows[first], np.delete(rows, first)])
-        rows = rows[:PROBE_EXAMPLES]
-    features, labels = features[rows].astype(np.float64), labels[rows]
-    mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
-    scale = features.std(axis=0)
-    scale[scale < 1e-8] = 1.0
-
-    def fitted(C: float) -> tuple[float, np.ndarray, np.ndarray]:
-        if regression:
-            probe = Ridge(alpha=1 / C, fit_intercept=bias)
-        else:
-            probe = LogisticRegression(C=C, max_iter=2000, fit_intercept=bias)
-        probe.fit((features - mean) / scale, labels)
-        weight, offset = np.atleast_2d(probe.coef_), np.atleast_1d(probe.intercept_)
-        if not regression and len(weight) == 1:  # two classes: one logit's difference, shared out between both
-            weight, offset = np.concatenate([-weight, weight]) / 2, np.concatenate([-offset, offset]) / 2
-        weight = weight / scale
-        return probe.score((validation_features - mean) / scale, validation_labels), weight, offset - weight @ mean
-
-    _, weight, offset = max((fitted(C) for C in penalties), key=lambda item: item[0])
-    return torch.tensor(weight, dtype=torch.float32), torch.tensor(offset, dtype=torch.float32)
-
-
-def apply_probe(probe: tuple[Tensor, Tensor], features: np.ndarray) -> np.ndarray:
-    """Logits (N, D)."""
-    weight, bias = probe
-    return F.linear(torch.from_numpy(features), weight, bias).numpy()
-
-
-@torch.no_grad()
-def set_head(model: transformers.PreTrainedModel, probe: tuple[Tensor, Tensor]) -> None:
-    """Makes the probe the model's final linear layer."""
-    layer, (weight, bias) = final_linear(model), probe
-    layer.weight.copy_(weight)
-    if layer.bias is not None:
-        layer.bias.copy_(bias)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Objective and training
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def nlu_objective(
@@ -769,6 +473,11 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
             f"--spectral-k {min(num_classes, args.batch_size) - 1} or less acts"
         )
     return None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Trainer
+# ------------------------------------------------------------------------------------------------------------------
 
 
 class NLUTrainer(Trainer):
@@ -883,83 +592,7 @@ def fit(
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Scores
-# ------------------------------------------------------------------------------------------------------------------
-
-BOOTSTRAP_SAMPLES = 500
-
-
-def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of GLUE, both (N,). A correlation with what never changes, or is no number, is 0."""
-    if name == "accuracy":
-        return float(np.mean(predicted == labels))
-    if name == "f1":
-        from sklearn.metrics import f1_score
-
-        return float(f1_score(labels, predicted, zero_division=0.0))
-    if name == "matthews":
-        from sklearn.metrics import matthews_corrcoef
-
-        return float(matthews_corrcoef(labels, predicted))
-    if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    from scipy import stats
-
-    correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
-    value = float(correlation(predicted, labels).statistic)
-    return value if math.isfinite(value) else 0.0
-
-
-def predictions(logits: np.ndarray) -> np.ndarray:
-    """The class, or with one column the number, that each row of the logits (N, D) predicts."""
-    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    return F.softmax(torch.from_numpy(logits).double(), dim=-1).numpy()
-
-
-def calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): Σ_bins n_b/N · |accuracy − mean confidence|, over bins of equal
-    width of the confidence, the predicted class's probability. 0: of what it is 80 % sure of, 80 % is right."""
-    probabilities = softmax(logits)
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(labels))
-
-
-def score(logits: np.ndarray, labels: list[int | float], data: Data) -> dict[str, Any]:
-    """Every metric of the task with its 95 % interval (accuracy: Wilson's, others: bootstrap over the examples); for
-    classes also the confusion matrix (rows: labels), the accuracy on each class, and the calibration error."""
-    labels, predicted = np.asarray(labels), predictions(logits)
-    result: dict[str, Any] = {}
-    for name in data.metrics:
-        if name == "accuracy":
-            result[name] = proportion(int((predicted == labels).sum()), len(labels))
-            continue
-        rng = np.random.default_rng(0)
-        samples = (rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAP_SAMPLES))
-        values = [metric(name, predicted[rows], labels[rows]) for rows in samples]
-        result[name] = {
-            "value": metric(name, predicted, labels),
-            "of": len(labels),
-            "interval_95": np.quantile(values, (0.025, 0.975)).tolist(),
-        }
-    if not data.is_regression:
-        count = len(data.class_names)
-        confusion = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
-        result["confusion_matrix"] = confusion.tolist()
-        result["class_accuracy"] = {
-            name: proportion(int(confusion[row, row]), int(confusion[row].sum()))
-            for row, name in enumerate(data.class_names)
-        }
-        result["calibration_error"] = calibration_error(logits, labels)
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
+# The stages of a run
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -1011,130 +644,109 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
     return tokenizer, config
 
 
-def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int, revision: str | None = None) -> Any:
-    """The pre-trained model with a head that is random where the checkpoint has none: the same for the same seed.
+@dataclass
+class Base:
+    """The pre-trained model before its weights are read."""
 
-    What the checkpoint lacks of the encoder itself becomes its attribute `new_modules`: see `head_modules`.
-    """
-    transformers.set_seed(seed)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=config,
-            revision=revision,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a classifier of other classes makes room for a new one
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
-    finally:
-        transformers.logging.set_verbosity(level)
-    head = tuple(f"{name}." for name in head_modules(model))
-    mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
-    lacking = [name for name in (*info["missing_keys"], *mismatched) if not name.startswith(head)]
-    model.new_modules = sorted({name.rpartition(".")[0] for name in lacking})
-    return model
+    path: str
+    tokenizer: transformers.PreTrainedTokenizerBase
+    config: transformers.PretrainedConfig
 
 
-def main(argv: list[str]) -> None:
-    started = time.time()
-    args = resolve_arguments(argv)
-    data = load_data(args)
-    num_classes = len(data.class_names) or 1
+def inspect_base(args: Arguments, data: Data) -> Base:
+    """What --model names, with a classifier for `data`; see `load_tokenizer`."""
     path = model_path(args)
-    tokenizer, config = load_tokenizer(args, path, num_classes)
+    tokenizer, config = load_tokenizer(args, path, data.num_outputs)
     if not data.is_regression:
         config.id2label = dict(enumerate(data.class_names))
         config.label2id = {name: number for number, name in enumerate(data.class_names)}
-    if note := note_on_regularizers(args, num_classes):
-        print(note, flush=True)
-    # The model before training: the teacher, and the features of the linear probe.
-    model = load_classifier(path, config, args.seed, args.model_revision)
+    return Base(path, tokenizer, config)
+
+
+def load_pretrained(args: Arguments, base: Base) -> transformers.PreTrainedModel:
+    """The model before training, on its device: the teacher, and what the linear probes read."""
+    model = load_classifier(base.path, base.config, args.seed, args.model_revision)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if model.new_modules:
         print(f"note: {args.model} has no {', '.join(model.new_modules)}: random, and trained with the classifier")
+    return model
+
+
+def open_output_dir(args: Arguments, data: Data) -> None:
+    """Makes or clears --output-dir, writes the configuration there, says what the run is."""
     output_dir = Path(args.output_dir)
     clear_folder(output_dir)
     (output_dir / "config.yaml").write_text(config_text(args))
+    sizes = f"{len(data.train)} examples to train on, {len(data.validation)} to select by"
     counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
-    print(
-        f"{args.model}: {len(data.train)} examples to train on, {len(data.validation)} to select by; to test: {counts}",
-        flush=True,
-    )
-    collator = Collator(tokenizer.pad_token_id)
-    train, validation, *tests = (
-        encode(tokenizer, config, split.texts, args.max_length)
-        for split in (data.train, data.validation, *data.tests.values())
-    )
+    print(f"{args.model}: {sizes}; to test: {counts}", flush=True)
 
-    before = run_model(model, train, collator, title="pre-trained model")
-    before_validation = run_model(model, validation, collator)
-    before_tests = [run_model(model, examples, collator) for examples in tests]
+
+Scores = dict[str, dict[str, Any]]  # of each test set, by what is scored
+
+
+def probe_encoder(
+    model: transformers.PreTrainedModel, data: Data, collator: Collator
+) -> tuple[Outputs, tuple[Tensor, Tensor], Scores]:
+    """What the frozen encoder knows already: two linear probes, fitted on the training examples.
+
+    Returns:
+        the model's outputs on the training examples; the probe of what the final layer is given, weight and bias; the
+        scores of this `probe` on every test set, and those of `probe_mean_states`, which reads the mean hidden states.
+    """
+    outputs = run_model(model, data.train.examples, collator, title="pre-trained model")
+    validation = run_model(model, data.validation.examples, collator)
+    tests = {name: run_model(model, split.examples, collator) for name, split in data.tests.items()}
+    has_bias = final_linear(model).bias is not None
     probes = {}
-    for name in ("features", "mean_states"):
-        inputs = (getattr(before, name), data.train.labels, getattr(before_validation, name), data.validation.labels)
-        has_bias = name == "mean_states" or final_linear(model).bias is not None
-        probes[name] = fit_probe(*inputs, regression=data.is_regression, bias=has_bias)
-    teacher_logits = before.logits
-    if args.teacher_head == "probe":
-        set_head(model, probes["features"])
-        teacher_logits = apply_probe(probes["features"], before.features)
-    results = {
-        name: {
-            "probe": score(apply_probe(probes["features"], outputs.features), split.labels, data),
-            "probe_mean_states": score(apply_probe(probes["mean_states"], outputs.mean_states), split.labels, data),
-        }
-        for (name, split), outputs in zip(data.tests.items(), before_tests, strict=True)
-    }
+    for kind, bias in (("features", has_bias), ("mean_states", True)):
+        fitted_on = (getattr(outputs, kind), data.train.labels, getattr(validation, kind), data.validation.labels)
+        probes[kind] = fit_probe(*fitted_on, regression=data.is_regression, bias=bias)
+    scores: Scores = {}
+    for name, split in data.tests.items():
+        logits = {kind: apply_probe(probe, getattr(tests[name], kind)) for kind, probe in probes.items()}
+        of_kind = {kind: score(row, split.labels, data.metrics, data.class_names) for kind, row in logits.items()}
+        scores[name] = {"probe": of_kind["features"], "probe_mean_states": of_kind["mean_states"]}
+    return outputs, probes["features"], scores
 
-    for row, (example, label) in enumerate(zip(train, data.train.labels, strict=True)):
-        example["labels"] = label
-        if args.method == "ba-lora":
-            example["teacher_logits"] = teacher_logits[row]
-    conv1d = [] if args.method == "full" else conv1d_names(model)
-    if conv1d:
-        linear_for_conv1d(model)
-    add_trainable(model, args)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    head = sum(
-        parameter.numel() for name in head_modules(model) for parameter in model.get_submodule(name).parameters()
-    )
-    print(f"{args.method}: {trainable - head:,} trained parameters and {head:,} of the head", flush=True)
 
-    def validate() -> float:
-        logits = run_model(model, validation, collator).logits
-        if not np.isfinite(logits).all():
-            return -math.inf
-        return metric(data.metrics[0], predictions(logits), np.asarray(data.validation.labels))
+def start_head(
+    model: transformers.PreTrainedModel, args: Arguments, probe: tuple[Tensor, Tensor], outputs: Outputs
+) -> np.ndarray:
+    """Gives `model` the head that --teacher-head names, in place; the teacher's logits of the training examples."""
+    if args.teacher_head == "initial":
+        return outputs.logits
+    set_head(model, probe)
+    return apply_probe(probe, outputs.features)
 
-    trainer = fit(model, train, collator, args, validate)
 
+def count_parameters(model: transformers.PreTrainedModel) -> tuple[int, int]:
+    """How many are trained outside of the head, and how many the head has."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules = map(model.get_submodule, head_modules(model))
+    head = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return trained - head, head
+
+
+def validation_score(model: transformers.PreTrainedModel, data: Data, collator: Collator) -> float:
+    """The task's first metric; −∞ where a logit is NaN or Inf."""
+    logits = run_model(model, data.validation.examples, collator).logits
+    if not np.isfinite(logits).all():
+        return -math.inf
+    return metric(data.metrics[0], predictions(logits), np.asarray(data.validation.labels))
+
+
+def evaluate(
+    model: transformers.PreTrainedModel, data: Data, collator: Collator, args: Arguments, scores: Scores
+) -> None:
+    """Adds the trained model's scores to those of the probes, and writes predictions.jsonl."""
     rows = []
-    for (name, split), examples in zip(data.tests.items(), tests, strict=True):
-        logits = run_model(model, examples, collator, title=name).logits
-        results[name][args.method] = score(logits, split.labels, data)
+    for name, split in data.tests.items():
+        logits = run_model(model, split.examples, collator, title=name).logits
+        scores[name][args.method] = score(logits, split.labels, data.metrics, data.class_names)
         rows += prediction_rows(name, logits, split.labels, data)
-    (output_dir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = {
-        "results": results,
-        "validation": {data.metrics[0]: trainer.validation.best, "step": trainer.validation.best_step},
-        "steps": trainer.state.global_step,
-        "adapter_parameters": trainable - head,
-        "head_parameters": head,
-        "class_names": data.class_names,
-        "examples": {"train": len(data.train), "validation": len(data.validation)},
-        "arguments": asdict(args),
-        "versions": package_versions(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "seconds": round(time.time() - started, 1),
-    }
-    export(model, tokenizer, args, path, conv1d)
-    (output_dir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")  # last: a run that has it is done
-    print(report(summary, data, args))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
 
 
 def prediction_rows(name: str, logits: np.ndarray, labels: list[int | float], data: Data) -> list[dict[str, Any]]:
@@ -1157,16 +769,21 @@ def prediction_rows(name: str, logits: np.ndarray, labels: list[int | float], da
     ]
 
 
-def export(model: transformers.PreTrainedModel, tokenizer: Any, args: Arguments, path: str, conv1d: list[str]) -> None:
-    """Writes adapter/ and merged/; the adapters are merged away in `model`."""
+def export(model: transformers.PreTrainedModel, args: Arguments, base: Base, conv1d: list[str]) -> None:
+    """Writes adapter/ and merged/; the adapters are merged away in `model`.
+
+    Args:
+        conv1d: the layers that `linear_for_conv1d` has replaced.
+    """
     output_dir = Path(args.output_dir)
     if args.method != "full":
-        export_adapter(model, output_dir / "adapter", path, args.target_modules, "SEQ_CLS", head_modules(model))
-        tokenizer.save_pretrained(output_dir / "adapter")
+        layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
+        export_adapter(layers, output_dir / "adapter", base.path, args.target_modules, "SEQ_CLS", head)
+        base.tokenizer.save_pretrained(output_dir / "adapter")
     merge_adapters(model)
     conv1d_for_linear(model, conv1d)
     model.save_pretrained(output_dir / "merged")
-    tokenizer.save_pretrained(output_dir / "merged")
+    base.tokenizer.save_pretrained(output_dir / "merged")
 
 
 def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
@@ -1181,10 +798,7 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
                 for cell in cells
             ]
             table.append([name, str(cells[0]["of"]), metric_name, *texts])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    lines = ["", *lines, "", "(in percent, with 95 % intervals; both probes read the frozen encoder)"]
+    lines = ["", markdown(table), "", "(in percent, with 95 % intervals; both probes read the frozen encoder)"]
     name, result = next(iter(summary["results"].items()))
     if not data.is_regression:
         result = result[args.method]
@@ -1204,5 +818,53 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    args = resolve_arguments(argv)
+    data = load_data(args)
+    base = inspect_base(args, data)
+    if note := note_on_regularizers(args, data.num_outputs):
+        print(note, flush=True)
+    model = load_pretrained(args, base)
+    open_output_dir(args, data)
+    encode_data(data, base.tokenizer, base.config, args.max_length)
+    collator = Collator(base.tokenizer.pad_token_id)
+
+    outputs, probe, scores = probe_encoder(model, data, collator)
+    teacher_logits = start_head(model, args, probe, outputs)
+    examples = training_examples(
+        data.train.examples, data.train.labels, teacher_logits if args.method == "ba-lora" else None
+    )
+    conv1d = [] if args.method == "full" else linear_for_conv1d(model)
+    add_trainable(model, args)
+    adapter_parameters, head_parameters = count_parameters(model)
+    print(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
+    trainer = fit(model, examples, collator, args, lambda: validation_score(model, data, collator))
+
+    evaluate(model, data, collator, args, scores)
+    summary = {
+        "results": scores,
+        "validation": {data.metrics[0]: trainer.validation.best, "step": trainer.validation.best_step},
+        "steps": trainer.state.global_step,
+        "adapter_parameters": adapter_parameters,
+        "head_parameters": head_parameters,
+        "class_names": data.class_names,
+        "examples": {"train": len(data.train), "validation": len(data.validation)},
+        "arguments": asdict(args),
+        "versions": package_versions(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "seconds": round(time.time() - started, 1),
+    }
+    export(model, args, base, conv1d)
+    # Last of all files: a run that has it is done.
+    (Path(args.output_dir) / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(report(summary, data, args))
+
+
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

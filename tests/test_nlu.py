@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import oracle
 import pytest
@@ -17,8 +18,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import finetune_bert_l_sst2 as nlu
 import train
-from bench import nlu_robustness as study
+from common import probe
+from common.classifiers import final_linear, load_classifier, run_model
+from common.cli import UserError, run_script
+from common.labelled import demo_data, to_split
+from common.metrics import calibration_error, score, softmax
+from common.probe import apply_probe, fit_probe
+from common.runs import config_text
+from common.tables import read_table
 from data import sentiment
+from experiments import nlu_robustness as robustness
+from experiments import study
 
 WORDS = ["a", "the", "film", "is", "good", "bad", "great", "poor", "not", "very", "dull", "bright", "it", "was", "and"]
 WORDS += ["but", "or", "plot", "cast", "end"]
@@ -271,14 +281,14 @@ def test_the_teacher_is_the_encoder_without_adapters_under_the_head_it_started_f
     seen = {}
 
     def keep(model, examples, collator, args, validate=None, quiet=False):
-        seen["head"] = {name: tensor.clone() for name, tensor in nlu.final_linear(model).state_dict().items()}
+        seen["head"] = {name: tensor.clone() for name, tensor in final_linear(model).state_dict().items()}
         trainer = original(model, examples, collator, args, validate, quiet)
-        trained = {name: tensor.clone() for name, tensor in nlu.final_linear(model).state_dict().items()}
+        trained = {name: tensor.clone() for name, tensor in final_linear(model).state_dict().items()}
         assert relative_error(trained["weight"], seen["head"]["weight"]) > 1e-3
-        nlu.final_linear(model).load_state_dict(seen["head"])
+        final_linear(model).load_state_dict(seen["head"])
         with train.adapters_disabled(model):
-            seen["teacher"] = nlu.run_model(model, examples, collator).logits
-        nlu.final_linear(model).load_state_dict(trained)
+            seen["teacher"] = run_model(model, examples, collator).logits
+        final_linear(model).load_state_dict(trained)
         seen["column"] = np.stack([example["teacher_logits"] for example in examples])
         return trainer
 
@@ -294,13 +304,13 @@ def test_the_teacher_is_the_encoder_without_adapters_under_the_head_it_started_f
 def test_features_are_what_the_final_layer_turns_into_logits(encoders, kind):
     args = nlu.Arguments(model=str(encoders[kind]), method="full")
     tokenizer, config = nlu.load_tokenizer(args, args.model, 3)
-    model = nlu.load_classifier(args.model, config, seed=1)
+    model = load_classifier(args.model, config, seed=1)
     rng = np.random.default_rng(3)
     examples = nlu.encode(tokenizer, config, [(sentence(rng), sentence(rng)) for _ in range(9)], 128)
-    outputs = nlu.run_model(model, examples, nlu.Collator(tokenizer.pad_token_id), batch_size=4)
-    layer = nlu.final_linear(model)
+    outputs = run_model(model, examples, nlu.Collator(tokenizer.pad_token_id), batch_size=4)
+    layer = final_linear(model)
     bias = torch.zeros(3) if layer.bias is None else layer.bias.detach()
-    assert np.abs(nlu.apply_probe((layer.weight.detach(), bias), outputs.features) - outputs.logits).max() < 1e-5
+    assert np.abs(apply_probe((layer.weight.detach(), bias), outputs.features) - outputs.logits).max() < 1e-5
     for example, logits, mean in zip(examples, outputs.logits, outputs.mean_states, strict=True):  # alone, unpadded
         inputs = {name: torch.tensor([row]) for name, row in example.items()}
         with torch.no_grad():
@@ -318,12 +328,12 @@ def test_the_probe_on_raw_features_is_scikit_learns(num_classes, bias):
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(300, 6)) * [1, 2, 3, 4, 5, 60] + 7).astype(np.float32)
     labels = np.argmax(features @ rng.normal(size=(6, num_classes)) + rng.normal(size=(300, num_classes)) * 9, axis=1)
-    probe = nlu.fit_probe(features, labels.tolist(), features, labels.tolist(), bias=bias)
-    ours = nlu.softmax(nlu.apply_probe(probe, features))
+    fitted = fit_probe(features, labels.tolist(), features, labels.tolist(), bias=bias)
+    ours = softmax(apply_probe(fitted, features))
     scaler = StandardScaler(with_mean=bias).fit(features)
     peers = [
         LogisticRegression(C=C, fit_intercept=bias, max_iter=2000).fit(scaler.transform(features), labels)
-        for C in nlu.PROBE_PENALTIES
+        for C in probe.PROBE_PENALTIES
     ]
     best = max(peers, key=lambda peer: peer.score(scaler.transform(features), labels))
     assert np.abs(ours - best.predict_proba(scaler.transform(features))).max() < 1e-3
@@ -411,7 +421,7 @@ def test_every_format_gives_the_same_data(tmp_path, suffix):
     if suffix == "jsonl":
         write_jsonl(path, rows)
     elif suffix == "parquet":
-        nlu.datasets.Dataset.from_list(rows).to_parquet(path)
+        datasets.Dataset.from_list(rows).to_parquet(path)
     else:
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == "tsv" else ",")
@@ -445,7 +455,7 @@ def test_a_run_that_is_done_is_left_and_one_that_is_not_is_replaced(tmp_path, en
         run(tmp_path, *argv)
     assert ended.value.code == 0
     assert "done: " in capsys.readouterr().out
-    with pytest.raises(train.UserError, match="seed = 42, not 7"):
+    with pytest.raises(UserError, match="seed = 42, not 7"):
         run(tmp_path, *argv, "--seed", 7)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     (tmp_path / "out" / "results.json").unlink()  # killed before the end
@@ -453,10 +463,10 @@ def test_a_run_that_is_done_is_left_and_one_that_is_not_is_replaced(tmp_path, en
     assert (tmp_path / "out" / "results.json").read_text()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("no run of this script")
-    with pytest.raises(train.UserError, match="is not empty"):
+    with pytest.raises(UserError, match="is not empty"):
         run(tmp_path, *argv, output="other")
-    (tmp_path / "other" / "config.yaml").write_text(train.config_text(train.Arguments()))  # of train.py
-    with pytest.raises(train.UserError, match="is not empty"):
+    (tmp_path / "other" / "config.yaml").write_text(config_text(train.Arguments()))  # of train.py
+    with pytest.raises(UserError, match="is not empty"):
         run(tmp_path, *argv, output="other")
     assert (tmp_path / "other" / "precious.txt").exists()
 
@@ -483,16 +493,16 @@ def test_labels_of_a_csv_file(tmp_path):
 
     assert data("10", "9").class_names == ["9", "10"]
     assert data("1", "²").class_names == ["1", "²"]
-    with pytest.raises(train.UserError, match="label '' is none of the training classes 1, 2"):
+    with pytest.raises(UserError, match="label '' is none of the training classes 1, 2"):
         data("1", "2", "")
-    with pytest.raises(train.UserError, match="--task stsb"):
+    with pytest.raises(UserError, match="--task stsb"):
         data("0.5", "1")
 
 
 def test_a_quote_that_is_never_closed(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text('"a film,1\n' + "a film,0\n" * 20)
-    with pytest.raises(train.UserError, match="as csv: unexpected end of data"):
+    with pytest.raises(UserError, match="as csv: unexpected end of data"):
         nlu.load_data(nlu.Arguments(data=str(path), fields=["0"], label="1"))
 
 
@@ -508,9 +518,8 @@ def test_marks_and_gaps_of_real_files_are_text(tmp_path):
         csv.writer(file, delimiter="\t").writerows([["sentence", "label"], *([f"{t}\n\tnext", i % 2] for i, t in enumerate(texts))])  # fmt: skip  # noqa: E501
 
     def read(path, fields, label):
-        records = nlu.read_table(str(path), fields, label)
-        args = nlu.Arguments(data=str(path), fields=fields, label=label)
-        split = nlu.to_split(records, args, ["0", "1"], path.name)
+        records = read_table(str(path), fields, label)
+        split = to_split(records, fields, label, ["0", "1"], path.name)
         return list(zip(split.texts, split.labels, strict=True))
 
     assert read(with_header, ["sentence"], "label") == expected
@@ -539,7 +548,7 @@ def test_overwrite_deletes_nothing_that_the_run_reads(tmp_path, encoders, what, 
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, argv)])
     with pytest.raises(SystemExit) as exit_:
-        train.run_script(nlu.main)
+        run_script(nlu.main)
     assert exit_.value.code == 2
     assert "which --overwrite would delete" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
@@ -592,7 +601,7 @@ def test_training_that_diverges_ends_in_one_line(tmp_path, encoders, monkeypatch
     argv += ["--method=full", "--learning-rate=1e20", "--batch-size=8"]
     monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, argv)])
     with pytest.raises(SystemExit) as exit_:
-        train.run_script(nlu.main)
+        run_script(nlu.main)
     assert exit_.value.code == 1
     assert "diverged" in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -608,13 +617,13 @@ def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
 
 
 def test_a_rare_class_is_among_the_probes_examples(monkeypatch):
-    monkeypatch.setattr(nlu, "PROBE_EXAMPLES", 40)
+    monkeypatch.setattr(probe, "PROBE_EXAMPLES", 40)
     rng = np.random.default_rng(3)
     labels = [0, 1] * 200 + [2]
     features = rng.normal(size=(401, 4)) + np.eye(4)[np.array(labels)] * 5
-    weight, bias = nlu.fit_probe(features, labels, features, labels)
+    weight, bias = fit_probe(features, labels, features, labels)
     assert (weight.shape, bias.shape) == ((3, 4), (3,))
-    assert (nlu.apply_probe((weight, bias), features.astype(np.float32)).argmax(axis=1) == labels).mean() > 0.95
+    assert (apply_probe((weight, bias), features.astype(np.float32)).argmax(axis=1) == labels).mean() > 0.95
 
 
 def test_sst2_without_header(tmp_path, encoders, shared_data):
@@ -672,7 +681,7 @@ def test_bad_data_is_named_in_the_last_line_before_any_weight_is_read(tmp_path, 
     extra = [word.replace("=roberta", f"={encoders['roberta']}") for word in extra]
     monkeypatch.setattr("sys.argv", ["finetune_bert_l_sst2.py", *map(str, (*argv, *extra))])
     with pytest.raises(SystemExit) as exit_:
-        train.run_script(nlu.main)
+        run_script(nlu.main)
     assert exit_.value.code == 2
     error = capsys.readouterr().err.strip()
     assert message in error.splitlines()[-1]
@@ -708,10 +717,10 @@ def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monk
 
 def test_calibration_error_of_known_cases():
     sure = np.array([[9.0, -9.0]] * 10)
-    assert nlu.calibration_error(sure, np.array([0] * 10)) == pytest.approx(0.0, abs=1e-6)
-    assert nlu.calibration_error(sure, np.array([0] * 7 + [1] * 3)) == pytest.approx(0.3, abs=1e-6)
+    assert calibration_error(sure, np.array([0] * 10)) == pytest.approx(0.0, abs=1e-6)
+    assert calibration_error(sure, np.array([0] * 7 + [1] * 3)) == pytest.approx(0.3, abs=1e-6)
     three_quarters = np.log([[0.75, 0.25]] * 8)
-    assert nlu.calibration_error(three_quarters, np.array([0] * 6 + [1] * 2)) == pytest.approx(0.0, abs=1e-9)
+    assert calibration_error(three_quarters, np.array([0] * 6 + [1] * 2)) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_scores_equal_scikit_learns():
@@ -719,8 +728,8 @@ def test_scores_equal_scikit_learns():
 
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(200, 2)), rng.integers(2, size=200)
-    data = nlu.Data(None, None, {}, ["no", "yes"], ("accuracy", "f1", "matthews"))
-    scores, predicted = nlu.score(logits, labels.tolist(), data), logits.argmax(axis=1)
+    scores = score(logits, labels.tolist(), ("accuracy", "f1", "matthews"), ["no", "yes"])
+    predicted = logits.argmax(axis=1)
     assert scores["accuracy"]["value"] == metrics.accuracy_score(labels, predicted)
     assert scores["confusion_matrix"] == metrics.confusion_matrix(labels, predicted).tolist()
     recalls = metrics.recall_score(labels, predicted, average=None)
@@ -740,7 +749,7 @@ def test_ratings_become_labels_by_their_sign():
 
 
 def test_no_sentence_of_the_demo_is_in_two_splits():
-    data = nlu.demo_data()
+    data = demo_data()
     splits = [data.train, data.validation, data.tests["movies"]]
     texts = [{text.casefold() for (text,) in split.texts} for split in splits]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 10_605 - 37 - 2
@@ -790,28 +799,28 @@ def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no
 @pytest.fixture
 def pools(monkeypatch) -> None:
     labels = np.arange(3000) % 2
-    monkeypatch.setitem(study.POOLS, "train", study.Pool([], labels, np.zeros((3000, 1))))
+    monkeypatch.setitem(robustness.POOLS, "train", robustness.Pool([], labels, np.zeros((3000, 1))))
 
 
 def test_noise_flips_its_share_and_more_noise_flips_the_same_and_more(pools):
-    truth = study.POOLS["train"].labels
-    rows, clean = study.training_set("noise 0", 3)
+    truth = robustness.POOLS["train"].labels
+    rows, clean = robustness.training_set("noise 0", 3)
     assert (clean == truth[rows]).all()
     assert (len(rows), len(set(rows)), clean.sum()) == (600, 600, 300)
     flipped = {}
     for amount in (10, 20, 40):
-        same_rows, labels = study.training_set(f"noise {amount}", 3)
+        same_rows, labels = robustness.training_set(f"noise {amount}", 3)
         assert (same_rows == rows).all()
         flipped[amount] = set(np.flatnonzero(labels != clean))
         assert len(flipped[amount]) == 6 * amount
     assert flipped[10] < flipped[20] < flipped[40]
-    assert set(study.training_set("noise 10", 4)[0]) != set(rows)
+    assert set(robustness.training_set("noise 10", 4)[0]) != set(rows)
 
 
 @pytest.mark.parametrize(("condition", "positive"), [("imbalance 10", 55), ("imbalance 50", 12)])
 def test_imbalance_keeps_the_size_and_flips_nothing(pools, condition, positive):
-    rows, labels = study.training_set(condition, 0)
-    assert (labels == study.POOLS["train"].labels[rows]).all()
+    rows, labels = robustness.training_set(condition, 0)
+    assert (labels == robustness.POOLS["train"].labels[rows]).all()
     assert (len(set(rows)), labels.sum()) == (600, positive)
 
 
@@ -827,10 +836,10 @@ def test_paired_differences_are_the_paired_t_test():
 
 
 def test_a_line_that_was_cut_short_costs_one_run(tmp_path):
-    cells = study.study_cells(dict.fromkeys(((m, h) for m in study.METHODS for h in study.HEADS), 1e-3))
+    cells = robustness.study_cells(dict.fromkeys(((m, h) for m in robustness.METHODS for h in robustness.HEADS), 1e-3))
     assert len(set(cells)) == 5 * 6 * (4 * 2 + 1)
     assert {cell.seed for cell in cells[: len(cells) // 5]} == {0}
     lines = [json.dumps(cell.__dict__ | {"scores": {}}) for cell in cells[:3]]
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(lines)[:-9])
-    assert list(study.read_results(path)) == cells[:2]
+    assert list(robustness.read_results(path)) == cells[:2]

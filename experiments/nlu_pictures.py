@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What fine-tuning does to the last hidden layer: t-SNE over training, and spectra of logits and features.
 
-    python bench/nlu_pictures.py        trains each method once, at the learning rate that bench/nlu_robustness.py chose
+    python experiments/nlu_pictures.py      trains each method once, at the learning rate that nlu_robustness.py chose
 
-The setting is that of bench/nlu_robustness.py without noise, seed 0: MiniLM, 600 movie-review sentences, 3 epochs. The
-points are its 600 test sentences, as the classifier is given them. t-SNE is computed for each panel by itself: places
-and distances cannot be compared between panels, only how far the two classes are apart within one.
+The setting is that of experiments/nlu_robustness.py without noise, seed 0: MiniLM, 600 movie-review sentences, 3
+epochs. The points are its 600 test sentences, as the classifier is given them. t-SNE is computed for each panel by
+itself: places and distances cannot be compared between panels, only how far the two classes are apart within one.
 
     nlu_tsne        LoRA above, BA-LoRA below; before training and after 1, 2 and 3 epochs
     nlu_spectrum    left: the smaller of the logits' two singular values, as a share of both. L_SVDR with k = 1 asks for
@@ -17,40 +17,43 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import nlu_robustness as study  # first: it makes the scripts in the root importable
 import numpy as np
 import torch
 
 import finetune_bert_l_sst2 as nlu
-from train import UserError, option, parse_arguments, run_script
+from common.classifiers import Outputs, run_model
+from common.cli import UserError, option, parse_arguments, run_script
+from experiments import nlu_robustness as robustness
 
 
 @dataclass
 class Arguments:
-    results: str = option(study.Arguments.results, "results of bench/nlu_robustness.py")
+    """What is drawn, from which results."""
+
+    results: str = option(robustness.Arguments.results, "results of experiments/nlu_robustness.py")
     head: str = option("initial", "the head that training starts from: initial or probe")
-    pictures: str = option("data/results", "folder for the pictures")
+    pictures: str = option("docs/results", "folder for the pictures")
 
 
-def snapshots(method: str, head: str, learning_rate: float) -> list[nlu.Outputs]:
+def snapshots(method: str, head: str, learning_rate: float) -> list[Outputs]:
     """The model's outputs on the test sentences: before training, and after each epoch."""
-    rows, labels = study.training_set(study.CONDITIONS[0], 0)
+    rows, labels = robustness.training_set(robustness.CONDITIONS[0], 0)
     taken = []
     with tempfile.TemporaryDirectory() as folder:
-        model, examples, args = study.start(
-            study.Cell("study", 0, study.CONDITIONS[0], method, head, learning_rate), rows, labels, folder
+        model, examples, args = robustness.start(
+            robustness.Cell("study", 0, robustness.CONDITIONS[0], method, head, learning_rate), rows, labels, folder
         )
 
         def take() -> float:
-            taken.append(nlu.run_model(model, study.POOLS["movies"].examples, study.PARTS["collator"]))
+            taken.append(run_model(model, robustness.POOLS["movies"].examples, robustness.PARTS["collator"]))
             return float(len(taken))  # rises: the last state is the best
 
         take()
-        nlu.fit(model, examples, study.PARTS["collator"], args, take, quiet=True)
+        nlu.fit(model, examples, robustness.PARTS["collator"], args, take, quiet=True)
     return taken
 
 
-def draw_tsne(runs: dict[str, list[nlu.Outputs]], labels: np.ndarray, folder: Path) -> list[str]:
+def draw_tsne(runs: dict[str, list[Outputs]], labels: np.ndarray, folder: Path) -> list[str]:
     """A row per method, a column per snapshot."""
     from matplotlib import pyplot as plt
     from sklearn.manifold import TSNE
@@ -75,13 +78,13 @@ def draw_tsne(runs: dict[str, list[nlu.Outputs]], labels: np.ndarray, folder: Pa
     return save(figure, folder / "nlu_tsne")
 
 
-def draw_spectrum(runs: dict[str, list[nlu.Outputs]], folder: Path) -> list[str]:
+def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
     """Singular values of the logits and of the centred features at the end of training."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for place, (method, outputs) in enumerate(runs.items()):
-        colour, marker = study.STYLE[method]
+        colour, marker = robustness.STYLE[method]
         sigma = np.linalg.svd(outputs[-1].logits, compute_uv=False)
         left.bar(place, 100 * sigma[1] / sigma.sum(), color=colour, width=0.6)
         left.annotate(
@@ -114,15 +117,15 @@ def main(argv: list[str]) -> None:
 
     matplotlib.use("Agg")
     args = parse_arguments(Arguments, __doc__, argv)
-    if args.head not in study.HEADS:
+    if args.head not in robustness.HEADS:
         raise UserError(f"--head is {args.head!r}: initial or probe")
-    rows = study.read_results(Path(args.results))
-    if not set(study.tuning_cells()) <= set(rows):
-        raise UserError(f"{args.results} lacks tuning runs: run bench/nlu_robustness.py first")
-    rates = study.select(rows)
-    study.prepare(torch.get_num_threads())
-    runs = {method: snapshots(method, args.head, rates[method, args.head]) for method in study.METHODS}
-    labels = study.POOLS["movies"].labels
+    rows = robustness.read_results(Path(args.results))
+    if not set(robustness.tuning_cells()) <= set(rows):
+        raise UserError(f"{args.results} lacks tuning runs: run experiments/nlu_robustness.py first")
+    rates = robustness.select(rows)
+    robustness.prepare(torch.get_num_threads())
+    runs = {method: snapshots(method, args.head, rates[method, args.head]) for method in robustness.METHODS}
+    labels = robustness.POOLS["movies"].labels
     compared = {method: runs[method] for method in ("lora", "ba-lora")}
     folder = Path(args.pictures)
     print("\n".join([*draw_tsne(compared, labels, folder), *draw_spectrum(runs, folder)]))

@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
 """The paper's claim, measured: is BA-LoRA more robust to label noise, class imbalance and a change of domain?
 
-    python bench/nlu_robustness.py                  tunes, runs every cell that results.jsonl lacks; then the report
-    python bench/nlu_robustness.py --report         tables and pictures of what is there
+    python experiments/nlu_robustness.py            tunes, runs every cell that results.jsonl lacks; then the report
+    python experiments/nlu_robustness.py --report   tables and pictures of what is there
 
 MiniLM, movie-review sentences of at most 24 tokens (data/sentiment.py). One cell is one training of 600 sentences, 3
 epochs, r = 8, fp32 on the CPU, by one of full, lora, pissa and ba-lora, from one of two heads:
     initial     random, as published
     probe       a linear probe of the frozen encoder, fitted on the same (noisy, imbalanced) training labels
+
 and in one of six conditions, with 5 seeds:
     noise 0, 10, 20, 40     as many percent of the training labels are flipped; both classes are equally frequent
     imbalance 10, 50        1 positive sentence to 10 or 50 negative ones; no label is flipped
+
 Every condition is tested on the same balanced, clean sentences: 600 movie reviews, and 300 of each other domain.
 
 What is compared with what. A seed fixes the training sentences, the flipped labels, the random head and the order of
@@ -28,27 +30,26 @@ Two processes of one thread each are what two cores run fastest.
 """
 
 import itertools
-import json
-import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+import transformers
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-import finetune_bert_l_sst2 as nlu  # noqa: E402
-from train import UserError, option, parse_arguments, run_script  # noqa: E402
+import finetune_bert_l_sst2 as nlu
+from common.classifiers import final_linear, load_classifier, run_model, set_head
+from common.cli import UserError, option, parse_arguments, run_script
+from common.labelled import demo_data
+from common.markdown import markdown
+from common.metrics import score
+from common.probe import apply_probe, fit_probe
+from experiments import study
 
 METHODS = ("full", "lora", "pissa", "ba-lora")
 HEADS = ("initial", "probe")
@@ -63,10 +64,12 @@ PROBE_PENALTY = 0.01
 
 @dataclass
 class Arguments:
-    results: str = option("data/results/nlu_robustness.jsonl", "file that runs are appended to")
+    """What is run, and where results and pictures go."""
+
+    results: str = option("experiments/results/nlu_robustness.jsonl", "file that runs are appended to")
     processes: int = option(2, "how many runs at a time, one thread each")
     report: bool = option(False, "run nothing; print the tables and draw the pictures of what is there")
-    pictures: str = option("data/results", "folder for the report's pictures")
+    pictures: str = option("docs/results", "folder for the report's pictures")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -101,13 +104,13 @@ def prepare(num_threads: int = 1) -> None:
     """Reads the demo's sentences, drops the long ones, and runs the frozen encoder on them."""
     torch.set_num_threads(num_threads)
     transformers.logging.disable_progress_bar()
-    data = nlu.demo_data()
+    data = demo_data()
     args = nlu.Arguments(model="demo", max_length=MAX_TOKENS + 1)
     path = nlu.model_path(args)
     tokenizer, config = nlu.load_tokenizer(args, path, len(data.class_names))
     collator = nlu.Collator(tokenizer.pad_token_id)
     PARTS.update(path=path, config=config, collator=collator, data=data, targets=args.target_modules)
-    model = nlu.load_classifier(path, config, seed=0)
+    model = load_classifier(path, config, seed=0)
     sizes = {"train": None, "validation": NUM_VALIDATION} | dict.fromkeys(data.tests, NUM_DOMAIN) | {"movies": NUM_TEST}
     for name, split in {"train": data.train, "validation": data.validation, **data.tests}.items():
         examples = nlu.encode(tokenizer, config, split.texts, MAX_TOKENS + 1)
@@ -117,7 +120,7 @@ def prepare(num_threads: int = 1) -> None:
         half = [np.flatnonzero(short & (labels == c))[: sizes[name] and sizes[name] // 2] for c in (0, 1)]
         rows = np.sort(np.concatenate(half))
         chosen = [examples[row] for row in rows]
-        POOLS[name] = Pool(chosen, labels[rows], nlu.run_model(model, chosen, collator).features)
+        POOLS[name] = Pool(chosen, labels[rows], run_model(model, chosen, collator).features)
 
 
 def training_set(condition: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,17 +146,18 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     rows, labels = training_set(cell.condition, cell.seed)
     names = ["validation"] if cell.phase == "tuning" else list(PARTS["data"].tests)
     if cell.method == "probe":
-        probe = fit_probe(rows, labels)
-        logits = {name: nlu.apply_probe(probe, POOLS[name].features) for name in names}
+        probe = probe_of(rows, labels)
+        logits = {name: apply_probe(probe, POOLS[name].features) for name in names}
     else:
         logits = train_cell(cell, rows, labels, names)
     scores = {}
     for name in names:
-        score = nlu.score(logits[name], POOLS[name].labels.tolist(), PARTS["data"])
+        data = PARTS["data"]
+        found = score(logits[name], POOLS[name].labels.tolist(), data.metrics, data.class_names)
         scores[name] = {
-            "accuracy": score["accuracy"]["value"],
-            "class_accuracy": [share["value"] for share in score["class_accuracy"].values()],
-            "calibration_error": round(score["calibration_error"], 5),
+            "accuracy": found["accuracy"]["value"],
+            "class_accuracy": [share["value"] for share in found["class_accuracy"].values()],
+            "calibration_error": round(found["calibration_error"], 5),
         }
     settings = SETTINGS | {"num_train": NUM_TRAIN, "max_tokens": MAX_TOKENS}
     return cell.__dict__ | {"scores": scores, "settings": settings, "seconds": round(time.monotonic() - started, 1)}
@@ -164,7 +168,7 @@ def train_cell(cell: Cell, rows: np.ndarray, labels: np.ndarray, names: list[str
     with tempfile.TemporaryDirectory() as folder:
         model, examples, args = start(cell, rows, labels, folder)
         nlu.fit(model, examples, PARTS["collator"], args, quiet=True)
-        return {name: nlu.run_model(model, POOLS[name].examples, PARTS["collator"]).logits for name in names}
+        return {name: run_model(model, POOLS[name].examples, PARTS["collator"]).logits for name in names}
 
 
 def start(cell: Cell, rows: np.ndarray, labels: np.ndarray, folder: str) -> tuple[Any, list[dict], nlu.Arguments]:
@@ -179,24 +183,23 @@ def start(cell: Cell, rows: np.ndarray, labels: np.ndarray, folder: str) -> tupl
         **nlu.FORMULATIONS["iclr2026"],
         **SETTINGS,
     )
-    model = nlu.load_classifier(PARTS["path"], PARTS["config"], cell.seed)
+    model = load_classifier(PARTS["path"], PARTS["config"], cell.seed)
     if cell.head == "probe":
-        nlu.set_head(model, fit_probe(rows, labels))
-    head = nlu.final_linear(model)
-    teacher_logits = nlu.apply_probe((head.weight.detach(), head.bias.detach()), POOLS["train"].features[rows])
-    examples = [
-        POOLS["train"].examples[row]
-        | {"labels": int(label)}
-        | ({"teacher_logits": teacher} if cell.method == "ba-lora" else {})
-        for row, label, teacher in zip(rows, labels, teacher_logits, strict=True)
-    ]
+        set_head(model, probe_of(rows, labels))
+    head = final_linear(model)
+    teacher_logits = apply_probe((head.weight.detach(), head.bias.detach()), POOLS["train"].features[rows])
+    examples = nlu.training_examples(
+        [POOLS["train"].examples[row] for row in rows],
+        labels.tolist(),
+        teacher_logits if cell.method == "ba-lora" else None,
+    )
     return nlu.add_trainable(model, args), examples, args
 
 
-def fit_probe(rows: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def probe_of(rows: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """On the given labels, flipped ones included; the penalty is fixed, for nothing clean is there to choose it by."""
     features = POOLS["train"].features[rows]
-    return nlu.fit_probe(features, labels.tolist(), features, labels.tolist(), penalties=(PROBE_PENALTY,))
+    return fit_probe(features, labels.tolist(), features, labels.tolist(), penalties=(PROBE_PENALTY,))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -225,16 +228,7 @@ def study_cells(chosen: dict[tuple[str, str], float]) -> list[Cell]:
 
 
 def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
-    """The rows by cell; a last line that was cut short is left out."""
-    rows = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            rows[Cell(*(row[name] for name in Cell.__dataclass_fields__))] = row
-    return rows
+    return study.read_results(path, Cell)
 
 
 def select(rows: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -250,56 +244,21 @@ def select(rows: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
     }
 
 
+def describe(row: dict[str, Any]) -> str:
+    """A run in a few words, for the terminal."""
+    accuracy = next(iter(row["scores"].values()))["accuracy"]
+    name = f"{row['seed']} {row['condition']} {row['method']}/{row['head']} {row['learning_rate']:g}"
+    return f"{name}: {accuracy:.3f}, {row['seconds']:.0f} s"
+
+
 def run_all(cells: list[Cell], path: Path, processes: int) -> None:
-    """Runs the cells that `path` lacks, and appends each as it comes."""
-    missing = [cell for cell in cells if cell not in read_results(path)]
-    if not missing:
-        return
-    print(f"{len(missing)} of {len(cells)} {cells[0].phase} runs to do, {processes} at a time", flush=True)
-    started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    if path.is_file() and not path.read_bytes().endswith(b"\n"):
-        path.open("a").write("\n")  # after a line that was cut short
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=prepare) as pool, open(path, "a") as file:
-        futures = [pool.submit(run_cell, cell) for cell in missing]
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                row = future.result()
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                left = (time.monotonic() - started) / count * (len(missing) - count)
-                accuracy = next(iter(row["scores"].values()))["accuracy"]
-                name = f"{row['seed']} {row['condition']} {row['method']}/{row['head']} {row['learning_rate']:g}"
-                print(
-                    f"{count}/{len(missing)} {name}: {accuracy:.3f}, {row['seconds']:.0f} s; {left / 60:.0f} min left",
-                    flush=True,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def main(argv: list[str]) -> None:
-    args = parse_arguments(Arguments, __doc__, argv)
-    if args.processes < 1:
-        raise UserError(f"--processes is {args.processes}: it must be above 0")
-    path = Path(args.results)
-    if not args.report:
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run_all(tuning_cells(), path, args.processes)
-        run_all(study_cells(select(read_results(path))), path, args.processes)
-    rows = read_results(path)
-    if not any(cell.phase == "study" for cell in rows):
-        raise UserError(f"{path} has no run of the study yet: leave out --report")
-    print(report(rows, Path(args.pictures)))
+    study.run_missing(cells, path, processes, run_cell, prepare, describe, cells[0].phase)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------------------------
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by the number of seeds
 VARIANTS = [*itertools.product(METHODS, HEADS), ("probe", "probe")]
 
 
@@ -313,95 +272,105 @@ def values(rows: dict[Cell, dict], condition: str, method: str, head: str, name:
     return found
 
 
-def mean_and_deviation(numbers: list[float]) -> str:
-    if not numbers:
-        return "not run"
-    return (
-        f"{statistics.mean(numbers):.1f} ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else f"{numbers[0]:.1f}"
-    )
-
-
-def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """Mean of the differences seed by seed with its 95 % interval by Student's t; a star where it excludes 0."""
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if len(differences) < 2:
-        return "not run"
-    half = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
-    mean = statistics.mean(differences)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]" + ("*" if abs(mean) > half else "")
-
-
-def markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def report(rows: dict[Cell, dict[str, Any]], pictures: Path) -> str:
     """Markdown tables: accuracies, differences, other domains; draws the curves."""
     chosen = {(cell.method, cell.head): cell.learning_rate for cell in rows if cell.phase == "study"}
     counts = [sum(cell.phase == phase for cell in rows) for phase in ("tuning", "study")]
     domains = list(next(row for cell, row in rows.items() if cell.phase == "study")["scores"])
-
-    def table(title: str, name: str, columns: dict[str, tuple[str, str]]) -> list[str]:
-        body = [
-            [f"{method}, {head} head" if method != "probe" else "linear probe alone"]
-            + [
-                mean_and_deviation(list(values(rows, condition, method, head, name, domain).values()))
-                for condition, domain in columns.values()
-            ]
-            for method, head in VARIANTS
-        ]
-        return [f"\n{title}\n", markdown([["", *columns], *body])]
-
     by_condition = {condition: (condition, domains[0]) for condition in CONDITIONS}
     imbalances = {condition: (condition, domains[0]) for condition in CONDITIONS if condition.startswith("imb")}
     by_domain = {domain: (CONDITIONS[0], domain) for domain in domains}
     noisy_domains = {domain: ("noise 20", domain) for domain in domains}
+    rates = [f"{method}/{head} {rate:g}" for (method, head), rate in sorted(chosen.items()) if method != "probe"]
     lines = [
         f"{counts[1]} runs ({counts[0]} more for tuning); accuracy in percent, mean ± standard deviation over seeds. "
         "Differences have 95 % intervals: of twenty that are nothing but chance, one excludes 0.",
-        "Learning rates chosen: "
-        + ", ".join(
-            f"{method}/{head} {rate:g}" for (method, head), rate in sorted(chosen.items()) if method != "probe"
-        ),
-        *table("Movie reviews, by condition of the training data:", "accuracy", by_condition),
-        *table("The same, accuracy on the rare class alone:", "minority", imbalances),
-        *table("Other domains, trained without noise:", "accuracy", by_domain),
-        *table("Other domains, trained with 20 % noise:", "accuracy", noisy_domains),
-        *table("Calibration error (percent), movie reviews:", "calibration_error", by_condition),
+        f"Learning rates chosen: {', '.join(rates)}",
     ]
-    for name, columns, title in (
+    for title, name, columns in (
+        ("Movie reviews, by condition of the training data:", "accuracy", by_condition),
+        ("The same, accuracy on the rare class alone:", "minority", imbalances),
+        ("Other domains, trained without noise:", "accuracy", by_domain),
+        ("Other domains, trained with 20 % noise:", "accuracy", noisy_domains),
+        ("Calibration error (percent), movie reviews:", "calibration_error", by_condition),
+    ):
+        lines += [f"\n{title}\n", table_of_scores(rows, name, columns)]
+    for title, name, columns in (
         (
+            "BA-LoRA minus another method from the same head, movie reviews (points; * excludes 0):",
             "accuracy",
             by_condition,
-            "BA-LoRA minus another method from the same head, movie reviews (points; * excludes 0):",
         ),
-        ("accuracy", by_domain, "The same on each domain, trained without noise:"),
+        ("The same on each domain, trained without noise:", "accuracy", by_domain),
         (
+            "The same of the calibration error (below 0: BA-LoRA is calibrated better):",
             "calibration_error",
             by_condition,
-            "The same of the calibration error (below 0: BA-LoRA is calibrated better):",
         ),
     ):
-        body = []
-        for head, other in itertools.product(HEADS, METHODS[:-1]):
-            differences = [
-                paired_difference(
-                    values(rows, condition, "ba-lora", head, name, domain),
-                    values(rows, condition, other, head, name, domain),
-                )
-                for condition, domain in columns.values()
-            ]
-            body.append([f"− {other}, {head} head", *differences])
-        lines += [f"\n{title}\n", markdown([["", *columns], *body])]
+        lines += [f"\n{title}\n", table_of_differences(rows, name, columns)]
     files = draw(rows, pictures, domains[0])
     return "\n".join([*lines, f"\npictures: {', '.join(files)}"])
+
+
+Columns = dict[str, tuple[str, str]]  # condition and domain of each
+
+
+def table_of_scores(rows: dict[Cell, dict[str, Any]], name: str, columns: Columns) -> str:
+    """A row per method and head."""
+
+    def cells(method: str, head: str) -> list[str]:
+        found = [values(rows, condition, method, head, name, domain) for condition, domain in columns.values()]
+        return [study.mean_and_deviation(list(by_seed.values())) for by_seed in found]
+
+    titles = {(method, head): f"{method}, {head} head" for method, head in VARIANTS}
+    titles["probe", "probe"] = "linear probe alone"
+    return markdown([["", *columns], *([title, *cells(*variant)] for variant, title in titles.items())])
+
+
+def table_of_differences(rows: dict[Cell, dict[str, Any]], name: str, columns: Columns) -> str:
+    """BA-LoRA minus each other method from the same head."""
+
+    def cell(condition: str, domain: str, other: str, head: str) -> str:
+        ours, theirs = (values(rows, condition, method, head, name, domain) for method in ("ba-lora", other))
+        return study.paired_difference(ours, theirs)
+
+    body = [
+        [f"− {other}, {head} head", *(cell(*column, other, head) for column in columns.values())]
+        for head, other in itertools.product(HEADS, METHODS[:-1])
+    ]
+    return markdown([["", *columns], *body])
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; each method has a marker of its own as well.
 STYLE = {"full": ("#999999", "s"), "lora": ("#E69F00", "^"), "pissa": ("#0072B2", "D"), "ba-lora": ("#D55E00", "o")}
 STYLE |= {"probe": ("#009E73", "x")}
+
+
+def draw_panel(
+    axis: Any,
+    rows: dict[Cell, dict[str, Any]],
+    head: str,
+    conditions: tuple[str, ...],
+    places: list[float],
+    domain: str,
+) -> None:
+    """A curve per method over `conditions`, which stand at `places`; those that were not run are left out."""
+    for number, method in enumerate([*METHODS, "probe"]):
+        colour, marker = STYLE[method]
+        source = "probe" if method == "probe" else head
+        groups = [list(values(rows, c, method, source, "accuracy", domain).values()) for c in conditions]
+        known = [position for position, group in enumerate(groups) if group]
+        axis.errorbar(
+            [places[position] + (number - 2) * 0.04 for position in known],
+            [statistics.mean(groups[position]) for position in known],
+            [statistics.stdev(groups[at]) if len(groups[at]) > 1 else 0.0 for at in known],
+            color=colour,
+            marker=marker,
+            linestyle="--" if method == "probe" else "-",
+            capsize=2,
+            label="linear probe alone" if method == "probe" else method,
+        )
 
 
 def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[str]:
@@ -420,21 +389,7 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
         places = [0, 1, 2, 4] if kind == "noise" else [0, 1, 1.7]  # to scale, the second by its logarithm
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
         for axis, head in zip(axes, HEADS, strict=True):
-            for place, method in enumerate([*METHODS, "probe"]):
-                colour, marker = STYLE[method]
-                source = "probe" if method == "probe" else head
-                groups = [list(values(rows, c, method, source, "accuracy", domain).values()) for c in conditions]
-                known = [position for position, group in enumerate(groups) if group]
-                axis.errorbar(
-                    [places[position] + (place - 2) * 0.04 for position in known],
-                    [statistics.mean(groups[position]) for position in known],
-                    [statistics.stdev(groups[at]) if len(groups[at]) > 1 else 0.0 for at in known],
-                    color=colour,
-                    marker=marker,
-                    linestyle="--" if method == "probe" else "-",
-                    capsize=2,
-                    label="linear probe alone" if method == "probe" else method,
-                )
+            draw_panel(axis, rows, head, conditions, places, domain)
             axis.set_xticks(places, ticks)
             axis.set_xlabel(label)
             axis.set_title(f"{head} head")
@@ -447,6 +402,27 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
             figure.savefig(files[-1], dpi=150)
         plt.close(figure)
     return files
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(Arguments, __doc__, argv)
+    if args.processes < 1:
+        raise UserError(f"--processes is {args.processes}: it must be above 0")
+    path = Path(args.results)
+    if not args.report:
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run_all(tuning_cells(), path, args.processes)
+        run_all(study_cells(select(read_results(path))), path, args.processes)
+    rows = read_results(path)
+    if not any(cell.phase == "study" for cell in rows):
+        raise UserError(f"{path} has no run of the study yet: leave out --report")
+    print(report(rows, Path(args.pictures)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""A pre-trained encoder with a classifier on top: loading it, its head, its layers' kinds, what it says of examples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from common.cli import UserError
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int, revision: str | None = None) -> Any:
+    """The pre-trained model with a head that is random where the checkpoint has none: the same for the same seed.
+
+    What the checkpoint lacks of the encoder itself becomes its attribute `new_modules`: see `head_modules`.
+    """
+    transformers.set_seed(seed)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a classifier of other classes makes room for a new one
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot load the model {path!r}: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    head = tuple(f"{name}." for name in head_modules(model))
+    mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
+    lacking = [name for name in (*info["missing_keys"], *mismatched) if not name.startswith(head)]
+    model.new_modules = sorted({name.rpartition(".")[0] for name in lacking})
+    return model
+
+
+def head_modules(model: transformers.PreTrainedModel) -> list[str]:
+    """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`. First what
+    the checkpoint lacked of the encoder: the pooler of a BERT that was trained as a language model."""
+    return getattr(model, "new_modules", []) + [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def final_linear(model: transformers.PreTrainedModel) -> nn.Linear:
+    """The layer whose outputs are the logits."""
+    modules = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
+    return [module for module in modules if isinstance(module, nn.Linear)][-1]
+
+
+@torch.no_grad()
+def set_head(model: transformers.PreTrainedModel, probe: tuple[Tensor, Tensor]) -> None:
+    """Makes the probe the model's final linear layer."""
+    layer, (weight, bias) = final_linear(model), probe
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+
+
+def linear_for_conv1d(model: nn.Module) -> list[str]:
+    """Puts an equal nn.Linear in the place of each of GPT-2's Conv1D (weight in × out), in place; their names."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    _replace(model, names, lambda layer: _with(nn.Linear(*layer.weight.shape, device="meta"), layer))
+    return names
+
+
+def conv1d_for_linear(model: nn.Module, names: list[str]) -> None:
+    """Undoes `linear_for_conv1d` for the layers `names`, in place."""
+    _replace(model, names, lambda layer: _with(Conv1D(*layer.weight.shape), layer))
+
+
+def _replace(model: nn.Module, names: list[str], make: Callable[[nn.Module], nn.Module]) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        setattr(module, child, make(getattr(module, child)))
+
+
+def _with(layer: nn.Module, source: nn.Module) -> nn.Module:
+    """`layer` with the transposed weight of `source`, and its bias."""
+    layer.weight = nn.Parameter(source.weight.detach().T.contiguous())
+    layer.bias = nn.Parameter(source.bias.detach())
+    return layer
+
+
+@dataclass
+class Outputs:
+    """What a model says of N examples.
+
+    Attributes:
+        logits: (N, D).
+        features: what the final linear layer is given, (N, d).
+        mean_states: the encoder's last hidden states, averaged over each example's tokens, (N, h).
+    """
+
+    logits: np.ndarray
+    features: np.ndarray
+    mean_states: np.ndarray
+
+
+@torch.no_grad()
+def run_model(
+    model: transformers.PreTrainedModel,
+    examples: list[dict[str, Any]],
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    batch_size: int = 64,
+    title: str | None = None,
+) -> Outputs:
+    """Runs `model` on `examples` without dropout, those of like length together.
+
+    Args:
+        examples: each with those of INPUTS that the model takes.
+        collator: makes a batch of examples.
+        title: of the progress bar; None: no bar.
+    """
+    captured = {}
+    handles = [
+        final_linear(model).register_forward_pre_hook(lambda _, inputs: captured.update(features=inputs[0])),
+        model.base_model.register_forward_hook(lambda *call: captured.update(states=call[2].last_hidden_state)),
+    ]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
+    parts: list[tuple[Tensor, ...]] = []
+    try:
+        with tqdm(total=len(examples), desc=title, unit="example", disable=title is None) as bar:
+            for first in range(0, len(order), batch_size):
+                chosen = [examples[row] for row in order[first : first + batch_size]]
+                batch = collator([{name: row[name] for name in INPUTS if name in row} for row in chosen])
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                logits = model(**batch).logits
+                mask, features = batch["attention_mask"], captured["features"]
+                if features.dim() == 3:  # GPT-2 scores every token and takes the last that does not pad
+                    real = batch["input_ids"] != model.config.pad_token_id
+                    places = torch.arange(real.shape[1], device=device)
+                    features = features[torch.arange(len(mask), device=device), (places * real).argmax(dim=1)]
+                means = (captured["states"] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+                parts.append(tuple(tensor.float().cpu() for tensor in (logits, features, means)))
+                bar.update(len(chosen))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    place = np.argsort(order)
+    return Outputs(*(torch.cat(tensors).numpy()[place] for tensors in zip(*parts, strict=True)))

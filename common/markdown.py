@@ -1,0 +1,9 @@
+"""Tables for the terminal and for pages."""
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table of a head and rows."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Scores of classification and regression: GLUE's metrics with their 95 % intervals, calibration."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.intervals import proportion
+
+BOOTSTRAP_SAMPLES = 500
+
+
+def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
+    """A metric of GLUE, both (N,). A correlation with what never changes, or is no number, is 0."""
+    if name == "accuracy":
+        return float(np.mean(predicted == labels))
+    if name == "f1":
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(labels, predicted, zero_division=0.0))
+    if name == "matthews":
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(labels, predicted))
+    if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    from scipy import stats
+
+    correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
+    value = float(correlation(predicted, labels).statistic)
+    return value if math.isfinite(value) else 0.0
+
+
+def predictions(logits: np.ndarray) -> np.ndarray:
+    """The class, or with one column the number, that each row of the logits (N, D) predicts."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Of each row, in float64."""
+    return F.softmax(torch.from_numpy(logits).double(), dim=-1).numpy()
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): Σ_bins n_b/N · |accuracy − mean confidence|, over bins of equal
+    width of the confidence, the predicted class's probability. 0: of what it is 80 % sure of, 80 % is right."""
+    probabilities = softmax(logits)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def score(
+    logits: np.ndarray, labels: list[int | float], metrics: tuple[str, ...], class_names: list[str]
+) -> dict[str, Any]:
+    """Every metric with its 95 % interval (accuracy: Wilson's, others: bootstrap over the examples); for classes also
+    the confusion matrix (rows: labels), the accuracy on each class, and the calibration error.
+
+    Args:
+        logits: (N, D).
+        class_names: D of them; none: numbers are predicted.
+    """
+    labels, predicted = np.asarray(labels), predictions(logits)
+    result: dict[str, Any] = {}
+    for name in metrics:
+        if name == "accuracy":
+            result[name] = proportion(int((predicted == labels).sum()), len(labels))
+            continue
+        rng = np.random.default_rng(0)
+        samples = (rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAP_SAMPLES))
+        values = [metric(name, predicted[rows], labels[rows]) for rows in samples]
+        result[name] = {
+            "value": metric(name, predicted, labels),
+            "of": len(labels),
+            "interval_95": np.quantile(values, (0.025, 0.975)).tolist(),
+        }
+    if class_names:
+        count = len(class_names)
+        confusion = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
+        result["confusion_matrix"] = confusion.tolist()
+        result["class_accuracy"] = {
+            name: proportion(int(confusion[row, row]), int(confusion[row].sum()))
+            for row, name in enumerate(class_names)
+        }
+        result["calibration_error"] = calibration_error(logits, labels)
+    return result

@@ -1,0 +1,64 @@
+"""The linear probe: what a frozen encoder knows already."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PROBE_EXAMPLES = 20_000  # more change a probe little
+PROBE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+def fit_probe(
+    features: np.ndarray,
+    labels: list[int | float],
+    validation_features: np.ndarray,
+    validation_labels: list[int | float],
+    *,
+    regression: bool = False,
+    bias: bool = True,
+    penalties: tuple[float, ...] = PROBE_PENALTIES,
+) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression (scikit-learn's) on standardized features; ridge regression for `regression`.
+
+    Args:
+        features: (N, d). bias: False where the head has none.
+        penalties: inverse strengths C of the L2 penalty; the one with the best validation score is taken.
+
+    Returns:
+        weight (D, d) and bias (D,) on the features as they come.
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    labels = np.asarray(labels)
+    rows = np.random.default_rng(0).permutation(len(labels))
+    if len(rows) > PROBE_EXAMPLES:
+        if not regression:  # one of each class first, or a rare one might be left out
+            first = np.unique(labels[rows], return_index=True)[1]
+            rows = np.concatenate([rows[first], np.delete(rows, first)])
+        rows = rows[:PROBE_EXAMPLES]
+    features, labels = features[rows].astype(np.float64), labels[rows]
+    mean = features.mean(axis=0) if bias else np.zeros(features.shape[1])
+    scale = features.std(axis=0)
+    scale[scale < 1e-8] = 1.0
+
+    def fitted(C: float) -> tuple[float, np.ndarray, np.ndarray]:
+        if regression:
+            probe = Ridge(alpha=1 / C, fit_intercept=bias)
+        else:
+            probe = LogisticRegression(C=C, max_iter=2000, fit_intercept=bias)
+        probe.fit((features - mean) / scale, labels)
+        weight, offset = np.atleast_2d(probe.coef_), np.atleast_1d(probe.intercept_)
+        if not regression and len(weight) == 1:  # two classes: one logit's difference, shared out between both
+            weight, offset = np.concatenate([-weight, weight]) / 2, np.concatenate([-offset, offset]) / 2
+        weight = weight / scale
+        return probe.score((validation_features - mean) / scale, validation_labels), weight, offset - weight @ mean
+
+    _, weight, offset = max((fitted(C) for C in penalties), key=lambda item: item[0])
+    return torch.tensor(weight, dtype=torch.float32), torch.tensor(offset, dtype=torch.float32)
+
+
+def apply_probe(probe: tuple[Tensor, Tensor], features: np.ndarray) -> np.ndarray:
+    """Logits (N, D)."""
+    weight, bias = probe
+    return F.linear(torch.from_numpy(features), weight, bias).numpy()
