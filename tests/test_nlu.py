@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import oracle
 import pytest
-import report
 import torch
 import transformers
 from conftest import relative_error
@@ -27,6 +26,7 @@ from common.probe import apply_probe, fit_probe
 from common.runs import config_text
 from common.tables import read_table
 from data import sentiment
+from eval import report
 from experiments import nlu_robustness as robustness
 from experiments import study
 
