@@ -1,4 +1,4 @@
-"""A pre-trained encoder with a classifier on top: loading it, its head, its layers' kinds, what it says of examples."""
+"""A pre-trained encoder with a classifier on top: loading it, its head, GPT-2's layers, what it says of examples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ class Split:
     """Texts (each a tuple of one or two) and labels: class numbers, or numbers to predict.
 
     Attributes:
-        examples: the texts as the model's inputs, once `encode_data` has been there.
+        examples: the texts as the model's inputs, once they are encoded.
     """
 
     texts: list[tuple[str, ...]]

@@ -783,6 +783,19 @@ def test_configurations_have_the_published_values(tmp_path, file, published):
     assert args.fields == (["sentence"] if "task" in published else ["sentence1", "sentence2"])
 
 
+def test_options_stand_in_groups_and_those_of_language_models_alone_are_refused(capsys):
+    for option in ("--gradient-accumulation", "--entropy-top-k", "--spectral-norm", "--init-adapter", "--init-cache"):
+        with pytest.raises(UserError, match=f"unknown option {option}"):
+            nlu.resolve_arguments([option, "1"])
+    with pytest.raises(SystemExit):
+        nlu.resolve_arguments(["--help"])
+    shown = capsys.readouterr().out
+    groups = [line.split()[1] for line in shown.splitlines() if line.startswith("╭─")]
+    assert groups == ["options", "data", "adapter", "regularizer", "optimization"]
+    words = [line.split()[1].rstrip(",") for line in shown.splitlines() if line.startswith("│ --")]
+    assert sorted(words) == sorted(f"--{name.replace('_', '-')}" for name in nlu.Arguments.__dataclass_fields__)
+
+
 def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args = nlu.resolve_arguments(["--method", "lora", "--output-dir", str(tmp_path / "out")])
