@@ -1219,13 +1219,9 @@ class BALoRAModel(nn.Module):
         return self.head_is_linear and not self.model.get_output_embeddings().weight.requires_grad
 
     def forward(
-        self,
-        inputs: dict[str, Any],
-        regularizers: Regularizers | None,
-        num_tokens: int | Tensor,
-        num_micro_batches: int,
+        self, inputs: dict[str, Any], regularizers: Regularizers | None, *counts: int | Tensor
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """See `objective`; `inputs` is a batch of PackingCollator or PaddingCollator."""
+        """See `objective`, which explains `counts`; `inputs` is a batch of PackingCollator or PaddingCollator."""
         states = self.hidden_states if self.is_fused else self.logits
         teacher = None
         if regularizers is not None and regularizers.lambda_consistency > 0:
@@ -1234,7 +1230,7 @@ class BALoRAModel(nn.Module):
                 teacher = self.of_teacher(states, inputs)
                 if self.teacher_cache is not None:
                     self.teacher_cache.put(inputs["example_ids"], teacher)
-        rest = (inputs["targets"], regularizers, num_tokens, num_micro_batches)
+        rest = (inputs["targets"], regularizers, *counts)
         if not self.is_fused:
             return objective(states(inputs), teacher, *rest)
 
@@ -1448,7 +1444,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         data = estimates.DataSizes(lengths, valid, len(records) - len(dataset), tokens, int(valid[largest].sum()))
     except UserError as error:
         data = error
-    return runs.config_text(args) + "\n" + "\n".join(estimates.report(args, base, data))
+    return runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
 
 
 def start_ranks(args: Arguments) -> TrainingArguments:
@@ -1568,14 +1564,13 @@ def trained_model(
     """
     model, is_main = trainer.trained, trainer.is_world_process_zero()
     if args.deepspeed is not None or args.load_in is not None:
-        tensors = (
-            load_file(finished / TRAINED_TENSORS) if finished else checkpoints.trained_tensors(model, keep=is_main)
-        )
+        if finished:
+            tensors = load_file(finished / TRAINED_TENSORS)
+        else:
+            tensors = checkpoints.trained_tensors(model, keep=is_main)
         model = rebuilt_model(args, base.path, resolve_dtype(args.dtype), tensors) if is_main else None
     if is_main:
-        model.config.use_cache = (
-            base.config.use_cache
-        )  # the Trainer switches it off; the exported model generates with it
+        model.config.use_cache = base.config.use_cache  # the Trainer switches it off, and generation wants it
     return model if is_main else None
 
 
