@@ -28,6 +28,10 @@ SETTINGS = {
     "adaptive": dataclasses.replace(ICLR, adaptive=True),
     "no_teacher": dataclasses.replace(ICLR, lambda_consistency=0.0),
     "zero_weights": dataclasses.replace(ICLR, lambda_diversity=0.0, lambda_spectral=0.0),
+    "consistency_alone": dataclasses.replace(ICLR, lambda_diversity=None, lambda_spectral=None),
+    "diversity_alone": dataclasses.replace(ICLR, lambda_consistency=None, lambda_spectral=None),
+    "spectral_alone": dataclasses.replace(ICLR, lambda_consistency=None, lambda_diversity=None),
+    "no_diversity_over_all": dataclasses.replace(ARXIV, lambda_diversity=None),
     "task_alone": None,
 }
 SHAPES = [(40, 300, 16), (1, 300, 16), (7, 2000, 32), (90, 130, 20), (5, 10, 8), (0, 30, 8)]  # M, V, d
@@ -51,7 +55,7 @@ def evaluate(function, hidden, *rest):
 
 def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
     hidden, teacher, head, targets = inputs
-    teacher = None if settings is None or settings.lambda_consistency == 0 else teacher
+    teacher = teacher if settings and settings.lambda_consistency else None
     count = num_tokens or 2 * len(targets) + 1
     factor = None if settings is None else train.head_factor(head)
     return evaluate(train.objective_from_hidden, hidden, teacher, head, factor, targets, settings, count, 2, memory_mib)
@@ -60,7 +64,7 @@ def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
 def definition(inputs, settings, num_tokens=None):
     """`objective` on the materialised float64 logits of the same numbers."""
     hidden, teacher, head, targets = (x.double() if x.is_floating_point() else x for x in inputs)
-    teacher = None if settings is None or settings.lambda_consistency == 0 else teacher @ head.T
+    teacher = teacher @ head.T if settings and settings.lambda_consistency else None
     count = num_tokens or 2 * len(targets) + 1
     return evaluate(lambda h, *rest: train.objective(h @ head.T, *rest), hidden, teacher, targets, settings, count, 2)
 
