@@ -64,7 +64,7 @@ from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.tensors import fingerprint, kept_in_file
 from common.trainer import ResumableTrainer
-from common.training import leave, peak_memory_gib, require_lr_scheduler, require_max_steps, training_arguments
+from common.training import peak_memory_gib, require_lr_scheduler, require_max_steps, run_rank, training_arguments
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
@@ -642,8 +642,8 @@ def teacher_confidence(teacher_logits: Tensor) -> Tensor:
 class Regularizers:
     """The regularizers' settings at one step of training; `Arguments` names and explains them.
 
-    A weight of None switches its term off: neither computed nor reported. With 0, which a schedule may give, the term is
-    reported, without its gradient.
+    A weight of None switches its term off: neither computed nor reported. With 0, which a schedule may give, the term
+    is reported, without its gradient.
     """
 
     lambda_consistency: float | Tensor | None
@@ -1221,7 +1221,7 @@ class BALoRAModel(nn.Module):
         self.config = model.config
         self.teacher_cache = teacher_cache
         self.objective_memory = objective_memory
-        self.head_is_linear = head_is_linear(model)
+        self.head_is_linear = pretrained.head_is_linear(model)
         self._head_factor: Tensor | None = None
         if self.head_is_linear:
             head = model.get_output_embeddings()
@@ -1317,19 +1317,6 @@ def _at_positions(forward: Callable[[Tensor], Tensor], positions: list[Tensor], 
 def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
     """Logits, or `function` of states and weight: ZeRO-3 holds a weight whole only while its own module runs."""
     return F.linear(hidden, head.weight) if function is None else function(hidden, head.weight)
-
-
-@torch.no_grad()
-def head_is_linear(model: transformers.PreTrainedModel) -> bool:
-    """Whether the logits are H Eᵀ and nothing else: tried out, which finds biases, soft caps and scales alike."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
-    input_ids = torch.arange(8, device=device_of(head.weight))[None] % model.config.vocab_size
-    with partitioned.gathered_module_by_module(model):
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1705,11 +1692,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    code = 0
-    try:
-        cli.run_script(main)
-    except SystemExit as end:
-        code = end.code
-    if "RANK" in os.environ:
-        leave(code)
-    sys.exit(code)
+    run_rank(main)

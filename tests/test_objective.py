@@ -16,6 +16,7 @@ import train
 from common.activations import save_activations
 from common.cli import UserError
 from common.packing import PER_SEQUENCE, enable_packing
+from common.pretrained import head_is_linear
 from common.tables import load_records
 from common.targets import TARGET_MODULES
 from common.teacher_cache import TeacherCache
@@ -224,17 +225,17 @@ def test_chunks_follow_the_memory_budget():
 
 
 def test_a_plain_head_is_found_by_trying():
-    assert train.head_is_linear(make_model())
-    assert train.head_is_linear(make_model(tie_word_embeddings=False))
+    assert head_is_linear(make_model())
+    assert head_is_linear(make_model(tie_word_embeddings=False))
     with_bias = make_model(tie_word_embeddings=False)
     with_bias.lm_head.bias = torch.nn.Parameter(torch.ones(258))
-    assert not train.head_is_linear(with_bias)
+    assert not head_is_linear(with_bias)
     shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     capped = transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**shape, **heads, final_logit_softcapping=1.0, initializer_range=0.5)
     ).eval()
-    assert not train.head_is_linear(capped)
+    assert not head_is_linear(capped)
 
 
 @pytest.mark.parametrize(
