@@ -84,6 +84,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--init-adapter", "nowhere"], "nowhere is no adapter in PEFT's format"),
         (["--init-adapter", "nowhere", "--method", "full"], "--init-adapter needs a method with adapters"),
         (["--load-in", "4bit", "--method", "full"], "--load-in quantizes a frozen base"),
+        (["--regularize", "--method", "full"], "--regularize needs a method with adapters"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
