@@ -64,7 +64,7 @@ from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.tensors import fingerprint, kept_in_file
 from common.trainer import ResumableTrainer
-from common.training import leave, peak_memory_gib, resolve_shared_arguments, training_arguments
+from common.training import peak_memory_gib, resolve_shared_arguments, run_rank, training_arguments
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
@@ -135,7 +135,7 @@ class AdapterArguments:
 
 @dataclass
 class RegularizerArguments:
-    """The three terms, for --method ba-lora only; None: the published value of the formulation."""
+    """The three terms of --method ba-lora, or of another with --regularize; None: the formulation's published value."""
 
     formulation: Literal["iclr2026", "arxiv2024"] = option("iclr2026", "which published form of the regularizers")
     lambda_consistency: float | None = option(None, "weight λ₁ of L_CR, consistency with the pre-trained model")
@@ -153,9 +153,10 @@ class RegularizerArguments:
 
 
 @dataclass
-class VocabularyArguments:
-    """What the terms make of a whole vocabulary's logits; None: the published value of the formulation."""
+class TermArguments:
+    """What the terms have for language models alone; None: the formulation's published value."""
 
+    regularize: bool = option(False, "add the terms to --method lora or pissa; ba-lora is pissa with them")
     entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
     spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "what L_SVDR divides by")
 
@@ -221,12 +222,17 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
     InterruptionArguments,
     OptimizationArguments,
     BatchArguments,
-    VocabularyArguments,
+    TermArguments,
     RegularizerArguments,
     AdapterArguments,
     DataArguments,
 ):
     """Everything that a run is told."""
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether the three terms act."""
+        return self.regularize or self.method == "ba-lora"
 
 
 def resolve_arguments(args: Arguments) -> Arguments:
@@ -259,6 +265,8 @@ def resolve_arguments(args: Arguments) -> Arguments:
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
         raise UserError(f"--load-in {args.load_in} needs a CUDA GPU and bitsandbytes")
+    if args.has_terms and args.method == "full":
+        raise UserError("--regularize needs a method with adapters: the terms' teacher is the model without them")
     if args.init_adapter is not None and args.method == "full":
         raise UserError("--init-adapter needs a method with adapters, not full")
     return args
@@ -632,11 +640,15 @@ def teacher_confidence(teacher_logits: Tensor) -> Tensor:
 
 @dataclass
 class Regularizers:
-    """The regularizers' settings at one step of training; `Arguments` names and explains them."""
+    """The regularizers' settings at one step of training; `Arguments` names and explains them.
 
-    lambda_consistency: float | Tensor
-    lambda_diversity: float
-    lambda_spectral: float
+    A weight of None switches its term off: neither computed nor reported. With 0, which a schedule may give, the term
+    is reported, without its gradient.
+    """
+
+    lambda_consistency: float | Tensor | None
+    lambda_diversity: float | None
+    lambda_spectral: float | None
     temperature: float
     entropy_top_k: int | None
     spectral_k: int
@@ -651,9 +663,9 @@ class Regularizers:
         consistency = schedule_factor(consistency_schedule, progress, args.warmup_fraction)
         others = schedule_factor(args.regularizer_schedule, progress, args.warmup_fraction)
         return cls(
-            lambda_consistency=args.lambda_consistency * consistency,
-            lambda_diversity=args.lambda_diversity * others,
-            lambda_spectral=args.lambda_spectral * others,
+            lambda_consistency=args.lambda_consistency * consistency if args.lambda_consistency else None,
+            lambda_diversity=args.lambda_diversity * others if args.lambda_diversity else None,
+            lambda_spectral=args.lambda_spectral * others if args.lambda_spectral else None,
             temperature=args.temperature,
             entropy_top_k=args.entropy_top_k or None,
             spectral_k=args.spectral_k,
@@ -697,30 +709,32 @@ def objective(
         regularizers = regularizers.scaled_consistency(adaptive_factor(teacher_confidence(teacher_logits)))
 
     loss = task
-    if teacher_logits is not None:
+    if teacher_logits is not None and regularizers.lambda_consistency is not None:
         consistency = consistency_loss(student_logits, teacher_logits, regularizers.temperature) * token_share
         terms["consistency"] = consistency.detach()
         loss = loss + regularizers.lambda_consistency * consistency
 
-    # A weight of zero still reports its term, but does not pay for its gradient.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_diversity > 0):
-        diversity = topk_entropy_loss(student_logits, regularizers.entropy_top_k) * token_share
-    terms["diversity"] = diversity.detach()
-    loss = loss + regularizers.lambda_diversity * diversity
+    if regularizers.lambda_diversity is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_diversity > 0):
+            diversity = topk_entropy_loss(student_logits, regularizers.entropy_top_k) * token_share
+        terms["diversity"] = diversity.detach()
+        loss = loss + regularizers.lambda_diversity * diversity
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_spectral > 0):
-        spectral = spectral_loss(student_logits, regularizers.spectral_k, regularizers.spectral_norm)
-    spectral = spectral / num_micro_batches
-    terms["spectral"] = spectral.detach()
-    loss = loss + regularizers.lambda_spectral * spectral
+    if regularizers.lambda_spectral is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_spectral > 0):
+            spectral = spectral_loss(student_logits, regularizers.spectral_k, regularizers.spectral_norm)
+        spectral = spectral / num_micro_batches
+        terms["spectral"] = spectral.detach()
+        loss = loss + regularizers.lambda_spectral * spectral
 
     return loss, terms | _lambda_shares(regularizers, num_micro_batches)
 
 
 def _lambda_shares(regularizers: Regularizers, num_micro_batches: int) -> dict[str, float | Tensor]:
-    """Each λ as this micro-batch's part of its mean over the step."""
+    """Each λ that is on as this micro-batch's part of its mean over the step."""
     names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
-    return {name: getattr(regularizers, name) / num_micro_batches for name in names}
+    weights = {name: getattr(regularizers, name) for name in names}
+    return {name: weight / num_micro_batches for name, weight in weights.items() if weight is not None}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -746,7 +760,7 @@ def objective_from_hidden(
         hidden: H_F at the valid positions, (M, d), any floating type; sums and the gradient are kept in fp32 (fp64).
         teacher_hidden: H_P at the same positions, (M, d), or None.
         head_weight: E, (V, d), without gradient.
-        head_factor: from `head_factor`, (d, d); needed when there are regularizers.
+        head_factor: from `head_factor`, (d, d); needed for L_SVDR.
         targets, regularizers, num_tokens, num_micro_batches: see `objective`.
         memory_mib: what the chunks' buffers may take; the number of tokens per chunk follows from it.
     """
@@ -764,7 +778,13 @@ def objective_from_hidden(
             gradient /= num_tokens
         task, consistency, diversity = sums.unbind()
         loss, terms = task, {"task": task.clone()}
-        if regularizers is not None:
+        if teacher_hidden is not None:
+            terms["consistency"] = consistency.clone()
+            loss = loss + regularizers.lambda_consistency * consistency
+        if regularizers is not None and regularizers.lambda_diversity is not None:
+            terms["diversity"] = diversity.clone()
+            loss = loss + regularizers.lambda_diversity * diversity
+        if regularizers is not None and regularizers.lambda_spectral is not None:
             factor = head_factor.to(dtype)
             spectral, spectral_gradient = spectral_value_and_gradient(
                 hidden.to(dtype) @ factor, regularizers.spectral_k, regularizers.spectral_norm
@@ -772,11 +792,9 @@ def objective_from_hidden(
             spectral = spectral.to(dtype) / num_micro_batches
             if needs_gradient and regularizers.lambda_spectral > 0:
                 gradient += (regularizers.lambda_spectral / num_micro_batches) * (spectral_gradient @ factor.T)
-            loss = loss + regularizers.lambda_consistency * consistency + regularizers.lambda_diversity * diversity
+            terms["spectral"] = spectral
             loss = loss + regularizers.lambda_spectral * spectral
-            if teacher_hidden is not None:
-                terms["consistency"] = consistency.clone()
-            terms |= {"diversity": diversity.clone(), "spectral": spectral}
+        if regularizers is not None:
             terms |= _lambda_shares(regularizers, num_micro_batches)
     return (_WithGradient.apply(hidden, loss, gradient) if needs_gradient else loss), terms
 
@@ -842,7 +860,8 @@ def _token_terms(
     """
     onehot = targets[:, None]
     top_values = None
-    if regularizers is not None and regularizers.entropy_top_k is not None:
+    is_diverse = regularizers is not None and regularizers.lambda_diversity is not None
+    if is_diverse and regularizers.entropy_top_k is not None:
         top_values, top_indices = _top_k(z, regularizers.entropy_top_k)
         z -= top_values[:, :1].clone()  # shifted by the row's maximum, softmax is the same and exp does not overflow
         top_values = top_values - top_values[:, :1]
@@ -865,7 +884,7 @@ def _token_terms(
             # T·(softmax(z/T) − softmax(z_P/T)), in the teacher's buffer
             consistency_gradient = teacher_p.mul_(-weight / teacher_sum).addcmul_(student_p, weight / student_sum)
 
-    over_vocabulary = regularizers is not None and regularizers.entropy_top_k is None
+    over_vocabulary = is_diverse and regularizers.entropy_top_k is None
     if over_vocabulary:
         buffer.copy_(z)
     p = z.exp_()
@@ -1202,7 +1221,7 @@ class BALoRAModel(nn.Module):
         self.config = model.config
         self.teacher_cache = teacher_cache
         self.objective_memory = objective_memory
-        self.head_is_linear = head_is_linear(model)
+        self.head_is_linear = pretrained.head_is_linear(model)
         self._head_factor: Tensor | None = None
         if self.head_is_linear:
             head = model.get_output_embeddings()
@@ -1219,27 +1238,23 @@ class BALoRAModel(nn.Module):
         return self.head_is_linear and not self.model.get_output_embeddings().weight.requires_grad
 
     def forward(
-        self,
-        inputs: dict[str, Any],
-        regularizers: Regularizers | None,
-        num_tokens: int | Tensor,
-        num_micro_batches: int,
+        self, inputs: dict[str, Any], regularizers: Regularizers | None, *counts: int | Tensor
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """See `objective`; `inputs` is a batch of PackingCollator or PaddingCollator."""
+        """See `objective`, which explains `counts`; `inputs` is a batch of PackingCollator or PaddingCollator."""
         states = self.hidden_states if self.is_fused else self.logits
         teacher = None
-        if regularizers is not None and regularizers.lambda_consistency > 0:
+        if regularizers is not None and regularizers.lambda_consistency:
             teacher = self.teacher_cache and self.teacher_cache.get(inputs["example_ids"])
             if self._lacks_on_any_rank(teacher):
                 teacher = self.of_teacher(states, inputs)
                 if self.teacher_cache is not None:
                     self.teacher_cache.put(inputs["example_ids"], teacher)
-        rest = (inputs["targets"], regularizers, num_tokens, num_micro_batches)
+        rest = (inputs["targets"], regularizers, *counts)
         if not self.is_fused:
             return objective(states(inputs), teacher, *rest)
 
         def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
-            if regularizers is not None and self._head_factor is None:
+            if regularizers is not None and regularizers.lambda_spectral is not None and self._head_factor is None:
                 self._head_factor = head_factor(weight)
             return objective_from_hidden(hidden, teacher, weight, self._head_factor, *rest, self.objective_memory)
 
@@ -1304,19 +1319,6 @@ def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, T
     return F.linear(hidden, head.weight) if function is None else function(hidden, head.weight)
 
 
-@torch.no_grad()
-def head_is_linear(model: transformers.PreTrainedModel) -> bool:
-    """Whether the logits are H Eᵀ and nothing else: tried out, which finds biases, soft caps and scales alike."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
-    input_ids = torch.arange(8, device=device_of(head.weight))[None] % model.config.vocab_size
-    with partitioned.gathered_module_by_module(model):
-        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Trainer
 # ------------------------------------------------------------------------------------------------------------------
@@ -1351,7 +1353,7 @@ class BALoRATrainer(ResumableTrainer):
         num_items_in_batch: int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
         regularizers = None
-        if self.arguments.method == "ba-lora":
+        if self.arguments.has_terms:
             regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
         loss, terms = model(inputs, regularizers, num_items_in_batch, self._num_micro_batches)
         mask = inputs.get("attention_mask")
@@ -1448,7 +1450,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         data = estimates.DataSizes(lengths, valid, len(records) - len(dataset), tokens, int(valid[largest].sum()))
     except UserError as error:
         data = error
-    return runs.config_text(args) + "\n" + "\n".join(estimates.report(args, base, data))
+    return runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
 
 
 def start_ranks(args: Arguments) -> TrainingArguments:
@@ -1487,7 +1489,7 @@ def encode_records(
 
 
 def needs_teacher_cache(args: Arguments) -> bool:
-    return args.teacher_cache is not None and args.method == "ba-lora" and args.lambda_consistency > 0
+    return args.teacher_cache is not None and args.has_terms and args.lambda_consistency > 0
 
 
 def load_student(
@@ -1568,14 +1570,13 @@ def trained_model(
     """
     model, is_main = trainer.trained, trainer.is_world_process_zero()
     if args.deepspeed is not None or args.load_in is not None:
-        tensors = (
-            load_file(finished / TRAINED_TENSORS) if finished else checkpoints.trained_tensors(model, keep=is_main)
-        )
+        if finished:
+            tensors = load_file(finished / TRAINED_TENSORS)
+        else:
+            tensors = checkpoints.trained_tensors(model, keep=is_main)
         model = rebuilt_model(args, base.path, resolve_dtype(args.dtype), tensors) if is_main else None
     if is_main:
-        model.config.use_cache = (
-            base.config.use_cache
-        )  # the Trainer switches it off; the exported model generates with it
+        model.config.use_cache = base.config.use_cache  # the Trainer switches it off, and generation wants it
     return model if is_main else None
 
 
@@ -1691,11 +1692,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    code = 0
-    try:
-        cli.run_script(main)
-    except SystemExit as end:
-        code = end.code
-    if "RANK" in os.environ:
-        leave(code)
-    sys.exit(code)
+    run_rank(main)

@@ -67,14 +67,16 @@ def adapter_card(args: Any, rank: int) -> str:
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     settings = {
         "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
-        "method": args.method + (f", formulation {args.formulation}" if args.method == "ba-lora" else ""),
+        "method": args.method
+        + (" with the three terms" if args.regularize else "")
+        + (f", formulation {args.formulation}" if args.has_terms else ""),
         "data": f"{args.data}, fields {', '.join(args.fields)}",
         "rank, alpha": f"{args.rank}, {args.alpha:g}"
         + (f"; stored as a LoRA of rank {rank}" if rank != args.rank else ""),
         "target modules": ", ".join(args.target_modules),
         "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
     }
-    if args.method == "ba-lora":
+    if args.has_terms:
         names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
         settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
     rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())

@@ -132,3 +132,20 @@ def load_model(args: Any, model_path: str, dtype: "torch.dtype") -> "transformer
         )
     except OSError as error:  # on the hub, a model of pickles that has not been converted there either
         raise UserError(f"cannot load the model {args.model!r}: {first_line(error)}") from error
+
+
+def head_is_linear(model: "transformers.PreTrainedModel") -> bool:
+    """Whether the logits are H Eᵀ and nothing else: tried out, which finds biases, soft caps and scales alike."""
+    import torch
+    from torch import nn
+
+    from common import partitioned
+
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    input_ids = torch.arange(8, device=partitioned.device_of(head.weight))[None] % model.config.vocab_size
+    with torch.no_grad(), partitioned.gathered_module_by_module(model):
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)

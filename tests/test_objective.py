@@ -16,6 +16,7 @@ import train
 from common.activations import save_activations
 from common.cli import UserError
 from common.packing import PER_SEQUENCE, enable_packing
+from common.pretrained import head_is_linear
 from common.tables import load_records
 from common.targets import TARGET_MODULES
 from common.teacher_cache import TeacherCache
@@ -28,6 +29,10 @@ SETTINGS = {
     "adaptive": dataclasses.replace(ICLR, adaptive=True),
     "no_teacher": dataclasses.replace(ICLR, lambda_consistency=0.0),
     "zero_weights": dataclasses.replace(ICLR, lambda_diversity=0.0, lambda_spectral=0.0),
+    "consistency_alone": dataclasses.replace(ICLR, lambda_diversity=None, lambda_spectral=None),
+    "diversity_alone": dataclasses.replace(ICLR, lambda_consistency=None, lambda_spectral=None),
+    "spectral_alone": dataclasses.replace(ICLR, lambda_consistency=None, lambda_diversity=None),
+    "no_diversity_over_all": dataclasses.replace(ARXIV, lambda_diversity=None),
     "task_alone": None,
 }
 SHAPES = [(40, 300, 16), (1, 300, 16), (7, 2000, 32), (90, 130, 20), (5, 10, 8), (0, 30, 8)]  # M, V, d
@@ -51,7 +56,7 @@ def evaluate(function, hidden, *rest):
 
 def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
     hidden, teacher, head, targets = inputs
-    teacher = None if settings is None or settings.lambda_consistency == 0 else teacher
+    teacher = teacher if settings and settings.lambda_consistency else None
     count = num_tokens or 2 * len(targets) + 1
     factor = None if settings is None else train.head_factor(head)
     return evaluate(train.objective_from_hidden, hidden, teacher, head, factor, targets, settings, count, 2, memory_mib)
@@ -60,7 +65,7 @@ def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
 def definition(inputs, settings, num_tokens=None):
     """`objective` on the materialised float64 logits of the same numbers."""
     hidden, teacher, head, targets = (x.double() if x.is_floating_point() else x for x in inputs)
-    teacher = None if settings is None or settings.lambda_consistency == 0 else teacher @ head.T
+    teacher = teacher @ head.T if settings and settings.lambda_consistency else None
     count = num_tokens or 2 * len(targets) + 1
     return evaluate(lambda h, *rest: train.objective(h @ head.T, *rest), hidden, teacher, targets, settings, count, 2)
 
@@ -220,17 +225,17 @@ def test_chunks_follow_the_memory_budget():
 
 
 def test_a_plain_head_is_found_by_trying():
-    assert train.head_is_linear(make_model())
-    assert train.head_is_linear(make_model(tie_word_embeddings=False))
+    assert head_is_linear(make_model())
+    assert head_is_linear(make_model(tie_word_embeddings=False))
     with_bias = make_model(tie_word_embeddings=False)
     with_bias.lm_head.bias = torch.nn.Parameter(torch.ones(258))
-    assert not train.head_is_linear(with_bias)
+    assert not head_is_linear(with_bias)
     shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     capped = transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**shape, **heads, final_logit_softcapping=1.0, initializer_range=0.5)
     ).eval()
-    assert not train.head_is_linear(capped)
+    assert not head_is_linear(capped)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,47 @@ def test_the_spectral_term_is_the_mean_over_micro_batches(tokenizer, data_file, 
     assert trainer._sums["spectral"].item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("off", ["consistency", "diversity", "spectral"])
+def test_a_term_that_is_off_costs_nothing(off, tokenizer, data_file, tmp_path, monkeypatch):
+    """What would compute it is not called; the gradient is that of the definition without it."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"{off} is off")
+
+    costs = {"consistency": (train.BALoRAModel, "of_teacher"), "diversity": (train, "_top_k")}
+    monkeypatch.setattr(*costs.get(off, (train, "spectral_value_and_gradient")), refuse)
+    if off == "spectral":
+        monkeypatch.setattr(train, "head_factor", refuse)
+    trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out", **{f"lambda_{off}": 0.0})
+    one_step(trainer, [trainer.train_dataset[i] for i in range(4)], [4])
+    terms = {"consistency", "diversity", "spectral"} - {off}
+    assert set(trainer._sums) == {"task", "tokens"} | terms | {f"lambda_{name}" for name in terms}
+
+
+def test_the_terms_on_loras_start(tokenizer, data_file, tmp_path):
+    """LoRA's adapter, of rank r on export, and BA-LoRA's objective: at the start the student is the teacher."""
+    trainer = make_trainer(
+        make_model(), tokenizer, data_file, tmp_path / "out", method="lora", regularize=True, lambda_consistency=1.0
+    )
+    examples = [trainer.train_dataset[i] for i in range(8)]
+    loss, _ = one_step(trainer, examples, [8])
+    sums = {name: float(value) for name, value in trainer._sums.items()}
+    assert sums["consistency"] == pytest.approx(0.0, abs=1e-6)
+    logits = trainer.model.logits(trainer.data_collator(examples)).detach().double().numpy()
+    targets = trainer.data_collator(examples)["targets"].numpy()
+    expected = {
+        "task": oracle.task(logits, targets)[0],
+        "diversity": oracle.topk_entropy(logits, 20)[0],
+        "spectral": oracle.spectral(logits, 10, "frobenius")[0],
+    }
+    for name, value in expected.items():
+        assert sums[name] == pytest.approx(value, rel=1e-4), name
+    assert loss == pytest.approx(
+        expected["task"] + 0.005 * expected["diversity"] + 0.005 * expected["spectral"], rel=1e-4
+    )
+    assert all(len(layer.stacked_factors()[0]) == 4 for layer in train.adapter_layers(trainer.model.model).values())
+
+
 def test_the_teacher_is_the_untouched_base(tokenizer, data_file, tmp_path):
     trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out")
     trainer.train()

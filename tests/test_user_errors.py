@@ -1,6 +1,7 @@
 """What bad input gets: one line that names the thing, exit code 2, before any model is loaded, and nothing lost."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +84,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--init-adapter", "nowhere"], "nowhere is no adapter in PEFT's format"),
         (["--init-adapter", "nowhere", "--method", "full"], "--init-adapter needs a method with adapters"),
         (["--load-in", "4bit", "--method", "full"], "--load-in quantizes a frozen base"),
+        (["--regularize", "--method", "full"], "--regularize needs a method with adapters"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
@@ -153,6 +155,14 @@ def test_a_finished_run_stays(tmp_path, train_error):
         (tmp_path / "out" / "config.yaml").write_text(text)
         assert expected in train_error("--resume")
         assert (tmp_path / "out" / "config.yaml").read_text() == text
+
+
+def test_a_disk_too_small_for_the_teacher_cache(train_error, tmp_path, monkeypatch):
+    """Told before the model is loaded, and nothing is written."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
+    assert "and the disk has 0.00 left" in train_error("--teacher-cache", tmp_path / "states")
+    assert not (tmp_path / "states").exists()
 
 
 def test_no_model_and_no_data(monkeypatch, capsys):
