@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from common.cli import UserError
 from common.pretrained import resolve_dtype
 from eval.generation import Completion, Sampling, batches, with_bar
+from eval.quiet import quiet_vllm
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its kernels are made for
 
@@ -103,6 +104,7 @@ class TransformersBackend:
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.eos_token_ids[0],
             max_new_tokens=sampling.max_new_tokens,
+            use_cache=True,
             **settings,
         )
         input_ids, attention_mask = _left_padded(prompts, self.eos_token_ids[0], self.device)
@@ -110,7 +112,6 @@ class TransformersBackend:
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            use_cache=True,
             tokenizer=self.tokenizer if sampling.stop else None,
         )
         completions = []
@@ -181,8 +182,9 @@ class VLLMBackend:
         if not torch.cuda.is_available():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options = {"enforce_eager": True}
-        from vllm import LLM
-        from vllm.lora.request import LoRARequest
+        with quiet_vllm():
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
 
         self.lora = None
         if adapter is not None:
@@ -194,15 +196,16 @@ class VLLMBackend:
         self.batch_size = batch_size
         self.eos_token_ids = eos_token_ids
         cores = os.sched_getaffinity(0)
-        self.llm = LLM(
-            model=ckpt,
-            dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
-            max_model_len=max_length + 1,
-            seed=seed,
-            tensor_parallel_size=tensor_parallel_size,
-            generation_config="vllm",  # not the checkpoint's: see TransformersBackend
-            **options,
-        )
+        with quiet_vllm():
+            self.llm = LLM(
+                model=ckpt,
+                dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
+                max_model_len=max_length + 1,
+                seed=seed,
+                tensor_parallel_size=tensor_parallel_size,
+                generation_config="vllm",  # not the checkpoint's: see TransformersBackend
+                **options,
+            )
         os.sched_setaffinity(0, cores)  # without a GPU it binds this thread to one core, and with it all that grades
 
     def generate(
