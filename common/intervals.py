@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
@@ -44,6 +42,8 @@ def mean(values: list[float], resamples: int = 10_000) -> dict[str, Any]:
     """A mean with its count and its 95 % percentile bootstrap interval over the values (B. Efron, 1979)."""
     if not values:
         return {"value": None, "of": 0, "interval_95": None}
+    import numpy as np
+
     sample = np.asarray(values, dtype=float)
     generator = np.random.default_rng(0)
     means = [sample[generator.integers(len(sample), size=len(sample))].mean() for _ in range(resamples)]

@@ -27,37 +27,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
-from generation import (  # first: it makes train.py importable
+from common.cli import UserError, option, require_not_negative, require_positive, require_share
+from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
+from common.prompts import ALPACA_PROMPT, encode_opening
+from common.runs import first_difference, package_versions
+from common.tables import load_records, require_fields
+from eval.generation import (
     Backend,
     Completion,
     Sampling,
     backend_name,
     batch_size_of,
     batches,
-    check_adapter,
     load_backend,
     with_bar,
 )
 
-from train import (
-    ALPACA_PROMPT,
-    UserError,
-    encode_opening,
-    first_difference,
-    load_records,
-    load_tokenizer_and_config,
-    option,
-    package_versions,
-    require_fields,
-    require_not_negative,
-    require_positive,
-    require_share,
-    resolve_demo,
-    resolve_dtype,
-)
+if TYPE_CHECKING:
+    import datasets
 
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments and prompts
@@ -75,7 +64,9 @@ PROMPTS = {
 
 
 @dataclass
-class Arguments:
+class CheckpointArguments:
+    """What is scored, on what, and where the results go."""
+
     ckpt: str | None = option(None, "checkpoint: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
     adapter: str | None = option(None, "folder of a LoRA adapter in PEFT's format, trained on --ckpt")
     data: str = option("", "the benchmark's items: a file, a folder or a hub name")
@@ -84,14 +75,32 @@ class Arguments:
     overwrite: bool = option(False, "replace results that are there already; completions made the same way are kept")
     skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
     rescore: str | None = option(None, "grade the completions of this results file (.jsonl) again, without a model")
+
+
+@dataclass
+class PromptArguments:
+    """What the model is asked."""
+
     prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each item")
     shots: int = option(0, "solved examples before each item")
     shots_data: str | None = option(None, "where they come from, in --data's format; None: the training split")
+
+
+@dataclass
+class SamplingArguments:
+    """How its completions are made."""
+
     samples: int = option(1, "completions per item")
     temperature: float = option(0.0, "sampling temperature; 0: greedy")
     top_p: float = option(1.0, "sample from the smallest set of tokens with this probability")
     max_new_tokens: int = option(1024, "longest completion, in tokens")
     seed: int = option(0, "seed of sampling")
+
+
+@dataclass
+class MachineArguments:
+    """How the machine is used."""
+
     backend: Literal["auto", "vllm", "transformers"] = option("auto", "auto: vLLM where it is installed")
     batch_size: int | None = option(
         None, "prompts generated, and saved, together; None: 32 with transformers, 256 with vLLM"
@@ -99,6 +108,13 @@ class Arguments:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it, else float32")
     tensor_parallel_size: int = option(1, "GPUs that vLLM spreads the model over")
     gpu_memory_utilization: float = option(0.9, "share of GPU memory that vLLM takes")
+
+
+@dataclass
+class Arguments(  # a dataclass takes its bases' fields from the last to the first
+    MachineArguments, SamplingArguments, PromptArguments, CheckpointArguments
+):
+    """What every benchmark takes."""
 
 
 # What completions are made with, as the summary tells it.
@@ -291,6 +307,8 @@ class Run:
         self.ckpt = resolve_demo(args.ckpt, "model")
         self.tokenizer, self.config = load_tokenizer_and_config(self.ckpt)
         if args.adapter is not None:
+            from eval.backends import check_adapter
+
             check_adapter(args.adapter, self.ckpt, self.config, self._origin["backend"])
 
     def _difference(self) -> str | None:
@@ -310,7 +328,7 @@ class Run:
 
     def records(
         self, fields: list[str], remedy: str, split: str = "test", names: Mapping[str, str] = MappingProxyType({})
-    ) -> datasets.Dataset:
+    ) -> "datasets.Dataset":
         """The benchmark's items, `--limit` of them.
 
         Args:

@@ -7,22 +7,29 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import benchmark  # first: it makes train.py importable
-from benchmark import Run, digest
-from intervals import mean, score_line, share
-from sandbox import Limits, Program, Verdict, require_isolation, run_programs
 from tqdm import tqdm
 
-from train import UserError, option, require_positive
+from common.cli import UserError, option, require_positive
+from eval import benchmark
+from eval.benchmark import Run, digest
+from eval.intervals import mean, score_line, share
+from eval.sandbox import Limits, Program, Verdict, require_isolation, run_programs
 
 
 @dataclass
-class Arguments(benchmark.Arguments):
+class ProgramArguments:
+    """How programs are run and counted."""
+
     k: list[int] = option([1], "the k of pass@k; none may be above --samples")
     timeout: float = option(Limits.timeout, "seconds for one program with its tests")
     memory_mib: int = option(Limits.memory_mib, "memory for one program")
     workers: int | None = option(None, "programs that run at the same time; None: one per CPU core")
     unsafe: bool = option(False, "run the model's programs even where nothing isolates them from this machine")
+
+
+@dataclass
+class Arguments(ProgramArguments, benchmark.Arguments):
+    """What HumanEval and MBPP take."""
 
 
 def check_code_arguments(args: Arguments) -> None:

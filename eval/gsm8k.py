@@ -26,20 +26,26 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import benchmark  # first: it makes train.py importable
-from benchmark import PUBLISHED_MARKER, Run
-from intervals import score_line, share
-
-from train import UserError, encode_response, option, parse_arguments, run_script
+from common.cli import UserError, option, parse_arguments, run_script
+from common.prompts import encode_response
+from eval import benchmark
+from eval.benchmark import PUBLISHED_MARKER, Run
+from eval.intervals import score_line, share
 
 HUB_DATA = "openai/gsm8k"
 FORMAT = "GSM8K's format has question and answer"
 
 
 @dataclass
-class Arguments(benchmark.Arguments):
-    data: str = option(HUB_DATA, "file in GSM8K's format (question, answer), hub name, or 'demo'")
+class LossArguments:
+    """What is measured besides."""
+
     loss_field: str | None = option(None, "also measure the loss on this field's responses, per token")
+
+
+@dataclass
+class Arguments(LossArguments, benchmark.Arguments):
+    data: str = option(HUB_DATA, "file in GSM8K's format (question, answer), hub name, or 'demo'")
 
 
 NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")

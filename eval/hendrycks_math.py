@@ -26,13 +26,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import benchmark  # first: it makes train.py importable
-from benchmark import PUBLISHED_MARKER, Run
-from intervals import score_line, share
-from math_grader import SECONDS, Grader
 from tqdm import tqdm
 
-from train import UserError, option, parse_arguments, require_positive, run_script
+from common.cli import UserError, option, parse_arguments, require_positive, run_script
+from eval import benchmark
+from eval.benchmark import PUBLISHED_MARKER, Run
+from eval.intervals import score_line, share
+from eval.math_grader import SECONDS, Grader
 
 HUB_DATA = "DigitalLearningGmbH/MATH-lighteval"
 FORMAT = "MATH's format has problem and solution"
@@ -40,10 +40,16 @@ ANSWER_MARKER = "The answer is:"
 
 
 @dataclass
-class Arguments(benchmark.Arguments):
+class GradingArguments:
+    """How answers are compared."""
+
+    seconds: float = option(SECONDS, "time for comparing one answer")
+
+
+@dataclass
+class Arguments(GradingArguments, benchmark.Arguments):
     data: str = option(HUB_DATA, "file in MATH's format (problem, solution; subject or type, level), or hub name")
     max_new_tokens: int = option(2048, "longest completion, in tokens")
-    seconds: float = option(SECONDS, "time for comparing one answer")
 
 
 def last_boxed(text: str) -> str | None:

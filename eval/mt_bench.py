@@ -41,13 +41,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import benchmark  # first: it makes train.py importable
-from benchmark import Run, Store, digest, encode_prompt, stop_strings
-from generation import Sampling
-from intervals import mean, proportion, score_line
 from tqdm import tqdm
 
-from train import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
+from common.cli import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
+from eval import benchmark
+from eval.benchmark import Run, Store, digest, encode_prompt, stop_strings
+from eval.generation import Sampling
+from eval.intervals import mean, proportion, score_line
 
 # FastChat, fastchat/llm_judge/common.py: temperature_config and NEED_REF_CATS.
 TEMPERATURES = {
@@ -67,9 +67,9 @@ FORMAT = "MT-Bench's format has question_id, category and turns (FastChat's ques
 
 
 @dataclass
-class Arguments(benchmark.Arguments):
-    data: str = option("question.jsonl", "FastChat's question.jsonl, or a file in its format")
-    prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each turn")
+class JudgeArguments:
+    """Who rates the answers."""
+
     judge_model: str | None = option(None, "name of the judge; None: answers only, and the command that judges them")
     judge_url: str = option("https://api.openai.com/v1", "the judge's OpenAI-compatible endpoint")
     judge_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the judge's key")
@@ -77,6 +77,12 @@ class Arguments(benchmark.Arguments):
     references: str | None = option(None, "FastChat's reference answers for mathematics, reasoning and coding")
     judge_requests: int = option(4, "requests to the judge at a time")
     judge_retries: int = option(4, "how often a judgment that fails or has no rating is asked for again")
+
+
+@dataclass
+class Arguments(JudgeArguments, benchmark.Arguments):
+    data: str = option("question.jsonl", "FastChat's question.jsonl, or a file in its format")
+    prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each turn")
 
 
 # ------------------------------------------------------------------------------------------------------------------

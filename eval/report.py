@@ -18,22 +18,47 @@ What comes out: tables on the terminal; with --output-dir also
     training.png, training.svg     terms and λs over the steps, where a run's metrics.jsonl is there (or --metrics FILE)
 """
 
-import argparse
 import itertools
 import json
 import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 import yaml
-from benchmark import NOT_DECIDING, full_name, read_jsonl, write_whole  # first: it makes train.py importable
 
-from train import NOT_IDENTITY, UserError, first_difference, run_script
+from common.cli import UserError, option, parse_arguments, run_script
+from common.runs import NOT_IDENTITY, first_difference
+from eval.benchmark import NOT_DECIDING, full_name, read_jsonl, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN = "not run"
+
+
+Folders = tyro.conf.Positional[Annotated[list[str], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]]
+
+
+@dataclass
+class ResultsArguments:
+    """What is reported."""
+
+    results: Folders = option([], "results, the base first")
+    metrics: list[str] = option([], "metrics.jsonl of further runs")
+
+
+@dataclass
+class ReportArguments:
+    """Where the report goes."""
+
+    output_dir: str | None = option(None, "folder for tables and pictures")
+    overwrite: bool = option(False, "replace a report that is there already")
+
+
+@dataclass
+class Arguments(ReportArguments, ResultsArguments):
+    """All of it."""
 
 
 @dataclass(frozen=True)
@@ -580,18 +605,8 @@ def load_metrics(path: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help lists the options)")
-
-
 def main(argv: list[str]) -> None:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", metavar="[NAME=]FOLDER", help="results, the base first")
-    parser.add_argument("--metrics", nargs="+", default=[], metavar="FILE", help="metrics.jsonl of further runs")
-    parser.add_argument("--output-dir", help="folder for tables and pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there already")
-    args = parser.parse_args(argv)
+    args = parse_arguments(Arguments, __doc__, argv)
     output_dir = Path(args.output_dir) if args.output_dir else None
     if output_dir is not None and (output_dir / "report.md").exists() and not args.overwrite:
         raise UserError(f"{output_dir / 'report.md'} is there already: name another folder, or give --overwrite")

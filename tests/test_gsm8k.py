@@ -3,16 +3,18 @@
 import json
 from fractions import Fraction
 
-import gsm8k
 import pytest
-import report
 import torch
 import transformers
 from conftest import SHARED_DATA
-from generation import Sampling, TransformersBackend, batches, load_backend
 
-import train
+from common.cli import UserError
+from common.pretrained import load_tokenizer_and_config
+from common.prompts import encode_prompt, encode_response
 from data import demo
+from eval import gsm8k, report
+from eval.backends import TransformersBackend
+from eval.generation import Sampling, batches, load_backend
 
 
 @pytest.mark.parametrize(
@@ -138,9 +140,9 @@ def test_a_package_with_another_checksum_is_refused(tmp_path):
 def smollm2():
     """SmolLM2-135M with eight prompts of uneven length."""
     path = str(demo.model())
-    tokenizer, config = train.load_tokenizer_and_config(path)
+    tokenizer, config = load_tokenizer_and_config(path)
     questions = [json.loads(line)["question"] for line in demo.problems("test").read_text().splitlines()[:7]]
-    prompts = [train.encode_prompt(tokenizer, question) for question in [*questions, "Hi"]]
+    prompts = [encode_prompt(tokenizer, question) for question in [*questions, "Hi"]]
     return path, tokenizer, config, prompts
 
 
@@ -168,7 +170,7 @@ def test_batched_generation_equals_one_prompt_at_a_time(smollm2, transformers_ba
 
 def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
     path, tokenizer, _, prompts = smollm2
-    responses = [train.encode_response(tokenizer, text) for text in ("4 + 4 = 8", "The answer is: 12", "Hello!")]
+    responses = [encode_response(tokenizer, text) for text in ("4 + 4 = 8", "The answer is: 12", "Hello!")]
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     total = 0.0
     for prompt, response in zip(prompts, responses, strict=False):
@@ -179,29 +181,37 @@ def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
     assert transformers_backend.response_loss(prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
 
 
-def test_vllm_and_transformers_agree(smollm2, transformers_backend, monkeypatch):
-    """The real engine on the real model: 50 prompts (GSM8K's where it is there), 32 tokens; losses."""
+@pytest.fixture
+def vllm_backend(smollm2, monkeypatch):
+    """The real engine, which ends with the test: at the interpreter's end its log would have nowhere to go."""
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the engine binds the threads of its process to cores
-    path, tokenizer, config, prompts = smollm2
+    path, tokenizer, config, _ = smollm2
+    backend = load_backend("vllm", path, tokenizer, config, dtype="float32", batch_size=1, max_length=512)
+    yield backend
+    backend.llm.llm_engine.engine_core.shutdown(timeout=60)
+
+
+def test_vllm_and_transformers_agree(smollm2, transformers_backend, vllm_backend):
+    """The real engine on the real model: 50 prompts (GSM8K's where it is there), 32 tokens; losses."""
+    _, tokenizer, _, prompts = smollm2
     source = SHARED_DATA / "gsm8k_test.jsonl"
     lines = (source if source.is_file() else demo.problems("test")).read_text().splitlines()[:50]
-    questions = [train.encode_prompt(tokenizer, json.loads(line)["question"]) for line in lines]
-    vllm_backend = load_backend("vllm", path, tokenizer, config, dtype="float32", batch_size=1, max_length=512)
+    questions = [encode_prompt(tokenizer, json.loads(line)["question"]) for line in lines]
     ours, theirs = (backend.generate(questions, Sampling(32)) for backend in (transformers_backend, vllm_backend))
     agreeing = sum(a.text == b.text for a, b in zip(ours, theirs, strict=True))
     assert agreeing >= 0.95 * 50  # fp32 sums in another order may turn a near tie
-    responses = [train.encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
+    responses = [encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
     losses = [backend.response_loss(prompts, responses) for backend in (transformers_backend, vllm_backend)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    tokenizer, config = train.load_tokenizer_and_config(str(checkpoint))
+    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
     options = {"dtype": "float32", "batch_size": 1, "max_length": 8}
     assert isinstance(load_backend("auto", str(checkpoint), tokenizer, config, **options), TransformersBackend)
-    with pytest.raises(train.UserError, match="no vLLM"):
+    with pytest.raises(UserError, match="no vLLM"):
         load_backend("vllm", str(checkpoint), tokenizer, config, **options)
 
 

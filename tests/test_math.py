@@ -7,9 +7,9 @@ import signal
 import time
 from pathlib import Path
 
-import hendrycks_math
-import math_grader
 import pytest
+
+from eval import hendrycks_math, math_grader
 
 TABLE = (Path(__file__).parent / "math_pairs.tsv").read_text().splitlines()
 PAIRS = list(csv.DictReader(TABLE, delimiter="\t", quoting=csv.QUOTE_NONE))

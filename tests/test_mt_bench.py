@@ -6,10 +6,11 @@ import shlex
 import threading
 import time
 
-import mt_bench
 import pytest
 from conftest import start_script
 from test_user_errors import error_of
+
+from eval import mt_bench
 
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]},
@@ -247,7 +248,7 @@ def test_a_run_killed_while_judging_asks_only_for_the_rest(run, stub, files, che
     kills = 0
     stub.reply = reply
     while kills < 3:
-        process = start_script("mt_bench", argv, files / "log")
+        process = start_script("eval.mt_bench", argv, files / "log")
         for _ in range(2):  # the second question means that the first answer has arrived
             assert answered.acquire(timeout=120), (files / "log").read_text()
         time.sleep(0.2)
@@ -256,7 +257,7 @@ def test_a_run_killed_while_judging_asks_only_for_the_rest(run, stub, files, che
         kills += 1
         while answered.acquire(blocking=False):
             pass
-    process = start_script("mt_bench", argv, files / "log")
+    process = start_script("eval.mt_bench", argv, files / "log")
     process.join()
     assert process.exitcode == 0, (files / "log").read_text()
     assert len(stub.asked) <= 6 + 3  # one under way at each kill

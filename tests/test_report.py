@@ -5,10 +5,10 @@ import re
 import statistics
 import xml.etree.ElementTree
 
-import intervals
 import pytest
-import report
 from test_user_errors import error_of
+
+from eval import intervals, report
 
 # The published tables as they were printed (BA-LoRA's seed README, with the five deviations that lack their point put
 # right), as text: what the JSON must reproduce.

@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import sandbox
-import sandbox_inside
 from hostile_programs import PROGRAMS, TESTS
-from sandbox import Isolation, Limits, Program, Verdict, run_programs
 
-import train
+from common.cli import UserError
+from eval import sandbox, sandbox_inside
+from eval.sandbox import Isolation, Limits, Program, Verdict, run_programs
 
 FIND_ISOLATION = sandbox.isolation.__wrapped__  # past its cache, and past the fixture `level` that replaces it
 LIMITS = Limits(timeout=2.0, memory_mib=512)
@@ -326,7 +325,7 @@ def test_random_inputs_are_the_same_in_every_run(level):
 
 def test_nothing_runs_without_isolation_unless_asked(monkeypatch):
     monkeypatch.setattr(sandbox, "isolation", lambda: Isolation("none", True, ("namespaces: not allowed",)))
-    with pytest.raises(train.UserError, match=r"--unsafe \(namespaces: not allowed\)"):
+    with pytest.raises(UserError, match=r"--unsafe \(namespaces: not allowed\)"):
         next(run_programs([Program("", "", ())]))
     (verdict,) = run_programs([Program("def f(): return 1", "assert f() == 1", ("f",))], unsafe=True)
     assert verdict.passed

@@ -1,0 +1,264 @@
+"""The two back ends of eval/generation.py, on a checkpoint or on a base with a LoRA adapter.
+
+Importing this takes seconds: `load_backend` does it, and whoever checks an adapter.
+"""
+
+import hashlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from common.cli import UserError
+from common.pretrained import resolve_dtype
+from eval.generation import Completion, Sampling, batches, with_bar
+from eval.quiet import quiet_vllm
+
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its kernels are made for
+
+
+def check_adapter(adapter: str, ckpt: str, config: PretrainedConfig, backend: str) -> None:
+    """Raises a UserError where `adapter` is not a LoRA in PEFT's format for the model `ckpt`; reads no weights.
+
+    Names alone do not tell (a local copy has another one), and shapes alone do not (a chat model has its base's), so
+    both must fit; of names, the last part.
+    """
+    folder = Path(adapter)
+    try:
+        lora = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # OSError, JSON's and safetensors' own
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--adapter {adapter} is no LoRA adapter in PEFT's format: {reason}") from error
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    for name, (*_, size) in shapes.items():
+        layer, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
+        weight = weights.get(f"{layer}.weight")
+        if weight is None or factor not in ("A.weight", "B.weight"):
+            raise UserError(f"--adapter {adapter} does not fit {ckpt}, which has no layer for {name}")
+        fits = size == weight.shape[1] if factor == "A.weight" else shapes[name][0] == weight.shape[0]
+        if not fits:
+            raise UserError(f"--adapter {adapter} does not fit {ckpt}: {layer} has another size there")
+    base = lora.get("base_model_name_or_path")
+    if base and Path(base).name.lower() not in {Path(name).name.lower() for name in (ckpt, str(Path(ckpt).resolve()))}:
+        raise UserError(
+            f"--adapter {adapter} was trained on {base}, not on {ckpt}: give --ckpt {base}, or, where the two are one "
+            f"model, correct base_model_name_or_path in adapter_config.json"
+        )
+    if backend == "vllm" and lora["r"] > VLLM_LORA_RANKS[-1]:
+        raise UserError(f"--adapter {adapter} has rank {lora['r']}, vLLM takes {VLLM_LORA_RANKS[-1]}: merge it first")
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there is one."""
+    ends = [place for place in (text.find(string) for string in stop) if place >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+class TransformersBackend:
+    """Padded on the left, so that every completion starts at the same place."""
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        ckpt: str,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: list[int],
+        dtype: str,
+        batch_size: int,
+        adapter: str | None,
+    ):
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.eos_token_ids = eos_token_ids
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=resolve_dtype(dtype), use_safetensors=True)
+        # The checkpoint's own may bring sampling, or a repetition penalty that greedy decoding would obey.
+        self.model.generation_config = GenerationConfig()
+        if adapter is not None:
+            from peft import PeftModel
+
+            self.model = PeftModel.from_pretrained(self.model, adapter)
+        self.model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
+    ) -> list[Completion]:
+        settings: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            torch.manual_seed(_seed_of(seeds))
+        if sampling.stop:
+            settings |= {"stop_strings": list(sampling.stop)}
+        config = GenerationConfig(
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self.eos_token_ids[0],
+            max_new_tokens=sampling.max_new_tokens,
+            use_cache=True,
+            **settings,
+        )
+        input_ids, attention_mask = _left_padded(prompts, self.eos_token_ids[0], self.device)
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            tokenizer=self.tokenizer if sampling.stop else None,
+        )
+        completions = []
+        for row in output[:, input_ids.shape[1] :].tolist():
+            length = next((n for n, token in enumerate(row) if token in self.eos_token_ids), None)
+            tokens = row[:length]
+            text, stopped = _cut(self.tokenizer.decode(tokens, skip_special_tokens=True), sampling.stop)
+            completions.append(Completion(text, len(tokens), finished=length is not None or stopped))
+        return completions
+
+    @torch.inference_mode()
+    def response_loss(self, prompts: list[list[int]], responses: list[list[int]]) -> float:
+        sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        total = 0.0
+        for indices in with_bar(batches([len(sequence) for sequence in sequences], self.batch_size), "response loss"):
+            input_ids, attention_mask = _left_padded([sequences[i] for i in indices], 0, self.device)
+            longest = max(len(responses[i]) for i in indices)
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+                logits_to_keep=longest + 1,
+                use_cache=False,
+            ).logits
+            for i, row in zip(indices, logits, strict=True):
+                response = torch.tensor(responses[i], device=self.device)
+                predicting = row[-len(response) - 1 : -1].float()
+                total += torch.nn.functional.cross_entropy(predicting, response, reduction="sum").item()
+        return total / sum(map(len, responses))
+
+
+def _seed_of(seeds: list[int]) -> int:
+    """One seed for a batch, whose members draw from one stream of random numbers."""
+    return int.from_bytes(hashlib.sha256(json.dumps(seeds).encode()).digest()[:7], "big")
+
+
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return input_ids, attention_mask
+
+
+class VLLMBackend:
+    """vLLM's offline engine, which forms batches of its own inside each batch it is given."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        ckpt: str,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: list[int],
+        dtype: str,
+        batch_size: int,
+        adapter: str | None,
+        max_length: int,
+        seed: int,
+        tensor_parallel_size: int,
+        gpu_memory_utilization: float,
+    ):
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # In a process of its own the engine starts on the first request while others still arrive: which are computed
+        # together, and so the rounding, would depend on the time of day.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
+        if not torch.cuda.is_available():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+            options = {"enforce_eager": True}
+        with quiet_vllm():
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+
+        self.lora = None
+        if adapter is not None:
+            rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+            max_rank = next(size for size in VLLM_LORA_RANKS if size >= rank)
+            options |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": 1}
+            self.lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.eos_token_ids = eos_token_ids
+        cores = os.sched_getaffinity(0)
+        with quiet_vllm():
+            self.llm = LLM(
+                model=ckpt,
+                dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
+                max_model_len=max_length + 1,
+                seed=seed,
+                tensor_parallel_size=tensor_parallel_size,
+                generation_config="vllm",  # not the checkpoint's: see TransformersBackend
+                **options,
+            )
+        os.sched_setaffinity(0, cores)  # without a GPU it binds this thread to one core, and with it all that grades
+
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
+    ) -> list[Completion]:
+        from vllm import SamplingParams
+
+        self.llm.reset_prefix_cache()  # what earlier batches left there would change the rounding of this one
+        settings = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seed,
+                max_tokens=sampling.max_new_tokens,
+                stop=list(sampling.stop),
+                stop_token_ids=self.eos_token_ids,
+            )
+            for seed in seeds or [None] * len(prompts)
+        ]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            settings,
+            use_tqdm=partial(tqdm, leave=False),
+            lora_request=self.lora,
+        )
+        completions = []
+        for output in outputs:
+            tokens = [token for token in output.outputs[0].token_ids if token not in self.eos_token_ids]
+            text, _ = _cut(self.tokenizer.decode(tokens, skip_special_tokens=True), sampling.stop)
+            completions.append(Completion(text, len(tokens), finished=output.outputs[0].finish_reason == "stop"))
+        return completions
+
+    def response_loss(self, prompts: list[list[int]], responses: list[list[int]]) -> float:
+        from vllm import SamplingParams
+
+        sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": sequence} for sequence in sequences],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0),
+            lora_request=self.lora,
+        )
+        total = 0.0
+        for output, response in zip(outputs, responses, strict=True):
+            of_response = zip(output.prompt_logprobs[-len(response) :], response, strict=True)
+            total -= sum(logprobs[token].logprob for logprobs, token in of_response)
+        return total / sum(map(len, responses))
+
+
+def eos_token_ids_of(ckpt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a completion: the tokenizer's end token, and those of the generation configuration (chat models)."""
+    try:
+        configured = GenerationConfig.from_pretrained(ckpt).eos_token_id
+    except OSError:
+        configured = None
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [tokenizer.eos_token_id, *configured] if token is not None})
