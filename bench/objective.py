@@ -14,7 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
-import contenders  # first: it makes train.py importable
+import contenders
 import torch
 
 import train

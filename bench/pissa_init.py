@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 
-import contenders  # first: it makes train.py importable
+import contenders
 import peft
 import torch
 from transformers import AutoModelForCausalLM

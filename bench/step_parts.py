@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 
-import contenders  # first: it makes train.py importable
+import contenders
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -52,25 +52,8 @@ class Clock:
         return timed
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
-    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
-    parser.add_argument("--fields", nargs=2, default=["question", "response"])
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps, after one to warm up")
-    args = parser.parse_args(argv)
-
-    path = resolve_demo(args.model, "model")
-    tokenizer, _ = load_tokenizer_and_config(path)
-    batches = contenders.batches_of(args, tokenizer)
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    train.add_adapters(model, "ba-lora", args.rank, args.rank, TARGET_MODULES)
-    assert enable_packing(model)
-    save_activations(model)
+def timed_steps(model: torch.nn.Module, batches: list[list[dict]]) -> tuple[list[dict[str, float]], list[float]]:
+    """Seconds of each step by part, and the rate of one large product beside each; the first step warms up."""
     wrapper = train.BALoRAModel(model)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
@@ -93,7 +76,29 @@ def main(argv: list[str]) -> None:
         seconds["student, forward"] = whole - seconds["teacher, forward"] - seconds["objective"]
         rows.append(seconds)
         rates.append(rate())
-    rows, rates = rows[1:], rates[1:]
+    return rows[1:], rates[1:]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
+    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
+    parser.add_argument("--fields", nargs=2, default=["question", "response"])
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps, after one to warm up")
+    args = parser.parse_args(argv)
+
+    path = resolve_demo(args.model, "model")
+    tokenizer, _ = load_tokenizer_and_config(path)
+    batches = contenders.batches_of(args, tokenizer)
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    train.add_adapters(model, "ba-lora", args.rank, args.rank, TARGET_MODULES)
+    assert enable_packing(model)
+    save_activations(model)
+    rows, rates = timed_steps(model, batches)
     per_second = statistics.median(rates)
 
     layers = train.adapter_layers(model).values()

@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from common.cli import UserError, option, require_positive
+from common.intervals import mean, score_line, share
 from eval import benchmark
 from eval.benchmark import Run, digest
-from eval.intervals import mean, score_line, share
 from eval.sandbox import Limits, Program, Verdict, require_isolation, run_programs
 
 

@@ -27,10 +27,10 @@ from fractions import Fraction
 from typing import Any
 
 from common.cli import UserError, option, parse_arguments, run_script
+from common.intervals import score_line, share
 from common.prompts import encode_response
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
-from eval.intervals import score_line, share
 
 HUB_DATA = "openai/gsm8k"
 FORMAT = "GSM8K's format has question and answer"

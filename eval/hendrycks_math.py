@@ -29,9 +29,9 @@ from typing import Any
 from tqdm import tqdm
 
 from common.cli import UserError, option, parse_arguments, require_positive, run_script
+from common.intervals import score_line, share
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
-from eval.intervals import score_line, share
 from eval.math_grader import SECONDS, Grader
 
 HUB_DATA = "DigitalLearningGmbH/MATH-lighteval"

@@ -44,10 +44,10 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from common.cli import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
+from common.intervals import mean, proportion, score_line
 from eval import benchmark
 from eval.benchmark import Run, Store, digest, encode_prompt, stop_strings
 from eval.generation import Sampling
-from eval.intervals import mean, proportion, score_line
 
 # FastChat, fastchat/llm_judge/common.py: temperature_config and NEED_REF_CATS.
 TEMPERATURES = {

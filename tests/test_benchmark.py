@@ -16,10 +16,11 @@ import torch
 from conftest import make_model, make_tokenizer, start_script
 from test_user_errors import error_of
 
+from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
 from common.prompts import encode_prompt
-from eval import benchmark, gsm8k, hendrycks_math, intervals
+from eval import benchmark, gsm8k, hendrycks_math
 from eval.generation import Sampling, load_backend
 
 PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(24)]

@@ -8,7 +8,8 @@ import xml.etree.ElementTree
 import pytest
 from test_user_errors import error_of
 
-from eval import intervals, report
+from common import intervals
+from eval import report
 
 # The published tables as they were printed (BA-LoRA's seed README, with the five deviations that lack their point put
 # right), as text: what the JSON must reproduce.

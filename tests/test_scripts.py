@@ -176,7 +176,7 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
     parsed = {}
     for words in scores:
         script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-        parsed[script.__name__] = parse_arguments(script.Arguments, "", words[2:])
+        parsed[script.__name__.removeprefix("eval.")] = parse_arguments(script.Arguments, "", words[2:])
     assert list(parsed) == ["gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench"]
     for args, data in zip(parsed.values(), files.values(), strict=True):
         assert (args.ckpt, args.data, args.limit) == ("out/run/merged", data, 7)
