@@ -198,7 +198,7 @@ class InterruptionArguments:
 
 @dataclass
 class MachineArguments:
-    """How the machine is used; the result does not depend on it."""
+    """How the machine is used."""
 
     teacher_cache: str | None = option(
         None, "folder that keeps the teacher's hidden states, so that further epochs, seeds and λs skip its pass"

@@ -7,6 +7,7 @@ the options; nothing here imports more than it.
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import field
@@ -42,6 +43,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
