@@ -81,7 +81,9 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
 
     values = parse(argv)
     if values.get("config"):
-        values = parse(_config_as_argv(Path(values["config"]), arguments_type) + argv)
+        words = _config_as_argv(Path(values["config"]), arguments_type)
+        parse(words)  # by itself too: a value that the command line overrides is not looked at
+        values = parse(words + argv)
     return arguments_type(**values)
 
 
