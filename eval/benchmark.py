@@ -259,6 +259,17 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+FAILURES = "failures.json"  # what eval/suite.py could not do, and why
+
+
+def read_failures(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """By benchmark, what failed of the results in `folder`: its error, checkpoint and command."""
+    try:
+        return dict(json.loads((Path(folder) / FAILURES).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------------
