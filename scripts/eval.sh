@@ -38,6 +38,7 @@ status=0
 # shellcheck disable=SC2086  # one word per benchmark
 run python eval/suite.py ${BENCHMARKS:+--benchmarks $BENCHMARKS} --ckpt "$ckpt" --output-dir "$out" --skip-done "$@" ||
     status=$?
-if [ "$status" -gt 2 ]; then exit "$status"; fi # interrupted
+# Interrupted, or nothing was begun: no benchmark to report on.
+if [ "$status" -gt 2 ] || { [ "$status" -ne 0 ] && [ ! -f "$out/failures.json" ]; }; then exit "$status"; fi
 run python eval/report.py "$out" --output-dir "$out/report" --overwrite
 exit "$status"
