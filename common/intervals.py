@@ -54,6 +54,26 @@ def mean(values: list[float], resamples: int = 10_000) -> dict[str, Any]:
     }
 
 
+def ratio(sums: list[float], counts: list[int], resamples: int = 10_000) -> dict[str, Any]:
+    """Σ sums / Σ counts with its 95 % percentile bootstrap interval over the groups that they are of: the mean over all
+    tokens of some documents, say, whose tokens are not independent."""
+    import numpy as np
+
+    total, weight = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    generator = np.random.default_rng(0)
+    block = max(1, 10**6 // len(total))  # resamples at a time
+    found = []
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        drawn = generator.multinomial(len(total), np.full(len(total), 1 / len(total)), size=size)
+        found.append((drawn @ total) / (drawn @ weight))
+    return {
+        "value": float(total.sum() / weight.sum()),
+        "of": len(total),
+        "interval_95": tuple(float(bound) for bound in np.quantile(np.concatenate(found), [0.025, 0.975])),
+    }
+
+
 def score_line(label: str, score: dict[str, Any], form: Callable[[float], str] = "{:.1%}".format) -> str:
     """One line of the terminal's report: a proportion or a mean with its interval and count."""
     if score["value"] is None:

@@ -3,7 +3,7 @@
 A benchmark's main reads
 
     args = parse_arguments(Arguments, __doc__, argv)            Arguments: a dataclass on top of the one here
-    run = Run("gsm8k", args)                                    checks the arguments, checkpoint and outputs
+    run = Run("gsm8k", args, load)                              checks the arguments, checkpoint and outputs
     records = run.records(["question", "answer"], "...")        the data
     items = run.complete([r["question"] for r in records])      one dict per completion
     for item in items: item |= grade(...)
@@ -23,7 +23,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from common.tables import load_records, require_fields
 from eval.generation import (
     Backend,
     Completion,
+    LoadBackend,
     Sampling,
     backend_name,
     batch_size_of,
@@ -220,12 +221,12 @@ def checkpoint_identity(name: str, config: Any = None) -> Any:
 PLACES, PLACE = 16, 2**16  # how many places of a weight file tell it from others, and the bytes of each
 
 
-def state_of(args: Arguments) -> str | None:
-    """Tells the weights of --ckpt and --adapter from others, wherever they lie; None where neither is a folder.
+def state_of(*names: str | None) -> str | None:
+    """Tells the weights of these checkpoints and adapters from others, wherever they lie; None where none is a folder.
 
     Files are read in a few places only: no training leaves those as they are.
     """
-    folders = [Path(name) for name in (args.ckpt, args.adapter) if name and Path(name).is_dir()]
+    folders = [Path(name) for name in names if name and Path(name).is_dir()]
     known = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
         size = path.stat().st_size
@@ -258,33 +259,126 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+FAILURES = "failures.json"  # what eval/suite.py could not do, and why
+
+
+def read_failures(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """By benchmark, what failed of the results in `folder`: its error, checkpoint and command."""
+    try:
+        return dict(json.loads((Path(folder) / FAILURES).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """One benchmark on one checkpoint, from checked arguments to results.
+class Results:
+    """What a script leaves in --output-dir: NAME.jsonl, a line per item, and NAME.json, the summary.
+
+    Args:
+        args: with output_dir, overwrite and skip_done, and a name or None for each of `MODELS`.
 
     Raises:
-        UserError: an argument out of range, results that are there already, a checkpoint or adapter that cannot be.
+        UserError: there are results already, and neither --overwrite nor --skip-done says what to do; or the latter,
+            and they are others.
+        SystemExit: there are these results already (--skip-done).
     """
 
-    def __init__(self, benchmark: str, args: Arguments):
+    MODELS = ("ckpt", "adapter")  # the arguments that name weights
+
+    def __init__(self, benchmark: str, args: Any):
         self.started = time.time()
         self.benchmark, self.args = benchmark, args
-        check_arguments(args)
         folder = Path(args.output_dir)
         self.items_path, self.summary_path = folder / f"{benchmark}.jsonl", folder / f"{benchmark}.json"
         if self.summary_path.exists() and not args.overwrite:
             remedy = "name another --output-dir, or replace it with --overwrite"
             if not args.skip_done:
                 raise UserError(f"{self.summary_path} is there already: {remedy}")
-            difference = self._difference()
+            made = self._made()
+            lacking = self.lacking(made)
+            difference = self._difference(made, NOT_DECIDING | set(lacking))
             if difference:
                 raise UserError(f"{self.summary_path} was made with {difference}: {remedy}")
-            print(f"{benchmark} is done: {self.summary_path}")
-            sys.exit(0)
+            if not lacking:
+                print(f"{benchmark} is done: {self.summary_path}")
+                sys.exit(0)
+
+    def lacking(self, made: dict[str, Any]) -> Collection[str]:
+        """The arguments that results were made without and that complete them now; none: they are complete."""
+        return ()
+
+    def state(self) -> str | None:
+        """Tells the weights that the arguments name from others."""
+        return state_of(*(getattr(self.args, name) for name in self.MODELS))
+
+    def _made(self) -> dict[str, Any]:
+        """The summary that is there."""
+        try:
+            made = json.loads(self.summary_path.read_text())
+            return made | {"arguments": dict(made["arguments"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.summary_path} is damaged: replace it with --overwrite") from error
+
+    def _difference(self, made: dict[str, Any], but: Collection[str]) -> str | None:
+        """How results differ from those that the arguments, `but` for some, ask for, in a few words."""
+        theirs = made["arguments"] | {name: full_name(made["arguments"].get(name)) for name in self.MODELS}
+        ours = asdict(self.args) | {name: full_name(getattr(self.args, name)) for name in self.MODELS}
+        difference = first_difference(theirs, ours, but)
+        now = self.state()
+        if difference is None and now is not None and made.get("checkpoint") not in (None, now):
+            return "other weights in the same folder"
+        return difference
+
+    def store(self, name: str) -> Store:
+        """The append-only file NAME.`name`.jsonl of this benchmark."""
+        folder = self.items_path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return Store(folder / f"{self.benchmark}.{name}.jsonl")
+        except OSError as error:
+            raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
+
+    def write(self, items: list[dict], about: dict[str, Any], what: str, lines: Iterable[str]) -> None:
+        """Writes items and summary, the summary last, and prints the report.
+
+        Args:
+            about: the summary, but for what every summary has.
+            what: says on the terminal what was scored on what, and how.
+            lines: made by `score_line`.
+        """
+        seconds = round(time.time() - self.started, 1)
+        summary = {
+            "benchmark": self.benchmark,
+            **about,
+            "versions": package_versions(),
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "seconds": seconds,
+        }
+        self.items_path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+        write_whole(self.summary_path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        print(f"\n{what}, {seconds:.0f} s)")
+        print("\n".join([*lines, f"  {'items and summary':24}{self.items_path}, {self.summary_path}"]))
+
+
+class Run(Results):
+    """One benchmark on one checkpoint, from checked arguments to results.
+
+    Args:
+        load: what loads the back end, `load_backend` where it is None; eval/suite.py has benchmarks share one.
+
+    Raises:
+        UserError: an argument out of range, results that are there already, a checkpoint or adapter that cannot be.
+    """
+
+    def __init__(self, benchmark: str, args: Arguments, load: LoadBackend | None = None):
+        check_arguments(args)
+        super().__init__(benchmark, args)
+        self._load = load or load_backend
         self.max_length = 0  # tokens that the back end must hold; complete() raises it to what it needs
         self._backend: Backend | None = None
         self._store: Store | None = None
@@ -310,21 +404,6 @@ class Run:
             from eval.backends import check_adapter
 
             check_adapter(args.adapter, self.ckpt, self.config, self._origin["backend"])
-
-    def _difference(self) -> str | None:
-        """How the results that are there differ from those that the arguments ask for, in a few words."""
-        try:
-            made = json.loads(self.summary_path.read_text())
-            arguments = made["arguments"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.summary_path} is damaged: replace it with --overwrite") from error
-        arguments |= {name: full_name(arguments.get(name)) for name in ("ckpt", "adapter")}
-        ours = asdict(self.args) | {name: full_name(getattr(self.args, name)) for name in ("ckpt", "adapter")}
-        difference = first_difference(arguments, ours, NOT_DECIDING)
-        now = state_of(self.args)
-        if difference is None and now is not None and made.get("checkpoint") not in (None, now):
-            return "other weights in the same folder"
-        return difference
 
     def records(
         self, fields: list[str], remedy: str, split: str = "test", names: Mapping[str, str] = MappingProxyType({})
@@ -467,7 +546,7 @@ class Run:
         """The back end, loaded at the first call."""
         if self._backend is None:
             args = self.args
-            self._backend = load_backend(
+            self._backend = self._load(
                 self._origin["backend"],
                 self.ckpt,
                 self.tokenizer,
@@ -482,40 +561,17 @@ class Run:
             )
         return self._backend
 
-    def store(self, name: str) -> Store:
-        """The append-only file NAME.`name`.jsonl of this benchmark."""
-        folder = self.items_path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return Store(folder / f"{self.benchmark}.{name}.jsonl")
-        except OSError as error:
-            raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
-
     def finish(self, items: list[dict], scores: dict[str, Any], lines: Iterable[str]) -> None:
-        """Writes items and summary, the summary last, and prints the report: `lines` are made by `score_line`."""
+        """Writes items and summary, and prints the report."""
         args = self.args
-        seconds = round(time.time() - self.started, 1)
         arguments = asdict(args)
         if args.rescore is not None:  # its own say nothing of how the completions were made
             arguments |= self._origin.get("made_with", {}).get("arguments") or dict.fromkeys(MADE_WITH)
-        summary = {
-            "benchmark": self.benchmark,
-            "checkpoint": None if args.rescore is not None else state_of(args),
-            **self._origin,
-            "data": args.data,
-            **scores,
-            "arguments": arguments,
-            "versions": package_versions(),
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "seconds": seconds,
-        }
-        self.items_path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
-        write_whole(self.summary_path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        state = None if args.rescore is not None else self.state()
+        about = {"checkpoint": state, **self._origin, "data": args.data, **scores, "arguments": arguments}
         how = f"rescored from {args.rescore}" if args.rescore else self._origin["backend"]
         on = f" with {self._origin['adapter']}" if self._origin["adapter"] else ""
-        print(f"\n{self._origin['ckpt']}{on} on {args.data} ({how}, {seconds:.0f} s)")
-        print("\n".join([*lines, f"  {'items and summary':24}{self.items_path}, {self.summary_path}"]))
+        self.write(items, about, f"{self._origin['ckpt']}{on} on {args.data} ({how}", lines)
 
 
 def _read_items(path: Path) -> list[dict]:

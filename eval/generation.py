@@ -5,7 +5,7 @@ caller's business (`batches`): rounding depends on it, so that a resumed run mus
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,6 +47,10 @@ class Backend(Protocol):
 
     def response_loss(self, prompts: list[list[int]], responses: list[list[int]]) -> float:
         """The mean over all response tokens of −ln p(token | prompt, response so far), in nats."""
+
+
+# `load_backend`, or what stands in for it.
+LoadBackend = Callable[..., Backend]
 
 
 def batches(lengths: list[int], batch_size: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ from common.intervals import score_line, share
 from common.prompts import encode_response
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
+from eval.generation import LoadBackend
 
 HUB_DATA = "openai/gsm8k"
 FORMAT = "GSM8K's format has question and answer"
@@ -127,11 +128,11 @@ def solved(record: dict[str, str]) -> tuple[str, str]:
     return record["question"], f"{steps.strip()}\nThe answer is: {gold.strip()}"
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     if args.loss_field and args.rescore:
         raise UserError("--loss-field needs a model, and --rescore loads none: leave one out")
-    run = Run("gsm8k", args)
+    run = Run("gsm8k", args, load)
     fields, names = ["question", "answer"], {HUB_DATA: "main"}
     records = run.records(fields + ([args.loss_field] if args.loss_field else []), FORMAT, names=names)
     golds = [gold_answer(record["answer"], index, args.data) for index, record in enumerate(records)]

@@ -32,6 +32,7 @@ from common.cli import UserError, option, parse_arguments, require_positive, run
 from common.intervals import score_line, share
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
+from eval.generation import LoadBackend
 from eval.math_grader import SECONDS, Grader
 
 HUB_DATA = "DigitalLearningGmbH/MATH-lighteval"
@@ -106,10 +107,10 @@ def grade(completions: list[str], golds: list[str], seconds: float = SECONDS) ->
     ]
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     require_positive(args, "seconds")
-    run = Run("hendrycks_math", args)
+    run = Run("hendrycks_math", args, load)
     fields = ["problem", "solution"]
     records = run.records(fields, FORMAT)
     golds = [gold_answer(record["solution"], index, args.data) for index, record in enumerate(records)]

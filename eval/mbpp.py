@@ -30,6 +30,7 @@ from common.cli import UserError, option, parse_arguments, run_script
 from eval import code_tasks
 from eval.benchmark import Run
 from eval.code_tasks import check_code_arguments, extract_code, finish, run_items
+from eval.generation import LoadBackend
 from eval.sandbox import Program
 
 HUB_DATA = "google-research-datasets/mbpp"
@@ -75,9 +76,9 @@ def program_of(record: dict[str, Any], completion: str) -> Program:
     return Program(code, tests, names, setup)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
-    run = Run("mbpp", args)
+    run = Run("mbpp", args, load)
     examples = run.examples(FIELDS, FORMAT, split="prompt", prefer=lambda record: record["task_id"] in PAPERS_EXAMPLES)
     shown = {record["task_id"] for record in examples}
     records = [record for record in run.records(FIELDS, FORMAT) if record["task_id"] not in shown]

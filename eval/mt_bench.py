@@ -12,13 +12,16 @@ The protocol is FastChat's: its temperature for each category, 1,024 new tokens,
 and reference answers shown to the judge for mathematics, reasoning and coding. The published table has the mean of the
 first turn.
 
-Questions, judge prompts and reference answers are three files of FastChat (github.com/lm-sys/FastChat, Apache-2.0), in
-fastchat/llm_judge/data: mt_bench/question.jsonl, judge_prompts.jsonl, mt_bench/reference_answer/gpt-4.jsonl.
+The questions come from the hub. They are a file of FastChat (github.com/lm-sys/FastChat, Apache-2.0), as are judge
+prompts and reference answers, in fastchat/llm_judge/data: mt_bench/question.jsonl, judge_prompts.jsonl,
+mt_bench/reference_answer/gpt-4.jsonl. The last two are needed for judging alone, and are not on the hub. The questions'
+own column `reference` is no substitute: it holds FastChat's short notes, not what its judge is shown.
 
 How to run
-    python eval/mt_bench.py --ckpt FOLDER --data question.jsonl                 answers; prints what judges them
+    python eval/mt_bench.py --ckpt FOLDER                                       answers; prints what judges them
     OPENAI_API_KEY=... python eval/mt_bench.py --ckpt FOLDER --data question.jsonl \\
         --judge-model gpt-4 --judge-prompts judge_prompts.jsonl --references gpt-4.jsonl
+    python eval/mt_bench.py ... --skip-done --judge-model gpt-4 ...             judges the answers that are there
     python eval/mt_bench.py ... --judge-url http://127.0.0.1:8000/v1            any other OpenAI-compatible endpoint
 
 What comes out, in --output-dir
@@ -35,8 +38,9 @@ import shlex
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -46,8 +50,8 @@ from tqdm import tqdm
 from common.cli import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
 from common.intervals import mean, proportion, score_line
 from eval import benchmark
-from eval.benchmark import Run, Store, digest, encode_prompt, stop_strings
-from eval.generation import Sampling
+from eval.benchmark import Store, digest, encode_prompt, stop_strings
+from eval.generation import LoadBackend, Sampling
 
 # FastChat, fastchat/llm_judge/common.py: temperature_config and NEED_REF_CATS.
 TEMPERATURES = {
@@ -63,6 +67,9 @@ TEMPERATURES = {
 WITH_REFERENCE = ("math", "reasoning", "coding")
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]|\[(\d+\.?\d*)\]")  # the second form is FastChat's fallback
 LOCAL = ("127.0.0.1", "localhost", "::1")
+# FastChat's file with its own columns and numbers. Not every copy on the hub has them: HuggingFaceH4's calls the turns
+# `prompt` and numbers them by a hash, so that no reference answer fits.
+HUB_DATA = "lighteval/mt-bench"
 FORMAT = "MT-Bench's format has question_id, category and turns (FastChat's question.jsonl)"
 
 
@@ -81,8 +88,16 @@ class JudgeArguments:
 
 @dataclass
 class Arguments(JudgeArguments, benchmark.Arguments):
-    data: str = option("question.jsonl", "FastChat's question.jsonl, or a file in its format")
+    data: str = option(HUB_DATA, "FastChat's question.jsonl, a file in its format, or hub name")
     prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each turn")
+
+
+class Run(benchmark.Run):
+    """A run whose answers can be judged later."""
+
+    def lacking(self, made: dict[str, Any]) -> Collection[str]:
+        is_open = made.get("judge") is None and self.args.judge_model is not None
+        return [item.name for item in fields(JudgeArguments)] if is_open else ()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -397,11 +412,12 @@ def judge_command(run: Run) -> str:
     return f"{args.judge_key_env}=... " + shlex.join(words)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     check_protocol(args)
-    run = Run("mt_bench", args)
-    questions = check_questions(run.records(["question_id", "category", "turns"], FORMAT), args.data)
+    run = Run("mt_bench", args, load)
+    records = run.records(["question_id", "category", "turns"], FORMAT, split="train")  # the hub's only one
+    questions = check_questions(records, args.data)
     judge = Judge.of(args, questions)
     if judge is not None:
         judge.require_reachable()

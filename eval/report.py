@@ -10,7 +10,7 @@ How to run
 
 A folder holds what the eval scripts wrote, or is the output of finetune_bert_l_sst2.py. Model, method and seed of a
 checkpoint that train.py made are read from its config.yaml, which is in the folder above; other rows are named after
-their folder.
+their folder. What eval/forgetting.py measured is a column of its own, outside of the average.
 
 What comes out: tables on the terminal; with --output-dir also
     report.md, report.tex          a table per model: methods by rows, benchmarks by columns, the average
@@ -31,10 +31,10 @@ import yaml
 
 from common.cli import UserError, option, parse_arguments, run_script
 from common.runs import NOT_IDENTITY, first_difference
-from eval.benchmark import NOT_DECIDING, full_name, read_jsonl, write_whole
+from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_RUN = "not run"
+NOT_RUN, NOT_JUDGED, FAILED = "not run", "not judged", "failed"
 
 
 Folders = tyro.conf.Positional[Annotated[list[str], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]]
@@ -69,6 +69,7 @@ class Column:
     score: str = "accuracy"  # its name in the summary
     items: int = 0  # of the whole benchmark
     scale: float = 100.0
+    form: str = "{:.2f}"
 
 
 NLG = {
@@ -88,6 +89,8 @@ NLU = {  # on the development sets; MNLI's is the matched one
     "rte": Column("RTE", items=277),
     "stsb": Column("STS-B", "pearson", items=1500),
 }
+# What is measured beside the benchmarks: there is no published number, and no average with one.
+BESIDE = {"forgetting": Column("forgetting, nats", "forgetting", scale=1.0, form="{:+.3f}")}
 PARTS = {"nlg": NLG, "nlu": NLU}
 METHODS = {"full": "Full FT", "lora": "LoRA", "pissa": "PiSSA", "ba-lora": "BA-LoRA"}
 
@@ -108,6 +111,8 @@ class Row:
     deviations: dict[str, float | None] = field(default_factory=dict)  # published ones; ours come from the scores
     printed_average: float | None = None  # published
     notes: dict[str, str] = field(default_factory=dict)  # what else a cell must say: an interval, another count
+    without: dict[str, list[str]] = field(default_factory=dict)  # for each run without a score: why it has none
+    remarks: list[str] = field(default_factory=list)  # what is said of it below the table
     origins: dict[str, list["Run"]] = field(default_factory=dict)  # of ours
 
     def mean(self, benchmark: str) -> float | None:
@@ -125,6 +130,14 @@ class Row:
         """The mean over all benchmarks; None where one is missing."""
         means = [self.mean(name) for name in columns]
         return None if None in means else statistics.mean(means)
+
+    def absence(self, *benchmarks: str) -> str:
+        """Why there is no score of one of these: NOT_RUN, unless all that lack one lack it for one other reason."""
+        reasons = {reason for name in benchmarks if not self.scores.get(name) for reason in self._reasons(name)}
+        return reasons.pop() if len(reasons) == 1 else NOT_RUN
+
+    def _reasons(self, benchmark: str) -> list[str]:
+        return self.without.get(benchmark) or [NOT_RUN]
 
 
 @dataclass
@@ -163,6 +176,7 @@ class Run:
         settings: the arguments that decide its result, the seed among them; empty where they are not known.
         columns: the benchmarks of its table.
         summaries: what was measured, by benchmark; each has an entry named `Column.score`.
+        failures: what could not be, by benchmark: the error.
         metrics: the training's metrics.jsonl, where it is there.
     """
 
@@ -175,6 +189,7 @@ class Run:
     columns: dict[str, Column]
     summaries: dict[str, dict]
     metrics: Path | None
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 def load_run(folder: str, name: str | None) -> Run:
@@ -195,7 +210,8 @@ def load_run(folder: str, name: str | None) -> Run:
     if model is None:
         model = str(next(iter(summaries.values())).get("ckpt"))
     metrics = made / "metrics.jsonl" if made else None
-    return Run(folder, name, model, method, params, deciding(settings), NLG, summaries, metrics)
+    failures = {name: failure["error"] for name, failure in read_failures(folder).items() if name not in summaries}
+    return Run(folder, name, model, method, params, deciding(settings), NLG, summaries, metrics, failures)
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
@@ -234,23 +250,25 @@ def load_summaries(folder: str) -> dict[str, dict]:
         UserError: there is none, or one cannot be read.
     """
     summaries = {}
-    for name in NLG:
+    for name, column in (NLG | BESIDE).items():
         path = Path(folder) / f"{name}.json"
         if path.is_file():
             try:
                 found = json.loads(path.read_text())
-                is_older = "accuracy" in found and NLG[name].score not in found
-                found[NLG[name].score if not is_older else "accuracy"]["value"]
+                is_older = "accuracy" in found and column.score not in found
+                found[column.score if not is_older else "accuracy"]["value"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged: run eval/{name}.py again with --overwrite") from error
             if is_older:
                 raise UserError(
-                    f"{path} is older than this script and lacks {NLG[name].score}: python eval/{name}.py "
+                    f"{path} is older than this script and lacks {column.score}: python eval/{name}.py "
                     f"--rescore {path.with_suffix('.jsonl')} --output-dir {folder} --overwrite"
                 )
             summaries[name] = found
     if not summaries:
-        names = ", ".join(f"{name}.json" for name in NLG)
+        for name, failure in read_failures(folder).items():
+            raise UserError(f"no results in {folder}: {name} failed: {failure['error']}")
+        names = ", ".join(f"{name}.json" for name in NLG | BESIDE)
         raise UserError(
             f"no results in {folder}: it has none of {names}, nor results.json; run eval/gsm8k.py or a sibling first"
         )
@@ -326,10 +344,14 @@ def _require_seeds(row: Row, benchmark: str, run: Run) -> None:
 
 
 def _add(row: Row, run: Run) -> None:
+    for name, error in run.failures.items():
+        row.without.setdefault(name, []).append(FAILED)
+        row.remarks.append(f"{run.folder}: {(NLG | BESIDE)[name].label} failed: {error}")
     for name, summary in run.summaries.items():
-        column = run.columns[name]
+        column = (run.columns | BESIDE)[name]
         score = summary[column.score]
         if score["value"] is None:  # MT-Bench without a judge
+            row.without.setdefault(name, []).append(NOT_JUDGED)
             continue
         if run.name is None:
             _require_seeds(row, name, run)
@@ -337,7 +359,8 @@ def _add(row: Row, run: Run) -> None:
         row.scores.setdefault(name, []).append(score["value"] * column.scale)
         notes = []
         if len(row.scores[name]) == 1:
-            notes.append("[{:.2f}, {:.2f}]".format(*(bound * column.scale for bound in score["interval_95"])))
+            low, high = (column.form.format(bound * column.scale) for bound in score["interval_95"])
+            notes.append(f"[{low}, {high}]")
         counts = {other.summaries[name][column.score]["of"] for other in row.origins[name]}
         if counts != {column.items}:
             notes.append(f"n = {', '.join(map(str, sorted(counts)))}")
@@ -351,7 +374,9 @@ def _add(row: Row, run: Run) -> None:
 
 def cells(table: Table) -> list[list[str]]:
     """The table's text: a head, then a row per method, and one for every published method that we have not run."""
-    head = ["method", "whose", "parameters", *(column.label for column in table.columns.values()), "average"]
+    beside = {name: column for name, column in BESIDE.items() if any(row.scores.get(name) for row in table.rows)}
+    labels = [column.label for column in table.columns.values()]
+    head = ["method", "whose", "parameters", *labels, "average", *(column.label for column in beside.values())]
     rows = list(table.rows)
     ours = [row.method for row in rows if not row.published]
     rows += [Row(method) for method in METHODS.values() if table.source and method not in ours]
@@ -359,23 +384,27 @@ def cells(table: Table) -> list[list[str]]:
     for row in rows:
         count = max((len(scores) for scores in row.scores.values()), default=0)
         whose = "published" if row.published else "ours" + (f", {count} seeds" if count > 1 else "")
-        texts = [_cell(row, name) for name in table.columns]
-        body.append([row.method, whose, row.params, *texts, _average_cell(row, table.columns)])
+        texts = [_cell(row, name, column) for name, column in table.columns.items()]
+        texts.append(_average_cell(row, table.columns))
+        texts += ["" if row.published else _cell(row, name, column) for name, column in beside.items()]
+        body.append([row.method, whose, row.params, *texts])
     return [head, *body]
 
 
-def _cell(row: Row, benchmark: str) -> str:
+def _cell(row: Row, benchmark: str, column: Column) -> str:
     mean, deviation = row.mean(benchmark), row.deviation(benchmark)
     if mean is None:
-        return NOT_RUN
-    text = f"{mean:.2f}" + (f"±{deviation:.2f}" if deviation is not None else "")
-    return f"{text} {row.notes.get(benchmark, '')}".rstrip()
+        return row.absence(benchmark)
+    text = column.form.format(mean) + (f"±{column.form.format(deviation).lstrip('+')}" if deviation is not None else "")
+    missing = row.without.get(benchmark, [])
+    notes = [row.notes.get(benchmark, ""), *(f"{missing.count(why)} {why}" for why in dict.fromkeys(missing))]
+    return f"{text} {', '.join(filter(None, notes))}".rstrip()
 
 
 def _average_cell(row: Row, columns: dict[str, Column]) -> str:
     average = row.average(columns)
     if average is None:
-        return NOT_RUN
+        return row.absence(*columns)
     printed = f"{row.printed_average:.2f}" if row.printed_average is not None else f"{average:.2f}"
     return f"{average:.2f}" if printed == f"{average:.2f}" else f"{average:.2f} (printed: {printed})"
 
@@ -394,15 +423,25 @@ LEGEND = (
     "± is the standard deviation over seeds, [ ] the 95 % interval of a single run, n the number of items where it is "
     "not the whole benchmark. Averages are recomputed from their rows."
 )
+FORGETTING_LEGEND = (
+    "Forgetting is the loss after training less that before, in nats per token of text that has nothing to do with "
+    "the task."
+)
+
+
+def legend(tables: list[Table]) -> str:
+    shown = any(row.scores.get("forgetting") for table in tables for row in table.rows)
+    return f"{LEGEND} {FORGETTING_LEGEND}" if shown else LEGEND
 
 
 def markdown_report(tables: list[Table]) -> str:
-    """All tables with their sources."""
+    """All tables with their sources, and with what is missing and why."""
     parts = []
     for table in tables:
         source = f"\n\nPublished: {table.source}." if table.source else ""
-        parts.append(f"## {table.model}\n\n{markdown(cells(table))}{source}")
-    return "\n\n".join([*parts, LEGEND])
+        remarks = "".join(f"\n\n{remark}" for row in table.rows for remark in row.remarks)
+        parts.append(f"## {table.model}\n\n{markdown(cells(table))}{remarks}{source}")
+    return "\n\n".join([*parts, legend(tables)])
 
 
 LATEX = str.maketrans(
@@ -432,7 +471,7 @@ def latex_report(tables: list[Table]) -> str:
             r"\end{table}",
             "",
         ]
-    return "\n".join([f"% {LEGEND}", *parts])
+    return "\n".join([f"% {legend(tables)}", *parts])
 
 
 COMPARISON = ("model", "problems", "accuracy, 95 % interval", "last number", "answer extracted", "response loss")
@@ -501,7 +540,8 @@ def plot_tables(tables: list[Table]) -> Any:
                 mean = row.mean(name)
                 colour = COLOURS.get(row.method, OTHER_COLOUR)
                 if mean is None:
-                    panel.text(0.02, place, NOT_RUN, transform=panel.get_yaxis_transform(), va="center", fontsize=7)
+                    why = row.absence(name)
+                    panel.text(0.02, place, why, transform=panel.get_yaxis_transform(), va="center", fontsize=7)
                     continue
                 panel.errorbar(
                     mean,

@@ -68,13 +68,7 @@ paper)
     case "$subset" in
     metamath) benchmarks="gsm8k hendrycks_math" ;;
     python) benchmarks="humaneval mbpp" ;;
-    conversation)
-        benchmarks=mt_bench
-        if [ -z "${MT_BENCH:-}" ]; then
-            say "SUBSET=conversation is scored on MT-Bench: MT_BENCH=question.jsonl (scripts/eval.sh names its settings)" >&2
-            exit 2
-        fi
-        ;;
+    conversation) benchmarks=mt_bench ;;
     *)
         say "SUBSET=$subset: metamath, python or conversation" >&2
         exit 2

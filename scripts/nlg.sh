@@ -6,7 +6,7 @@
 #
 # METHODS="lora ba-lora" SUBSETS="metamath" SEEDS="42"     by default all four, all three, and 42 43 44
 # OUTPUT=output/nlg                                        a folder per run; the report in output/nlg-report
-# MT_BENCH=question.jsonl JUDGE=...                        and the other settings of scripts/ba-lora.sh and eval.sh
+# JUDGE=gpt-4 ...                                          and the other settings of scripts/ba-lora.sh and eval.sh
 # DRY_RUN=1                                                prints the commands and runs nothing
 #
 # Started again after an interruption, it goes on where it was. With other options it needs another OUTPUT.
@@ -14,13 +14,8 @@ set -eu
 . "$(dirname "$0")/setup.sh"
 
 output=${OUTPUT:-output/nlg}
-subsets=${SUBSETS:-metamath python conversation}
-if [ -z "${MT_BENCH:-}" ] && [ -z "${SUBSETS:-}" ]; then
-    say "conversation and its MT-Bench are left out: MT_BENCH=question.jsonl names FastChat's questions"
-    subsets="metamath python"
-fi
 results=
-for subset in $subsets; do
+for subset in ${SUBSETS:-metamath python conversation}; do
     for method in ${METHODS:-full lora pissa ba-lora}; do
         for seed in ${SEEDS:-42 43 44}; do
             folder=$output/$subset-$method-$seed

@@ -35,7 +35,7 @@ OTHERS = {
 # The shell scripts hand their options on to one of these.
 BEHIND = {name: ["train.py"] for name in ("ba-lora", "lora", "pissa", "full-ft", "nlg")}
 BEHIND |= {"glue": ["finetune_bert_l_sst2.py"]}
-BEHIND |= {"eval": [f"eval/{name}.py" for name in ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")]}
+BEHIND |= {"eval": ["eval/suite.py"]}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

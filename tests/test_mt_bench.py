@@ -6,10 +6,12 @@ import shlex
 import threading
 import time
 
+import datasets
 import pytest
 from conftest import start_script
 from test_user_errors import error_of
 
+from common.cli import UserError
 from eval import mt_bench
 
 QUESTIONS = [
@@ -166,6 +168,35 @@ def test_answers_without_a_judge_then_the_printed_command(run, stub, capsys, fil
     assert len(stub.asked) == 4
     assert all((body["temperature"], body["max_tokens"]) == (0.0, 2048) for body in stub.asked)
     assert stub.headers_seen[0] is None  # no key for a judge on this machine
+
+
+def test_skip_done_judges_answers_that_no_judge_has_seen(run, stub, files, monkeypatch, capsys):
+    """No model is loaded; judged once, they are done; answers of other settings are refused."""
+    answers, _ = run("--limit", 2)
+    monkeypatch.setattr("eval.benchmark.load_backend", None)
+    judged, summary = run("--limit", 2, "--skip-done", judge=stub)
+    assert [item["completion"] for item in judged] == [item["completion"] for item in answers]
+    assert (summary["judge"], summary["first_turn"]["value"], len(stub.asked)) == ("stub", 7, 4)
+    with pytest.raises(SystemExit) as ended:
+        run("--limit", 2, "--skip-done", judge=stub)
+    assert ended.value.code == 0
+    assert "mt_bench is done" in capsys.readouterr().out
+    (files / "out" / "mt_bench.json").write_text(json.dumps(summary | {"judge": None}))
+    with pytest.raises(UserError, match="was made with limit = 2, not 1"):
+        run("--limit", 1, "--skip-done", judge=stub)
+    assert len(stub.asked) == 4
+
+
+def test_questions_come_from_the_hub_by_default(run, files, monkeypatch):
+    """As the hub has them: the only split is called train, and each has a reference, empty for most."""
+    rows = datasets.Dataset.from_list([question | {"reference": []} for question in QUESTIONS])
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, split, **k: asked.append((name, split)) or rows)
+    items, summary = run("--data", mt_bench.HUB_DATA)
+    assert asked == [("lighteval/mt-bench", "train")]
+    assert mt_bench.Arguments().data == summary["data"] == mt_bench.HUB_DATA
+    assert [item["question_id"] for item in items] == [1, 1, 2, 2, 3, 3]
+    assert [item["instruction"] for item in items[:2]] == QUESTIONS[0]["turns"]
 
 
 def test_scores_are_means_over_questions(run, stub):

@@ -186,14 +186,87 @@ def test_other_test_sets_and_other_models_are_not_the_published_ones(tmp_path, c
 
 
 def test_a_part_of_the_benchmarks_has_no_average(tmp_path, capsys):
-    """One seed shows its interval; fewer items than the benchmark has are named; an unjudged MT-Bench is not run."""
+    """One seed shows its interval; fewer items than the benchmark has are named; an unjudged MT-Bench is named."""
     write_summary(tmp_path / "mine", "gsm8k", 0.5, 120, interval=[0.41, 0.59])
     write_summary(tmp_path / "mine", "hendrycks_math", 0.25, 5000, interval=[0.24, 0.26])
     write_summary(tmp_path / "mine", "mt_bench", None, 0)
     report.main([str(tmp_path / "mine")])
     table = tables_of(capsys.readouterr().out)["some/model"]
-    assert table[1] == ["mine", "ours", "", "50.00 [41.00, 59.00], n = 120", "25.00 [24.00, 26.00]", *["not run"] * 4]
-    assert len(table) == 2
+    head, row = (dict(zip(table[0], cells, strict=True)) for cells in table)
+    assert list(head) == ["method", "whose", "parameters", "GSM8K", "MATH", "HumanEval", "MBPP", "MT-Bench", "average"]
+    assert (row["method"], row["whose"], row["parameters"]) == ("mine", "ours", "")
+    assert (row["GSM8K"], row["MATH"]) == ("50.00 [41.00, 59.00], n = 120", "25.00 [24.00, 26.00]")
+    assert (row["HumanEval"], row["MBPP"], row["MT-Bench"]) == ("not run", "not run", "not judged")
+    assert row["average"] == "not run"
+
+
+def test_what_could_not_be_had_is_named_with_its_reason(tmp_path, capsys, monkeypatch):
+    """By eval/suite.py's account; a result that came later stands; of three seeds those without a judge are counted."""
+    for name in ("gsm8k", "hendrycks_math", "humaneval"):
+        write_summary(tmp_path / "mine", name, 0.5, report.NLG[name].items)
+    failures = {
+        "mt_bench": {"error": "cannot load the data set 'lighteval/mt-bench' from the hub: offline"},
+        "mbpp": {"error": "no such data file or folder: ./mbpp.json"},
+        "gsm8k": {"error": "an engine that died"},
+    }
+    (tmp_path / "mine" / "failures.json").write_text(json.dumps(failures))
+    report.main([str(tmp_path / "mine"), "--output-dir", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    table = tables_of(printed)["some/model"]
+    assert table[1][3:] == ["50.00 [50.00, 50.00]"] * 3 + ["failed"] * 3
+    for name, label in (("mt_bench", "MT-Bench"), ("mbpp", "MBPP")):
+        assert f"{tmp_path / 'mine'}: {label} failed: {failures[name]['error']}" in printed
+    assert "an engine that died" not in printed
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "failures.json").write_text(json.dumps({"mbpp": failures["mbpp"]}))
+    line = error_of(report, [tmp_path / "nothing"], monkeypatch, capsys)
+    assert f"no results in {tmp_path / 'nothing'}: mbpp failed: no such data file" in line
+    for seed, value in ((1, 5.0), (2, None), (3, 7.0)):
+        write_summary(tmp_path / f"seed-{seed}", "mt_bench", value, 80 if value else 0)
+    report.main([f"Mine={tmp_path / f'seed-{seed}'}" for seed in (1, 2, 3)])
+    row = tables_of(capsys.readouterr().out)["some/model"][1]
+    assert row[7] == "6.00±1.41 1 not judged"
+
+
+def write_forgetting(folder, value, documents=464, **arguments):
+    """forgetting.json as eval/forgetting.py writes it, as far as the report reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    score = {"value": value, "of": documents, "interval_95": [value - 0.01, value + 0.02]}
+    content = {"ckpt": "some/model", "adapter": None, "forgetting": score, "arguments": arguments}
+    (folder / "forgetting.json").write_text(json.dumps(content))
+
+
+def test_forgetting_is_a_column_outside_of_the_average(tmp_path, capsys):
+    """With its interval and its documents; mean and deviation over seeds; whoever has none is not run."""
+    for name, score in (("base", 0.5), ("mine", 0.7)):
+        for benchmark, column in report.NLG.items():
+            write_summary(tmp_path / name, benchmark, score, column.items)
+    write_forgetting(tmp_path / "mine", 0.1234)
+    report.main([str(tmp_path / "base"), str(tmp_path / "mine"), "--output-dir", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    head, base, mine = tables_of(printed)["some/model"]
+    assert head[-2:] == ["average", "forgetting, nats"]
+    assert base[-2:] == ["40.10", "not run"]
+    assert mine[-2:] == ["56.14", "+0.123 [+0.113, +0.143], n = 464"]
+    assert mine[-2] == f"{(4 * 70 + 0.7) / 5:.2f}"
+    assert "Forgetting is the loss after training less that before" in printed
+    latex = (tmp_path / "report" / "report.tex").read_text()
+    assert "& forgetting, nats " in latex
+    for seed, value in ((1, -0.1), (2, 0.3)):
+        write_forgetting(tmp_path / f"seed-{seed}", value)
+    report.main([f"Mine={tmp_path / f'seed-{seed}'}" for seed in (1, 2)])
+    row = tables_of(capsys.readouterr().out)["some/model"][1]
+    assert row[1] == "ours, 2 seeds"
+    assert row[-1] == f"+0.100±{statistics.stdev([-0.1, 0.3]):.3f} n = 464"
+    report.main([])
+    assert "orgetting" not in capsys.readouterr().out
+
+
+def test_forgetting_on_other_texts_is_no_other_seed(tmp_path, monkeypatch, capsys):
+    for name, options in (("a", {"data": ["code"]}), ("b", {"data": ["peft"], "seed": 1})):
+        write_forgetting(tmp_path / name / "mine", 0.1, **options)
+    line = error_of(report, [tmp_path / "a" / "mine", tmp_path / "b" / "mine"], monkeypatch, capsys)
+    assert "are no seeds of one mine: data = ['code'], not ['peft']" in line
 
 
 def test_named_rows(tmp_path, capsys):

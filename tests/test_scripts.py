@@ -14,7 +14,7 @@ from conftest import ROOT
 import finetune_bert_l_sst2
 import train
 from common.cli import parse_arguments
-from eval import mt_bench
+from eval import mt_bench, suite
 
 
 def dry_run(script: str, *options: str, **environment: str) -> str:
@@ -49,8 +49,8 @@ def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
     assert args.batch_size * args.gradient_accumulation * num_gpus == 128
     assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
     assert (args.max_length, args.max_examples, args.data_subset) == (512, 100_000, "metamath")
-    assert "eval/gsm8k.py --ckpt meta-llama/Llama-2-7b-hf" in printed
-    assert "eval/gsm8k.py --ckpt out/merged" in printed
+    for ckpt in ("meta-llama/Llama-2-7b-hf", "out/merged"):
+        assert f"eval/suite.py --benchmarks gsm8k hendrycks_math --ckpt {ckpt} " in printed
     assert "eval/report.py" in printed
 
 
@@ -64,15 +64,17 @@ def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmark
             args = parse_arguments(train.Arguments, "", words[words.index("train.py") + 1 :])
             assert (args.formulation, args.resume) == ("arxiv2024", True)
             trainings[args.output_dir] = (args.method, args.data_subset, args.seed)
-        elif words[0] == "python" and words[1].startswith("eval/") and "report" not in words[1]:
-            folder = words[words.index("--output-dir") + 1]
-            assert words[words.index("--ckpt") + 1] == folder.partition("/results")[0] + "/merged"
-            scored.setdefault(folder, []).append(words[1])
+        elif words[:2] == ["python", "eval/suite.py"]:
+            args = parse_arguments(suite.Arguments, "", words[2:])
+            assert args.ckpt == args.output_dir.partition("/results")[0] + "/merged"
+            assert args.output_dir not in scored
+            assert args.mt_bench == "/q.jsonl"
+            scored[args.output_dir] = args.benchmarks
     methods, seeds = ("full", "lora", "pissa", "ba-lora"), (1, 2)
     benchmarks = {
-        "metamath": ["eval/gsm8k.py", "eval/hendrycks_math.py"],
-        "python": ["eval/humaneval.py", "eval/mbpp.py"],
-        "conversation": ["eval/mt_bench.py"],
+        "metamath": ["gsm8k", "hendrycks_math"],
+        "python": ["humaneval", "mbpp"],
+        "conversation": ["mt_bench"],
     }
     assert len(trainings) == 24
     assert set(trainings.values()) == set(itertools.product(methods, benchmarks, seeds))
@@ -118,32 +120,21 @@ def test_a_second_start_asks_the_scripts_what_is_done(tmp_path, monkeypatch):
         assert all(flag in line.split() for line in scoring)
         assert f"--ckpt {tmp_path}/merged" in scoring[1]
     eight = dry_run("ba-lora.sh", "--overwrite", NUM_GPUS="8")
-    assert all("--overwrite" in line for line in eight.splitlines() if "eval/gsm8k.py" in line)
+    scoring = [line for line in eight.splitlines() if "eval/suite.py" in line]
+    assert len(scoring) == 2
+    assert all("--overwrite" in line for line in scoring)
 
 
-def test_the_published_table_without_mt_bench(monkeypatch):
+def test_the_published_table_needs_no_file_of_questions(monkeypatch):
+    """MT-Bench's training is one of the three, with the hub's questions."""
     monkeypatch.chdir(ROOT)
     printed = dry_run("nlg.sh", NUM_GPUS="8", MT_BENCH="", SEEDS="1", METHODS="lora")
-    assert "MT_BENCH=question.jsonl" in printed
-    assert [
-        line.partition("--data-subset ")[2].split()[0] for line in printed.splitlines() if " train.py " in line
-    ] == [
-        "metamath",
-        "python",
-    ]
+    trained = [line.partition("--data-subset ")[2].split()[0] for line in printed.splitlines() if " train.py " in line]
+    assert trained == ["metamath", "python", "conversation"]
+    (line,) = (line for line in printed.splitlines() if "--benchmarks mt_bench" in line)
+    commands = suite.commands(parse_arguments(suite.Arguments, "", shlex.split(line)[2:]))
+    assert parse_arguments(mt_bench.Arguments, "", commands["mt_bench"]).data == mt_bench.HUB_DATA
     assert "eval/report.py" in printed.splitlines()[-1]
-
-
-def test_answers_without_a_judge_are_judged_later(tmp_path):
-    (tmp_path / "mt_bench.json").write_text('{"judge": null}')
-    command = ["sh", str(ROOT / "scripts/eval.sh"), "ckpt", str(tmp_path)]
-    environment = os.environ | {"DRY_RUN": "1", "BENCHMARKS": "mt_bench", "MT_BENCH": "q.jsonl"}
-    for judge, overwrite in ({}, False), ({"JUDGE": "gpt-4"}, True):
-        printed = subprocess.run(command, env=environment | judge, capture_output=True, text=True, check=True).stdout
-        (line,) = (line for line in printed.splitlines() if "eval/mt_bench.py" in line)
-        args = parse_arguments(mt_bench.Arguments, "", shlex.split(line)[2:])
-        assert (args.ckpt, args.judge_model, args.overwrite) == ("ckpt", judge.get("JUDGE"), overwrite)
-        assert args.skip_done
 
 
 def test_the_demo_without_gpus(monkeypatch):
@@ -160,7 +151,7 @@ def test_local_copies_take_the_hubs_place(monkeypatch):
 
 
 def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
-    """Each command is one that its script takes; local files and options reach it; without questions no MT-Bench."""
+    """One command; what it runs each script with is what the script takes; local files and options reach it."""
     monkeypatch.chdir(ROOT)
     files = {name: f"/data/{name}.jsonl" for name in ("GSM8K", "MATH", "HUMANEVAL", "MBPP", "MT_BENCH")}
     judge = {"JUDGE": "gpt-4", "JUDGE_URL": "http://127.0.0.1:1/v1", "JUDGE_PROMPTS": "/p", "REFERENCES": "/r"}
@@ -171,19 +162,27 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
         printed = subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
         return [shlex.split(line) for line in printed.splitlines() if line.startswith("python")]
 
-    *scores, last = commands(**files, **judge)
+    def parsed_by_scripts(words):
+        assert words[:2] == ["python", "eval/suite.py"]
+        found = suite.commands(parse_arguments(suite.Arguments, "", words[2:]))
+        scripts = {name: importlib.import_module(f"eval.{name}") for name in found}
+        return {name: parse_arguments(script.Arguments, "", found[name]) for name, script in scripts.items()}
+
+    scoring, last = commands(**files, **judge)
     assert last[1:3] == ["eval/report.py", "out/run/results"]
-    parsed = {}
-    for words in scores:
-        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-        parsed[script.__name__.removeprefix("eval.")] = parse_arguments(script.Arguments, "", words[2:])
+    parsed = parsed_by_scripts(scoring)
     assert list(parsed) == ["gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench"]
     for args, data in zip(parsed.values(), files.values(), strict=True):
         assert (args.ckpt, args.data, args.limit) == ("out/run/merged", data, 7)
         assert args.output_dir == "out/run/results"
-        assert args.temperature == 0
-    assert (parsed["mt_bench"].judge_model, parsed["mt_bench"].references) == ("gpt-4", "/r")
-    assert [words[1] for words in commands()] == [f"eval/{name}.py" for name in [*list(parsed)[:4], "report"]]
+        assert (args.temperature, args.skip_done) == (0, True)
+    asked = parsed["mt_bench"]
+    assert (asked.judge_model, asked.judge_url) == ("gpt-4", judge["JUDGE_URL"])
+    assert (asked.judge_prompts, asked.references) == ("/p", "/r")
+    plain = parsed_by_scripts(commands()[0])
+    assert list(plain) == list(parsed)  # MT-Bench's questions are the hub's
+    assert (plain["mt_bench"].data, plain["mt_bench"].judge_model) == (mt_bench.HUB_DATA, None)
+    assert list(parsed_by_scripts(commands(BENCHMARKS="mbpp gsm8k")[0])) == ["mbpp", "gsm8k"]
 
 
 def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
