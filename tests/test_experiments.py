@@ -1,0 +1,470 @@
+"""Experiments: each resolves without network, with its price; mistakes get one line; kills leave the same folder."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, make_model
+from safetensors.torch import load_file
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.cli import UserError
+from eval.published import published_table
+from experiments import choose, grid, price, report, run_record
+
+SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dry run reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Every experiment
+# ------------------------------------------------------------------------------------------------------------------
+
+NAMED = {"ablation", "formulation", "glue", "glue-imbalance", "glue-noise", "lambda", "learning-rate", "nlg", "rank"}
+NAMED |= {"peft-metamath", "schedules", "spectral-k", "start", "temperature", "top-k"}
+
+
+def test_what_was_asked_for_is_there_with_a_twin_each():
+    assert NAMED | {f"{name}-demo" for name in NAMED} | {"nlg-batch32", "nlg-tiny", "nlu-robustness"} <= set(
+        grid.names()
+    )
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_an_experiment_resolves_without_network_and_has_its_price(name, no_network, monkeypatch):
+    """Its runs are all combinations, each in a folder of its own; every file that a run needs has a command."""
+    monkeypatch.chdir(ROOT)
+    plan = grid.expand(name)
+    study = [run for run in plan.runs if run.phase == "study"]
+    sizes = [len(values) for values in plan.entries["axes"].values()]
+    assert len(study) == np.prod(sizes)
+    assert len({run.folder for run in plan.runs}) == len(plan.runs)
+    content = grid.as_json(plan, "plan.json", {}, [])
+    commands = grid.all_commands(content)
+    for run in plan.runs:
+        assert content["runs"][run.name]["train"] in commands
+        assert set(run.needs) <= set(content["files"])
+        assert set(content["runs"][run.name]["measure"].values()) <= set(commands)
+    found = price.prices(plan)
+    assert len(found) == len(plan.runs)
+    for one in found:
+        assert min(one.trainable, one.steps, one.tokens, one.operations, one.memory, one.kept) > 0
+        assert one.hours("A100") > one.hours("H100") > 0
+    text = price.text(plan)
+    assert text.startswith(f"price of {name}: {len(plan.runs)} runs")
+    assert "not known" not in text
+
+
+def test_the_published_counts_of_trainable_parameters(monkeypatch):
+    """The published table's, in the price as it is printed."""
+    monkeypatch.chdir(ROOT)
+    text = price.text(grid.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
+    for model, adapters, full in (
+        ("Llama-2-7b-hf", 319.8, 6738.4),
+        ("Mistral-7B-v0.1", 167.8, 7241.7),
+        ("gemma-7b", 200.0, 8537.7),
+    ):
+        rows = [line.split() for line in text.splitlines() if line.strip().partition(" ")[0].endswith(model)]
+        trained = {row[1]: float(row[3]) for row in rows}
+        assert trained == {"full": full, "lora": adapters, "pissa": adapters, "ba-lora": adapters}
+    glue = price.prices(grid.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
+    assert [round(one.trainable / 1e6, 2) for one in glue[1:]] == [1.33] * 3
+    peft = price.prices(grid.expand("peft-metamath", only={"seed": ["0"]}))
+    assert {one.trainable for one in peft} == {9175040}  # as PEFT counts them for its LoRA of rank 32
+
+
+def test_the_paper_s_protocol(monkeypatch):
+    """One epoch of 100,000 examples, 128 per step whatever the number of GPUs, at most 512 tokens each."""
+    monkeypatch.chdir(ROOT)
+    for count in (1, 2, 8):
+        plan = grid.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
+        for run, one in zip(plan.runs, price.prices(plan), strict=True):
+            args = grid.parse_training(plan, run)
+            assert args.batch_size * args.gradient_accumulation * count == 128
+            assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
+            assert (one.steps, one.tokens) == (782, 782 * 128 * 512)
+    (run, *_) = grid.expand("nlg-batch32").runs
+    assert run.settings["gradient-accumulation"] * 4 * run.processes == 32
+
+
+def test_operations_are_those_that_a_counter_sees(tmp_path, monkeypatch):
+    """torch's own counter of matrix products in a full fine-tuning step, so short that attention weighs little."""
+    monkeypatch.chdir(ROOT)
+    model = make_model(
+        hidden_size=64, intermediate_size=192, attn_implementation="eager", tie_word_embeddings=False
+    ).train()
+    ids = torch.arange(8).repeat(2, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict(), default=str))
+    settings = {
+        "model": str(tmp_path),
+        "data": "demo",
+        "max-length": 8,
+        "max-steps": 1,
+        "batch-size": 2,
+        "method": "full",
+    }
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump({"settings": settings | {"gradient-accumulation": 1}}))
+    (one,) = price.prices(grid.expand(str(path)))
+    assert one.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_price_counts_the_teacher_and_only_where_it_acts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = {run.arm: one for run, one in both("start", {"seed": ["42"]}) if run.phase == "study"}
+    assert found["lora-plain"].operations == found["pissa-plain"].operations < found["lora-terms"].operations
+    found = {run.arm: one for run, one in both("ablation", {"seed": ["42"]})}
+    assert found["dr"].operations == found["pissa"].operations < found["cr"].operations == found["all"].operations
+
+
+def both(name: str, only: dict) -> zip:
+    plan = grid.expand(name, only=only)
+    return zip(plan.runs, price.prices(plan), strict=True)
+
+
+def test_a_tuning_has_seeds_of_its_own_and_its_arm_takes_its_choice():
+    plan = grid.expand("start-demo")
+    tuning = [run for run in plan.runs if run.phase == "tuning"]
+    study = [run for run in plan.runs if run.phase == "study"]
+    assert len(plan.choices) == 4
+    assert not {run.settings["seed"] for run in tuning} & {run.settings["seed"] for run in study}
+    for run in study:
+        command = grid.training_command(plan, run)
+        assert command[command.index("--config") + 1] == run.chosen
+        made = [other for other in tuning if other.name in plan.choices[run.chosen]["runs"]]
+        assert len(made) == 8
+        kept = {"method", "regularize", "max-steps"}
+        assert all(
+            {key: other.settings.get(key) for key in kept} == {key: run.settings.get(key) for key in kept}
+            for other in made
+        )
+        assert not {other.alone["gsm8k"]["data"] for other in made} & {run.alone["gsm8k"]["data"]}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Mistakes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def mistake(tmp_path: Path, entries: dict) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(entries))
+    with pytest.raises(UserError) as error:
+        grid.expand(str(path))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+DEMO = {"model": "demo", "data": "demo", "fields": ["question", "response"]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"settings": DEMO | {"lerning-rate": 1e-4}}, "no option 'lerning-rate'; did you mean 'learning-rate'?"),
+        ({"settings": DEMO | {"method": "pisa"}}, "lora, pissa, ba-lora; did you mean 'pissa'?"),
+        ({"settings": DEMO | {"rank": "high"}}, "--rank 'high' is no whole number"),
+        ({"settings": DEMO | {"packing": "yes"}}, "--packing 'yes' is no true or false"),
+        ({"setings": DEMO}, "unknown entry 'setings'; did you mean 'settings'?"),
+        ({"settings": DEMO, "benchmarks": ["gsm8"]}, "unknown benchmark 'gsm8'; did you mean 'gsm8k'?"),
+        ({"settings": DEMO, "axes": {"seed": [1, 2, 1]}}, "so two runs would have one name"),
+        (
+            {"settings": DEMO, "axes": {"a": {"x-y": {}, "x": {}}, "b": {"z": {}, "y-z": {}}}},
+            "two runs have the name 'x-y-z'",
+        ),
+        ({"settings": DEMO, "axes": {"seed": []}}, "has no runs"),
+        ({"settings": DEMO | {"batch-size": 3}, "sequences-per-step": 8}, "8 sequences per step are no multiple of 3"),
+        ({"settings": DEMO | {"data": "{files}/x.jsonl"}}, "nothing in 'files' makes 'x.jsonl'"),
+        ({"settings": DEMO | {"data": "{place}.jsonl"}}, "names 'place', which is no axis"),
+        ({"like": "ablatoin"}, "no experiment 'ablatoin'; did you mean 'ablation'?"),
+        ({"settings": DEMO, "tune": {"rank": [1, 2]}}, "'tune' takes one option with its values"),
+        ({"settings": DEMO, "benchmarks": {"gsm8k": {"limt": 3}}}, "did you mean 'limit'?"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_one_line_that_names_it(tmp_path, entries, message):
+    assert message in mistake(tmp_path, entries)
+
+
+def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
+    for words, message in (
+        (["nlgg"], "no experiment 'nlgg'; did you mean 'nlg'?"),
+        (["nlg", "--axis", "method=balora"], "axis 'method' has no 'balora'; did you mean 'ba-lora'?"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "experiments/grid.py", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert message in result.stderr
+
+
+def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
+    with pytest.raises(UserError, match=r"nlg takes 8 GPUs per run, and there are 2 here.*nlg-demo"):
+        grid.require_devices(grid.expand("nlg", only={"seed": ["42"]}), 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Records, choices, reports
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def record(run: str, **changes) -> dict:
+    """A record as run_record.py writes it, of a run that is done."""
+    return {
+        "version": run_record.VERSION,
+        "run": run,
+        "arm": run,
+        "phase": "study",
+        "labels": {},
+        "status": "done",
+        "error": None,
+        "settings": {},
+        "seed": 1,
+        "scores": {},
+        "validation": None,
+        "time": {"train_seconds": 60.0, "seconds": None},
+        "memory": {"peak_gib": 1.0},
+    } | changes
+
+
+def test_a_record_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(record("a") | {"version": 99}))
+    with pytest.raises(UserError, match=r"a\.json has version 99 of the format and this script reads 1") as error:
+        run_record.load_records(tmp_path)
+    assert "\n" not in str(error.value)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is no record of a run"):
+        run_record.load_records(tmp_path)
+
+
+def made_plan(folder: Path, monkeypatch) -> dict:
+    """A plan of one run with one benchmark, in whose folder nothing is yet."""
+    monkeypatch.chdir(ROOT)
+    only = {"model": ["tiny-llama"], "data": ["metamath"], "method": ["ba-lora"], "seed": ["42"]}
+    plan = grid.as_json(grid.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
+    (run,) = plan["runs"].values()
+    Path(run["results"]).mkdir(parents=True)
+    (folder / "logs").mkdir()
+    return plan
+
+
+def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkeypatch):
+    plan = made_plan(tmp_path, monkeypatch)
+    ((name, run),) = plan["runs"].items()
+    assert run_record.record_of(plan, name)["status"] == "unfinished"
+    Path(run["folder"], "run.json").write_text(
+        json.dumps({"seed": 42, "steps": 4, "trainable_parameters": 7, "processes": 1})
+    )
+    Path(run["folder"], ".train.done").touch()
+    summary = {
+        "accuracy": {"value": 0.25, "of": 4, "interval_95": [0.0, 0.7]},
+        "arguments": {"limit": 4},
+        "seconds": 3.0,
+    }
+    Path(run["results"], "gsm8k.json").write_text(json.dumps(summary))
+    log = tmp_path / "logs" / f"{name}.score.log"
+    log.write_text("loading\nhendrycks_math.py: error: no such file\nexit code 2\n")
+    found = run_record.write_record(plan, name)
+    assert found["status"] == "failed"
+    assert found["error"] == {"step": "score", "code": 2, "message": "hendrycks_math.py: error: no such file"}
+    assert found["scores"] == {"gsm8k": {"accuracy": {"value": 0.25, "of": 4, "interval_95": [0.0, 0.7]}}}
+    assert (found["steps"], found["parameters"]["trainable"], found["time"]["gsm8k"]) == (4, 7, 3.0)
+    assert run_record.load_record(tmp_path / "records" / f"{name}.json") == found
+    log.write_text("exit code 137\n")
+    assert run_record.record_of(plan, name)["status"] == "unfinished"  # it was killed, and goes on
+
+
+def test_the_best_rate_is_chosen_and_of_equals_the_smaller(tmp_path, monkeypatch):
+    rates = {"0.1": [0.5, 0.7], "0.01": [0.7, 0.5], "0.001": [0.2, 0.3]}
+    assert choose.best(rates, "max") == "0.01"
+    assert choose.best(rates, "min") == "0.001"
+    with pytest.raises(UserError, match=r"a has no score 'gsm8k\.accuracy' to choose by"):
+        choose.score_of(record("a"), "gsm8k.accuracy")
+
+
+def test_the_parts_of_a_difference_add_up_and_intervals_are_those_of_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    places = [("lora", "plain"), ("pissa", "plain"), ("lora", "terms"), ("pissa", "terms")]
+    values = {(place, seed): rng.random() for place in places for seed in range(4)}
+    records = [
+        record(
+            f"{start}-{terms}-{seed}",
+            arm=f"{start}-{terms}",
+            seed=seed,
+            labels={"start": start, "terms": terms, "seed": seed},
+            scores={"gsm8k": {"accuracy": {"value": value}}},
+        )
+        for ((start, terms), seed), value in values.items()
+    ]
+    columns = report.columns_of(records, None)
+    rows = [line.split("|") for line in report.effects(records, columns, ["start", "terms"]).splitlines()]
+    means = {row[1].strip(): float(row[2].split()[0]) for row in rows[2:]}
+    a, b, c, d = (100 * np.array([values[place, seed] for seed in range(4)]) for place in places)
+    assert means["whole"] == pytest.approx((d - a).mean(), abs=0.006)
+    assert means["of start"] + means["of terms"] == pytest.approx(means["whole"], abs=0.02)
+    assert means["interaction"] == pytest.approx(((d - c) - (b - a)).mean(), abs=0.006)
+    low, high = stats.ttest_rel(b, a).confidence_interval()
+    text = report.differences(records, columns, "start", "lora")
+    (line,) = (line for line in text.splitlines() if "pissa-plain" in line)
+    assert f"{(b - a).mean():+.2f} [{low:+.2f}, {high:+.2f}]" in line
+    assert f"{statistics.mean(list(d)):.2f} ± {statistics.stdev(list(d)):.2f}" in report.table(records, columns)
+
+
+def test_the_published_tables_of_each_formulation():
+    """The averages of whole rows are those of their cells; each table says how sure it is."""
+    old, new = (published_table("nlg", "LLaMA-2-7B", version) for version in ("arxiv2024", "iclr2026"))
+    assert (old.certainty, new.certainty) == ("primary", "secondary")
+    assert "secondary" in new.caption and "secondary" not in old.caption
+    for table in (old, new):
+        for cells in table.cells.values():
+            mean = statistics.mean(
+                cells[name][0] for name in ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
+            )
+            assert mean == pytest.approx(cells["average"], abs=0.011)
+    assert published_table("nlg", "Mistral-7B", "iclr2026") is None
+    with pytest.raises(UserError, match="nothing is published as 'iclr2025'"):
+        published_table("nlg", "LLaMA-2-7B", "iclr2025")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The workflow
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def workflow(folder: Path, *options: str) -> list[str]:
+    """The command that runs an experiment's plan in `folder`."""
+    command = [
+        SNAKEMAKE,
+        "--snakefile",
+        "experiments/Snakefile",
+        "--directory",
+        ".",
+        "--rerun-incomplete",
+        "--keep-going",
+    ]
+    return [*map(str, command), "--cores", "1", "--quiet", "all", *options, "--config", f"plan={folder}/plan.json"]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def what_training_leaves(folder: Path) -> dict:
+    """The run's folder without times: weights and settings, the curve, the records."""
+    (run,) = folder.glob("only-*")
+    timed = {"train_seconds", "resumed_from", "peak_memory_gib", "command"}
+    made = json.loads((run / "run.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    names = [str(path.relative_to(run)) for path in run.rglob("*")]
+    weights = {
+        str(path.relative_to(run)): load_file(path)
+        for path in sorted(run.rglob("*.safetensors"))
+        if path.parent.name in ("adapter", "merged") or path.parent.parent.name == "checkpoints"
+    }
+    return {
+        # .train.done and its like are the workflow's own.
+        "names": sorted(name for name in names if not name.startswith((".", "tensorboard"))),
+        "run": {name: value for name, value in made.items() if name not in timed},
+        "curve": [
+            {key: value for key, value in line.items() if key in ("step", "loss", "consistency")} for line in lines
+        ],
+        "config": {name: value for name, value in config.items() if name not in ("output_dir", "model", "data")},
+        "weights": {
+            name: {key: tensor.numpy().tobytes() for key, tensor in found.items()} for name, found in weights.items()
+        },
+    }
+
+
+needs_snakemake = pytest.mark.skipif(
+    not SNAKEMAKE.is_file(), reason="no Snakemake: requirements-experiments.txt in .venv-experiments"
+)
+
+
+@needs_snakemake
+def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
+    """Four GPUs, two per training: what a job sees is what Snakemake counts for it, and all four are used."""
+    monkeypatch.chdir(ROOT)
+    only = {"seed": ["1", "2"], "data": ["metamath"], "model": ["llama2-7b"], "method": ["lora"]}
+    plan = grid.as_json(grid.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    command = [word for word in workflow(tmp_path, "--dry-run") if word not in ("--quiet", "all")]
+    printed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in printed.splitlines() if "visible=" in line]
+    seen = {}
+    for line in lines:
+        counted = {name: int(value) for name, value in re.findall(r"gpu_(\d)=(\d)", line)}
+        visible = re.search(r"visible=([\d,]+)", line)[1].split(",")
+        assert {str(4 + int(name)) for name, value in counted.items() if value} == set(visible)
+        seen.setdefault(len(visible), set()).add(tuple(visible))
+    assert seen[2] == {("4", "5"), ("6", "7")}  # the two trainings
+    assert seen[1] == {("4",), ("6",)}  # what is measured on their models
+
+
+@needs_snakemake
+def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoint, data_file, monkeypatch):
+    """A real training by BA-LoRA that is killed with all its processes; --unlock, and the same command again."""
+    monkeypatch.chdir(ROOT)
+    settings = {
+        "model": str(checkpoint),
+        "data": str(data_file),
+        "rank": 2,
+        "batch-size": 2,
+        "gradient-accumulation": 1,
+    }
+    settings |= {"max-steps": 60, "save-steps": 5, "logging-steps": 5, "spectral-k": 2, "learning-rate": 1e-3}
+    path = tmp_path / "kills.yaml"
+    path.write_text(yaml.safe_dump({"settings": settings, "axes": {"run": {"only": {}}, "seed": [1]}}))
+
+    def start(folder: Path) -> subprocess.Popen:
+        grid.main([str(path), "--output-dir", str(folder), "--plan", f"{folder}/plan.json", "--no-price"])
+        return subprocess.Popen(workflow(folder), env=environment(), cwd=ROOT, start_new_session=True)
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    started = time.monotonic()
+    assert start(undisturbed).wait() == 0
+    whole = time.monotonic() - started
+    moments = random.Random(12)
+    for _ in range(3):
+        process = start(killed)
+        time.sleep(whole * moments.uniform(0.2, 0.9))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            subprocess.run(workflow(killed, "--unlock"), env=environment(), cwd=ROOT, check=True)
+    assert start(killed).wait() == 0
+    assert what_training_leaves(killed) == what_training_leaves(undisturbed)
+    (found,) = run_record.load_records(killed / "records").values()
+    assert found["status"] == "done"
+    # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
+    before = what_training_leaves(killed)
+    path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
+    assert start(killed).wait() != 0
+    assert what_training_leaves(killed) == before
+    (found,) = run_record.load_records(killed / "records").values()
+    assert (found["status"], found["error"]["code"]) == ("failed", 2)
+    assert "rank = 2, not 4" in found["error"]["message"]
