@@ -376,7 +376,8 @@ def environment() -> dict[str, str]:
 def what_training_leaves(folder: Path) -> dict:
     """The run's folder without times: weights and settings, the curve, the records."""
     (run,) = folder.glob("only-*")
-    timed = {"train_seconds", "resumed_from", "peak_memory_gib", "command"}
+    # train_loss is the mean since the last start; the curve below has every step's.
+    timed = {"train_seconds", "resumed_from", "peak_memory_gib", "command", "train_loss"}
     made = json.loads((run / "run.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     config = yaml.safe_load((run / "config.yaml").read_text())
