@@ -171,8 +171,8 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
         else:
             scores[benchmark] = scores_of(summary)
             seconds[benchmark] = summary.get("seconds")
-    is_done = bool(made or results) and not missing
-    error = None if is_done else failure(plan, name)
+    error = failure(plan, name)
+    is_done = bool(made or results) and not missing and error is None
     processes = made.get("processes") or (1 if results else None)
     return {
         "version": VERSION,
