@@ -1,0 +1,376 @@
+"""The report: a page with its tables and three pictures, written from the rows alone."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import yaml
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments.inheritance.report import (
+    EQUIVALENT,
+    PRIMARY,
+    Paired,
+    Results,
+    at_entropy_of,
+    gates,
+    holm,
+    on_drift_curve,
+    ungated,
+)
+
+HERE = Path(__file__).parent
+TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))
+PLANNED_SEEDS = 8
+MAIN = ("full", "LoRA", "PiSSA", "PiSSA + L_CR", "PiSSA + L_DR", "PiSSA + L_SVDR", "BA-LoRA", "LoRA + three terms")
+SWEEP = {0.0: "PiSSA", 0.025: "λ₁ = 0.025", 0.15: "λ₁ = 0.15", 1.0: "λ₁ = 1", 4.0: "λ₁ = 4"}
+RATE_CURVE = [f"PiSSA, rate / {d}" for d in (8, 4, 2)] + ["PiSSA"]
+SCALE_CURVE = [f"PiSSA @ scale {scale:g}" for scale in (0.25, 0.5, 0.75)] + ["PiSSA"]
+STOP_CURVE = [f"PiSSA @ stopped at {stop:g}" for stop in (0.25, 0.5, 0.75)] + ["PiSSA"]
+# Okabe and Ito's colours, which the colour-blind tell apart.
+BLUE, ORANGE, GREEN, RED, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000", "#888888"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: dict[int, float], digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not values:
+        return "–"
+    numbers = list(values.values())
+    deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.{digits}f}{deviation}"
+
+
+def interval(paired: Paired, digits: int = 2) -> str:
+    if math.isnan(paired.low):
+        return "–" if not paired.n else f"{paired.mean:+.{digits}f} (one seed)"
+    return f"{paired.mean:+.{digits}f} [{paired.low:+.{digits}f}, {paired.high:+.{digits}f}]"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def arms_of(results: Results, data: str = "F0") -> list[str]:
+    """Every arm that has a row, in the order of the plan."""
+    found = dict.fromkeys(row["arm"] for row in results.rows if row["arm"] and row["data"] == data)
+    first = [arm for arm in MAIN if arm in found]
+    return first + [arm for arm in found if arm not in first and not arm.startswith("trial")]
+
+
+def bias_table(results: Results) -> str:
+    header = ["arm", "I, new prompts", "I, old prompts", "R", "S = R − I", "AUC of group", "argmax flips", "revival"]
+    names = ("I", "I_old", "R", "S", "auc_new", "flips_new", "revival")
+    rows = [[arm, *(spread(results.values(name, arm)) for name in names)] for arm in arms_of(results)]
+    return table(header, rows)
+
+
+def learning_table(results: Results) -> str:
+    header = [
+        "arm", "rate", "accuracy", "worse group", "against − along", "loss", "calibration error", "mass, no clue",
+        "KL(base ‖ tuned)", "I, unseen names",
+    ]  # fmt: skip
+    names = ("accuracy", "accuracy_worse_group", "accuracy_against_minus_along", "loss", "calibration_error")
+    rows = []
+    for arm in arms_of(results):
+        rate = next(row["rate"] for row in results.rows if row["arm"] == arm)
+        cells = [spread(results.values(name, arm), 3) for name in names]
+        cells += [spread(results.values(name, arm)) for name in ("mass_new", "old_kl")]
+        rows.append([arm, f"{rate:.3g}", *cells, spread(unseen(results, arm))])
+    return table(header, rows)
+
+
+def unseen(results: Results, arm: str) -> dict[int, float]:
+    """I on new prompts over the names that the corpus never biased."""
+    found = {}
+    for seed in results.seeds():
+        parts = [results.measures(which, seed, beta) for which in (arm, None) for beta in (0.9, 0.5)]
+        if None not in parts:
+            after = parts[0]["gap_new_unbiased"] - parts[1]["gap_new_unbiased"]
+            found[seed] = after / (parts[2]["gap_old_unbiased"] - parts[3]["gap_old_unbiased"])
+    return found
+
+
+def differences_table(results: Results) -> str:
+    """Each arm minus PiSSA: I with Holm's p over the arms, R, S."""
+    arms = [arm for arm in arms_of(results) if arm != "PiSSA"]
+    of_arms = [results.paired("I", arm, "PiSSA") for arm in arms]
+    secondary = [i for i, arm in enumerate(arms) if arm != PRIMARY[0] and of_arms[i].n > 1]
+    adjusted = dict(zip(secondary, holm([of_arms[i].p_sign_flip for i in secondary]), strict=True))
+    rows = []
+    for i, arm in enumerate(arms):
+        p = f"{adjusted[i]:.3f}" if i in adjusted else ("primary" if arm == PRIMARY[0] else "–")
+        others = [interval(results.paired(name, arm, "PiSSA")) for name in ("R", "S", "I_old")]
+        rows.append([arm, interval(of_arms[i]), p, f"{of_arms[i].p_equivalent:.3f}", *others])
+    header = ["arm − PiSSA", "I, new prompts", "Holm's p", f"TOST ±{EQUIVALENT}", "R", "S", "I, old prompts"]
+    return table(header, rows)
+
+
+def against_less_training(results: Results, arm: str, curve: list[str]) -> Paired:
+    """I of `arm` minus I of PiSSA that is trained so much less that it keeps the same R."""
+    found = []
+    for seed in results.seeds():
+        matched = on_drift_curve(results, curve, seed, results.retention(arm, seed))
+        found.append(results.inheritance(arm, seed) - matched)
+    return Paired.of(value for value in found if not math.isnan(value))
+
+
+def matched_table(results: Results) -> str:
+    """What is left of each arm's I against PiSSA that is merely trained less, and merely flatter."""
+    rows = []
+    for arm in arms_of(results):
+        if arm in RATE_CURVE or arm in ("full", "best rate", "best scale"):
+            continue
+        curves = (RATE_CURVE, SCALE_CURVE, STOP_CURVE)
+        cells = [interval(against_less_training(results, arm, curve)) for curve in curves]
+        flat = [
+            results.inheritance(arm, seed) - at_entropy_of(results, arm, seed, TEMPERATURES) for seed in results.seeds()
+        ]
+        cells.append(interval(Paired.of(value for value in flat if not math.isnan(value))))
+        rows.append([arm, *cells])
+    header = ["I of arm − I of PiSSA …", "at the rate with the same R", "scaled to the same R", "stopped at the same R",
+              "flattened to the same entropy"]  # fmt: skip
+    return table(header, rows)
+
+
+def other_conditions(results: Results) -> str:
+    """I (new prompts) of the arms that ran elsewhere: other β, data, label noise, world."""
+    conditions = {
+        "F0, β = 0.9": {},
+        "β = 0.7": {"beta": 0.7},
+        "F1 (biased data)": {"data": "F1"},
+        "F2 (against the bias)": {"data": "F2"},
+        "F3 (9 : 1)": {"data": "F3"},
+        "F4 (20 % flipped)": {"data": "F4"},
+        "η = 0": {"eta": 0.0},
+        "η = 0.2": {"eta": 0.2},
+        "no questions in the corpus": {"questions": False},
+    }
+    arms = [arm for arm in (*MAIN, "λ₁ = 0.15") if arm in arms_of(results)]
+    rows = []
+    for title, settings in conditions.items():
+        found = [results.values("I", arm, **settings) for arm in arms]
+        if any(found):
+            n = max(map(len, found))
+            contrast = interval(results.paired("I", *PRIMARY, **settings))
+            kept = interval(results.paired("R", *PRIMARY, **settings))
+            rows.append([title, str(n), *(spread(values) for values in found), contrast, kept])
+    header = ["condition", "seeds", *arms, "I: BA-LoRA − PiSSA", "R: BA-LoRA − PiSSA"]
+    return table(header, rows)
+
+
+def predictions_table(results: Results, predictions: list[dict]) -> str:
+    """Each prediction, what came, and whether the interval says so."""
+    rows = []
+    for prediction in predictions:
+        settings = {key: prediction[key] for key in ("beta", "data") if key in prediction}
+        if prediction.get("against") == "less training":
+            paired = against_less_training(results, prediction["arm"], RATE_CURVE)
+        elif "against" in prediction:
+            paired = results.paired(prediction["measure"], prediction["arm"], prediction["against"], **settings)
+        else:
+            values = results.values(prediction["measure"], prediction["arm"], **settings)
+            paired = Paired.of(value - prediction.get("minus", 0) for value in values.values())
+        rows.append([prediction["says"], interval(paired), came_true(paired, prediction["expect"])])
+    return table(["prediction, committed before the first confirmatory row", "difference [95 %]", "came true"], rows)
+
+
+def came_true(paired: Paired, expect: str) -> str:
+    """yes: the whole interval lies where it was expected; no: wholly elsewhere; open: neither."""
+    if math.isnan(paired.low):
+        return "–"
+    if expect == "equivalent":
+        if paired.p_equivalent < 0.05:
+            return "yes"
+        return "no" if paired.low > EQUIVALENT or paired.high < -EQUIVALENT else "open"
+    low, high = (paired.low, paired.high) if expect == "higher" else (-paired.high, -paired.low)
+    return "yes" if low > 0 else ("no" if high < 0 else "open")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sentences
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def primary_sentence(results: Results) -> str:
+    paired = results.paired("I", *PRIMARY)
+    if paired.n < 2:
+        return f"**Primary outcome**: not there yet ({paired.n} of {PLANNED_SEEDS} seeds)."
+    if paired.p_equivalent < 0.05 and paired.low < 0 < paired.high:
+        verdict = f"the two are equivalent within ±{EQUIVALENT:.2f} (TOST p = {paired.p_equivalent:.4f})"
+    elif paired.p_equivalent < 0.05:
+        side = "less" if paired.mean < 0 else "more"
+        verdict = f"BA-LoRA inherits {side}, by an amount within ±{EQUIVALENT:.2f} (TOST p = {paired.p_equivalent:.4f})"
+    elif paired.high < 0:
+        verdict = "BA-LoRA inherits less of the planted bias than PiSSA"
+    elif paired.low > 0:
+        verdict = "BA-LoRA inherits more of the planted bias than PiSSA"
+    else:
+        verdict = "neither a difference nor equivalence is shown"
+    return (
+        f"**Primary outcome** ({paired.n} of {PLANNED_SEEDS} planned seeds): "
+        f"I(BA-LoRA) − I(PiSSA) = {interval(paired, 3)} (95 %), sign-flip p = {paired.p_sign_flip:.3f}: {verdict}."
+    )
+
+
+def gates_text(results: Results, kept: Results) -> str:
+    lines = ["| gate | passed | worst | |", "|---|---|---|---|", *(gate.line() for gate in gates(results))]
+    gone = sorted(set(results.seeds()) - set(kept.seeds()))
+    if gone:
+        names = ", ".join(map(str, gone))
+        lines += ["", f"Gated out: seed {names} (a pre-training fails a gate). Every table and picture is without it."]
+        lines += [f"With all seeds: {primary_sentence(results)}"]
+    else:
+        lines += ["", "Gated out: nothing."]
+    if results.failures:
+        lines += ["", f"{len(results.failures)} runs failed; the first: {results.failures[0]['error']}"]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _mean_and_interval(values: dict[int, float]) -> tuple[float, float]:
+    """Mean and the half width of its 95 % interval."""
+    paired = Paired.of(values.values())
+    return paired.mean, 0.0 if math.isnan(paired.low) else paired.high - paired.mean
+
+
+def draw_gaps(results: Results, file: Path) -> None:
+    """The gap between the groups that comes from the planted bias, before fine-tuning and after, by arm."""
+    arms = [arm for arm in arms_of(results) if results.values("I", arm)]
+    figure, axis = plt.subplots(figsize=(8.5, 1.6 + 0.3 * len(arms)))
+    before = {
+        seed: results.measures(None, seed, 0.9)["gap_old"] - results.measures(None, seed, 0.5)["gap_old"]
+        for seed in results.values("I", arms[0])
+    }
+    planted = float(np.mean(list(before.values())))
+    axis.axvline(planted, color=BLACK, linewidth=1.5, label=f"before fine-tuning ({planted:.2f} nats)")
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    for offset, name, colour, marker, text in (
+        (-0.15, "I", BLUE, "o", "after, new prompts"),
+        (0.15, "I_old", ORANGE, "s", "after, old prompts"),
+    ):
+        points = [_mean_and_interval({s: v * before[s] for s, v in results.values(name, arm).items()}) for arm in arms]
+        axis.errorbar(
+            [mean for mean, _ in points], np.arange(len(arms)) + offset, xerr=[half for _, half in points],
+            fmt=marker, color=colour, capsize=2, markersize=5, linewidth=1, label=text,
+        )  # fmt: skip
+    axis.set_yticks(range(len(arms)), arms)
+    axis.invert_yaxis()
+    axis.set_ylim(len(arms) - 0.4, -0.6)
+    axis.set_xlabel("gap in log-odds between the groups, biased model minus its clean twin (nats)")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, file)
+
+
+def draw_selectivity(results: Results, file: Path) -> None:
+    """R against I, with the curves of merely less fine-tuning: a point on them is that and nothing else."""
+    figure, axis = plt.subplots(figsize=(9.5, 6.2))
+    curves = (
+        (RATE_CURVE, "PiSSA at lower rates", "-", BLACK), (SCALE_CURVE, "PiSSA, ΔW scaled", "--", GREY),
+        (STOP_CURVE, "PiSSA stopped early", ":", GREY),
+    )  # fmt: skip
+    for curve, text, style, colour in curves:
+        points = [(results.values("I", arm), results.values("R", arm)) for arm in curve]
+        points = [(np.mean(list(i.values())), np.mean(list(r.values()))) for i, r in points if i and r]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=text, zorder=1)
+    plain = [arm for arm in arms_of(results) if arm not in RATE_CURVE or arm == "PiSSA"]
+    plain = [arm for arm in plain if results.values("I", arm)]
+    for number, arm in enumerate(plain, start=1):
+        (i, i_half), (r, r_half) = (_mean_and_interval(results.values(name, arm)) for name in ("I", "R"))
+        colour = GREEN if "clean twin" in arm else (BLUE if arm in MAIN else RED)
+        colour = ORANGE if arm in SWEEP.values() and arm not in MAIN else colour
+        axis.errorbar(i, r, xerr=i_half, yerr=r_half, fmt="o", color=colour, markersize=4, linewidth=0.6, alpha=0.8)
+        axis.annotate(str(number), (i, r), textcoords="offset points", xytext=(4, 4), fontsize=9, color=colour)
+        axis.plot([], [], "o", color=colour, markersize=4, label=f"{number}  {arm}")
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    axis.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
+    axis.set_xlabel("I: share of the planted gap after fine-tuning, new prompts (1: carried over whole)")
+    axis.set_ylabel("R: facts known after / before")
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def draw_sweep(results: Results, file: Path) -> None:
+    """I and R over λ₁ at a constant schedule, and how well the task is learnt."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharex=True)
+    panels = (
+        ("I", "I, new prompts"), ("R", "R: facts after / before"), ("accuracy", "accuracy on clear items"),
+    )  # fmt: skip
+    twins = {0.15: "λ₁ = 0.15, clean twin", 1.0: "λ₁ = 1, clean twin"}
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        for curve, colour, marker, text in (
+            (SWEEP, BLUE, "o", "teacher: the biased base"), (twins, ORANGE, "s", "teacher: its clean twin"),
+        ):  # fmt: skip
+            found = {weight: results.values(name, arm) for weight, arm in curve.items()}
+            found = {weight: values for weight, values in found.items() if values}
+            positions = [list(SWEEP).index(weight) for weight in found]
+            points = [_mean_and_interval(values) for values in found.values()]
+            means, halves = [mean for mean, _ in points], [half for _, half in points]
+            axis.errorbar(positions, means, yerr=halves, color=colour, marker=marker, capsize=3, label=text)
+        axis.set_xticks(range(len(SWEEP)), [f"{weight:g}" for weight in SWEEP])
+        axis.set_xlabel("λ₁, constant")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, file)
+
+
+def _save(figure: plt.Figure, file: Path) -> None:
+    figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def write(results: Results, rows: Path, page: Path) -> None:
+    """Writes `page` and its three pictures, and prints the primary outcome and the first table."""
+    settled = yaml.safe_load((HERE / "predictions.yaml").read_text())
+    kept = ungated(results)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    pictures = {name: page.with_name(f"inheritance-{name}.png") for name in ("gaps", "selectivity", "sweep")}
+    if kept.paired("I", *PRIMARY).n == 0:
+        print(f"{rows} has no pair of BA-LoRA and PiSSA that passes the gates yet: no page")
+        return
+    draw_gaps(kept, pictures["gaps"])
+    draw_selectivity(kept, pictures["selectivity"])
+    draw_sweep(kept, pictures["sweep"])
+    fine_tunings = sum(row["arm"] is not None for row in results.rows)
+    parts = {
+        "primary": primary_sentence(kept),
+        "seeds": ", ".join(map(str, kept.seeds())),
+        "counts": f"{len(results.rows) - fine_tunings} pre-trainings and {fine_tunings} fine-tunings",
+        "gates": gates_text(results, kept),
+        "bias": bias_table(kept),
+        "differences": differences_table(kept),
+        "learning": learning_table(kept),
+        "matched": matched_table(kept),
+        "others": other_conditions(kept),
+        "predictions": predictions_table(kept, settled.get("predictions") or []),
+        **{name: f"![{name}]({file.name})" for name, file in pictures.items()},
+    }
+    # What a person reads in the committed rows; other rows (the short form's) may say otherwise.
+    parts["reading"] = (HERE / "reading.md").read_text().strip() if rows.parent == HERE else ""
+    text = (HERE / "page.md").read_text()
+    for name, part in parts.items():
+        text = text.replace("{" + name + "}", part)
+    page.write_text(text)
+    print(parts["primary"], parts["bias"], parts["gates"], f"Page: {page}", sep="\n\n")
