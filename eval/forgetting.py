@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Forgetting: how a fine-tuned model and its base differ on text that has nothing to do with the task.
 
-One document, and what is measured on it, per predicted token, in nats:
+One document, and what is measured on it, per predicted token, in nats (the numbers are for illustration):
 
     "All five species of sea turtles found in U.S. waters have become scarce enough to enjoy the protection of ..."
     loss 3.10 before, 3.24 after      −ln p(token | tokens before it), by base and tuned model: forgetting is +0.14
