@@ -8,6 +8,7 @@ the options; nothing here imports more than it.
 import dataclasses
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import field
@@ -43,9 +44,18 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise  # another pipe, a worker's say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _nobody_reads_stdout() -> bool:
+    """Whether the other end of the pipe that is stdout is closed: `head` has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -70,13 +80,12 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
     from tyro import _errors  # its one way to an error that is not a box of many lines; the version is pinned
 
     names = [item.name for item in dataclasses.fields(arguments_type)]
+    grouped = _grouped(arguments_type)
     argv = [word for word in argv if not word.replace("-", "_").startswith("__local_rank=")]  # deepspeed's launcher
 
     def parse(words: list[str]) -> dict[str, Any]:
         with _errors.on_parse_error(lambda event: _raise_user_error(event, names)):
-            groups = tyro.cli(
-                _grouped(arguments_type), description=description, args=words, config=(tyro.conf.OmitArgPrefixes,)
-            )
+            groups = tyro.cli(grouped, description=description, args=words, config=(tyro.conf.OmitArgPrefixes,))
         return {name: value for group in vars(groups).values() for name, value in vars(group).items()}
 
     values = parse(argv)

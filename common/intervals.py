@@ -1,6 +1,7 @@
 """How sure a number is: shares and means with their counts and their 95 % intervals."""
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,15 @@ def mean(values: list[float], resamples: int = 10_000) -> dict[str, Any]:
         "of": len(values),
         "interval_95": tuple(float(bound) for bound in np.quantile(means, [0.025, 0.975])),
     }
+
+
+def paired_interval(differences: list[float]) -> tuple[float, float]:
+    """The mean of two or more paired differences, and half of its 95 % interval by Student's t."""
+    from scipy import stats
+
+    deviation = statistics.stdev(differences)
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * deviation / len(differences) ** 0.5
+    return statistics.mean(differences), half
 
 
 def ratio(sums: list[float], counts: list[int], resamples: int = 10_000) -> dict[str, Any]:

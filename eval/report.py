@@ -30,6 +30,7 @@ import tyro
 import yaml
 
 from common.cli import UserError, option, parse_arguments, run_script
+from common.markdown import markdown
 from common.runs import NOT_IDENTITY, first_difference
 from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl, write_whole
 
@@ -407,16 +408,6 @@ def _average_cell(row: Row, columns: dict[str, Column]) -> str:
         return row.absence(*columns)
     printed = f"{row.printed_average:.2f}" if row.printed_average is not None else f"{average:.2f}"
     return f"{average:.2f}" if printed == f"{average:.2f}" else f"{average:.2f} (printed: {printed})"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table of a head and rows."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 LEGEND = (

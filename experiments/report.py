@@ -19,9 +19,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from common.cli import UserError, run_script
+from common.intervals import paired_interval
+from common.markdown import markdown
 from experiments import choose, run_record
 
 # What a benchmark is known by; of others every score is shown.
@@ -74,18 +74,10 @@ def spread(values: list[float]) -> str:
 
 def interval(differences: list[float]) -> str:
     """The mean of paired differences with its 95 % t-interval; * where that excludes 0."""
-    mean = statistics.mean(differences)
     if len(differences) < 2:
-        return f"{mean:+.2f} (one pair)"
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+        return f"{differences[0]:+.2f} (one pair)"
+    mean, half = paired_interval(differences)
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" + (" *" if abs(mean) > half else "")
-
-
-def markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------------

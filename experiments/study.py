@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.intervals import paired_interval
+
 CellType = TypeVar("CellType")
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -77,8 +79,6 @@ def run_missing(
 # Scores over seeds
 # ------------------------------------------------------------------------------------------------------------------
 
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by the number of seeds
-
 
 def mean_and_deviation(numbers: list[float]) -> str:
     if not numbers:
@@ -92,6 +92,5 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if len(differences) < 2:
         return "not run"
-    half = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
-    mean = statistics.mean(differences)
+    mean, half = paired_interval(differences)
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]" + ("*" if abs(mean) > half else "")
