@@ -24,7 +24,7 @@ from experiments.inheritance.report import (
 
 HERE = Path(__file__).parent
 TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))
-PLANNED_SEEDS = 8
+PLANNED_SEEDS = 10
 MAIN = ("full", "LoRA", "PiSSA", "PiSSA + L_CR", "PiSSA + L_DR", "PiSSA + L_SVDR", "BA-LoRA", "LoRA + three terms")
 SWEEP = {0.0: "PiSSA", 0.025: "λ₁ = 0.025", 0.15: "λ₁ = 0.15", 1.0: "λ₁ = 1", 4.0: "λ₁ = 4"}
 RATE_CURVE = [f"PiSSA, rate / {d}" for d in (8, 4, 2)] + ["PiSSA"]

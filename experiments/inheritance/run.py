@@ -1,13 +1,9 @@
 """Does BA-LoRA shed inherited bias? Runs the controlled study and writes its report.
 
     python experiments/inheritance/run.py --form short          5 seeds, the main arms and controls
-    python experiments/inheritance/run.py --form confirmatory   the whole study, 8 seeds; goes on where it was
+    python experiments/inheritance/run.py --form confirmatory   the whole study, 10 seeds; goes on where it was
     python experiments/inheritance/run.py --report              the page and the pictures from the committed rows
     python experiments/inheritance/run.py --form selection      rates and best cases, on seeds of their own; prints them
-
-Not run yet: the first seed of a pilot (pilot.jsonl) fails a gate, its clean twin knew 84 % of its facts where 90 % are
-asked for. Before the study: a larger corpus (training.py: CORPUS_SIZE), the selection again, the predictions committed
-again, and seeds that nobody has looked at.
 
 The short form writes to output/inheritance/short/; the other forms add to experiments/inheritance/rows.jsonl, one line
 a run, and --report writes docs/results/inheritance.md from it.

@@ -81,7 +81,7 @@ RATE_GRIDS = {
 }
 ENOUGH = 0.05  # nats of clear validation loss
 SELECTION_SEEDS = (100, 101)
-SEEDS = tuple(range(8))
+SEEDS = tuple(range(10, 20))  # no pilot looked at these; ten, since a gate may take one or two out
 FEW_SEEDS = SEEDS[:4]  # for the noise study and the world without questions
 SHORT_SEEDS = SEEDS[:5]
 

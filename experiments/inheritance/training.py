@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import train
 from experiments.inheritance import world as W
 
-CORPUS_SIZE = 120_000
+CORPUS_SIZE = 240_000
 PRETRAINING = {"batch": 128, "learning_rate": 1e-2, "warmup": 0.05, "weight_decay": 0.01}
 RANK = ALPHA = 8
 EXAMPLES, BATCH, EPOCHS = 448, 16, 4  # 112 steps: the two-phase schedule needs 100 to be itself
