@@ -213,7 +213,8 @@ def _completion(name: str, item: dict[str, Any], instruction: str, strings: dict
         "finished": item["finished"],
         "values": [int(value) if isinstance(value, bool) else value for value in values],
         "lacks": lacks,
-        "facts": {label: str(item[key]) for key, label in FACTS.items() if item.get(key) not in (None, "")},
+        "facts": {label: str(item[key]) for key, label in FACTS.items() if item.get(key) not in (None, "")}
+        | ({"extracted": "nothing"} if item.get("extracted", "") is None else {}),
         "texts": {label: item[key] for key, label in TEXTS.items() if item.get(key)},
     }
 
