@@ -4,6 +4,7 @@
 How to run
     python eval/report.py results/base results/ba-lora           two checkpoints on the same problems, with a verdict
     python eval/report.py results/seed-* --output-dir report     one row per method, mean ± std over its seeds
+    python eval/report.py results/base results/ba-lora --html report.html    a page to read every item in, side by side
     python eval/report.py output/glue/*                          runs of finetune_bert_l_sst2.py, tasks by columns
     python eval/report.py PiSSA=results/a PiSSA=results/b        rows named by hand
     python eval/report.py                                        the published tables; ours are not run
@@ -33,6 +34,7 @@ from common.cli import UserError, option, parse_arguments, run_script
 from common.markdown import markdown
 from common.runs import NOT_IDENTITY, first_difference
 from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl, write_whole
+from eval.html_report import require_writable, write_html
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RUN, NOT_JUDGED, FAILED = "not run", "not judged", "failed"
@@ -54,6 +56,7 @@ class ReportArguments:
     """Where the report goes."""
 
     output_dir: str | None = option(None, "folder for tables and pictures")
+    html: str | None = option(None, "file for one page with tables, training curves and every item")
     overwrite: bool = option(False, "replace a report that is there already")
 
 
@@ -425,13 +428,15 @@ def legend(tables: list[Table]) -> str:
     return f"{LEGEND} {FORGETTING_LEGEND}" if shown else LEGEND
 
 
+def notes(table: Table) -> list[str]:
+    """What stands below the table: what is missing and why, and where the published numbers are from."""
+    remarks = [remark for row in table.rows for remark in row.remarks]
+    return remarks + ([f"Published: {table.source}."] if table.source else [])
+
+
 def markdown_report(tables: list[Table]) -> str:
-    """All tables with their sources, and with what is missing and why."""
-    parts = []
-    for table in tables:
-        source = f"\n\nPublished: {table.source}." if table.source else ""
-        remarks = "".join(f"\n\n{remark}" for row in table.rows for remark in row.remarks)
-        parts.append(f"## {table.model}\n\n{markdown(cells(table))}{remarks}{source}")
+    """All tables with what stands below them."""
+    parts = ["\n\n".join([f"## {table.model}", markdown(cells(table)), *notes(table)]) for table in tables]
     return "\n\n".join([*parts, legend(tables)])
 
 
@@ -468,8 +473,8 @@ def latex_report(tables: list[Table]) -> str:
 COMPARISON = ("model", "problems", "accuracy, 95 % interval", "last number", "answer extracted", "response loss")
 
 
-def comparison(summaries: dict[str, dict]) -> str:
-    """GSM8K in detail: a Markdown table with one row per checkpoint."""
+def comparison(summaries: dict[str, dict]) -> list[list[str]]:
+    """GSM8K in detail: a head, and one row per checkpoint."""
     rows = [list(COMPARISON)]
     for name, summary in summaries.items():
         accuracy, loss = summary["accuracy"], summary["response_loss"]
@@ -484,7 +489,7 @@ def comparison(summaries: dict[str, dict]) -> str:
                 "not measured" if loss is None else f"{loss:.3f}",
             ]
         )
-    return markdown(rows)
+    return rows
 
 
 def verdict(summaries: dict[str, dict]) -> str:
@@ -641,6 +646,8 @@ def main(argv: list[str]) -> None:
     output_dir = Path(args.output_dir) if args.output_dir else None
     if output_dir is not None and (output_dir / "report.md").exists() and not args.overwrite:
         raise UserError(f"{output_dir / 'report.md'} is there already: name another folder, or give --overwrite")
+    if args.html is not None:
+        require_writable(Path(args.html), args.overwrite)
 
     runs = []
     for text in args.results:
@@ -661,7 +668,7 @@ def main(argv: list[str]) -> None:
         label: run.summaries["gsm8k"] for label, run in zip(labels, runs, strict=True) if "gsm8k" in run.summaries
     }
     if of_gsm8k:
-        print(comparison(of_gsm8k))
+        print(markdown(comparison(of_gsm8k)))
         if len(of_gsm8k) == len(runs) == 2:
             print("\n" + verdict(of_gsm8k))
     tables = our_tables(runs) if runs else published_tables()
@@ -669,6 +676,22 @@ def main(argv: list[str]) -> None:
         print(("\n" if of_gsm8k else "") + markdown_report(tables))
     if output_dir is not None:
         write_report(output_dir, tables, curves)
+    if args.html is not None:
+        write_page(Path(args.html), tables, dict(zip(labels, runs, strict=True)), of_gsm8k, args.metrics)
+
+
+def write_page(
+    path: Path, tables: list[Table], runs: dict[str, Run], of_gsm8k: dict[str, dict], metrics: list[str]
+) -> None:
+    """The report as one page."""
+    shown = [{"title": table.model, "cells": cells(table), "notes": notes(table)} for table in tables]
+    shown[-1]["notes"].append(legend(tables))
+    if of_gsm8k:
+        below = [verdict(of_gsm8k)] if len(of_gsm8k) == len(runs) == 2 else []
+        shown.insert(0, {"title": "GSM8K in detail", "cells": comparison(of_gsm8k), "notes": below})
+    logs = {label: run.metrics for label, run in runs.items() if run.metrics is not None}
+    write_html(path, shown, runs, logs | {Path(name).resolve().parent.name: Path(name) for name in metrics})
+    print(f"\npage: {path}")
 
 
 def write_report(output_dir: Path, tables: list[Table], curves: dict[str, list[dict]]) -> None:
