@@ -279,9 +279,13 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
         load_optimizer(self.trained, self.optimizer.optimizer, Path(checkpoint))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        groups = self.optimizer.param_groups
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        # All groups have one rate, and DeepSpeed leaves out a group that is empty.
+        schedule |= {name: value[:1] * len(groups) for name, value in schedule.items() if isinstance(value, list)}
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
