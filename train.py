@@ -246,8 +246,8 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
-    cli.require_positive(args, "gradient_accumulation", "logging_steps", "objective_memory", "keep_checkpoints")
-    cli.require_not_negative(args, "entropy_top_k", "save_steps")
+    cli.require_positive(args, "logging_steps", "objective_memory")
+    cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
     if args.deepspeed:
@@ -255,8 +255,6 @@ def resolve_arguments(args: Arguments) -> Arguments:
             json.loads(Path(args.deepspeed).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"no DeepSpeed configuration in {args.deepspeed}: {first_line(error)}") from error
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)

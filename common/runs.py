@@ -142,7 +142,7 @@ def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
         return
     step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step and "loss" in json.loads(line)]
+    kept = [line for line in lines if json.loads(line)["step"] <= step and {"loss", "validation"} & {*json.loads(line)}]
     path.write_text("".join(kept))
 
 

@@ -61,7 +61,9 @@ class ResumableTrainer(Trainer):
         self.interruption = Interruption()
         self.add_callback(self.interruption)
         self.pop_callback(transformers.ProgressCallback)
-        self.add_callback(ProgressBar)
+        self.pop_callback(transformers.PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar)
         self.skipped_steps = 0
         self.num_micro_batches = 1
         self.loss_is_scaled_for_ga = True  # a loss here is of its step, not of its micro-batch
@@ -76,6 +78,10 @@ class ResumableTrainer(Trainer):
     def trained(self) -> nn.Module:
         return self.model
 
+    def is_finished(self, checkpoint: Path | None) -> bool:
+        """Whether no step is left to take."""
+        return is_complete(checkpoint)
+
     def fit(self, checkpoint: Path | None) -> tuple[float, float]:
         """Trains, from `checkpoint` where there is one; returns the mean loss and the seconds.
 
@@ -84,7 +90,7 @@ class ResumableTrainer(Trainer):
             SystemExit: SIGTERM or SIGINT came; a checkpoint is written.
         """
         output_dir = self.args.output_dir
-        if is_complete(checkpoint):  # the Trainer would take one step more
+        if self.is_finished(checkpoint):  # the Trainer would take one step more
             self.state = last_state(checkpoint)
             losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
             return sum(losses) / max(len(losses), 1), 0.0
@@ -216,10 +222,10 @@ class ResumableTrainer(Trainer):
         for terms, example_ids in self._micro_batches:
             names = [name for name, value in terms.items() if not math.isfinite(float(value))]
             if names:
-                return f"{', '.join(names)}, in the examples {example_ids}"
+                return ", ".join(names) + (f", in the examples {example_ids}" if example_ids else "")
         every = [index for _, example_ids in self._micro_batches for index in example_ids]
         where = "the gradients" if self.accelerator.num_processes == 1 else "the gradients, or another rank's terms"
-        return f"{where}, in the examples {every}"
+        return where + (f", in the examples {every}" if every else "")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms, the λs, tokens per second and peak memory to a training step's log; writes metrics.jsonl."""
@@ -268,10 +274,12 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self._attempt(lambda: torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt"))
 
-    def _write(self, folder: str, name: str, tensors: dict[str, Tensor]) -> None:
+    def _write(
+        self, folder: str, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
         def write() -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            save_file(tensors, Path(folder) / name)
+            save_file(tensors, Path(folder) / name, metadata)
 
         if self.args.should_save:
             self._attempt(write)

@@ -39,12 +39,15 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
         if getattr(args, name) is None:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
+    positive += ("gradient_accumulation", "keep_checkpoints")
     require_positive(args, *positive, "max_examples")
-    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral")
+    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "save_steps")
     require_share(args, "warmup_fraction")
     require_below_one(args, "warmup_ratio")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {', '.join(LR_SCHEDULERS)}")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     if args.max_steps != -1 and args.max_steps <= 0:
         raise UserError(f"--max-steps is {args.max_steps}: it must be above 0, or -1 for --epochs to decide")
 
