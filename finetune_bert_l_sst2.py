@@ -23,6 +23,7 @@ How to run
     python finetune_bert_l_sst2.py --task rte --model microsoft/deberta-v3-base
     python finetune_bert_l_sst2.py --model FOLDER --data train.tsv --eval-data dev.tsv --fields 0 --label 1   no header
     python finetune_bert_l_sst2.py --config configs/glue_deberta_v3_base.yaml --task mrpc --learning-rate 5e-4
+    torchrun --nproc_per_node 8 finetune_bert_l_sst2.py --task mnli --batch-size 4
 
 What comes out, in --output-dir
     adapter/            adapters and classifier in PEFT's format, for the published base model (not with --method full)
@@ -41,27 +42,31 @@ method has a file of its own in common/.
 
 import json
 import math
-import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 import yaml
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import train
 from common import cli
-from common.checkpoints import load_trained_tensors, trained_tensors
+from common.batches import generator_of
+from common.best_state import BEST_TENSORS, KeepBest
+from common.checkpoints import accumulation, checkpoint_to_resume
 from common.classifiers import (
     INPUTS,
     Outputs,
@@ -73,17 +78,19 @@ from common.classifiers import (
     run_model,
     set_head,
 )
-from common.cli import RunStopped, UserError, option, parse_arguments
+from common.cli import UserError, option, parse_arguments
 from common.labelled import Data, classes_of, demo_data, set_aside, to_split
 from common.markdown import markdown
 from common.metrics import metric, predictions, score, softmax
+from common.partitioned import num_ranks
 from common.peft_format import export_adapter
 from common.pretrained import check_checkpoint, load_tokenizer_and_config
 from common.probe import apply_probe, fit_probe
-from common.runs import clear_folder, config_text, package_versions, require_output_dir, require_same_run
+from common.runs import open_output_dir, package_versions, require_output_dir, require_same_run
 from common.tables import load_records, read_table, require_fields
 from common.targets import default_target_modules, find_target_modules
-from common.training import ProgressBar, common_training_arguments, resolve_shared_arguments
+from common.trainer import ResumableTrainer
+from common.training import common_training_arguments, resolve_shared_arguments, run_rank
 from train import (
     adapter_layers,
     adaptive_factor,
@@ -206,7 +213,8 @@ class OptimizationArguments(train.OptimizationArguments):
     """How it is trained."""
 
     epochs: float = option(3.0, "passes over the data")
-    batch_size: int = option(32, "examples per step; L_DR and L_SVDR are those of one batch")
+    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one")
+    gradient_accumulation: int = option(1, "micro-batches per optimizer step")
     learning_rate: float = option(5e-4, "peak learning rate of AdamW")
     warmup_ratio: float = option(0.06, "part of training over which the learning rate rises")
     lr_scheduler: str = option("linear", "learning-rate schedule after warm-up, a name that transformers knows")
@@ -216,8 +224,15 @@ class OptimizationArguments(train.OptimizationArguments):
 
 
 @dataclass
+class InterruptionArguments(train.InterruptionArguments):
+    """What is kept of a run that does not end; a run that ends deletes its checkpoints."""
+
+    save_steps: int = option(500, "optimizer steps between two checkpoints; 0: none, except on SIGTERM and SIGINT")
+
+
+@dataclass
 class Arguments(  # a dataclass takes its bases' fields from the last to the first
-    OptimizationArguments, RegularizerArguments, AdapterArguments, DataArguments
+    InterruptionArguments, OptimizationArguments, RegularizerArguments, AdapterArguments, DataArguments
 ):
     """Everything that a run is told."""
 
@@ -229,8 +244,6 @@ def resolve_arguments(argv: list[str]) -> Arguments:
         UserError: a value out of range, or an output folder that holds something.
     """
     args = parse_arguments(Arguments, __doc__, argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this script trains in one process on one device: start it with python, not torchrun")
     if args.task is None and args.data is None:
         if args.config is not None:
             raise UserError(f"{args.config} names neither a task nor data: add --task or --data")
@@ -250,11 +263,12 @@ def resolve_arguments(argv: list[str]) -> Arguments:
         raise UserError(f"--fields takes one or two columns of text, not {len(args.fields)}")
     if args.eval_data and args.data is None:
         raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
-    if args.skip_done and not args.overwrite:
+    if (args.skip_done or args.resume) and not args.overwrite:
         leave_if_done(args)
-        args.overwrite = is_unfinished(Path(args.output_dir))
+        args.overwrite = not args.resume and is_unfinished(Path(args.output_dir))
     inputs = (args.config, args.model, args.data, *args.eval_data)
-    require_output_dir(args, args.overwrite, "name another one, or use --overwrite", *inputs)
+    remedy = "name another one, go on with --resume, or use --overwrite"
+    require_output_dir(args, args.overwrite or args.resume, remedy, *inputs)
     return args
 
 
@@ -449,8 +463,9 @@ def nlu_objective(
     if args.lambda_diversity > 0 and not regression:
         terms["diversity"] = covariance_loss(logits)
         loss = loss + args.lambda_diversity * factor * terms["diversity"]
-    if args.lambda_spectral > 0 and not regression and args.spectral_k < min(logits.shape):
-        terms["spectral"] = spectral_loss(logits, args.spectral_k, "nuclear")
+    if args.lambda_spectral > 0 and not regression and args.spectral_k < logits.shape[1]:
+        acts = args.spectral_k < len(logits)  # not in an epoch's last batch, where that is too small
+        terms["spectral"] = spectral_loss(logits, args.spectral_k, "nuclear") if acts else logits.new_zeros(())
         loss = loss + args.lambda_spectral * factor * terms["spectral"]
     return loss, terms
 
@@ -480,25 +495,28 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class NLUTrainer(Trainer):
-    """The transformers Trainer with the objective, its terms in metrics.jsonl, and the best state kept.
+class NLUTrainer(ResumableTrainer):
+    """The Trainer with the objective, and the best state kept.
 
     Args:
-        validate: gives the score of the model as it is; the state with the highest is put back at the end.
+        validate: gives the score of the model as it is; the state with the highest is the one to put back at the end.
     """
 
-    def __init__(self, *, arguments: Arguments, validate: Callable[[], float] | None = None, **kwargs: Any):
+    def __init__(self, *, validate: Callable[[], float] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.arguments = arguments
-        self._terms: dict[str, list[Tensor]] = {}  # since the last line of the log
         self.validation = None
-        self.pop_callback(transformers.ProgressCallback)
-        self.pop_callback(transformers.PrinterCallback)
-        if not self.args.disable_tqdm:
-            self.add_callback(ProgressBar)
         if validate is not None:
-            self.validation = KeepBest(validate, arguments)
+            self.validation = KeepBest(validate, self.arguments)
             self.add_callback(self.validation)
+
+    def order(self, epoch: int) -> list[int]:
+        """Examples of like length together, the longest first."""
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = [len(example["input_ids"]) for example in self.train_dataset]
+        return list(LengthGroupedSampler(size, lengths=lengths, generator=generator_of(self.args.seed, epoch)))
+
+    def num_items(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
 
     def compute_loss(
         self,
@@ -510,56 +528,35 @@ class NLUTrainer(Trainer):
         labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)
         progress = self.state.global_step / self.state.max_steps
         loss, terms = nlu_objective(model(**inputs).logits, teacher_logits, labels, self.arguments, progress)
-        for name, value in terms.items():
-            self._terms.setdefault(name, []).append(value.detach())
-        return loss
+        share = len(labels) / num_items_in_batch  # of the step's examples: its loss is the mean over them
+        self.record({name: share * value.detach() for name, value in terms.items()}, inputs["attention_mask"].sum(), [])
+        return self.loss_scale * share * loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            # A term may be missing in a step: L_SVDR is not defined for a last batch of one example.
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._terms.items()}
-            self._terms = {}
-        super().log(logs, start_time)
-        _append(Path(self.args.output_dir) / "metrics.jsonl", self.state.log_history[-1])
+    def is_finished(self, checkpoint: Path | None) -> bool:
+        if checkpoint is None:
+            return False
+        self.validation.load(checkpoint)
+        return super().is_finished(checkpoint) or self.validation.is_vain
 
-
-class KeepBest(transformers.TrainerCallback):
-    """Validates --evals-per-epoch times per epoch, keeps the best state, stops after --patience vain attempts.
-
-    Attributes:
-        best: the highest score so far. best_step: when.
-    """
-
-    def __init__(self, validate: Callable[[], float], arguments: Arguments):
-        self.validate, self.arguments = validate, arguments
-        self.file = Path(arguments.output_dir) / "best.safetensors"
-        self.best, self.best_step, self.vain = -math.inf, 0, 0
-
-    def on_step_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        per_step = self.arguments.evals_per_epoch / len(train_dataloader)
-        is_due = int(state.global_step * per_step + 1e-9) > int((state.global_step - 1) * per_step + 1e-9)
-        if not is_due and state.global_step < state.max_steps:
-            return
-        score = self.validate()
-        shown = score if math.isfinite(score) else None
-        _append(self.file.parent / "metrics.jsonl", {"step": state.global_step, "validation": shown})
-        if score > self.best:
-            self.best, self.best_step, self.vain = score, state.global_step, 0
-            save_file(trained_tensors(model), self.file)
-        else:
-            self.vain += 1
-            control.should_training_stop |= self.vain >= self.arguments.patience
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self.best == -math.inf:
-            raise RunStopped("the training diverged, NaN or Inf at every validation: lower --learning-rate")
-        load_trained_tensors(model, load_file(self.file))
-        self.file.unlink()
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir)
+        self._write(output_dir, BEST_TENSORS, self.validation.tensors, self.validation.summary())
 
 
-def _append(file: Path, row: dict[str, Any]) -> None:
-    with open(file, "a") as stream:
-        stream.write(json.dumps(row) + "\n")
+def trainer_arguments(args: Arguments, checkpoint: Path | None = None, quiet: bool = False) -> TrainingArguments:
+    """What the transformers Trainer needs to know of `args`; under torchrun this process becomes one of the ranks."""
+    return common_training_arguments(
+        args,
+        gradient_accumulation_steps=accumulation(args, checkpoint),
+        logging_strategy="no" if quiet else "steps",
+        logging_steps=10,
+        logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
+        save_strategy="steps" if args.save_steps and not quiet else "no",
+        save_steps=args.save_steps or 500,
+        report_to="none",
+        disable_tqdm=quiet,
+        ddp_find_unused_parameters=False,
+    )
 
 
 def fit(
@@ -569,25 +566,24 @@ def fit(
     args: Arguments,
     validate: Callable[[], float] | None = None,
     quiet: bool = False,
+    checkpoint: Path | None = None,
+    trainer_args: TrainingArguments | None = None,
 ) -> NLUTrainer:
-    """Trains `model` (see `add_trainable`) on encoded examples with `labels`, and `teacher_logits` for BA-LoRA."""
+    """Trains `model` (see `add_trainable`) on encoded examples with `labels`, and `teacher_logits` for BA-LoRA; from
+    `checkpoint` where there is one. With `validate` the model ends in its best state."""
     trainer = NLUTrainer(
         arguments=args,
         validate=validate,
         model=model,
-        args=common_training_arguments(
-            args,
-            train_sampling_strategy="group_by_length",
-            logging_strategy="no" if quiet else "steps",
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=quiet,
-        ),
+        args=trainer_args or trainer_arguments(args, quiet=quiet),
         train_dataset=examples,
         data_collator=collator,
     )
-    trainer.train()
+    if validate is None:
+        trainer.train()
+        return trainer
+    trainer.fit(checkpoint)
+    trainer.validation.put_back(model)
     return trainer
 
 
@@ -663,23 +659,20 @@ def inspect_base(args: Arguments, data: Data) -> Base:
     return Base(path, tokenizer, config)
 
 
-def load_pretrained(args: Arguments, base: Base) -> transformers.PreTrainedModel:
+def load_pretrained(args: Arguments, base: Base, device: torch.device) -> transformers.PreTrainedModel:
     """The model before training, on its device: the teacher, and what the linear probes read."""
     model = load_classifier(base.path, base.config, args.seed, args.model_revision)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     if model.new_modules:
         print(f"note: {args.model} has no {', '.join(model.new_modules)}: random, and trained with the classifier")
     return model
 
 
-def open_output_dir(args: Arguments, data: Data) -> None:
-    """Makes or clears --output-dir, writes the configuration there, says what the run is."""
-    output_dir = Path(args.output_dir)
-    clear_folder(output_dir)
-    (output_dir / "config.yaml").write_text(config_text(args))
-    sizes = f"{len(data.train)} examples to train on, {len(data.validation)} to select by"
+def sizes(args: Arguments, data: Data) -> str:
+    """What the run is, in a line."""
     counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
-    print(f"{args.model}: {sizes}; to test: {counts}", flush=True)
+    train_size, select_size = len(data.train), len(data.validation)
+    return f"{args.model}: {train_size} examples to train on, {select_size} to select by; to test: {counts}"
 
 
 Scores = dict[str, dict[str, Any]]  # of each test set, by what is scored
@@ -745,8 +738,9 @@ def evaluate(
         logits = run_model(model, split.examples, collator, title=name).logits
         scores[name][args.method] = score(logits, split.labels, data.metrics, data.class_names)
         rows += prediction_rows(name, logits, split.labels, data)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
+    if num_ranks() == 1 or dist.get_rank() == 0:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
 
 
 def prediction_rows(name: str, logits: np.ndarray, labels: list[int | float], data: Data) -> list[dict[str, Any]]:
@@ -791,10 +785,12 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
     header = ["test set", "examples", "metric", "linear probe", "probe, mean states", args.method]
     table = [header]
     for name, result in summary["results"].items():
-        for metric_name in data.metrics:
+        for metric_name in (*data.metrics, *(() if data.is_regression else ("macro_f1", "auc"))):
             cells = [result[kind][metric_name] for kind in ("probe", "probe_mean_states", args.method)]
             texts = [
-                f"{100 * cell['value']:.1f} [{100 * cell['interval_95'][0]:.1f}, {100 * cell['interval_95'][1]:.1f}]"
+                "none"  # AUC without an example of each class
+                if cell["value"] is None
+                else f"{100 * cell['value']:.1f} [{', '.join(f'{100 * bound:.1f}' for bound in cell['interval_95'])}]"
                 for cell in cells
             ]
             table.append([name, str(cells[0]["of"]), metric_name, *texts])
@@ -828,10 +824,16 @@ def main(argv: list[str]) -> None:
     args = resolve_arguments(argv)
     data = load_data(args)
     base = inspect_base(args, data)
+    checkpoint = checkpoint_to_resume(args)
+    trainer_args = trainer_arguments(args, checkpoint)
+    is_main = trainer_args.process_index == 0
+    say = print if is_main else lambda *_, **__: None
     if note := note_on_regularizers(args, data.num_outputs):
-        print(note, flush=True)
-    model = load_pretrained(args, base)
-    open_output_dir(args, data)
+        say(note, flush=True)
+    model = load_pretrained(args, base, trainer_args.device)
+    if is_main:
+        open_output_dir(args, checkpoint)
+    say(sizes(args, data), flush=True)
     encode_data(data, base.tokenizer, base.config, args.max_length)
     collator = Collator(base.tokenizer.pad_token_id)
 
@@ -843,14 +845,20 @@ def main(argv: list[str]) -> None:
     conv1d = [] if args.method == "full" else linear_for_conv1d(model)
     add_trainable(model, args)
     adapter_parameters, head_parameters = count_parameters(model)
-    print(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
-    trainer = fit(model, examples, collator, args, lambda: validation_score(model, data, collator))
+    say(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
+    validate = partial(validation_score, model, data, collator)
+    trainer = fit(model, examples, collator, args, validate, checkpoint=checkpoint, trainer_args=trainer_args)
 
     evaluate(model, data, collator, args, scores)
+    if not is_main:
+        return
     summary = {
         "results": scores,
         "validation": {data.metrics[0]: trainer.validation.best, "step": trainer.validation.best_step},
         "steps": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
+        "processes": trainer_args.world_size,
+        "micro_batches": trainer_args.gradient_accumulation_steps * trainer_args.world_size,
         "adapter_parameters": adapter_parameters,
         "head_parameters": head_parameters,
         "class_names": data.class_names,
@@ -861,10 +869,11 @@ def main(argv: list[str]) -> None:
         "seconds": round(time.time() - started, 1),
     }
     export(model, args, base, conv1d)
-    # Last of all files: a run that has it is done.
+    # Last of all files: a run that has it is done, and goes on no more.
     (Path(args.output_dir) / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(Path(args.output_dir) / "checkpoints", ignore_errors=True)
     print(report(summary, data, args))
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    run_rank(main)

@@ -246,8 +246,8 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
-    cli.require_positive(args, "gradient_accumulation", "logging_steps", "objective_memory", "keep_checkpoints")
-    cli.require_not_negative(args, "entropy_top_k", "save_steps")
+    cli.require_positive(args, "logging_steps", "objective_memory")
+    cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) != 2:
         raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
     if args.deepspeed:
@@ -255,8 +255,6 @@ def resolve_arguments(args: Arguments) -> Arguments:
             json.loads(Path(args.deepspeed).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"no DeepSpeed configuration in {args.deepspeed}: {first_line(error)}") from error
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
@@ -1327,23 +1325,13 @@ def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, T
 class BALoRATrainer(ResumableTrainer):
     """The Trainer with BA-LoRA's objective and one definition of the mean: over an optimizer step of all ranks."""
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.loss_is_scaled_for_ga = True  # `objective` normalises over the whole optimizer step
-        self._num_micro_batches = 1
-
     @property
     def trained(self) -> nn.Module:
         return self.model.model
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], int]:
-        """One optimizer step's micro-batches, and its number of valid tokens over all ranks."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        num_tokens = sum(len(batch["targets"]) for batch in batches)
-        num_tokens, self._num_micro_batches = self.begin_step(num_tokens, len(batches))
-        return batches, num_tokens
+    def num_items(self, batch: dict[str, Any]) -> int:
+        """Its valid tokens: `objective` takes the mean over those of the step."""
+        return len(batch["targets"])
 
     def compute_loss(
         self,
@@ -1355,12 +1343,11 @@ class BALoRATrainer(ResumableTrainer):
         regularizers = None
         if self.arguments.has_terms:
             regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
-        loss, terms = model(inputs, regularizers, num_items_in_batch, self._num_micro_batches)
+        loss, terms = model(inputs, regularizers, num_items_in_batch, self.num_micro_batches)
         mask = inputs.get("attention_mask")
         tokens = sum(inputs["sequence_lengths"]) if mask is None else mask.sum()
         self.record(terms, tokens, inputs["example_ids"])
-        # Gradients are averaged over ranks, but the parts of the loss add up.
-        loss = loss * self.accelerator.num_processes
+        loss = loss * self.loss_scale
         return (loss, {}) if return_outputs else loss
 
 
@@ -1453,12 +1440,12 @@ def dry_run(args: Arguments, base: Base) -> str:
     return runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
 
 
-def start_ranks(args: Arguments) -> TrainingArguments:
+def start_ranks(args: Arguments, checkpoint: Path | None) -> TrainingArguments:
     """Makes this process one of a run's ranks, under torchrun or DeepSpeed; alone, the only one."""
     if args.deepspeed is not None and "RANK" not in os.environ:
         raise UserError("--deepspeed needs its launcher: deepspeed --no_local_rank --num_gpus N train.py ...")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
-    trainer_args = training_arguments(args)
+    trainer_args = training_arguments(args, checkpoints.accumulation(args, checkpoint))
     if args.deepspeed is not None:
         import deepspeed
 
@@ -1651,11 +1638,11 @@ def main(argv: list[str]) -> None:
         return
     if runs.is_trained_already(args):
         return
+    checkpoint = checkpoints.checkpoint_to_resume(args)
     records = load_training_records(args)
-    trainer_args = start_ranks(args)  # before the model: DeepSpeed decides how weights are loaded
+    trainer_args = start_ranks(args, checkpoint)  # before the model: DeepSpeed decides how weights are loaded
     is_main = trainer_args.process_index == 0
     dataset = encode_records(args, base, records, trainer_args)
-    checkpoint = checkpoints.checkpoint_to_resume(args, trainer_args)
     if is_main:
         runs.open_output_dir(args, checkpoint)
         print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
@@ -1677,6 +1664,7 @@ def main(argv: list[str]) -> None:
             "versions": runs.package_versions(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
             "processes": trainer_args.world_size,
+            "micro_batches": trainer_args.gradient_accumulation_steps * trainer_args.world_size,
             "examples": len(dataset),
             "dropped_examples": len(records) - len(dataset),
             "trainable_parameters": base.trainable,

@@ -44,9 +44,14 @@ def _initial_factors_in(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name.endswith((".initial_A", ".initial_B"))]
 
 
+def is_held_in_parts(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's optimizer has the parameter: a copy in fp32 and its moments, each rank a part."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
+
+
 def _master(parameter: Tensor) -> Tensor:
-    """The parameter as the optimizer keeps it: DeepSpeed has a copy in fp32, in parts."""
-    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
+    """The parameter as the optimizer keeps it."""
+    if is_held_in_parts(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -73,11 +78,17 @@ def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
     return {name: (tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"]) for name in names}
 
 
-def checkpoint_identity(args: Any, world_size: int) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint."""
+def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint, and the FOLLOWING.
+
+    Args:
+        micro_batches: how many an optimizer step has on all processes together.
+    """
     identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_IDENTITY}
-    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
-    return identity | {"processes": world_size, "zero_stage": zero.get("stage", 0)}
+    return identity | {"micro_batches": micro_batches}
+
+
+FOLLOWING = ("gradient_accumulation", "micro_batches")  # what `accumulation` compares
 
 
 def seal_checkpoint(folder: Path, identity: dict[str, Any]) -> None:
@@ -104,10 +115,12 @@ def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> 
         sizes, theirs = manifest["sizes"], manifest["identity"]
     except (OSError, ValueError, KeyError, TypeError):
         return "it has no readable manifest"
+    if "micro_batches" not in theirs:
+        return "it is of an earlier version of this program"
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             return f"{name} is cut short or missing"
-    difference = first_difference(theirs, identity or {})
+    difference = first_difference(theirs, identity or {}, FOLLOWING)
     return f"it belongs to a run with {difference}" if difference else None
 
 
@@ -135,16 +148,17 @@ def newest_checkpoint(
     return None
 
 
-def checkpoint_to_resume(args: Any, trainer_args: transformers.TrainingArguments) -> Path | None:
+def checkpoint_to_resume(args: Any) -> Path | None:
     """What --resume goes on from; None: from the start.
 
     Raises:
-        UserError: there are complete checkpoints, and all are another run's: starting anew would delete them.
+        UserError: there are complete checkpoints, and all are another run's: starting anew would delete them. Or this
+            number of processes cannot go on from it.
     """
     if not args.resume:
         return None
-    output_dir, is_main = Path(args.output_dir), trainer_args.process_index == 0
-    identity = checkpoint_identity(args, trainer_args.world_size)
+    output_dir, is_main = Path(args.output_dir), os.environ.get("RANK", "0") == "0"
+    identity = checkpoint_identity(args)
     checkpoint = newest_checkpoint(output_dir, identity, verbose=is_main)
     others = complete_checkpoints(output_dir)
     if checkpoint is None and others:
@@ -152,10 +166,37 @@ def checkpoint_to_resume(args: Any, trainer_args: transformers.TrainingArguments
             f"--resume: {others[0]}: {checkpoint_problem(others[0], identity)}; give that run's settings, name "
             "another --output-dir, or replace it with --overwrite instead of --resume"
         )
+    steps = accumulation(args, checkpoint)
     if is_main:
         where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
-        print(where, flush=True)
+        follows = "" if steps == args.gradient_accumulation else f", with --gradient-accumulation {steps}"
+        print(where + follows, flush=True)
     return checkpoint
+
+
+def accumulation(args: Any, checkpoint: Path | None) -> int:
+    """Micro-batches per optimizer step and process: as many on all together as the run of `checkpoint` has.
+
+    Raises:
+        UserError: its micro-batches cannot be shared out equally, or --gradient-accumulation is neither that run's nor
+            what follows.
+    """
+    if checkpoint is None:
+        return args.gradient_accumulation
+    made = json.loads((checkpoint / MANIFEST).read_text())["identity"]
+    total, processes = made["micro_batches"], int(os.environ.get("WORLD_SIZE", "1"))
+    if total % processes:
+        numbers = ", ".join(str(number) for number in range(1, total + 1) if total % number == 0)
+        raise UserError(
+            f"--resume: a step of {checkpoint} has {total} micro-batches, which {processes} processes cannot share "
+            f"equally: start as many as divide it, {numbers}"
+        )
+    if args.gradient_accumulation not in (made["gradient_accumulation"], total // processes):
+        raise UserError(
+            f"--gradient-accumulation {args.gradient_accumulation} on {processes} processes is not the {total} "
+            f"micro-batches that a step of {checkpoint} has: give {total // processes}"
+        )
+    return total // processes
 
 
 def is_complete(checkpoint: Path | None) -> bool:

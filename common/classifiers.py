@@ -1,11 +1,13 @@
 """A pre-trained encoder with a classifier on top: loading it, its head, GPT-2's layers, what it says of examples."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -13,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
+from common.partitioned import num_ranks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -120,7 +123,8 @@ def run_model(
     batch_size: int = 64,
     title: str | None = None,
 ) -> Outputs:
-    """Runs `model` on `examples` without dropout, those of like length together.
+    """Runs `model` on `examples` without dropout, those of like length together; several ranks share the batches, and
+    each gets all that comes out.
 
     Args:
         examples: each with those of INPUTS that the model takes.
@@ -136,9 +140,11 @@ def run_model(
     model.eval()
     order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
     parts: list[tuple[Tensor, ...]] = []
+    count, rank = num_ranks(), dist.get_rank() if num_ranks() > 1 else 0
+    own = range(rank * batch_size, len(order), count * batch_size)
     try:
-        with tqdm(total=len(examples), desc=title, unit="example", disable=title is None) as bar:
-            for first in range(0, len(order), batch_size):
+        with tqdm(total=len(own), desc=title, unit="batch", disable=title is None or rank > 0) as bar:
+            for first in own:
                 chosen = [examples[row] for row in order[first : first + batch_size]]
                 batch = collator([{name: row[name] for name in INPUTS if name in row} for row in chosen])
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -150,10 +156,14 @@ def run_model(
                     features = features[torch.arange(len(mask), device=device), (places * real).argmax(dim=1)]
                 means = (captured["states"] * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
                 parts.append(tuple(tensor.float().cpu() for tensor in (logits, features, means)))
-                bar.update(len(chosen))
+                bar.update()
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
+    if count > 1:
+        of_ranks: list[list[tuple[Tensor, ...]]] = [[] for _ in range(count)]
+        dist.all_gather_object(of_ranks, parts)
+        parts = [batch for one_round in itertools.zip_longest(*of_ranks) for batch in one_round if batch is not None]
     place = np.argsort(order)
     return Outputs(*(torch.cat(tensors).numpy()[place] for tensors in zip(*parts, strict=True)))

@@ -1,6 +1,7 @@
 """Scores of classification and regression: GLUE's metrics with their 95 % intervals, calibration."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,31 @@ def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
     return value if math.isfinite(value) else 0.0
 
 
+def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+    """The mean over the classes of F1 = 2·TP / (predicted + labelled); 0 for a class that is neither."""
+    right = np.bincount(labels[predicted == labels], minlength=num_classes)
+    both = np.bincount(predicted, minlength=num_classes) + np.bincount(labels, minlength=num_classes)
+    return float(np.mean(2 * right / np.maximum(both, 1)))
+
+
+def area_under_curve(logits: np.ndarray, labels: np.ndarray) -> float:
+    """How often a random example of a class is given a higher probability of it than a random one of the others (ties:
+    half); more than two classes: the mean over them, each against the rest. NaN where a class has no example."""
+    from scipy.stats import rankdata
+
+    probabilities = softmax(logits)
+    columns = [1] if logits.shape[1] == 2 else range(logits.shape[1])
+    areas = []
+    for column in columns:
+        own = labels == column
+        pairs = own.sum() * (len(own) - own.sum())
+        if pairs == 0:
+            return math.nan
+        ranks = rankdata(probabilities[:, column])
+        areas.append((ranks[own].sum() - own.sum() * (own.sum() + 1) / 2) / pairs)
+    return float(np.mean(areas))
+
+
 def predictions(logits: np.ndarray) -> np.ndarray:
     """The class, or with one column the number, that each row of the logits (N, D) predicts."""
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
@@ -57,7 +83,7 @@ def score(
     logits: np.ndarray, labels: list[int | float], metrics: tuple[str, ...], class_names: list[str]
 ) -> dict[str, Any]:
     """Every metric with its 95 % interval (accuracy: Wilson's, others: bootstrap over the examples); for classes also
-    the confusion matrix (rows: labels), the accuracy on each class, and the calibration error.
+    macro F1, AUC, the confusion matrix (rows: labels), the accuracy on each class, and the calibration error.
 
     Args:
         logits: (N, D).
@@ -68,17 +94,12 @@ def score(
     for name in metrics:
         if name == "accuracy":
             result[name] = proportion(int((predicted == labels).sum()), len(labels))
-            continue
-        rng = np.random.default_rng(0)
-        samples = (rng.integers(len(labels), size=len(labels)) for _ in range(BOOTSTRAP_SAMPLES))
-        values = [metric(name, predicted[rows], labels[rows]) for rows in samples]
-        result[name] = {
-            "value": metric(name, predicted, labels),
-            "of": len(labels),
-            "interval_95": np.quantile(values, (0.025, 0.975)).tolist(),
-        }
+        else:
+            result[name] = _with_interval(lambda rows, name=name: metric(name, predicted[rows], labels[rows]), labels)
     if class_names:
         count = len(class_names)
+        result["macro_f1"] = _with_interval(lambda rows: macro_f1(predicted[rows], labels[rows], count), labels)
+        result["auc"] = _with_interval(lambda rows: area_under_curve(logits[rows], labels[rows]), labels)
         confusion = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
         result["confusion_matrix"] = confusion.tolist()
         result["class_accuracy"] = {
@@ -87,3 +108,15 @@ def score(
         }
         result["calibration_error"] = calibration_error(logits, labels)
     return result
+
+
+def _with_interval(value: Callable[[np.ndarray], float], labels: np.ndarray) -> dict[str, Any]:
+    """`value` of all rows, and its interval by bootstrap; None where it is not defined."""
+    rng = np.random.default_rng(0)
+    values = [value(rng.integers(len(labels), size=len(labels))) for _ in range(BOOTSTRAP_SAMPLES)]
+    whole, defined = value(np.arange(len(labels))), [number for number in values if not math.isnan(number)]
+    return {
+        "value": None if math.isnan(whole) else whole,
+        "of": len(labels),
+        "interval_95": None if math.isnan(whole) else np.quantile(defined, (0.025, 0.975)).tolist(),
+    }

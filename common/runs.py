@@ -70,12 +70,13 @@ def config_text(args: Any) -> str:
     )
 
 
-def require_same_run(output_dir: Path, args: Any) -> None:
-    """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`."""
+def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
+    """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`, `but` for
+    these names."""
     open_ones = {"target_modules"} if args.target_modules is None else set()  # which that run has filled in
     try:
         made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
-        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones, common=True)
+        difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones | {*but}, common=True)
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{output_dir / 'config.yaml'} is damaged: replace the run with --overwrite") from error
     if difference:
@@ -141,7 +142,7 @@ def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
         return
     step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step and "loss" in json.loads(line)]
+    kept = [line for line in lines if json.loads(line)["step"] <= step and {"loss", "validation"} & {*json.loads(line)}]
     path.write_text("".join(kept))
 
 
@@ -154,7 +155,9 @@ def is_trained_already(args: Any) -> bool:
     output_dir = Path(args.output_dir)
     if not args.resume or not (output_dir / "run.json").is_file():
         return False
-    require_same_run(output_dir, args)
+    processes, run = int(os.environ.get("WORLD_SIZE", "1")), json.loads((output_dir / "run.json").read_text())
+    follows = run.get("micro_batches") == args.gradient_accumulation * processes
+    require_same_run(output_dir, args, ("gradient_accumulation",) if follows else ())
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"trained already, with these settings: {output_dir}")
         if not (output_dir / "merged").is_dir():

@@ -1,22 +1,26 @@
 """The transformers Trainer for runs that may be interrupted: checkpoints, signals, NaN and Inf, lost ranks, metrics."""
 
+import itertools
 import json
 import math
+import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import DataLoaderShard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from common.batches import MicroBatches, generator_of
 from common.checkpoints import (
     TRAINED_TENSORS,
     checkpoint_identity,
@@ -31,14 +35,15 @@ from common.checkpoints import (
 )
 from common.cli import RunStopped, first_line
 from common.interruptions import Interruption
+from common.optimizer_state import load_optimizer, optimizer_tensors, state_file
 from common.partitioned import num_ranks
 from common.runs import INCOMPLETE
 from common.training import ProgressBar, peak_memory_gib
 
 
 class ResumableTrainer(Trainer):
-    """What a training here is beside its loss. A subclass's `get_batch_samples` calls `begin_step`, its `compute_loss`
-    calls `record`.
+    """What a training here is beside its loss. A subclass has `num_items`; its `compute_loss` multiplies the loss by
+    `loss_scale`, and calls `record`.
 
     Args:
         arguments: the script's; of them on_nonfinite, keep_checkpoints, and what `checkpoint_identity` compares.
@@ -46,25 +51,36 @@ class ResumableTrainer(Trainer):
     Attributes:
         trained: the module whose trained parameters a checkpoint keeps; a subclass may name a part of what is wrapped.
         skipped_steps: steps left out for NaN or Inf.
+        num_micro_batches: of the step under way, on all ranks.
     """
 
     def __init__(self, *, arguments: Any, args: TrainingArguments, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         self.arguments = arguments
-        self.identity = checkpoint_identity(arguments, args.world_size)
+        self.identity = checkpoint_identity(arguments, args.gradient_accumulation_steps * args.world_size)
         self.interruption = Interruption()
         self.add_callback(self.interruption)
         self.pop_callback(transformers.ProgressCallback)
-        self.add_callback(ProgressBar)
+        self.pop_callback(transformers.PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar)
         self.skipped_steps = 0
+        self.num_micro_batches = 1
+        self.loss_is_scaled_for_ga = True  # a loss here is of its step, not of its micro-batch
         self._staging: Path | None = None
         self._tr_loss = torch.zeros(())  # the Trainer's own, before it starts
+        self._problems: list[str] = []  # of the checkpoint that is written
         self._micro_batches: list[tuple[dict[str, float | Tensor], list[int]]] = []  # of the step under way
+        self._num_own, self._num_done = 0, 0  # this rank's micro-batches of it: how many there are, how many are begun
         self._reset_clock()
 
     @property
     def trained(self) -> nn.Module:
         return self.model
+
+    def is_finished(self, checkpoint: Path | None) -> bool:
+        """Whether no step is left to take."""
+        return is_complete(checkpoint)
 
     def fit(self, checkpoint: Path | None) -> tuple[float, float]:
         """Trains, from `checkpoint` where there is one; returns the mean loss and the seconds.
@@ -74,7 +90,7 @@ class ResumableTrainer(Trainer):
             SystemExit: SIGTERM or SIGINT came; a checkpoint is written.
         """
         output_dir = self.args.output_dir
-        if is_complete(checkpoint):  # the Trainer would take one step more
+        if self.is_finished(checkpoint):  # the Trainer would take one step more
             self.state = last_state(checkpoint)
             losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
             return sum(losses) / max(len(losses), 1), 0.0
@@ -96,10 +112,45 @@ class ResumableTrainer(Trainer):
             sys.exit(128 + (self.interruption.signal or signal.SIGTERM))
         return result.training_loss, result.metrics["train_runtime"]
 
-    # One optimizer step: counts that all ranks agree on, the terms of its micro-batches, a guard before the update.
+    # One optimizer step: the same micro-batches on every number of ranks, counts that all agree on, a guard before the
+    # update.
 
-    def begin_step(self, *counts: int) -> list[int]:
-        """The sums of these counts over all ranks. Called once before each optimizer step."""
+    def num_items(self, batch: dict[str, Any]) -> int:
+        """How much a micro-batch counts for in the step's mean."""
+        raise NotImplementedError
+
+    def order(self, epoch: int) -> list[int]:
+        """The examples of an epoch in order."""
+        return torch.randperm(len(self.train_dataset), generator=generator_of(self.args.seed, epoch)).tolist()
+
+    def get_train_dataloader(self) -> DataLoaderShard:
+        """The Trainer's own would repeat examples at the end of an epoch, and how many depends on the ranks."""
+        args = self.args
+        ranks = (args.process_index, args.world_size)
+        batches = MicroBatches(self.order, len(self.train_dataset), args.train_batch_size, *ranks)
+        return DataLoaderShard(
+            self.train_dataset,
+            device=args.device,
+            batch_sampler=batches,
+            collate_fn=lambda examples: self.data_collator(examples) if examples else None,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any] | None], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int]:
+        """One optimizer step's micro-batches of this rank, and the step's `num_items` over all ranks."""
+        batches = [batch for batch in itertools.islice(epoch_iterator, num_batches) if batch is not None]
+        self._num_own, self._num_done = len(batches), 0
+        num_items, self.num_micro_batches = self._begin_step(sum(map(self.num_items, batches)), len(batches))
+        # Gradients are averaged by all ranks or none: one that has nothing left runs what counts for nothing.
+        for _ in range(num_batches - len(batches)):
+            rows = range(min(self.args.train_batch_size, len(self.train_dataset)))
+            batches.append(self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows])))
+        return batches, num_items
+
+    def _begin_step(self, *counts: int) -> list[int]:
+        """The sums of these counts over all ranks."""
         sums = torch.tensor([*counts, self.interruption.signal], device=self.args.device)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -109,8 +160,27 @@ class ResumableTrainer(Trainer):
         self._before_step = (self._tr_loss.clone(), dict(self._sums))
         return totals
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Dropout is drawn for the micro-batch: the same whichever rank has it, and after an interruption."""
+        place = self._num_done * self.args.world_size + self.args.process_index
+        torch.manual_seed(random.Random(f"{self.args.seed} {self.state.global_step} {place}").getrandbits(63))
+        self._num_done += 1
+        return super().training_step(*args, **kwargs)
+
+    @property
+    def _stands_in(self) -> bool:
+        """Whether the micro-batch under way counts for nothing."""
+        return self._num_done > self._num_own
+
+    @property
+    def loss_scale(self) -> int:
+        """Gradients are averaged over ranks, but the parts of the loss add up."""
+        return 0 if self._stands_in else self.accelerator.num_processes
+
     def record(self, terms: dict[str, float | Tensor], tokens: int | Tensor, example_ids: list[int]) -> None:
         """Keeps one micro-batch's parts of the step's values for the log and the guard."""
+        if self._stands_in:
+            terms, tokens = {name: 0.0 * value for name, value in terms.items()}, 0
         self._micro_batches.append((terms, example_ids))
         # As tensors: reading them here would make the device wait at every micro-step.
         for name, value in (terms | {"tokens": tokens}).items():
@@ -152,10 +222,10 @@ class ResumableTrainer(Trainer):
         for terms, example_ids in self._micro_batches:
             names = [name for name, value in terms.items() if not math.isfinite(float(value))]
             if names:
-                return f"{', '.join(names)}, in the examples {example_ids}"
+                return ", ".join(names) + (f", in the examples {example_ids}" if example_ids else "")
         every = [index for _, example_ids in self._micro_batches for index in example_ids]
         where = "the gradients" if self.accelerator.num_processes == 1 else "the gradients, or another rank's terms"
-        return f"{where}, in the examples {every}"
+        return where + (f", in the examples {every}" if every else "")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the terms, the λs, tokens per second and peak memory to a training step's log; writes metrics.jsonl."""
@@ -181,14 +251,9 @@ class ResumableTrainer(Trainer):
     # Checkpoints: the Trainer's own files, but only what is trained; written elsewhere and moved to their place.
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        # DeepSpeed would insist on the base weights, which no checkpoint holds.
-        deepspeed = self.is_deepspeed_enabled and resume_from_checkpoint is not None
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, None if deepspeed else resume_from_checkpoint
-        )
-        if deepspeed:
-            self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        # Not told of the checkpoint: DeepSpeed would insist on its own files, one for each rank, and the base weights.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         zero = getattr(self.model_wrapped, "optimizer", None)
         if hasattr(zero, "check_grad_overflow"):
             zero.check_grad_overflow = True  # ZeRO-2 looks for NaN in bf16 alone, and steps on it in fp32
@@ -198,19 +263,38 @@ class ResumableTrainer(Trainer):
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
+    # Each rank gives its parts of all tensors, whatever becomes of the files: else the others would wait for it.
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        tensors = trained_tensors(self.trained, keep=self.args.should_save)
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(tensors, Path(output_dir) / TRAINED_TENSORS)
+        self._write(output_dir, TRAINED_TENSORS, trained_tensors(self.trained, keep=self.args.should_save))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            if self.args.should_save:  # transformers' own schedule, of which DeepSpeed knows nothing
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
+        for key, tensors in optimizer_tensors(self.trained, self.optimizer.optimizer, keep=self.args.should_save):
+            self._write(output_dir, state_file(Path(), key).name, tensors)
+        if self.args.should_save:
+            self._attempt(lambda: torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt"))
+
+    def _write(
+        self, folder: str, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        def write() -> None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(tensors, Path(folder) / name, metadata)
+
+        if self.args.should_save:
+            self._attempt(write)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        load_optimizer(self.trained, self.optimizer.optimizer, Path(checkpoint))
+        groups = self.optimizer.param_groups
+        schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        # All groups have one rate, and DeepSpeed leaves out a group that is empty.
+        schedule |= {name: value[:1] * len(groups) for name, value in schedule.items() if isinstance(value, list)}
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_tensors(self.trained, load_file(Path(resume_from_checkpoint) / TRAINED_TENSORS))
@@ -220,36 +304,31 @@ class ResumableTrainer(Trainer):
         final = folder / f"checkpoint-{self.state.global_step}"
         if final.exists() and checkpoint_problem(final, self.identity) is None:
             return
-        self._staging = folder / INCOMPLETE
-        problems = []
+        self._staging, self._problems = folder / INCOMPLETE, []
         if self.args.should_save:
-            self._attempt(self._empty_staging, problems)
+            self._attempt(self._empty_staging)
         self.accelerator.wait_for_everyone()
-        self._attempt(lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial), problems)
-        if problems and self.is_deepspeed_enabled and self.accelerator.num_processes > 1:
-            # The other ranks are inside of DeepSpeed's own writing, and wait for this one there.
-            raise RunStopped(f"the checkpoint of step {self.state.global_step} could not be written ({problems[0]})")
-        failed = torch.tensor(float(bool(problems)), device=self.args.device)
+        self._attempt(lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
+        failed = torch.tensor(float(bool(self._problems)), device=self.args.device)
         if self.accelerator.num_processes > 1:  # which also awaits everyone
             failed = self.accelerator.reduce(failed, reduction="sum")
         if self.args.should_save:
             if not failed:
-                self._attempt(lambda: self._put_in_place(final), problems)
+                self._attempt(lambda: self._put_in_place(final))
             shutil.rmtree(self._staging, ignore_errors=True)
         self._staging = None
-        if problems or (failed and self.args.should_save):
-            self._warn(problems[0] if problems else "another rank says why")
+        if self._problems or (failed and self.args.should_save):
+            self._warn(self._problems[0] if self._problems else "another rank says why")
         elif self.args.should_save:
             for old in complete_checkpoints(self.args.output_dir)[self.arguments.keep_checkpoints :]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    @staticmethod
-    def _attempt(part: Callable[[], Any], problems: list[str]) -> None:
-        """Runs `part`; where the disk does not take what it writes, adds why to `problems`."""
+    def _attempt(self, part: Callable[[], Any]) -> None:
+        """Runs `part`; where the disk does not take what it writes, notes why."""
         try:
             part()
         except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
-            problems.append(first_line(error))
+            self._problems.append(first_line(error))
 
     def _empty_staging(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)

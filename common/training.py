@@ -39,24 +39,27 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
         if getattr(args, name) is None:
             setattr(args, name, value)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
+    positive += ("gradient_accumulation", "keep_checkpoints")
     require_positive(args, *positive, "max_examples")
-    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral")
+    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "save_steps")
     require_share(args, "warmup_fraction")
     require_below_one(args, "warmup_ratio")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {', '.join(LR_SCHEDULERS)}")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     if args.max_steps != -1 and args.max_steps <= 0:
         raise UserError(f"--max-steps is {args.max_steps}: it must be above 0, or -1 for --epochs to decide")
 
 
-def training_arguments(args: Any) -> TrainingArguments:
-    """What the transformers Trainer needs to know of `args`."""
+def training_arguments(args: Any, accumulation: int) -> TrainingArguments:
+    """What the transformers Trainer needs to know of `args`; `accumulation`: see `checkpoints.accumulation`."""
     dtype = resolve_dtype(args.dtype)
     # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
     mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
     return common_training_arguments(
         args,
-        gradient_accumulation_steps=args.gradient_accumulation,
+        gradient_accumulation_steps=accumulation,
         bf16=mixed,
         gradient_checkpointing=args.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -243,14 +244,14 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
     output = folder / "damaged"
     shutil.copytree(uninterrupted, output)
     (output / "run.json").unlink()
-    with open(output / "checkpoints" / "checkpoint-24" / "optimizer.pt", "r+b") as file:
+    with open(output / "checkpoints" / "checkpoint-24" / "exp_avg.safetensors", "r+b") as file:
         file.truncate(100)
     shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-22")
     manifest = output / "checkpoints" / "checkpoint-22" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"rank": 8', '"rank": 16'))
     code, text = run(folder, output, "--resume")
     assert code == 0, text
-    assert "checkpoint-24 is passed over: optimizer.pt is cut short" in text
+    assert "checkpoint-24 is passed over: exp_avg.safetensors is cut short" in text
     assert "checkpoint-22 is passed over: it belongs to a run with rank = 16, not 8" in text
     assert "going on from" in text
     assert "checkpoint-20" in text.partition("going on from")[2].splitlines()[0]
@@ -278,6 +279,37 @@ def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, tm
     assert message in last
     assert "--overwrite instead of --resume" in last
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "message"),
+    [
+        (3, 2, "has 2 micro-batches, which 3 processes cannot share equally: start as many as divide it, 1, 2"),
+        (1, 3, "--gradient-accumulation 3 on 1 processes is not the 2 micro-batches that a step of"),
+        (2, 4, "give 1"),
+    ],
+)
+def test_micro_batches_that_cannot_stay_are_refused(
+    folder, uninterrupted, tmp_path, monkeypatch, processes, accumulation, message
+):
+    output = tmp_path / "unfinished"
+    shutil.copytree(uninterrupted, output)
+    (output / "run.json").unlink()
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=re.escape(message)):
+        train.main(arguments(folder, output, "--gradient-accumulation", accumulation, "--resume"))
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_a_finished_run_is_left_alone_by_another_number_of_processes(
+    folder, uninterrupted, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.main(arguments(folder, uninterrupted, "--gradient-accumulation", 1, "--resume"))
+    assert "trained already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="gradient_accumulation = 2, not 4"):
+        train.main(arguments(folder, uninterrupted, "--gradient-accumulation", 4, "--resume"))
 
 
 def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterrupted):

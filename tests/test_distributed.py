@@ -13,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
+from common.batches import MicroBatches
 from common.checkpoints import complete_checkpoints, newest_checkpoint
 
 METHODS = ["full", "lora", "pissa", "ba-lora"]
@@ -129,6 +131,78 @@ def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, folder):
             assert torch.equal(actual, expected)
 
 
+# ---------------------------------------------------------------------------------------------- another number of ranks
+
+SLOW = pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW=1 runs it too")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
+def test_micro_batches_are_the_same_for_every_number_of_ranks(num_ranks):
+    """torch's own sampler gives them to one process; none comes twice, none is lost."""
+    order = torch.randperm(53, generator=torch.Generator().manual_seed(7)).tolist()
+    expected = list(BatchSampler(order, 4, drop_last=False))
+    ranks = [MicroBatches(lambda epoch: order, 53, 4, rank, num_ranks) for rank in range(num_ranks)]
+    rounds = list(zip(*ranks, strict=True))
+    assert len(rounds) == len(ranks[0])
+    batches = [batch for one_round in rounds for batch in one_round]
+    assert batches[: len(expected)] == expected
+    assert not any(batches[len(expected) :])
+
+
+def unfinished_by_two_ranks(folder: Path, output: Path, argv: list) -> None:
+    """Starts two ranks, and kills them when the first checkpoint is there."""
+    log = folder / f"{output.name}.log"
+    command = ["torchrun", "--nproc_per_node", "2", ROOT / "train.py", *argv, "--output-dir", output]
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, stdout=file, stderr=file)
+    deadline = time.monotonic() + 120
+    while newest_checkpoint(output) is None:
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        assert launcher.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.01)
+    for pid in subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert launcher.wait(60) != 0
+    assert not (output / "run.json").exists(), "it ended before it was killed"
+
+
+@pytest.mark.parametrize("name", ["torchrun", "zero2", pytest.param("zero3", marks=SLOW)])
+def test_two_ranks_killed_go_on_as_one_and_as_four(name, folder):
+    """In the midst of an epoch whose last step has 5 examples instead of 8."""
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(61)]
+    (folder / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", folder / "base", "--data", folder / "uneven.jsonl", "--rank", 4, "--learning-rate", 1e-3]
+    argv += ["--epochs", 2, "--batch-size", 2, "--logging-steps", 1, "--save-steps", 5]
+    whole = folder / "uninterrupted-uneven"
+    if not whole.exists():
+        launch("one process", [[*argv, "--gradient-accumulation", 4, "--output-dir", whole]], folder)
+    expected, learnt = movement(whole, folder)
+
+    argv += ["--gradient-accumulation", 2]
+    argv += ["--deepspeed", ROOT / "configs" / f"ds_{name}.json"] if name.startswith("zero") else []
+    killed = folder / f"{name}-killed"
+    unfinished_by_two_ranks(folder, killed, argv)
+    for count in (1, 4):
+        output = folder / f"{name}-on-{count}"
+        shutil.copytree(killed, output)
+        command = ["torchrun", "--nproc_per_node", count, ROOT / "train.py", *argv, "--output-dir", output, "--resume"]
+        done = subprocess.run(
+            list(map(str, command)), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert (
+            f"checkpoint-{newest_checkpoint(killed).name.partition('-')[2]}, with --gradient-accumulation"
+            in done.stdout
+        )
+        actual, movement_of_it = movement(output, folder)
+        assert (actual - expected).norm() < 1e-4 * expected.norm()
+        assert (movement_of_it - learnt).norm() < 1e-4 * learnt.norm()
+        result = json.loads((output / "run.json").read_text())
+        assert (result["processes"], result["micro_batches"], result["steps"]) == (count, 4, 16)
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, 17))
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(rank, runs, folder):
     output = folder / f"full-disk-{rank}"
@@ -156,7 +230,8 @@ def test_a_checkpoint_under_deepspeed_is_small_too(name, runs):
     size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
     adapter = runs[name, "ba-lora"] / "adapter" / "adapter_model.safetensors"
     assert size <= 5 * adapter.stat().st_size + 10**6
-    held = torch.load(next(checkpoint.rglob("*model_states.pt")), weights_only=False, map_location="cpu")["module"]
+    held = {key for file in checkpoint.glob("*.safetensors") for key in load_file(file)}
+    assert held
     assert not any(key.endswith("base.weight") or "embed" in key for key in held)
 
 

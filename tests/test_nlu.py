@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -11,7 +15,8 @@ import oracle
 import pytest
 import torch
 import transformers
-from conftest import relative_error
+from conftest import relative_error, start_script
+from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -19,6 +24,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import finetune_bert_l_sst2 as nlu
 import train
 from common import probe
+from common.checkpoints import complete_checkpoints
 from common.classifiers import final_linear, load_classifier, run_model
 from common.cli import UserError, run_script
 from common.labelled import demo_data, to_split
@@ -281,9 +287,9 @@ def test_the_teacher_is_the_encoder_without_adapters_under_the_head_it_started_f
 ):
     seen = {}
 
-    def keep(model, examples, collator, args, validate=None, quiet=False):
+    def keep(model, examples, collator, args, *rest, **more):
         seen["head"] = {name: tensor.clone() for name, tensor in final_linear(model).state_dict().items()}
-        trainer = original(model, examples, collator, args, validate, quiet)
+        trainer = original(model, examples, collator, args, *rest, **more)
         trained = {name: tensor.clone() for name, tensor in final_linear(model).state_dict().items()}
         assert relative_error(trained["weight"], seen["head"]["weight"]) > 1e-3
         final_linear(model).load_state_dict(seen["head"])
@@ -604,7 +610,7 @@ def test_training_that_diverges_ends_in_one_line(tmp_path, encoders, monkeypatch
     with pytest.raises(SystemExit) as exit_:
         run_script(nlu.main)
     assert exit_.value.code == 1
-    assert "diverged" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "stopped: NaN or Inf in step" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
@@ -739,6 +745,117 @@ def test_scores_equal_scikit_learns():
     assert 0.08 < high - low < 0.25  # 200 coin flips: about ±7 points
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+def test_macro_f1_and_auc_are_scikit_learns(num_classes):
+    from sklearn import metrics
+
+    rng = np.random.default_rng(num_classes)
+    labels = rng.integers(num_classes, size=120)
+    logits = np.round(rng.normal(size=(120, num_classes)) + np.eye(num_classes)[labels], 1)  # with ties
+    scores = score(logits, labels.tolist(), ("accuracy",), [str(name) for name in range(num_classes)])
+    f1 = metrics.f1_score(labels, logits.argmax(axis=1), average="macro")
+    assert scores["macro_f1"]["value"] == pytest.approx(f1, abs=1e-12)
+    probabilities = softmax(logits)
+    given = probabilities[:, 1] if num_classes == 2 else probabilities
+    auc = metrics.roc_auc_score(labels, given, multi_class="ovr", average="macro")
+    assert scores["auc"]["value"] == pytest.approx(auc, abs=1e-12)
+    for name in ("macro_f1", "auc"):
+        low, high = scores[name]["interval_95"]
+        assert low < scores[name]["value"] < high
+
+
+def test_scores_where_a_class_has_no_example():
+    from sklearn import metrics
+
+    logits, labels = np.array([[2.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 1.0, 3.0]]), [0, 1, 0]
+    scores = score(logits, labels, ("accuracy",), ["a", "b", "c"])
+    f1 = metrics.f1_score(labels, logits.argmax(axis=1), average="macro", labels=[0, 1, 2], zero_division=0.0)
+    assert scores["macro_f1"]["value"] == pytest.approx(f1)
+    assert scores["auc"]["value"] is None
+    json.dumps(scores, allow_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------- interruptions and ranks
+
+
+def same_scores(ours: dict, theirs: dict, rel: float) -> None:
+    """Every number of `results` and of the choice among states."""
+
+    def numbers(value):
+        if isinstance(value, dict | list):
+            return [
+                number for part in (value.values() if isinstance(value, dict) else value) for number in numbers(part)
+            ]
+        return [value] if isinstance(value, int | float) else []
+
+    for name in ("results", "validation"):
+        assert numbers(ours[name]) == pytest.approx(numbers(theirs[name]), rel=rel)
+        assert numbers(ours[name])
+
+
+def movement(output: Path, encoder: Path) -> torch.Tensor:
+    base, merged = load_file(encoder / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
+    return torch.cat([(merged[name].double() - base[name].double()).flatten() for name in base if name in merged])
+
+
+def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
+    """With dropout; to the bit. 54 examples by 8, eight epochs: 56 steps and 16 validations."""
+    data = reviews(tmp_path / "reviews.jsonl")
+    argv = ["--model", encoders["bert"], "--data", data, "--epochs=8", "--batch-size=8", "--rank=4"]
+    argv += ["--learning-rate=0.01", "--evals-per-epoch=2", "--patience=99", "--save-steps=3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def start(output: Path, *options: str):
+        log = tmp_path / f"{output.name}{len(options)}.log"
+        return start_script("finetune_bert_l_sst2", [*argv, "--output-dir", output, *options], log), log
+
+    process, log = start(whole)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    assert not (whole / "checkpoints").exists()
+    process, log = start(killed)
+    while len(complete_checkpoints(killed)) < 2:
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.002)
+    process.kill()
+    process.join(10)
+    assert not (killed / "results.json").exists()
+    process, log = start(killed, "--resume")
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    assert "going on from" in log.read_text()
+    same_scores(*(json.loads((output / "results.json").read_text()) for output in (killed, whole)), rel=0)
+    assert torch.equal(movement(killed, encoders["bert"]), movement(whole, encoders["bert"]))
+    lines = [[json.loads(line) for line in (output / "metrics.jsonl").open()] for output in (killed, whole)]
+    ours, theirs = ([row["validation"] for row in rows if "validation" in row] for rows in lines)
+    assert ours == theirs
+    assert len(ours) == 16
+    process, log = start(killed, "--resume", "--seed=42")
+    process.join(60)
+    assert process.exitcode == 0
+    assert "done: " in log.read_text()
+
+
+def test_two_ranks_end_where_one_process_ends(tmp_path, encoders):
+    """With dropout. 54 examples are 11 micro-batches: in the last step a rank has none."""
+    data = reviews(tmp_path / "reviews.jsonl")
+    argv = ["--model", encoders["bert"], "--data", data, "--epochs=3", "--batch-size=5", "--spectral-k=1"]
+    one = run(tmp_path, *argv, "--gradient-accumulation=2", output="one")
+    script = [f"{nlu.ROOT}/finetune_bert_l_sst2.py", "--rank=4", "--learning-rate=0.01", *argv]
+    command = ["torchrun", "--nproc_per_node=2", *script, "--output-dir", tmp_path / "two"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    where = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=where, cwd=nlu.ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("best state: ") == 1
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert (two["processes"], two["steps"], one["steps"]) == (2, 18, 18)
+    expected, actual = (movement(tmp_path / name, encoders["bert"]) for name in ("one", "two"))
+    assert expected.norm() > 0.01
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+    same_scores(two, one, rel=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------- the demo's sentences
 
 
@@ -785,14 +902,14 @@ def test_configurations_have_the_published_values(tmp_path, file, published):
 
 
 def test_options_stand_in_groups_and_those_of_language_models_alone_are_refused(capsys):
-    for option in ("--gradient-accumulation", "--entropy-top-k", "--spectral-norm", "--init-adapter", "--init-cache"):
+    for option in ("--packing", "--entropy-top-k", "--spectral-norm", "--init-adapter", "--init-cache"):
         with pytest.raises(UserError, match=f"unknown option {option}"):
             nlu.resolve_arguments([option, "1"])
     with pytest.raises(SystemExit):
         nlu.resolve_arguments(["--help"])
     shown = capsys.readouterr().out
     groups = re.findall(r"^\W+ (\w+)(?: options)? \W+$", shown, re.MULTILINE)  # in boxes of lines, or of ASCII
-    assert groups == ["options", "data", "adapter", "regularizer", "optimization"]
+    assert groups == ["options", "data", "adapter", "regularizer", "optimization", "interruption"]
     words = re.findall(r"^\W (--[a-z][a-z-]*)", shown, re.MULTILINE)
     assert sorted(words) == sorted(f"--{name.replace('_', '-')}" for name in nlu.Arguments.__dataclass_fields__)
 
