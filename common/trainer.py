@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from common.checkpoints import (
     TRAINED_TENSORS,
+    best_checkpoint,
     checkpoint_identity,
     checkpoint_problem,
     complete_checkpoints,
@@ -34,16 +35,19 @@ from common.interruptions import Interruption
 from common.partitioned import num_ranks
 from common.runs import INCOMPLETE
 from common.training import ProgressBar, peak_memory_gib
+from common.validation import Sampler, held_out_means, is_out_of_patience, vain_validations
 
 
 class ResumableTrainer(Trainer):
     """What a training here is beside its loss. A subclass's `get_batch_samples` calls `begin_step`, its `compute_loss`
-    calls `record`.
+    calls `record`; its `validation_sums` gives what a validation adds up of one held-out micro-batch.
 
     Args:
-        arguments: the script's; of them on_nonfinite, keep_checkpoints, and what `checkpoint_identity` compares.
+        arguments: the script's; of them on_nonfinite, keep_checkpoints, what `checkpoint_identity` compares, and, with
+            an `eval_dataset`, keep_best and patience.
 
     Attributes:
+        sampler: what is answered at every validation, where anything is.
         trained: the module whose trained parameters a checkpoint keeps; a subclass may name a part of what is wrapped.
         skipped_steps: steps left out for NaN or Inf.
     """
@@ -57,6 +61,7 @@ class ResumableTrainer(Trainer):
         self.pop_callback(transformers.ProgressCallback)
         self.add_callback(ProgressBar)
         self.skipped_steps = 0
+        self.sampler: Sampler | None = None
         self._staging: Path | None = None
         self._tr_loss = torch.zeros(())  # the Trainer's own, before it starts
         self._micro_batches: list[tuple[dict[str, float | Tensor], list[int]]] = []  # of the step under way
@@ -74,7 +79,7 @@ class ResumableTrainer(Trainer):
             SystemExit: SIGTERM or SIGINT came; a checkpoint is written.
         """
         output_dir = self.args.output_dir
-        if is_complete(checkpoint):  # the Trainer would take one step more
+        if is_complete(checkpoint, self.arguments.patience):  # the Trainer would take one step more
             self.state = last_state(checkpoint)
             losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
             return sum(losses) / max(len(losses), 1), 0.0
@@ -178,6 +183,36 @@ class ResumableTrainer(Trainer):
         self._sums = {}
         self._last_log = (time.monotonic(), self.state.global_step)
 
+    # Validation: outside of all that training draws from, adds to or counts.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`held_out_means` into the log, and the samples; then perhaps a checkpoint of the best state, or the end."""
+        started = time.monotonic()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.model_wrapped.eval()
+            metrics = held_out_means(self)
+            if self.sampler is not None and self.is_world_process_zero():
+                self.sampler.write(self.trained, self.state.global_step)
+            self.model_wrapped.train()
+        seconds = time.monotonic() - started
+        self._last_log = (self._last_log[0] + seconds, self._last_log[1])  # no time of training's
+        self.log(metrics | {"eval_seconds": seconds})
+        if self.arguments.keep_best and vain_validations(self.state.log_history) == 0:
+            self.control.should_save = True
+        if is_out_of_patience(self.state.log_history, self.arguments.patience):
+            self.control.should_training_stop = True
+            self.control.should_save |= bool(self.arguments.save_steps)  # as at any other end
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def checkpoint_to_export(self) -> Path | None:
+        """With --keep-best the checkpoint of the best state; the same on all ranks. None: the last state it is."""
+        if not self.arguments.keep_best:
+            return None
+        self.accelerator.wait_for_everyone()  # the first of them may be writing one
+        return best_checkpoint(self.state.log_history, complete_checkpoints(self.args.output_dir))
+
     # Checkpoints: the Trainer's own files, but only what is trained; written elsewhere and moved to their place.
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -240,7 +275,16 @@ class ResumableTrainer(Trainer):
         if problems or (failed and self.args.should_save):
             self._warn(problems[0] if problems else "another rank says why")
         elif self.args.should_save:
-            for old in complete_checkpoints(self.args.output_dir)[self.arguments.keep_checkpoints :]:
+            self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        there, count = complete_checkpoints(self.args.output_dir), self.arguments.keep_checkpoints
+        # The best state of each that stays: whichever a resumed run goes on from, its best is there.
+        best = [
+            best_checkpoint(last_state(kept).log_history, there) for kept in there[:count] if self.arguments.keep_best
+        ]
+        for old in there[count:]:
+            if old not in best:
                 shutil.rmtree(old, ignore_errors=True)
 
     @staticmethod
