@@ -18,7 +18,7 @@ from common.pretrained import resolve_demo
 from common.prompts import encode_prompt
 from common.runs import SAMPLES
 
-SAMPLE_TOKENS = 256  # of an answer, at most
+SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
 
 
 @dataclass
@@ -210,12 +210,14 @@ class Sampler:
 
     Attributes:
         prompts: as they are written. encoded: their tokens, as in training.
+        max_length: of prompt and answer, in tokens.
     """
 
     file: Path
     tokenizer: transformers.PreTrainedTokenizerBase
     prompts: list[str]
     encoded: list[list[int]]
+    max_length: int
 
     @classmethod
     def of(cls, args: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> "Sampler | None":
@@ -231,7 +233,7 @@ class Sampler:
         for number, ids in enumerate(encoded, 1):
             if len(ids) >= args.max_length:
                 raise UserError(f"--sample-prompts {args.sample_prompts}: prompt {number} fills --max-length")
-        return cls(Path(args.output_dir) / SAMPLES, tokenizer, prompts, encoded)
+        return cls(Path(args.output_dir) / SAMPLES, tokenizer, prompts, encoded, args.max_length)
 
     @torch.no_grad()
     def write(self, model: transformers.PreTrainedModel, step: int) -> None:
@@ -239,15 +241,16 @@ class Sampler:
         own = model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         ends = sorted({token for token in (self.tokenizer.eos_token_id, *ends) if token is not None})
-        settings = {"max_new_tokens": SAMPLE_TOKENS, "eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
+        settings = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
         device = model.get_input_embeddings().weight.device
         try:
             model.generation_config = transformers.GenerationConfig()  # the model's own may sample, or penalise
-            config = transformers.GenerationConfig(do_sample=False, **settings)
             rows = []
             for prompt, ids in zip(self.prompts, self.encoded, strict=True):
                 input_ids = torch.tensor([ids], device=device)
                 mask = torch.ones_like(input_ids)
+                most = min(SAMPLE_TOKENS, self.max_length - len(ids))
+                config = transformers.GenerationConfig(max_new_tokens=most, **settings)
                 output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
                 answer = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
                 rows.append({"step": step, "prompt": prompt, "answer": answer})
