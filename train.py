@@ -17,7 +17,7 @@ What comes out, in --output-dir
     merged/         a plain checkpoint with its tokenizer, for transformers, vLLM and eval/
     config.yaml     every argument as it was used; `--config` takes it
     run.json        seed, versions, command, counts and times
-    metrics.jsonl   one line per logging step; the same in tensorboard/
+    metrics.jsonl   one line per logging step and validation; the same in tensorboard/
 
 Read from top to bottom: arguments, adapters, regularizers, objective, data, model, trainer, the stages of
 a run, main. What is not the method has a file of its own in common/.
@@ -30,9 +30,6 @@ import itertools
 import json
 import math
 import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +47,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from common import checkpoints, cli, estimates, partitioned, pretrained, runs
+from common import checkpoints, cli, estimates, partitioned, pretrained, reporting, runs, validation
 from common.activations import save_activations
 from common.checkpoints import TRAINED_TENSORS
 from common.cli import UserError, first_line, option, parse_arguments
@@ -219,7 +216,9 @@ class MachineArguments:
 @dataclass
 class Arguments(  # a dataclass takes its bases' fields from the last to the first
     MachineArguments,
+    reporting.ReportArguments,
     InterruptionArguments,
+    validation.ValidationArguments,
     OptimizationArguments,
     BatchArguments,
     TermArguments,
@@ -258,7 +257,10 @@ def resolve_arguments(args: Arguments) -> Arguments:
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    runs.require_output_dir(args, may_hold, remedy, *inputs, args.teacher_cache)
+    inputs += (args.teacher_cache, args.eval_data, args.sample_prompts)
+    runs.require_output_dir(args, may_hold, remedy, *inputs)
+    validation.check_validation(args)
+    reporting.check_reporting(args)
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
@@ -701,6 +703,8 @@ def objective(
     token_share = len(targets) / num_tokens
     task = F.cross_entropy(_at_least_fp32(student_logits), targets, reduction="sum") / num_tokens
     terms: dict[str, float | Tensor] = {"task": task.detach()}
+    if not (student_logits.requires_grad and torch.is_grad_enabled()):  # a validation
+        terms["accuracy"] = (student_logits.argmax(dim=1) == targets).sum() / num_tokens
     if regularizers is None:
         return task, terms
     if regularizers.adaptive and teacher_logits is not None:
@@ -774,8 +778,8 @@ def objective_from_hidden(
         sums /= num_tokens
         if needs_gradient:
             gradient /= num_tokens
-        task, consistency, diversity = sums.unbind()
-        loss, terms = task, {"task": task.clone()}
+        task, consistency, diversity, accuracy = sums.unbind()
+        loss, terms = task, {"task": task.clone()} | ({} if needs_gradient else {"accuracy": accuracy})
         if teacher_hidden is not None:
             terms["consistency"] = consistency.clone()
             loss = loss + regularizers.lambda_consistency * consistency
@@ -824,9 +828,9 @@ def _token_sums(
     needs_gradient: bool,
     memory_mib: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """L_task, L_CR and L_DR summed over the tokens, (3,), and the gradient of their weighted sum, (M, d)."""
+    """L_task, L_CR, L_DR and, without gradient, hits, summed over tokens, (4,); the weighted sum's gradient, (M, d)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    sums = torch.zeros(3, dtype=dtype, device=hidden.device)
+    sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
     for rows in _chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib):
         z = _logits(hidden[rows], head_weight, dtype)
@@ -857,6 +861,8 @@ def _token_terms(
         ∂L_DR/∂z   = p·(log p + H(p)) on the top-K entries (all of them where K is None), p their softmax
     """
     onehot = targets[:, None]
+    if not needs_gradient:
+        sums[3] += (z.argmax(dim=1) == targets).sum()
     top_values = None
     is_diverse = regularizers is not None and regularizers.lambda_diversity is not None
     if is_diverse and regularizers.entropy_top_k is not None:
@@ -1350,6 +1356,11 @@ class BALoRATrainer(ResumableTrainer):
         loss = loss * self.loss_scale
         return (loss, {}) if return_outputs else loss
 
+    def validation_sums(self, inputs: dict[str, Tensor]) -> dict[str, float | Tensor]:
+        """One held-out micro-batch's L_SVDR, and its sums over tokens: of L_task, L_CR, L_DR, correct predictions."""
+        regularizers = Regularizers.at(self.arguments, 1.0) if self.arguments.has_terms else None
+        return self.model_wrapped(inputs, regularizers, 1, 1)[1]
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # The stages of a run, in order
@@ -1423,9 +1434,10 @@ def dry_run(args: Arguments, base: Base) -> str:
         if base.tokenizer is None:
             raise UserError("the model has no tokenizer here")
         records = load_training_records(args)
-        dataset, _ = build_dataset(records, base.tokenizer, args.fields, args.max_length)
+        dataset, num_dropped = build_dataset(records, base.tokenizer, args.fields, args.max_length)
         if len(dataset) == 0:
             raise UserError(f"no example has a response token within {args.max_length} tokens")
+        dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
         # The largest of the micro-batches that one random order gives.
@@ -1434,7 +1446,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         tokens, largest = max(zip(sizes, order, strict=True), key=lambda pair: pair[0])
         if args.packing:
             tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
-        data = estimates.DataSizes(lengths, valid, len(records) - len(dataset), tokens, int(valid[largest].sum()))
+        data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
     except UserError as error:
         data = error
     return runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
@@ -1512,23 +1524,24 @@ def make_trainer(
     base: Base,
     model: transformers.PreTrainedModel,
     dataset: datasets.Dataset,
+    held_out: datasets.Dataset | None,
     trainer_args: TrainingArguments,
 ) -> BALoRATrainer:
     """The Trainer of `model` on `dataset`: packed, and with lean activations, where the model can; else says so."""
-    is_main = trainer_args.process_index == 0
+    is_main, everything = trainer_args.process_index == 0, validation.together(dataset, held_out)
     obstacle = None
     if args.packing:
-        obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, dataset["input_ids"]))
+        obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
     if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
     wrapped = BALoRAModel(model, args.objective_memory)
     if needs_teacher_cache(args):
         if not wrapped.is_fused:
             raise UserError("--teacher-cache keeps hidden states, and this model's head is not a plain linear map")
-        counts = list(map(num_valid, dataset["labels"]))
-        cache = wrapped.teacher_cache = TeacherCache(Path(args.teacher_cache), model, dataset, counts)
+        counts = list(map(num_valid, everything["labels"]))
+        cache = wrapped.teacher_cache = TeacherCache(Path(args.teacher_cache), model, everything, counts)
         if is_main:
-            known = f"{int(cache.done.sum())} of {len(dataset)} examples are there"
+            known = f"{int(cache.done.sum())} of {len(everything)} examples are there"
             print(f"teacher cache: {cache.num_bytes / 2**30:.2f} GiB when full, {known}")
     if is_main and obstacle:
         print(f"note: {type(model).__name__} {obstacle}; batches are padded")
@@ -1540,9 +1553,8 @@ def make_trainer(
     else:
         pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
         collator = PaddingCollator(end if pad is None else pad)
-    return BALoRATrainer(
-        arguments=args, model=wrapped, args=trainer_args, train_dataset=dataset, data_collator=collator
-    )
+    data = {"train_dataset": dataset, "eval_dataset": held_out, "data_collator": collator}
+    return BALoRATrainer(arguments=args, model=wrapped, args=trainer_args, **data)
 
 
 def trained_model(
@@ -1553,7 +1565,7 @@ def trained_model(
     From the published weights, where the trained model holds parts of them or rounded ones.
 
     Args:
-        finished: the checkpoint that has it all already.
+        finished: the checkpoint that has it all already, or the best state.
     """
     model, is_main = trainer.trained, trainer.is_world_process_zero()
     if args.deepspeed is not None or args.load_in is not None:
@@ -1562,6 +1574,8 @@ def trained_model(
         else:
             tensors = checkpoints.trained_tensors(model, keep=is_main)
         model = rebuilt_model(args, base.path, resolve_dtype(args.dtype), tensors) if is_main else None
+    elif finished:
+        checkpoints.load_trained_tensors(model, load_file(finished / TRAINED_TENSORS))
     if is_main:
         model.config.use_cache = base.config.use_cache  # the Trainer switches it off, and generation wants it
     return model if is_main else None
@@ -1613,6 +1627,9 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    if run.keep_best:
+        history = checkpoints.last_state(checkpoint).log_history
+        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), load_file(checkpoint / TRAINED_TENSORS))
@@ -1637,12 +1654,19 @@ def main(argv: list[str]) -> None:
         print(dry_run(args, base))
         return
     if runs.is_trained_already(args):
+        reporting.push_adapter(args)
         return
     checkpoint = checkpoints.checkpoint_to_resume(args)
     records = load_training_records(args)
+    eval_args = validation.arguments_of_eval_data(args)
+    eval_records = eval_args and load_training_records(eval_args)
     trainer_args = start_ranks(args, checkpoint)  # before the model: DeepSpeed decides how weights are loaded
     is_main = trainer_args.process_index == 0
     dataset = encode_records(args, base, records, trainer_args)
+    num_dropped = len(records) - len(dataset)
+    held_out = eval_args and encode_records(eval_args, base, eval_records, trainer_args)
+    dataset, held_out = validation.hold_out(args, dataset, held_out)
+    sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
         print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
@@ -1651,32 +1675,33 @@ def main(argv: list[str]) -> None:
     if is_main:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
-    trainer = make_trainer(args, base, model, dataset, trainer_args)
-    finished = checkpoint if checkpoints.is_complete(checkpoint) else None
+    trainer = make_trainer(args, base, model, dataset, held_out, trainer_args)
+    trainer.sampler = sampler
+    finished = checkpoint if trainer.is_finished(checkpoint) else None
     train_loss, train_seconds = trainer.fit(checkpoint)
 
-    model = trained_model(args, base, trainer, finished)
+    best = trainer.checkpoint_to_export()
+    model = trained_model(args, base, trainer, best or finished)
     if is_main:
         export_model(model, base.tokenizer, args, base.path, Path(args.output_dir))
         run = {
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "seed": args.seed,
-            "versions": runs.package_versions(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
             "processes": trainer_args.world_size,
             "micro_batches": trainer_args.gradient_accumulation_steps * trainer_args.world_size,
             "examples": len(dataset),
-            "dropped_examples": len(records) - len(dataset),
+            "held_out_examples": len(held_out or ()),
+            "dropped_examples": num_dropped,
             "trainable_parameters": base.trainable,
             "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
             "steps": trainer.state.global_step,
             "skipped_steps": trainer.skipped_steps,
+            "validation": validation.summary(trainer.state.log_history, best),
             "resumed_from": str(checkpoint) if checkpoint else None,
             "train_loss": train_loss,
             "train_seconds": train_seconds,
             "peak_memory_gib": peak_memory_gib(),
         }
         runs.write_summary(args, run)
+        reporting.push_adapter(args)
 
 
 if __name__ == "__main__":

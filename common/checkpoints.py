@@ -6,8 +6,10 @@ Never the base weights. A checkpoint is written under another name, sealed by a 
 
 import dataclasses
 import json
+import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from common.runs import NOT_IDENTITY, first_difference
+from common.validation import is_out_of_patience, losses_by_step
 
 TRAINED_TENSORS = "trained.safetensors"
 MANIFEST = "manifest.json"
@@ -199,7 +202,17 @@ def accumulation(args: Any, checkpoint: Path | None) -> int:
     return total // processes
 
 
-def is_complete(checkpoint: Path | None) -> bool:
-    """Whether a run's checkpoint is of its last step: only the export is missing."""
-    state = None if checkpoint is None else last_state(checkpoint)
-    return state is not None and state.global_step >= state.max_steps
+def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
+    """Whether a run's checkpoint is of its last step, of all or by `patience`: only the export is missing."""
+    if checkpoint is None:
+        return False
+    state = last_state(checkpoint)
+    return state.global_step >= state.max_steps or is_out_of_patience(state.log_history, patience)
+
+
+def best_checkpoint(history: Sequence[Mapping[str, float]], folders: list[Path]) -> Path | None:
+    """Of these checkpoints the one of the lowest validation loss in a run's log, the earliest such; None of none."""
+    losses = {step: loss for step, loss in losses_by_step(history).items() if math.isfinite(loss)}
+    validated = {int(folder.name.partition("-")[2]): folder for folder in folders}
+    steps = sorted(validated.keys() & losses.keys())
+    return validated[min(steps, key=losses.get)] if steps else None

@@ -32,12 +32,17 @@ def attend_per_sequence(
 
     Args:
         query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
-        sequence_lengths: of each sequence; None: one sequence.
+        sequence_lengths: of each sequence; None: one sequence, of which the query may be the newest token alone.
         shared_length: the beginning that all of them have and only the first still holds.
     """
-    lengths = sequence_lengths or [query.shape[2]]
+    lengths = sequence_lengths or [key.shape[2]]
     if sliding_window is not None and max(lengths) > sliding_window:
         raise UserError(f"a sequence of {max(lengths)} tokens exceeds the model's window: use --no-packing")
+    if query.shape[2] == 1:  # the others are in generation's cache
+        output = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return output.transpose(1, 2), None
     held = [lengths[0], *(length - shared_length for length in lengths[1:])]
     outputs = []
     for index, states in enumerate(zip(*(x.split(held, dim=2) for x in (query, key, value)), strict=True)):

@@ -65,6 +65,8 @@ def export_adapter(
 def adapter_card(args: Any, rank: int) -> str:
     """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded."""
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
+    if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
+        del front["base_model"]
     settings = {
         "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
         "method": args.method

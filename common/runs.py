@@ -5,7 +5,9 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def clear_folder(folder: Path) -> None:
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
-NOT_IDENTITY |= {"trust_remote_code", "skip_done"}
+NOT_IDENTITY |= {"trust_remote_code", "skip_done", "sample_prompts", "report_to", "push_to_hub"}
 
 
 def first_difference(
@@ -84,6 +86,7 @@ def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> 
 
 
 INCOMPLETE = ".incomplete"  # a folder of what is being written
+SAMPLES = "samples.jsonl"  # what the model answered at each validation
 
 
 @contextlib.contextmanager
@@ -136,14 +139,13 @@ def open_output_dir(args: Any, checkpoint: Path | None) -> None:
 
 
 def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
-    """Drops the lines of metrics.jsonl that the resumed run will write again."""
-    path = output_dir / "metrics.jsonl"
-    if not path.is_file():
-        return
+    """Drops the lines of metrics.jsonl and samples.jsonl that the resumed run will write again."""
     step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step and {"loss", "validation"} & {*json.loads(line)}]
-    path.write_text("".join(kept))
+    for name, keys in (("metrics.jsonl", {"loss", "eval_loss", "validation"}), (SAMPLES, {"answer"})):
+        path = output_dir / name
+        if path.is_file():
+            lines = [line for line in path.read_text().split("\n")[:-1] if keys & json.loads(line).keys()]
+            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def is_trained_already(args: Any) -> bool:
@@ -167,7 +169,15 @@ def is_trained_already(args: Any) -> bool:
 
 def write_summary(args: Any, run: dict[str, Any]) -> None:
     """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
+    import torch
+
     output_dir = Path(args.output_dir)
+    run = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "seed": args.seed,
+        "versions": package_versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+    } | run
     (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     lines = [
         "",
@@ -176,10 +186,18 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
     ]
     if args.method != "full":
         lines.append(f"  adapter         {output_dir / 'adapter'}  (PEFT's format, on {args.model})")
+    if run["validation"]:
+        at_step = {
+            name: "loss {eval_loss:.4f}, accuracy {eval_accuracy:.3f} at step {step}".format(**run["validation"][name])
+            for name in ("last", "best")
+        }
+        lines.append(f"  validation      {at_step['last']}; best: {at_step['best']}")
+        lines.append(f"  exported        the state of step {run['validation']['exported_step']}")
+    tracked = f"  (tensorboard --logdir {output_dir / 'tensorboard'})" if "tensorboard" in args.report_to else ""
     lines += [
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
-        f"  metrics         {output_dir / 'metrics.jsonl'}  (tensorboard --logdir {output_dir / 'tensorboard'})",
+        f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
         f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}",
     ]
     print("\n".join(lines))

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 from common.batches import MicroBatches, generator_of
 from common.checkpoints import (
     TRAINED_TENSORS,
+    best_checkpoint,
     checkpoint_identity,
     checkpoint_problem,
     complete_checkpoints,
@@ -39,16 +40,19 @@ from common.optimizer_state import load_optimizer, optimizer_tensors, state_file
 from common.partitioned import num_ranks
 from common.runs import INCOMPLETE
 from common.training import ProgressBar, peak_memory_gib
+from common.validation import Sampler, held_out_means, is_out_of_patience, vain_validations
 
 
 class ResumableTrainer(Trainer):
     """What a training here is beside its loss. A subclass has `num_items`; its `compute_loss` multiplies the loss by
-    `loss_scale`, and calls `record`.
+    `loss_scale`, and calls `record`; its `validation_sums` gives what a validation adds up of one held-out micro-batch.
 
     Args:
-        arguments: the script's; of them on_nonfinite, keep_checkpoints, and what `checkpoint_identity` compares.
+        arguments: the script's; of them on_nonfinite, keep_checkpoints, what `checkpoint_identity` compares, and, with
+            an `eval_dataset`, keep_best and patience.
 
     Attributes:
+        sampler: what is answered at every validation, where anything is.
         trained: the module whose trained parameters a checkpoint keeps; a subclass may name a part of what is wrapped.
         skipped_steps: steps left out for NaN or Inf.
         num_micro_batches: of the step under way, on all ranks.
@@ -57,6 +61,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, *, arguments: Any, args: TrainingArguments, **kwargs: Any):
         super().__init__(args=args, **kwargs)
         self.arguments = arguments
+        self.keep_best = getattr(arguments, "keep_best", False)
         self.identity = checkpoint_identity(arguments, args.gradient_accumulation_steps * args.world_size)
         self.interruption = Interruption()
         self.add_callback(self.interruption)
@@ -67,6 +72,7 @@ class ResumableTrainer(Trainer):
         self.skipped_steps = 0
         self.num_micro_batches = 1
         self.loss_is_scaled_for_ga = True  # a loss here is of its step, not of its micro-batch
+        self.sampler: Sampler | None = None
         self._staging: Path | None = None
         self._tr_loss = torch.zeros(())  # the Trainer's own, before it starts
         self._problems: list[str] = []  # of the checkpoint that is written
@@ -80,7 +86,7 @@ class ResumableTrainer(Trainer):
 
     def is_finished(self, checkpoint: Path | None) -> bool:
         """Whether no step is left to take."""
-        return is_complete(checkpoint)
+        return is_complete(checkpoint, self.arguments.patience)
 
     def fit(self, checkpoint: Path | None) -> tuple[float, float]:
         """Trains, from `checkpoint` where there is one; returns the mean loss and the seconds.
@@ -248,6 +254,36 @@ class ResumableTrainer(Trainer):
         self._sums = {}
         self._last_log = (time.monotonic(), self.state.global_step)
 
+    # Validation: outside of all that training draws from, adds to or counts.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`held_out_means` into the log, and the samples; then perhaps a checkpoint of the best state, or the end."""
+        started = time.monotonic()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.model_wrapped.eval()
+            metrics = held_out_means(self)
+            if self.sampler is not None and self.is_world_process_zero():
+                self.sampler.write(self.trained, self.state.global_step)
+            self.model_wrapped.train()
+        seconds = time.monotonic() - started
+        self._last_log = (self._last_log[0] + seconds, self._last_log[1])  # no time of training's
+        self.log(metrics | {"eval_seconds": seconds})
+        if self.keep_best and vain_validations(self.state.log_history) == 0:
+            self.control.should_save = True
+        if is_out_of_patience(self.state.log_history, self.arguments.patience):
+            self.control.should_training_stop = True
+            self.control.should_save |= bool(self.arguments.save_steps)  # as at any other end
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def checkpoint_to_export(self) -> Path | None:
+        """With --keep-best the checkpoint of the best state; the same on all ranks. None: the last state it is."""
+        if not self.keep_best:
+            return None
+        self.accelerator.wait_for_everyone()  # the first of them may be writing one
+        return best_checkpoint(self.state.log_history, complete_checkpoints(self.args.output_dir))
+
     # Checkpoints: the Trainer's own files, but only what is trained; written elsewhere and moved to their place.
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -320,7 +356,14 @@ class ResumableTrainer(Trainer):
         if self._problems or (failed and self.args.should_save):
             self._warn(self._problems[0] if self._problems else "another rank says why")
         elif self.args.should_save:
-            for old in complete_checkpoints(self.args.output_dir)[self.arguments.keep_checkpoints :]:
+            self._delete_old_checkpoints()
+
+    def _delete_old_checkpoints(self) -> None:
+        there, count = complete_checkpoints(self.args.output_dir), self.arguments.keep_checkpoints
+        # The best state of each that stays: whichever a resumed run goes on from, its best is there.
+        best = [best_checkpoint(last_state(kept).log_history, there) for kept in there[:count] if self.keep_best]
+        for old in there[count:]:
+            if old not in best:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _attempt(self, part: Callable[[], Any]) -> None:

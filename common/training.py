@@ -69,7 +69,9 @@ def training_arguments(args: Any, accumulation: int) -> TrainingArguments:
         logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
         save_strategy="steps" if args.save_steps else "no",
         save_steps=args.save_steps or 500,
-        report_to="tensorboard",
+        eval_strategy="no" if args.eval_data is None and args.eval_share is None else "steps",
+        eval_steps=args.eval_steps,
+        report_to=args.report_to,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # PiSSA's frozen factors, which no step changes
     )
@@ -104,12 +106,17 @@ def common_training_arguments(args: Any, **settings: Any) -> TrainingArguments:
 
 
 class ProgressBar(transformers.ProgressCallback):
-    """The Trainer's progress bar with the loss on the bar itself; metrics.jsonl has the rest."""
+    """The Trainer's progress bar with the loss on the bar itself, the validation's too; metrics.jsonl has the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self._shown: dict[str, str] = {}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second"}
-            self.training_bar.set_postfix({label: f"{logs[name]:.4g}" for label, name in names.items() if name in logs})
+        if state.is_world_process_zero and self.training_bar is not None:
+            names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second", "validation": "eval_loss"}
+            self._shown |= {label: f"{logs[name]:.4g}" for label, name in names.items() if name in logs}
+            self.training_bar.set_postfix(self._shown)
 
 
 def peak_memory_gib() -> float:

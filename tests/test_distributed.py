@@ -62,7 +62,13 @@ def folder(tmp_path_factory) -> Path:
     make_tokenizer().save_pretrained(folder / "base")
     rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(64)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))  # five micro-batches
     return folder
+
+
+def kept(folder: Path) -> tuple:
+    """Options of checkpoints at steps 3 and 5, and of validations at 2, 4 and 5."""
+    return ("--save-steps", 3, "--eval-data", folder / "held_out.jsonl", "--eval-steps", 2)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def runs(folder: Path) -> dict[tuple[str, str], Path]:
     outputs = {}
     for name in LAUNCHERS:
         here = {(name, method): folder / f"{name}-{method}" for method in METHODS}
-        options = ("--save-steps", 3, "--method")
+        options = (*kept(folder), "--method")
         launch(name, [launched(name, folder, output, *options, method) for (_, method), output in here.items()], folder)
         outputs |= here
     return outputs
@@ -113,6 +119,37 @@ def test_metrics_count_every_rank(name, runs):
             assert ours[term] == pytest.approx(theirs[term], rel=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "one process"])
+def test_a_validation_gives_one_processs_numbers(name, method, runs):
+    """Of an odd number of micro-batches: one rank has none left at the end."""
+
+    def validations(launcher: str) -> list[dict]:
+        lines = (runs[launcher, method] / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "eval_loss" in row]
+
+    ours, theirs = validations(name), validations("one process")
+    assert [row["step"] for row in ours] == [2, 4, 5]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        assert ("eval_spectral" in row) == (method == "ba-lora")
+        assert row["eval_accuracy"] == pytest.approx(expected["eval_accuracy"], abs=1e-9)
+        for term in row.keys() & {"eval_loss", "eval_consistency", "eval_diversity", "eval_spectral"}:
+            assert row[term] == pytest.approx(expected[term], rel=1e-4, abs=1e-6)
+
+
+def test_the_best_state_of_two_ranks_is_exported(runs, folder):
+    """ZeRO's, from the checkpoint of the best step: as good as a run that ends there, where the loss still falls."""
+    for name in ("torchrun", "zero2", "zero3"):
+        output = folder / f"{name}-best"
+        options = (*kept(folder), "--method", "ba-lora", "--keep-best")
+        launch(name, [launched(name, folder, output, *options)], folder)
+        record = json.loads((output / "run.json").read_text())["validation"]
+        assert record["exported_step"] == record["best"]["step"]
+        assert (output / "checkpoints" / f"checkpoint-{record['exported_step']}").is_dir()
+        assert torch.equal(movement(output, folder)[0], movement(runs[name, "ba-lora"], folder)[0])
+
+
 def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, folder):
     for name in ("torchrun", "zero2", "zero3"):
         argvs = []
@@ -121,7 +158,7 @@ def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, folder):
             shutil.copytree(
                 runs[name, method] / "checkpoints" / "checkpoint-3", output / "checkpoints" / "checkpoint-3"
             )
-            options = ("--save-steps", 3, "--resume", "--method", method)
+            options = (*kept(folder), "--resume", "--method", method)
             argvs.append(launched(name, folder, output, *options))
         text = launch(name, argvs, folder)
         assert text.count("going on from") == 2

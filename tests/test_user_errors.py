@@ -85,12 +85,55 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--init-adapter", "nowhere", "--method", "full"], "--init-adapter needs a method with adapters"),
         (["--load-in", "4bit", "--method", "full"], "--load-in quantizes a frozen base"),
         (["--regularize", "--method", "full"], "--regularize needs a method with adapters"),
+        (["--eval-data", "e.jsonl", "--eval-share", "0.1"], "--eval-data and --eval-share both say what is held out"),
+        (["--eval-share", "1"], "--eval-share is 1.0: it must be above 0 and below 1"),
+        (["--eval-share", "0"], "--eval-share is 0.0"),
+        (["--eval-share", "0.99"], "leaves none to train on"),
+        (["--eval-data", "nowhere.jsonl"], "no such data file or folder: nowhere.jsonl"),
+        (["--eval-share", "0.1", "--eval-steps", "0"], "--eval-steps is 0"),
+        (["--eval-share", "0.1", "--patience", "0"], "--patience is 0"),
+        (["--keep-best"], "--keep-best needs a validation"),
+        (["--patience", "2"], "--patience needs a validation"),
+        (["--sample-prompts", "README.md"], "--sample-prompts are answered at validations"),
+        (["--eval-share", "0.1", "--sample-prompts", "nowhere.txt"], "cannot read --sample-prompts nowhere.txt"),
+        (["--report-to", "trackr"], "unknown --report-to 'trackr'"),
+        (["--report-to", "clearml"], "--report-to clearml: its package is not installed or not set up"),
+        (["--report-to", "none", "tensorboard"], "--report-to none stands alone"),
+        (["--push-to-hub", "me/a/b"], "--push-to-hub"),
+        (["--push-to-hub", "me/mine", "--method", "full"], "--method full has none"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments(options, expected, train_error, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert expected in train_error(*options)
+
+
+def test_held_out_data_that_does_not_serve(train_error, tmp_path, monkeypatch):
+    """An empty file; fields of another name; no prompt; a prompt that is none; whole weights that ZeRO-3 has not."""
+    held_out, prompts = tmp_path / "held_out.jsonl", tmp_path / "prompts.jsonl"
+    held_out.write_text("")
+    assert str(held_out) in train_error("--eval-data", held_out)
+    held_out.write_text('{"question": "a", "answer": "b"}\n')
+    assert "held_out.jsonl has no field 'instruction'" in train_error("--eval-data", held_out)
+    held_out.write_text('{"instruction": "a", "output": " "}\n')
+    assert f"no example of {held_out} has a response token" in train_error("--eval-data", held_out)
+    for text, expected in (
+        ("\n", "holds no prompt"),
+        ('"one"\n{"text": "two"}\n', "line 2: no text in the field 'instruction' or 'prompt'"),
+        ("one\n", "line 1 is no JSON"),
+        ('{"instruction": "' + "x" * 600 + '"}\n', "prompt 1 fills --max-length"),
+    ):
+        prompts.write_text(text)
+        assert expected in train_error("--eval-share", 0.5, "--sample-prompts", prompts)
+    prompts.write_text('{"prompt": "one"}\n')
+    zero3 = ("--deepspeed", ROOT / "configs" / "ds_zero3.json")
+    assert "ZeRO-3 splits them" in train_error("--eval-share", 0.5, "--sample-prompts", prompts, *zero3)
+
+
+def test_a_push_without_a_token(train_error, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "needs a token of the hub: type `hf auth login`" in train_error("--push-to-hub", "me/mine")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can quantize")

@@ -1,0 +1,77 @@
+"""Where a training is reported, and where its adapter is pushed."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cli import RunStopped, UserError, first_line, option
+
+
+@dataclass
+class ReportArguments:
+    """Who else is told. metrics.jsonl is always written."""
+
+    report_to: list[str] = option(
+        ["tensorboard"], "trackers that the Trainer knows: tensorboard, wandb, trackio, mlflow and others; none"
+    )
+    push_to_hub: str | None = option(
+        None, "push adapter/ with its card to this repository of the hub at the end, such as me/my-adapter"
+    )
+
+
+def check_reporting(args: Any) -> None:
+    """Raises a UserError where a tracker is not known or not installed, or where the hub cannot be pushed to."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    if args.report_to != ["none"]:
+        here = get_available_reporting_integrations()
+        for name in args.report_to:
+            if name == "none":
+                raise UserError("--report-to none stands alone")
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(
+                    f"unknown --report-to {name!r}: one of none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+                )
+            if name not in here:
+                known = ", ".join(sorted({"none", *here}))
+                raise UserError(f"--report-to {name}: its package is not installed or not set up; what is: {known}")
+    if args.push_to_hub is None:
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    if args.method == "full":
+        raise UserError("--push-to-hub pushes an adapter, and --method full has none: upload merged/ by hand")
+    try:
+        validate_repo_id(args.push_to_hub)
+    except ValueError as error:
+        raise UserError(f"--push-to-hub: {first_line(error)}") from error
+    if get_token() is None:
+        raise UserError("--push-to-hub needs a token of the hub: type `hf auth login`, or set HF_TOKEN")
+
+
+def push_adapter(args: Any) -> None:
+    """Pushes adapter/, whose README.md is the model card, where --push-to-hub says so. On the first process alone.
+
+    Raises:
+        RunStopped: it failed; the run is complete all the same.
+    """
+    if args.push_to_hub is None or int(os.environ.get("RANK", "0")) != 0:
+        return
+    from huggingface_hub import HfApi
+
+    folder = Path(args.output_dir) / "adapter"
+    try:
+        api = HfApi()
+        api.create_repo(args.push_to_hub, private=True, exist_ok=True)
+        api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, commit_message=f"{args.method} adapter")
+    except Exception as error:  # the hub's client has dozens of kinds
+        raise RunStopped(
+            f"could not push to {args.push_to_hub} ({first_line(error)}); the run is complete in {args.output_dir}: "
+            f"the same command with --resume pushes again, and so does hf upload {args.push_to_hub} {folder}"
+        ) from error
+    print(f"pushed {folder} to {args.push_to_hub}")

@@ -1,0 +1,260 @@
+"""Validation while training: what is held out, the means over it, the best state, early stopping, samples."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+
+from common.cli import UserError, option, require_positive
+from common.pretrained import resolve_demo
+from common.prompts import encode_prompt
+from common.runs import SAMPLES
+
+SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
+
+
+@dataclass
+class ValidationArguments:
+    """What is watched while it trains; without --eval-data and --eval-share nothing is, and it costs nothing."""
+
+    eval_data: str | None = option(None, "held-out examples to validate on: a file like --data's, or a folder of them")
+    eval_share: float | None = option(None, "hold out this part of --data instead, drawn by --seed: 0.02, say")
+    eval_steps: int = option(100, "optimizer steps between two validations; the last step has one too")
+    keep_best: bool = option(False, "export the state of the lowest validation loss, not the last one")
+    patience: int | None = option(None, "stop after this many validations in a row without a lower loss")
+    sample_prompts: str | None = option(
+        None, "file of prompts, one per line or jsonl, that are answered greedily at every validation"
+    )
+
+
+def check_validation(args: Any) -> None:
+    """Raises a UserError where the options of ValidationArguments do not fit together, or name what is not there."""
+    require_positive(args, "eval_steps", "patience")
+    if args.eval_data is not None and args.eval_share is not None:
+        raise UserError("--eval-data and --eval-share both say what is held out: give one of the two")
+    if args.eval_share is not None and not 0 < args.eval_share < 1:
+        raise UserError(f"--eval-share is {args.eval_share}: it must be above 0 and below 1")
+    if args.eval_data is None and args.eval_share is None:
+        for name, value in (("keep-best", args.keep_best), ("patience", args.patience)):
+            if value:
+                raise UserError(f"--{name} needs a validation: add --eval-data or --eval-share")
+        if args.sample_prompts is not None:
+            raise UserError("--sample-prompts are answered at validations: add --eval-data or --eval-share")
+    if args.sample_prompts is not None:
+        read_prompts(args.sample_prompts, args.fields[0])
+        zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
+        if zero.get("stage") == 3:
+            raise UserError("--sample-prompts needs whole weights, and ZeRO-3 splits them: leave it out, or use ZeRO-2")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is held out
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def arguments_of_eval_data(args: Any) -> Any | None:
+    """The same with --eval-data in the place of --data, all of it; None without."""
+    if args.eval_data is None:
+        return None
+    source = {"data": resolve_demo(args.eval_data, "test"), "split": "validation", "max_examples": None}
+    return dataclasses.replace(args, **source, data_subset=None, data_config=None, teacher_cache=None)
+
+
+def hold_out(
+    args: Any, examples: datasets.Dataset, held_out: datasets.Dataset | None
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The examples to train on and those to validate on, each in its order; their `index` is their place in `together`.
+
+    Args:
+        examples: of --data. held_out: of --eval-data.
+
+    Raises:
+        UserError: --eval-share leaves nothing to train on.
+    """
+    if held_out is not None:
+        indices = list(range(len(examples), len(examples) + len(held_out)))
+        return examples, held_out.remove_columns("index").add_column("index", indices)
+    if args.eval_share is None:
+        return examples, None
+    count = max(1, round(args.eval_share * len(examples)))
+    if count >= len(examples):
+        raise UserError(f"--eval-share {args.eval_share} of {len(examples)} examples leaves none to train on")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    return examples.select(sorted(order[count:])), examples.select(sorted(order[:count]))
+
+
+def together(examples: datasets.Dataset, held_out: datasets.Dataset | None) -> datasets.Dataset:
+    """Both in the order of their `index`."""
+    if held_out is None:
+        return examples
+    both = datasets.concatenate_datasets([examples, held_out])
+    indices = both["index"][:]
+    return both.select(sorted(range(len(both)), key=indices.__getitem__))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is computed
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def held_out_means(trainer: Any) -> dict[str, float]:
+    """Loss, accuracy and terms over the trainer's `eval_dataset`: means over its valid tokens, of all ranks.
+
+    Micro-batches of the training's size in the data's order, shared out among the ranks, so that L_SVDR, which is the
+    spectrum of one, does not depend on their number. Not by a DataLoader: that would draw a random number.
+    """
+    data, size = trainer.eval_dataset, trainer.args.per_device_train_batch_size
+    rank, num_ranks = trainer.args.process_index, trainer.accelerator.num_processes
+    count = math.ceil(len(data) / size)
+    sums: dict[str, Tensor] = {}
+    for first in range(0, count, num_ranks):
+        # Under ZeRO-3 all ranks run equally often: one that has none left repeats the last, and does not count it.
+        number = min(first + rank, count - 1)
+        rows = range(number * size, min((number + 1) * size, len(data)))
+        inputs = trainer._prepare_inputs(trainer.data_collator([data[row] for row in rows]))
+        parts = trainer.validation_sums(inputs) | {"tokens": len(inputs["targets"]), "micro_batches": 1}
+        for name, value in parts.items():
+            if name.startswith("lambda_"):
+                continue
+            value = torch.as_tensor(value, dtype=torch.float64, device=trainer.args.device)
+            sums[name] = sums.get(name, 0.0) + value * (first + rank < count)
+    totals = torch.stack([sums[name] for name in sorted(sums)])
+    if num_ranks > 1:
+        totals = trainer.accelerator.reduce(totals, reduction="sum")
+    means = dict(zip(sorted(sums), totals.tolist(), strict=True))
+    tokens, micro_batches = means.pop("tokens"), means.pop("micro_batches")
+    means = {name: value / (micro_batches if name == "spectral" else tokens) for name, value in means.items()}
+    return {"eval_loss": means.pop("task")} | {f"eval_{name}": value for name, value in means.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What follows from it. The log says all, and every checkpoint holds the log.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def losses_by_step(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
+    """The validation loss of every validated step in a Trainer's log, in order."""
+    return {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+
+
+def vain_validations(history: Sequence[Mapping[str, float]]) -> int:
+    """How many validations at the end of the log have no lower loss than the best before them."""
+    best, vain = math.inf, 0
+    for loss in losses_by_step(history).values():
+        best, vain = (loss, 0) if loss < best else (best, vain + 1)
+    return vain
+
+
+def is_out_of_patience(history: Sequence[Mapping[str, float]], patience: int | None) -> bool:
+    return patience is not None and vain_validations(history) >= patience
+
+
+def summary(history: Sequence[Mapping[str, float]], exported: Path | None) -> dict[str, Any] | None:
+    """For run.json: the last validation, the best, and the step of what is exported; None without any.
+
+    Args:
+        exported: the checkpoint that is exported instead of the last state.
+    """
+    entries = [entry for entry in history if "eval_loss" in entry]
+    if not entries:
+        return None
+    best = min(entries, key=lambda entry: entry["eval_loss"] if math.isfinite(entry["eval_loss"]) else math.inf)
+    step = history[-1]["step"] if exported is None else int(exported.name.partition("-")[2])
+    return {"last": entries[-1], "best": best, "exported_step": step}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Samples
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(path: str, field: str) -> list[str]:
+    """The prompts of a text file, one per line, or of a jsonl file: strings, or objects with `field` or "prompt".
+
+    Raises:
+        UserError: no such file, none in it, or a line that is none.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --sample-prompts {path}: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.endswith((".jsonl", ".json")):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"--sample-prompts {path}, line {number} is no JSON: {error}") from error
+            line = row.get(field, row.get("prompt")) if isinstance(row, dict) else row
+            if not isinstance(line, str):
+                raise UserError(f"--sample-prompts {path}, line {number}: no text in the field {field!r} or 'prompt'")
+        prompts.append(line)
+    if not prompts:
+        raise UserError(f"--sample-prompts {path} holds no prompt: write one per line")
+    return prompts
+
+
+@dataclass
+class Sampler:
+    """Answers the same prompts again and again, greedily; samples.jsonl has a line for each answer.
+
+    Attributes:
+        prompts: as they are written. encoded: their tokens, as in training.
+        max_length: of prompt and answer, in tokens.
+    """
+
+    file: Path
+    tokenizer: transformers.PreTrainedTokenizerBase
+    prompts: list[str]
+    encoded: list[list[int]]
+    max_length: int
+
+    @classmethod
+    def of(cls, args: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> "Sampler | None":
+        """What --sample-prompts asks for; None without.
+
+        Raises:
+            UserError: a prompt is longer than an example may be.
+        """
+        if args.sample_prompts is None:
+            return None
+        prompts = read_prompts(args.sample_prompts, args.fields[0])
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        for number, ids in enumerate(encoded, 1):
+            if len(ids) >= args.max_length:
+                raise UserError(f"--sample-prompts {args.sample_prompts}: prompt {number} fills --max-length")
+        return cls(Path(args.output_dir) / SAMPLES, tokenizer, prompts, encoded, args.max_length)
+
+    @torch.no_grad()
+    def write(self, model: transformers.PreTrainedModel, step: int) -> None:
+        """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
+        own = model.generation_config
+        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ends = sorted({token for token in (self.tokenizer.eos_token_id, *ends) if token is not None})
+        settings = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
+        device = model.get_input_embeddings().weight.device
+        try:
+            model.generation_config = transformers.GenerationConfig()  # the model's own may sample, or penalise
+            rows = []
+            for prompt, ids in zip(self.prompts, self.encoded, strict=True):
+                input_ids = torch.tensor([ids], device=device)
+                mask = torch.ones_like(input_ids)
+                most = min(SAMPLE_TOKENS, self.max_length - len(ids))
+                config = transformers.GenerationConfig(max_new_tokens=most, **settings)
+                output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+                answer = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+                rows.append({"step": step, "prompt": prompt, "answer": answer})
+        finally:
+            model.generation_config = own
+        with open(self.file, "a") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

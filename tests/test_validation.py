@@ -1,0 +1,344 @@
+"""Validation while training: its numbers, nothing changed by it, the best state, an end by patience, trackers."""
+
+import copy
+import json
+import signal
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import transformers
+from conftest import make_model, make_tokenizer, start_script
+from safetensors.torch import load_file
+from transformers.integrations import integration_utils
+
+import train
+from common.packing import enable_packing
+from common.prompts import encode_prompt
+from common.tables import load_records
+from common.training import training_arguments
+from common.validation import is_out_of_patience, vain_validations
+
+STEPS, EVAL_STEPS = 12, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model with dropout, so that a random number too many shows; data to train on, and as much to validate on."""
+    folder = tmp_path_factory.mktemp("validation")
+    make_model(attention_dropout=0.1).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 7)} for i in range(75)]
+    for name, part in (("all", rows[:60]), ("held_out", rows[60:71])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "prompts.txt").write_text("Add 3 and 1\n\nAdd 90 and 1\n")
+    return folder
+
+
+def arguments(folder: Path, output: Path, *options) -> list[str]:
+    fixed = ["--model", folder / "base", "--data", folder / "all.jsonl", "--rank", 4, "--learning-rate", 1e-2]
+    fixed += ["--max-steps", STEPS, "--batch-size", 2, "--gradient-accumulation", 2, "--logging-steps", 1]
+    fixed += ["--max-length", 210]  # short samples: random weights do not come to an end
+    return [str(word) for word in (*fixed, "--save-steps", 4, "--output-dir", output, *options)]
+
+
+def run(folder: Path, output: Path, *options) -> str:
+    """What a whole run printed."""
+    log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
+    process = start_script("train", arguments(folder, output, *options), log)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    return log.read_text()
+
+
+def validated(folder: Path) -> tuple:
+    """Options of a run with everything that a validation can do."""
+    held_out = ("--eval-data", folder / "held_out.jsonl", "--eval-steps", EVAL_STEPS, "--keep-best")
+    return (*held_out, "--sample-prompts", folder / "prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def without(folder: Path) -> Path:
+    run(folder, folder / "without")
+    return folder / "without"
+
+
+@pytest.fixture(scope="module")
+def watched(folder: Path) -> Path:
+    run(folder, folder / "watched", *validated(folder))
+    return folder / "watched"
+
+
+def last_state(output: Path, step: int = STEPS) -> dict[str, bytes]:
+    tensors = load_file(output / "checkpoints" / f"checkpoint-{step}" / "trained.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def adapter_of(output: Path) -> dict[str, bytes]:
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def lines_of(output: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (output / name).read_text().splitlines()]
+
+
+def validations(output: Path) -> list[dict]:
+    """Without what the clock says."""
+    lines = [line for line in lines_of(output) if "eval_loss" in line]
+    return [{name: value for name, value in line.items() if name != "eval_seconds"} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------- right numbers
+
+
+def logits_of_each(model: torch.nn.Module, examples: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits at the valid positions and their targets in float64: one example at a time, transformers' own forward."""
+    logits, targets = [], []
+    for example in examples:
+        labels = torch.tensor(example["labels"])[1:]
+        valid = labels != train.IGNORE_INDEX
+        with torch.no_grad():
+            whole = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
+        logits.append(whole[valid].numpy())
+        targets.append(labels[valid].numpy())
+    return np.concatenate(logits), np.concatenate(targets)
+
+
+def halved(module: torch.nn.Module, inputs: tuple, output: dict) -> dict:
+    output["logits"] = output["logits"] * 0.5
+    return output
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "packing", "head"), [(1, True, "tied"), (4, True, "tied"), (4, False, "scaled")]
+)
+def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packing, head, folder, tmp_path):
+    """Whatever the batches; with a head that is no plain linear map too, by the definition with whole logits."""
+    settings = {"model": "m", "data": "d", "eval_data": "e", "output_dir": str(tmp_path), "rank": 4}
+    args = train.resolve_arguments(train.Arguments(**settings, batch_size=batch_size, packing=packing))
+    tokenizer, base = make_tokenizer(), make_model()
+    if head == "scaled":
+        base.register_forward_hook(halved)
+    records = load_records(str(folder / "held_out.jsonl"))
+    held_out, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
+    model = train.add_adapters(copy.deepcopy(base), "ba-lora", 4, 4.0, None)
+    for layer in train.adapter_layers(model).values():
+        layer.lora_B.data += 0.02  # away from the teacher
+    plain = train.merge_adapters(copy.deepcopy(model)).double()
+    assert not packing or enable_packing(model)
+    wrapped = train.BALoRAModel(model)
+    assert wrapped.is_fused == (head == "tied")
+    collator = train.PackingCollator() if packing else train.PaddingCollator(0)
+    data = {"train_dataset": held_out, "eval_dataset": held_out, "data_collator": collator}
+    trainer = train.BALoRATrainer(arguments=args, model=wrapped, args=training_arguments(args), **data)
+    metrics = trainer.evaluate()
+
+    examples = list(held_out)
+    logits, targets = logits_of_each(plain, examples)
+    teacher, _ = logits_of_each(base.double(), examples)
+    parts = [examples[row : row + batch_size] for row in range(0, len(examples), batch_size)]
+    spectra = [oracle.spectral(logits_of_each(plain, part)[0], 10, "frobenius")[0] for part in parts]
+    expected = {
+        "eval_loss": oracle.task(logits, targets)[0],
+        "eval_consistency": oracle.consistency(logits, teacher, 2.0)[0],
+        "eval_diversity": oracle.topk_entropy(logits, 20)[0],
+        "eval_spectral": np.mean(spectra),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4), name
+    assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(axis=1) == targets).mean(), abs=1e-9)
+    assert expected["eval_consistency"] > 0.01
+    assert metrics.keys() == expected.keys() | {"eval_accuracy"}
+
+
+def test_samples_are_the_merged_models_greedy_answers(watched):
+    """Of the last validation, whose state is a checkpoint: by transformers alone, without packing and adapters."""
+    last = [line for line in lines_of(watched, "samples.jsonl") if line["step"] == STEPS]
+    assert [line["prompt"] for line in last] == ["Add 3 and 1", "Add 90 and 1"]
+    assert json.loads((watched / "run.json").read_text())["validation"]["exported_step"] == STEPS
+    model = transformers.AutoModelForCausalLM.from_pretrained(watched / "merged")
+    tokenizer = make_tokenizer()
+    for line in last:
+        input_ids = torch.tensor([encode_prompt(tokenizer, line["prompt"])])
+        output = model.generate(input_ids, do_sample=False, max_new_tokens=len(line["answer"].encode()))
+        answer = tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
+        assert answer[:8] == line["answer"][:8]  # random weights: later tokens may hang on rounding
+        assert line["answer"]
+
+
+# ---------------------------------------------------------------------------------------------- nothing changes
+
+
+def test_with_and_without_validation_a_run_ends_in_the_same_bits(without, watched):
+    assert last_state(watched) == last_state(without)
+    assert [line["step"] for line in validations(watched)] == [3, 6, 9, 12]
+    theirs, ours = ([line["loss"] for line in lines_of(path) if "loss" in line] for path in (without, watched))
+    assert ours == theirs
+    assert validations(without) == []
+    assert json.loads((without / "run.json").read_text())["validation"] is None
+
+
+def test_a_teacher_cache_holds_the_held_out_examples_too(folder, watched):
+    """The first run fills it with the 48 examples of its steps and the 11 held out, the second reads it."""
+    for name in ("filling", "reading"):
+        text = run(folder, folder / name, *validated(folder), "--teacher-cache", folder / "states")
+        assert validations(folder / name) == validations(watched)
+    assert "59 of 71 examples are there" in text
+
+
+def test_a_share_is_the_run_on_what_remains(folder):
+    """The same bits as a run whose file lacks the held-out examples; and the others are what is validated on."""
+    share = folder / "share"
+    run(folder, share, "--eval-share", 0.2, "--eval-steps", 6)
+    record = json.loads((share / "run.json").read_text())
+    assert (record["examples"], record["held_out_examples"]) == (48, 12)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(42)).tolist()
+    rows = (folder / "all.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rest.jsonl").write_text("".join(rows[i] for i in sorted(order[12:])))
+    (folder / "drawn.jsonl").write_text("".join(rows[i] for i in sorted(order[:12])))
+    options = ("--data", folder / "rest.jsonl", "--eval-data", folder / "drawn.jsonl", "--eval-steps", 6)
+    run(folder, folder / "apart", *options)
+    assert last_state(share) == last_state(folder / "apart")
+    assert validations(share) == validations(folder / "apart")
+
+
+@pytest.mark.parametrize("moment", ["at the validation", "while it samples", "after it"])
+def test_killed_around_a_validation_and_resumed_is_an_uninterrupted_run(moment, folder, watched):
+    output = folder / f"killed-{moment.replace(' ', '-')}"
+    process = start_script("train", arguments(folder, output, *validated(folder)), folder / f"{output.name}.log")
+
+    def came() -> bool:
+        if moment == "while it samples":
+            return (output / "samples.jsonl").is_file() and '"step": 6' in (output / "samples.jsonl").read_text()
+        text = (output / "metrics.jsonl").read_text() if (output / "metrics.jsonl").is_file() else ""
+        last = [json.loads(line) for line in text.split("\n")[:-1]]
+        if moment == "after it":
+            return any("eval_loss" in line and line["step"] == 9 for line in last)
+        return any("loss" in line and line["step"] == 6 for line in last)
+
+    while not came() and process.is_alive():
+        time.sleep(0.001)
+    process.kill()
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    run(folder, output, *validated(folder), "--resume")
+    assert last_state(output) == last_state(watched)
+    assert adapter_of(output) == adapter_of(watched)
+    assert validations(output) == validations(watched)
+    assert lines_of(output, "samples.jsonl") == lines_of(watched, "samples.jsonl")
+    theirs, ours = (json.loads((path / "run.json").read_text())["validation"] for path in (watched, output))
+    assert ours["best"]["eval_loss"] == theirs["best"]["eval_loss"]
+
+
+# ---------------------------------------------------------------------------------------------- the best, and the end
+
+# Ever worse on other data: nothing but "The sum is 1" is learnt, and what is held out says something else.
+OVERFITTING = ("--method", "pissa", "--lr-scheduler", "constant", "--warmup-ratio", 0, "--learning-rate", 0.02)
+
+
+@pytest.fixture(scope="module")
+def overfitting(folder: Path) -> tuple:
+    """Options of a run that gets better on the held-out examples at first, then worse."""
+    rows = [{"instruction": f"Add {i} and 1", "output": "The sum is 1"} for i in range(40)]
+    (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}, or so they say"} for i in range(8)]
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("--data", folder / "one.jsonl", "--eval-data", folder / "other.jsonl", "--eval-steps", 2)
+    return (*OVERFITTING, *data, "--max-steps", 40, "--epochs", 20, "--save-steps", 3, "--keep-checkpoints", 1)
+
+
+def test_the_best_state_is_exported_and_patience_ends_the_run(folder, overfitting):
+    output = folder / "best"
+    text = run(folder, output, *overfitting, "--keep-best", "--patience", 3)
+    losses = {line["step"]: line["eval_loss"] for line in validations(output)}
+    best = min(losses, key=losses.get)
+    assert 2 < best < 34
+    record = json.loads((output / "run.json").read_text())
+    assert record["steps"] == max(losses) == best + 6  # three validations later
+    assert record["validation"]["exported_step"] == record["validation"]["best"]["step"] == best
+    assert f"the state of step {best}" in text
+    names = {path.name for path in (output / "checkpoints").iterdir()}
+    assert names == {f"checkpoint-{best}", f"checkpoint-{best + 6}"}
+    # A run that ends there by itself: the schedules are constant.
+    run(folder, folder / "short", *overfitting, "--max-steps", best)
+    assert adapter_of(output) == adapter_of(folder / "short")
+    theirs, ours = (load_file(path / "merged" / "model.safetensors") for path in (folder / "short", output))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # The model is written again from the best checkpoint too.
+    log = folder / "export.log"
+    process = start_script("train", ["--export-from", output, "--output-dir", folder / "exported"], log)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+    assert adapter_of(folder / "exported") == adapter_of(output)
+
+
+def test_a_run_ended_by_patience_and_killed_before_its_export_takes_no_further_step(folder, overfitting):
+    output = folder / "ended"
+    options = (*overfitting, "--patience", 2)
+    run(folder, output, *options)
+    steps, adapter = json.loads((output / "run.json").read_text())["steps"], adapter_of(output)
+    assert steps < 40
+    (output / "run.json").unlink()
+    (output / "adapter" / "adapter_model.safetensors").unlink()
+    run(folder, output, *options, "--resume")
+    assert json.loads((output / "run.json").read_text())["steps"] == steps
+    assert adapter_of(output) == adapter
+
+
+def test_patience_counts_validations_without_a_lower_loss():
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, float("nan")])]
+    counts = [vain_validations(history[:length]) for length in range(1, 6)]
+    assert counts == [0, 0, 1, 2, 3]
+    assert [is_out_of_patience(history, patience) for patience in (2, 3, 4, None)] == [True, True, False, False]
+    assert vain_validations([{"step": 1, "loss": 1.0}]) == 0
+
+
+# ---------------------------------------------------------------------------------------------- trackers and the hub
+
+
+class Tracker(transformers.TrainerCallback):
+    """What a tracker of the Trainer's is told."""
+
+    logged: ClassVar[list[dict]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append(dict(logs))
+
+
+def test_a_tracker_that_is_asked_for_is_told_the_validation(folder, monkeypatch, tmp_path):
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    options = ("--eval-share", 0.1, "--max-steps", 2, "--report-to", "wandb")
+    train.main(arguments(folder, tmp_path / "out", *options))
+    assert any("eval_loss" in logs for logs in Tracker.logged)
+    assert any("task" in logs for logs in Tracker.logged)
+    assert not (tmp_path / "out" / "tensorboard").exists()
+
+
+def test_a_failed_push_loses_nothing_and_is_made_again_by_resume(folder, monkeypatch, tmp_path):
+    """HF_HUB_OFFLINE stands for a network that is down."""
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    output, log = tmp_path / "out", tmp_path / "log"
+    options = ("--max-steps", 2, "--push-to-hub", "me/mine")
+    process = start_script("train", arguments(folder, output, *options), log)
+    process.join(120)
+    assert process.exitcode == 1
+    line = log.read_text().strip().splitlines()[-1]
+    assert "stopped: could not push to me/mine" in line
+    assert "the same command with --resume pushes again" in line
+    assert "Traceback" not in log.read_text()
+    assert json.loads((output / "run.json").read_text())["steps"] == 2
+    assert (output / "merged" / "model.safetensors").is_file()
+
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **how: pushed.append((name, how)))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **how: pushed.append(how))
+    train.main(arguments(folder, output, *options, "--resume"))
+    assert pushed[0] == ("me/mine", {"private": True, "exist_ok": True})
+    assert (pushed[1]["repo_id"], pushed[1]["folder_path"]) == ("me/mine", output / "adapter")
+    assert (output / "adapter" / "README.md").is_file()
