@@ -72,7 +72,8 @@ def config_text(args: Any) -> str:
 
 def require_same_run(output_dir: Path, args: Any) -> None:
     """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`."""
-    open_ones = {"target_modules"} if args.target_modules is None else set()  # which that run has filled in
+    # What that run has filled in.
+    open_ones = {name for name in ("target_modules", "template") if getattr(args, name, None) is None}
     try:
         made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
         difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones, common=True)
