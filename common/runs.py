@@ -178,6 +178,7 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}  (tensorboard --logdir {output_dir / 'tensorboard'})",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}",
+        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
+        + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
     ]
     print("\n".join(lines))

@@ -215,9 +215,9 @@ class Template:
         """
         cuts = list(zip([0, *borders], [*borders, len(text)], strict=True))
         pieces, whole = [self._ids(text[start:end]) for start, end in cuts], self._ids(text)
-        if [token for piece in pieces for token in piece] != whole:
-            if all(self._begins(text, text[:border]) for border in borders):
-                lengths = [0, *(len(self._ids(text[:border])) for border in borders), len(whole)]
-                pieces = [whole[start:end] for start, end in itertools.pairwise(lengths)]
+        are_alike = [token for piece in pieces for token in piece] == whole
+        if not are_alike and all(self._begins(text, text[:border]) for border in borders):
+            lengths = [0, *(len(self._ids(text[:border])) for border in borders), len(whole)]
+            pieces = [whole[start:end] for start, end in itertools.pairwise(lengths)]
         trained = [any(start <= cut[0] and cut[1] <= end for start, end in spans) for cut in cuts]
         return list(zip(pieces, trained, strict=True))
