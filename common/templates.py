@@ -187,9 +187,10 @@ class Template:
         Raises:
             UserError: there is none, or it is not trained.
         """
-        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": MARK}]
+        answer = MARK[::-1]
+        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        closing = self._ids(self._render(messages)[0].rpartition(MARK)[2])
+        closing = self._ids(self._render(messages)[0].rpartition(answer)[2])
         end = next((token for token in closing if token in special), None)
         trained = [token for ids, is_trained in self.pieces(messages) if is_trained for token in ids]
         if end is None or end not in trained:

@@ -1,5 +1,6 @@
 """Conversations: TRL is the peer for which tokens are trained; the templates are those of its installed package."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_the_border_is_exact_where_the_tokenizer_merges_across_it():
 )
 def test_a_template_that_cannot_be_trained_with(template, expected):
     with pytest.raises(UserError, match=expected):
-        of_ours(chat_tokenizer(template + "<|im_start|><|im_end|>"[:0]), talk("Hi", "Hello", "And?", "more"))
+        of_ours(chat_tokenizer(template), talk("Hi", "Hello", "And?", "more"))
 
 
 # ---------------------------------------------------------------------------------------------- formats
@@ -264,7 +265,7 @@ def test_generation_stops_where_an_answer_ended_in_training():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
-    """Packed and padded: the terms in float64 numpy, on logits of one conversation at a time at the trained tokens."""
+    """Packed and padded: the terms by their definition in float64, on logits of one conversation at a time at the trained tokens."""
     tokenizer = chat_tokenizer(CHATML)
     conversations = (MESSAGES, talk("Add 3", "It is 3", "5?", "No", "So?", "Yes!"), talk("Hi", "Hello"))
     writer = Template(tokenizer, "chat")
@@ -281,7 +282,7 @@ def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
             with train.adapters_disabled(model):
                 teacher = model(ids).logits[0].double()
         places = [i for i, label in enumerate(example["labels"][1:]) if label != IGNORE_INDEX]
-        assert any(b - a > 1 for a, b in zip(places, places[1:], strict=False)) or len(students) == 2
+        assert any(b - a > 1 for a, b in itertools.pairwise(places)) or len(students) == 2
         students.append(student[places])
         teachers.append(teacher[places])
         targets += [example["labels"][i + 1] for i in places]
