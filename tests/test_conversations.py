@@ -265,7 +265,7 @@ def test_generation_stops_where_an_answer_ended_in_training():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
-    """Packed and padded: the terms by their definition in float64, on logits of one conversation at a time at the trained tokens."""
+    """Packed and padded: the terms by their definition in float64, on logits of one conversation at a time."""
     tokenizer = chat_tokenizer(CHATML)
     conversations = (MESSAGES, talk("Add 3", "It is 3", "5?", "No", "So?", "Yes!"), talk("Hi", "Hello"))
     writer = Template(tokenizer, "chat")
