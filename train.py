@@ -51,19 +51,18 @@ from common import checkpoints, cli, estimates, partitioned, pretrained, reporti
 from common.activations import save_activations
 from common.checkpoints import TRAINED_TENSORS
 from common.cli import UserError, first_line, option, parse_arguments
+from common.conversations import build_dataset, load_training_records, num_valid
 from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
 from common.partitioned import device_of, is_partitioned, num_ranks, whole
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
-from common.prompts import encode_prompt, encode_response
-from common.tables import load_records, require_fields
 from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
+from common.templates import IGNORE_INDEX, Template
 from common.tensors import fingerprint, kept_in_file
 from common.trainer import ResumableTrainer
 from common.training import peak_memory_gib, resolve_shared_arguments, run_rank, training_arguments
 
-IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
 # takes its value from here.
 FORMULATIONS: dict[str, dict[str, Any]] = {
@@ -109,7 +108,13 @@ class DataArguments:
     data_subset: str | None = option(None, "folder inside --data, such as metamath in fxmeng/pissa-dataset")
     data_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
     split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
-    fields: list[str] = option(["instruction", "output"], "the data's two fields: instruction and response")
+    fields: list[str] = option(
+        ["instruction", "output"], "two fields, instruction and response, or the one that holds conversations"
+    )
+    template: Literal["alpaca", "chat", "raw"] | None = option(
+        None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
+    )
+    train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     max_examples: int | None = option(None, "use the first N examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
@@ -247,8 +252,8 @@ def resolve_arguments(args: Arguments) -> Arguments:
     resolve_shared_arguments(args, FORMULATIONS)
     cli.require_positive(args, "logging_steps", "objective_memory")
     cli.require_not_negative(args, "entropy_top_k")
-    if len(args.fields) != 2:
-        raise UserError(f"--fields takes two names, instruction and response, not {len(args.fields)}")
+    if len(args.fields) not in (1, 2):
+        raise UserError(f"--fields takes instruction and response, or one name, not {len(args.fields)}")
     if args.deepspeed:
         try:
             json.loads(Path(args.deepspeed).read_text())
@@ -1061,64 +1066,6 @@ def _leading_by_iteration(
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def load_training_records(args: Arguments) -> datasets.Dataset:
-    """The examples that --data, --fields and --max-examples name, as they are written."""
-    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset, args.data_config)
-    require_fields(records, args.fields, args.data, "name two of them with --fields")
-    if args.max_examples is not None:
-        records = records.select(range(min(args.max_examples, len(records))))
-    return records
-
-
-def encode_example(
-    tokenizer: transformers.PreTrainedTokenizerBase, instruction: str, response: str, max_length: int
-) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of one example, cut to `max_length`.
-
-    Prompt and response are tokenised apart and joined: tokenised as one text, a tokenizer may merge across the border,
-    and the border that the prompt's own length gives is then wrong. It is also what the model meets when it generates.
-    """
-    prompt = encode_prompt(tokenizer, instruction)
-    tokens = encode_response(tokenizer, response)
-    return {
-        "input_ids": (prompt + tokens)[:max_length],
-        "labels": ([IGNORE_INDEX] * len(prompt) + tokens)[:max_length],
-    }
-
-
-def build_dataset(
-    records: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, fields: list[str], max_length: int
-) -> tuple[datasets.Dataset, int]:
-    """Tokenises `records`; returns the examples and how many were dropped for having no response token left.
-
-    An example's `index` is its place in what is returned.
-    """
-    instruction_field, response_field = fields
-    for name in fields:
-        dtype = getattr(records.features[name], "dtype", "list")
-        if not dtype.endswith("string") and not dtype.startswith(("int", "uint", "float", "bool", "null")):
-            raise UserError(f"the field {name!r} holds no text but {dtype}: write it as text")
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = {"input_ids": [], "labels": []}
-        for instruction, response in zip(batch[instruction_field], batch[response_field], strict=True):
-            if None in (instruction, response) or not str(instruction).strip() or not str(response).strip():
-                continue
-            example = encode_example(tokenizer, str(instruction), str(response), max_length)
-            if any(label != IGNORE_INDEX for label in example["labels"][1:]):
-                for name, ids in example.items():
-                    encoded[name].append(ids)
-        return encoded
-
-    encoded = records.map(encode, batched=True, remove_columns=records.column_names, desc="tokenising")
-    return encoded.add_column("index", list(range(len(encoded)))), len(records) - len(encoded)
-
-
-def num_valid(labels: list[int]) -> int:
-    """How many positions of an example have a response token next."""
-    return sum(label != IGNORE_INDEX for label in labels[1:])
-
-
 @dataclass
 class PackingCollator:
     """Makes a micro-batch of examples without padding: laid end to end in one row, each with its own positions.
@@ -1434,7 +1381,9 @@ def dry_run(args: Arguments, base: Base) -> str:
         if base.tokenizer is None:
             raise UserError("the model has no tokenizer here")
         records = load_training_records(args)
-        dataset, num_dropped = build_dataset(records, base.tokenizer, args.fields, args.max_length)
+        dataset, num_dropped = build_dataset(
+            records, base.tokenizer, args.fields, args.max_length, args.template, args.train_on, args.data
+        )
         if len(dataset) == 0:
             raise UserError(f"no example has a response token within {args.max_length} tokens")
         dataset = validation.hold_out(args, dataset, None)[0]
@@ -1474,9 +1423,11 @@ def encode_records(
         UserError: no example is left, or --teacher-cache has no room for their states.
     """
     with trainer_args.main_process_first(desc="tokenising"):
-        dataset, num_dropped = build_dataset(records, base.tokenizer, args.fields, args.max_length)
+        dataset, num_dropped = build_dataset(
+            records, base.tokenizer, args.fields, args.max_length, args.template, args.train_on, args.data
+        )
     if num_dropped and trainer_args.process_index == 0:
-        why = f"a field is empty, or no response token is within {args.max_length} tokens"
+        why = f"a field is empty, or nothing to train on is within {args.max_length} tokens"
         print(f"dropped {num_dropped} of {len(records)} examples: {why}")
     if len(dataset) == 0:
         raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
@@ -1605,13 +1556,16 @@ def export_model(
         RunStopped: the disk does not take them.
     """
     with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+        pretrained.mend_generation_config(model)
+        template = Template(tokenizer, args.template or "alpaca")
+        template.end_answers(model.generation_config)
         if args.method != "full":
             layers = adapter_layers(model)
             rank = export_adapter(layers, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
             (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
-        pretrained.mend_generation_config(model)
+            template.save(staging / "adapter", model.generation_config)
         merge_adapters(model).to(resolve_dtype(args.dtype)).save_pretrained(staging / "merged")
-        tokenizer.save_pretrained(staging / "merged")
+        template.save(staging / "merged")
 
 
 def export_again(args: Arguments) -> None:

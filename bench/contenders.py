@@ -14,6 +14,7 @@ from torch import Tensor
 
 import train
 from common.cli import UserError
+from common.conversations import build_dataset
 from common.pretrained import resolve_demo
 from common.runs import package_versions
 from common.tables import load_records, require_fields
@@ -72,7 +73,7 @@ def batches_of(args: Any, tokenizer: Any) -> list[list[dict]]:
     records = load_records(resolve_demo(args.data, "train"))
     require_fields(records, args.fields, args.data, "name two of them with --fields")
     count = (args.steps + 1) * args.batch_size
-    dataset, _ = train.build_dataset(
+    dataset, _ = build_dataset(
         records.select(range(min(2 * count, len(records)))), tokenizer, args.fields, args.max_length
     )
     if len(dataset) < count:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from common.cli import run_script
+from common.conversations import num_valid
 from common.pretrained import load_tokenizer_and_config, resolve_demo
 
 CONTENDERS = {
@@ -66,7 +67,7 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
         wrapper = train.BALoRAModel(model)
         if name == "cached":
             examples = [example for batch in batches for example in batch]
-            counts = [train.num_valid(example["labels"]) for example in examples]
+            counts = [num_valid(example["labels"]) for example in examples]
             wrapper.teacher_cache = TeacherCache(Path(cache), model, datasets.Dataset.from_list(examples), counts)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)

@@ -72,7 +72,7 @@ def adapter_card(args: Any, rank: int) -> str:
         "method": args.method
         + (" with the three terms" if args.regularize else "")
         + (f", formulation {args.formulation}" if args.has_terms else ""),
-        "data": f"{args.data}, fields {', '.join(args.fields)}",
+        "data, template": f"{args.data}, {args.template}",
         "rank, alpha": f"{args.rank}, {args.alpha:g}"
         + (f"; stored as a LoRA of rank {rank}" if rank != args.rank else ""),
         "target modules": ", ".join(args.target_modules),
@@ -82,6 +82,9 @@ def adapter_card(args: Any, rank: int) -> str:
         names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
         settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
     rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    prompt = "It was trained with the chat template in chat_template.jinja, which a chat endpoint takes.\n\n"
+    if args.template == "alpaca":
+        prompt += f"An instruction stands in it like this:\n\n```text\n{ALPACA_PROMPT}\n```\n\n"
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} adapter of {args.model}\n\n"
         "An ordinary LoRA adapter in PEFT's format, for the base model as it is published"
@@ -89,8 +92,8 @@ def adapter_card(args: Any, rank: int) -> str:
         + f"| | |\n|---|---|\n{rows}\n"
         "```python\nmodel = AutoModelForCausalLM.from_pretrained(base)\n"
         'model = peft.PeftModel.from_pretrained(model, "this folder")\n```\n\n'
-        f"It was trained behind this prompt:\n\n```text\n{ALPACA_PROMPT}\n```\n\n"
-        f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
+        + prompt
+        + f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
     )
 
 

@@ -75,7 +75,8 @@ def config_text(args: Any) -> str:
 def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
     """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`, `but` for
     these names."""
-    open_ones = {"target_modules"} if args.target_modules is None else set()  # which that run has filled in
+    # What that run has filled in.
+    open_ones = {name for name in ("target_modules", "template") if getattr(args, name, None) is None}
     try:
         made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
         difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones | {*but}, common=True)
@@ -198,6 +199,7 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}",
+        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
+        + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
     ]
     print("\n".join(lines))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.cli import UserError, option, require_positive
 from common.pretrained import resolve_demo
-from common.prompts import encode_prompt
+from common.templates import Template
 from common.runs import SAMPLES
 
 SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
@@ -214,7 +214,7 @@ class Sampler:
     """
 
     file: Path
-    tokenizer: transformers.PreTrainedTokenizerBase
+    template: Template
     prompts: list[str]
     encoded: list[list[int]]
     max_length: int
@@ -229,18 +229,25 @@ class Sampler:
         if args.sample_prompts is None:
             return None
         prompts = read_prompts(args.sample_prompts, args.fields[0])
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        template = Template(tokenizer, args.template)
+        encoded = [template.prompt(prompt) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             if len(ids) >= args.max_length:
                 raise UserError(f"--sample-prompts {args.sample_prompts}: prompt {number} fills --max-length")
-        return cls(Path(args.output_dir) / SAMPLES, tokenizer, prompts, encoded, args.max_length)
+        return cls(Path(args.output_dir) / SAMPLES, template, prompts, encoded, args.max_length)
 
     @torch.no_grad()
     def write(self, model: transformers.PreTrainedModel, step: int) -> None:
         """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
         own = model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        ends = sorted({token for token in (self.tokenizer.eos_token_id, *ends) if token is not None})
+        ends = sorted(
+            {
+                token
+                for token in (self.template.tokenizer.eos_token_id, self.template.end_token_id, *ends)
+                if token is not None
+            }
+        )
         settings = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
         device = model.get_input_embeddings().weight.device
         try:
@@ -252,7 +259,7 @@ class Sampler:
                 most = min(SAMPLE_TOKENS, self.max_length - len(ids))
                 config = transformers.GenerationConfig(max_new_tokens=most, **settings)
                 output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-                answer = self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+                answer = self.template.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
                 rows.append({"step": step, "prompt": prompt, "answer": answer})
         finally:
             model.generation_config = own

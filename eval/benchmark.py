@@ -400,6 +400,9 @@ class Run(Results):
         self._origin["backend"] = backend_name(args.backend)
         self.ckpt = resolve_demo(args.ckpt, "model")
         self.tokenizer, self.config = load_tokenizer_and_config(self.ckpt)
+        trained = self.tokenizer.init_kwargs.get("trained_template")  # train.py leaves it in merged/
+        if trained in ("chat", "raw") and args.prompt.startswith("alpaca"):
+            print(f"note: {args.ckpt} was trained with another prompt: --prompt {trained}", file=sys.stderr)
         if args.adapter is not None:
             from eval.backends import check_adapter
 

@@ -21,6 +21,8 @@ from transformers import (  # noqa: E402
 )
 
 from common.cli import run_script  # noqa: E402
+from common.conversations import encode_pieces  # noqa: E402
+from common.templates import Template  # noqa: E402
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 EOS, MERGED = "<|end|>", ":T"  # MERGED crosses the border between the prompt's last ":" and a response's first "T"
@@ -73,6 +75,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+
+
+def encode_turn(
+    tokenizer: PreTrainedTokenizerFast, instruction: str, response: str, max_length: int
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of one instruction in Alpaca's prompt with its response."""
+    messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
+    return encode_pieces(Template(tokenizer, "alpaca").pieces(messages), max_length, whole_turns=False)
 
 
 def make_model(seed: int = 0, **overrides) -> LlamaForCausalLM:

@@ -9,12 +9,13 @@ import oracle
 import pytest
 import torch
 import transformers
-from conftest import make_model, relative_error
+from conftest import encode_turn, make_model, relative_error
 from test_training import make_trainer
 
 import train
 from common.activations import save_activations
 from common.cli import UserError
+from common.conversations import build_dataset, num_valid
 from common.packing import PER_SEQUENCE, enable_packing
 from common.pretrained import head_is_linear
 from common.tables import load_records
@@ -248,7 +249,7 @@ def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenize
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     extra = {"sliding_window": sliding_window} if architecture == "Mistral" else {}
     config = getattr(transformers, f"{architecture}Config")(**shape, **heads, **extra, initializer_range=0.2)
-    examples = [train.encode_example(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
+    examples = [encode_turn(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
     results = []
     for packed in (False, True):
         torch.manual_seed(0)
@@ -342,7 +343,7 @@ def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
     shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = getattr(transformers, f"{architecture}Config")(**shape, **heads, initializer_range=0.2)
-    examples = [train.encode_example(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
+    examples = [encode_turn(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
     results, kept = [], []
     for lean in (False, True):
         torch.manual_seed(0)
@@ -388,7 +389,7 @@ def test_a_failed_trial_of_packing_leaves_the_model_as_it_was(monkeypatch):
 
 
 def teacher_cache(folder, model, dataset):
-    return TeacherCache(folder / "cache", model, dataset, [train.num_valid(row) for row in dataset["labels"]])
+    return TeacherCache(folder / "cache", model, dataset, [num_valid(row) for row in dataset["labels"]])
 
 
 def cached_run(folder, tokenizer, max_steps):
@@ -446,7 +447,7 @@ def test_an_interrupted_cache_goes_on(tokenizer, data_file, tmp_path):
 def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
     def files(model, count):
         records = load_records(str(data_file)).select(range(count))
-        dataset, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
+        dataset, _ = build_dataset(records, tokenizer, ["instruction", "output"], 512)
         teacher_cache(tmp_path, model, dataset)
         return len(list((tmp_path / "cache").glob("*.states")))
 

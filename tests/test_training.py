@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import MERGED, make_model, make_tokenizer, relative_error
+from conftest import MERGED, encode_turn, make_model, make_tokenizer, relative_error
 from safetensors.torch import load_file
 
 import train
+from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.prompts import ALPACA_PROMPT, encode_prompt
 from common.tables import load_records
@@ -27,7 +28,7 @@ def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
     prompt = ALPACA_PROMPT.format(instruction="Add")
     together = tokenizer(prompt + response)["input_ids"]
     assert tokenizer.convert_tokens_to_ids(MERGED) in together  # the trap is there
-    example = train.encode_example(tokenizer, "Add", response, 512)
+    example = encode_turn(tokenizer, "Add", response, 512)
     learnt = [token for token in example["labels"] if token != train.IGNORE_INDEX]
     assert tokenizer.decode(learnt[:-1]) == response
     assert learnt[-1] == tokenizer.eos_token_id
@@ -36,8 +37,8 @@ def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
 
 
 def test_the_end_of_sequence_token_is_attended_where_it_also_pads(tokenizer):
-    short = train.encode_example(tokenizer, "a", "b", 512)
-    long = train.encode_example(tokenizer, "a", "b" * 9, 512)
+    short = encode_turn(tokenizer, "a", "b", 512)
+    long = encode_turn(tokenizer, "a", "b" * 9, 512)
     batch = train.PaddingCollator(tokenizer.pad_token_id)([short, long])
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert batch["attention_mask"].sum(dim=1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
@@ -46,7 +47,7 @@ def test_the_end_of_sequence_token_is_attended_where_it_also_pads(tokenizer):
 
 def test_valid_positions_predict_exactly_the_response(tokenizer):
     """Against the plain reading: position i is valid where label i + 1 is not ignored."""
-    examples = [train.encode_example(tokenizer, "a" * n, "b" * (5 - n), 512) for n in range(1, 5)]
+    examples = [encode_turn(tokenizer, "a" * n, "b" * (5 - n), 512) for n in range(1, 5)]
     batch = train.PaddingCollator(0)(examples)
     width = batch["input_ids"].shape[1]
     expected = [
@@ -61,7 +62,7 @@ def test_valid_positions_predict_exactly_the_response(tokenizer):
 
 
 def test_padding_changes_neither_logits_nor_which_are_taken(model, tokenizer):
-    examples = [train.encode_example(tokenizer, "a", "b" * n, 512) for n in (1, 6)]
+    examples = [encode_turn(tokenizer, "a", "b" * n, 512) for n in (1, 6)]
     logits = train.BALoRAModel(model).logits
     together = logits(train.PaddingCollator(3)(examples))
     alone = torch.cat([logits(train.PaddingCollator(3)([example])) for example in examples])
@@ -75,7 +76,7 @@ def test_examples_without_a_response_token_are_dropped_and_counted(tokenizer):
         {"q": "empty", "a": "  "},
         {"q": None, "a": "no instruction"},
     ]
-    dataset, dropped = train.build_dataset(datasets.Dataset.from_list(rows), tokenizer, ["q", "a"], 512)
+    dataset, dropped = build_dataset(datasets.Dataset.from_list(rows), tokenizer, ["q", "a"], 512)
     assert (len(dataset), dropped) == (1, 3)
 
 
@@ -146,7 +147,7 @@ def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> train.
     }
     args = train.resolve_arguments(train.Arguments(**(settings | overrides)))
     records = load_records(str(data_file))
-    dataset, _ = train.build_dataset(records, tokenizer, args.fields, args.max_length)
+    dataset, _ = build_dataset(records, tokenizer, args.fields, args.max_length)
     transformers.set_seed(args.seed)
     train.add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
     assert not args.packing or enable_packing(model)

@@ -70,7 +70,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--deepspeed", "README.md"], "no DeepSpeed configuration in README.md"),
         (["--deepspeed", "configs/ds_zero2.json"], "needs its launcher"),
         (["--target-modules", "lm_head"], "has its weight in common with the input embeddings"),
-        (["--fields", "instruction"], "--fields takes two names"),
+        (["--fields", "instruction"], "example 1: instruction is no list of messages"),
         (["--fields", "question", "answer"], "no field 'question'; its fields are instruction, output"),
         (["--max-length", "8"], "no example of"),
         (["--max-examples", "0"], "--max-examples"),

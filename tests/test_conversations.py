@@ -1,0 +1,300 @@
+"""Conversations: TRL is the peer for which tokens are trained; the templates are those of its installed package."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import MERGED, make_model, make_tokenizer, relative_error
+from transformers import AutoTokenizer, GenerationConfig
+
+import train
+from common.cli import UserError
+from common.conversations import build_dataset, encode_pieces
+from common.packing import enable_packing
+from common.pretrained import resolve_demo
+from common.prompts import ALPACA_PROMPT, encode_prompt, encode_response
+from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX, Template
+
+
+def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+    """Messages of a user and an assistant in turns."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return ([{"role": "system", "content": system}] if system else []) + messages
+
+
+CONVERSATIONS = {
+    "one turn": talk("Hi", "Hello there"),
+    "three turns": talk("Hi", "Hello", "And?", "  more \n", "So", "Yes\n\nindeed"),
+    "a system's turn": talk("Hi", "Hello", "And?", "more", system="Be brief"),
+    "a question at the end": talk("Hi", "Hello", "And?"),
+    "the same text twice": talk("Hello", "Hello", "Hello", "Hello"),
+}
+TEMPLATES = (
+    "llama3",
+    "qwen2_5",
+    "qwen3",
+    "qwen3_instruct_2507",
+    "gemma",
+    "gemma3",
+    "phi3",
+    "cohere",
+    "cohere2",
+    "lfm2",
+)
+
+
+def chat_tokenizer(template: str):
+    """The tests' tokenizer with a template, and with what looks like a special token in it as one."""
+    tokenizer = make_tokenizer()
+    special = sorted(set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template)))
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": special})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def published(name: str) -> str:
+    trl = pytest.importorskip("trl")
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+def of_trl(tokenizer, template: str, messages) -> list[tuple[int, bool]]:
+    """Tokens and whether TRL's `assistant_only_loss` trains them: its call of the tokenizer, with its template."""
+    made = tokenizer.apply_chat_template(
+        messages, chat_template=template, return_assistant_tokens_mask=True, return_dict=True
+    )
+    return list(zip(made["input_ids"], map(bool, made["assistant_masks"]), strict=True))
+
+
+def of_ours(tokenizer, messages, first: int = 0) -> list[tuple[int, bool]]:
+    return [(token, on) for ids, on in Template(tokenizer, "chat").pieces(messages, first) for token in ids]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_trained_tokens_are_those_of_trl(name, conversation):
+    """By the marks of TRL's template, and turn by turn by the published one, which has none."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    messages, plain = CONVERSATIONS[conversation], published(name)
+    tokenizer = chat_tokenizer(plain)
+    marked = get_training_chat_template(tokenizer)
+    if name == "gemma" and messages[0]["role"] == "system":
+        with pytest.raises(UserError, match="System role not supported"):
+            of_ours(tokenizer, messages)
+        return
+    theirs = of_trl(tokenizer, marked, messages)
+    turn_by_turn = of_ours(tokenizer, messages)
+    tokenizer.chat_template = marked
+    assert of_ours(tokenizer, messages) == theirs
+    assert any(on for _, on in theirs)
+    trained, expected = (tokenizer.decode([token for token, on in pairs if on]) for pairs in (turn_by_turn, theirs))
+    if name == "qwen2_5":  # its marks begin before the end of the prompt that a server gives: one "\n" per answer
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert expected == "".join(f"\n{answer}<|im_end|>\n" for answer in answers)
+        assert trained == "".join(f"{answer}<|im_end|>\n" for answer in answers)
+    elif name == "qwen3":  # TRL's writes empty thoughts into earlier turns, where Qwen's own has none
+        thought = "<think>\n\n</think>\n\n"
+        last = thought if messages[-1]["role"] == "assistant" else ""
+        *earlier, final = expected.replace(thought, "").split("<|im_end|>\n")[:-1]
+        assert trained == "".join(f"{turn}<|im_end|>\n" for turn in [*earlier, last + final])
+    else:
+        assert turn_by_turn == theirs
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "phi3"])
+def test_what_is_written_is_the_whole_conversation(name):
+    messages = talk("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nyes")
+    tokenizer = chat_tokenizer(published(name))
+    pairs = of_ours(tokenizer, messages)
+    assert [token for token, _ in pairs] == tokenizer.apply_chat_template(messages)["input_ids"]
+    last = of_ours(tokenizer, messages, first=3)
+    prompt = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True)["input_ids"]
+    assert [token for token, on in last if not on] == prompt
+    assert last[len(prompt) :] == pairs[len(prompt) :]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MERGING = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|end|>{% endfor %}" + (
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_the_border_is_exact_where_the_tokenizer_merges_across_it():
+    tokenizer = chat_tokenizer(MERGING)
+    messages = talk("Hi", "The sum", "And?", "That")
+    whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+    assert whole.count(tokenizer.convert_tokens_to_ids(MERGED)) == 2  # the trap is there
+    pairs = of_ours(tokenizer, messages)
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert [token for token, _ in pairs[: len(prompt)]] == prompt
+    assert tokenizer.decode([token for token, on in pairs if on]) == "The sum<|end|>That<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML.replace("for m in messages", "for m in messages[-1:]"), "drops message 1"),
+        (CHATML.replace("<|im_end|>", ""), "ends no turn by a special token"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "otherwise than its prompt ends"),
+        (CHATML.replace("{{ m.role }}", "{{ m.role.nothing() }}"), "the chat template refuses it"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_with(template, expected):
+    with pytest.raises(UserError, match=expected):
+        of_ours(chat_tokenizer(template), talk("Hi", "Hello", "And?", "more"))
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+MESSAGES = talk("Add 1 and 1", "It is 2", "And 2?", "It is 4")
+SHAREGPT = [{"from": ("human", "gpt")[i % 2], "value": message["content"]} for i, message in enumerate(MESSAGES)]
+
+
+def encoded(rows: list[dict], tokenizer, fields=("instruction", "output"), max_length=512, **options):
+    return build_dataset(datasets.Dataset.from_list(rows), tokenizer, list(fields), max_length, **options)
+
+
+def test_every_format_gives_the_same_tokens():
+    tokenizer = chat_tokenizer(CHATML)
+    expected = encoded([{"messages": MESSAGES}], tokenizer)[0][0]
+    assert expected["input_ids"] == tokenizer.apply_chat_template(MESSAGES)["input_ids"]
+    assert encoded([{"conversations": SHAREGPT}], tokenizer)[0][0] == expected
+    assert encoded([{"dialogue": MESSAGES}], tokenizer, fields=["dialogue"])[0][0] == expected
+    halves = encoded([{"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}], tokenizer)[0][0]
+    assert halves["input_ids"] == expected["input_ids"]
+    assert halves == encoded([{"messages": MESSAGES}], tokenizer, train_on="last")[0][0]
+    learnt = [label for label in halves["labels"] if label != IGNORE_INDEX]
+    assert tokenizer.decode(learnt) == "It is 4<|im_end|>\n"
+
+
+def test_texts_go_into_their_own_templates(tokenizer):
+    row = encoded([{"prompt": "Ab", "completion": "The"}], tokenizer)[0][0]
+    assert row["input_ids"] == tokenizer("Ab")["input_ids"] + encode_response(tokenizer, "The")
+    named = encoded([{"q": "Ab", "a": "The"}], tokenizer, fields=["q", "a"])[0][0]
+    assert named["input_ids"] == encode_prompt(tokenizer, "Ab") + encode_response(tokenizer, "The")
+
+
+def test_a_conversation_is_cut_after_a_whole_turn_or_dropped_and_counted():
+    tokenizer = chat_tokenizer(CHATML)
+    whole = tokenizer.apply_chat_template(MESSAGES)["input_ids"]
+    half = tokenizer.apply_chat_template(MESSAGES[:2])["input_ids"]
+    rows = [{"messages": MESSAGES}, {"messages": talk("x" * 600, "never")}]
+    for max_length, kept in ((len(whole), whole), (len(whole) - 1, half), (len(half), half)):
+        dataset, dropped = encoded(rows, tokenizer, max_length=max_length)
+        assert (dataset["input_ids"][0], len(dataset), dropped) == (kept, 1, 1)
+    assert encoded(rows, tokenizer, max_length=len(half) - 1)[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"messages": [{"role": "narrator", "content": "x"}]}], "message 1: nobody knows the role 'narrator'"),
+        ([{"messages": talk("Hi", " ")}], "message 2: an assistant turn that is empty"),
+        ([{"messages": [*MESSAGES, MESSAGES[1]]}], "message 5: two assistant turns in a row"),
+        ([{"messages": MESSAGES[1:]}], "message 1: an assistant turn that answers nobody"),
+        ([{"messages": MESSAGES[:1]}], "has no assistant turn"),
+        ([{"messages": None}, {"messages": MESSAGES}], "messages is no list of messages"),
+        ([{"messages": MESSAGES, "tools": "[{}]"}], "has tools, which are not read"),
+        ([{"messages": MESSAGES}, {"instruction": "a", "output": "b"}], "has instruction and output, where"),
+        ([{"prompt": "a", "completion": "b"}, {"conversations": SHAREGPT}], "has conversations, where"),
+        ([{"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}], "drops message 5, of the role tool"),
+    ],
+)
+def test_bad_data_gets_one_line_that_names_the_example(rows, expected, tmp_path, monkeypatch, capfd):
+    """Exit code 2, before any model is loaded."""
+    from test_user_errors import error_of
+
+    monkeypatch.setattr(train.pretrained, "load_model", None)
+    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+    make_model(vocab_size=300).save_pretrained(tmp_path / "base")
+    chat_tokenizer(template).save_pretrained(tmp_path / "base")
+    good = {name: {"messages": MESSAGES, "prompt": "x", "completion": "y"}[name] for name in rows[0] if name != "tools"}
+    rows = [good, *rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", tmp_path / "base", "--data", tmp_path / "data.jsonl", "--output-dir", tmp_path / "out"]
+    line = error_of(train, [*argv, "--rank", 4], monkeypatch, capfd)
+    number = len(rows) if "where" in expected else 2
+    assert f"data.jsonl, example {number}" in line
+    assert expected in line
+
+
+# ---------------------------------------------------------------------------------------------- served as trained
+
+
+@pytest.mark.parametrize("name", ["alpaca", "raw", "chat"])
+@pytest.mark.parametrize("source", ["tiny", "demo"])
+def test_the_saved_template_renders_the_prompt_of_training(name, source, tmp_path):
+    tokenizer = (
+        chat_tokenizer(CHATML) if source == "tiny" else AutoTokenizer.from_pretrained(resolve_demo("demo", "model"))
+    )
+    template = Template(tokenizer, name)
+    template.save(tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    messages = talk("Add 1 and 1", "The sum is 2", "Again", "it is")
+    tokens = [token for ids, _ in template.pieces(messages) for token in ids]
+    first = served.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    assert tokens[: len(first)] == first
+    if name == "alpaca":
+        assert served.decode(first) == ALPACA_PROMPT.format(instruction="Add 1 and 1")
+    mask = [on for ids, on in template.pieces(messages) for _ in ids]
+    assert mask[: len(first) + 1] == [False] * len(first) + [True]
+    assert served.init_kwargs["trained_template"] == name
+    assert tokens[::-1][: tokens[::-1].index(template.end_token_id)] in ([], served("\n")["input_ids"])
+
+
+def test_generation_stops_where_an_answer_ended_in_training():
+    tokenizer = chat_tokenizer(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for before, after in ((None, end), (257, [257, end]), ([3, end], [3, end])):
+        config = GenerationConfig(eos_token_id=before)
+        Template(tokenizer, "chat").end_answers(config)
+        assert config.eos_token_id == after
+
+
+# ---------------------------------------------------------------------------------------------- several spans
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
+    """Packed and padded: the terms by their definition in float64, on logits of one conversation at a time."""
+    tokenizer = chat_tokenizer(CHATML)
+    conversations = (MESSAGES, talk("Add 3", "It is 3", "5?", "No", "So?", "Yes!"), talk("Hi", "Hello"))
+    writer = Template(tokenizer, "chat")
+    examples = [encode_pieces(writer.pieces(messages), 512, whole_turns=True) for messages in conversations]
+    model = make_model(vocab_size=len(tokenizer), tie_word_embeddings=False)
+    train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
+    for layer in train.adapter_layers(model).values():
+        layer.lora_B.data += 0.05
+    students, teachers, targets = [], [], []
+    for example in examples:
+        ids = torch.tensor([example["input_ids"]])
+        with torch.no_grad():
+            student = model(ids).logits[0].double()
+            with train.adapters_disabled(model):
+                teacher = model(ids).logits[0].double()
+        places = [i for i, label in enumerate(example["labels"][1:]) if label != IGNORE_INDEX]
+        assert any(b - a > 1 for a, b in itertools.pairwise(places)) or len(students) == 2
+        students.append(student[places])
+        teachers.append(teacher[places])
+        targets += [example["labels"][i + 1] for i in places]
+    assert not packed or enable_packing(model)
+    batch = (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
+    assert batch["targets"].tolist() == targets
+    assert not packed or batch["shared_length"] > 0
+    regularizers = train.Regularizers(0.5, 0.4, 0.3, 2.0, 20, 10, "frobenius")
+    loss, terms = train.BALoRAModel(model)(batch, regularizers, len(targets), 1)
+    exact, parts = train.objective(
+        torch.cat(students), torch.cat(teachers), torch.tensor(targets), regularizers, len(targets), 1
+    )
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    for name in ("task", "consistency", "diversity", "spectral"):
+        assert relative_error(terms[name], parts[name]) < 1e-4

@@ -1,0 +1,113 @@
+"""Served as trained: what scripts/serve.sh starts, asked as a client asks. SLOW=1 runs it: a server takes a minute."""
+
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import subprocess
+import time
+import urllib.request
+
+import pytest
+from conftest import ROOT, start_script
+from transformers import AutoTokenizer
+
+from common.pretrained import resolve_demo
+from common.templates import Template
+from eval.backends import TransformersBackend, eos_token_ids_of
+from eval.generation import Sampling
+
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 starts four real servers"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
+]
+TALKS = [
+    ["What has 3 sides?"],
+    ["Add 2 and 2.", "The sum is 4.", "And 3 more?"],
+]
+
+
+def messages_of(talk: list[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]
+
+
+@pytest.fixture(scope="module", params=["chat", "alpaca"])
+def run_folder(request, tmp_path_factory):
+    """A run of SmolLM2, trained for two steps at a rate that changes its answers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    turns = messages_of(["What is this?", "A triangle, the three of sides."])
+    (folder / "data.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    options = ["--template", request.param, "--method", "lora", "--rank", 4, "--learning-rate", 3e-3, "--max-steps", 2]
+    options += ["--warmup-ratio", 0, "--batch-size", 1, "--gradient-accumulation", 1, "--save-steps", 0]
+    argv = ["--model", "demo", "--data", folder / "data.jsonl", "--output-dir", folder / "run", "--epochs", 9, *options]
+    process = start_script("train", argv, folder / "log")
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()
+    return request.param, folder / "run"
+
+
+def ask(port: int, path: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return json.loads(answer.read() or "{}")
+
+
+@pytest.mark.parametrize("what", ["merged", "adapter"])
+def test_a_server_gives_the_model_the_prompt_of_training_and_answers_as_eval_does(what, run_folder, tmp_path):
+    template, run = run_folder
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"DRY_RUN": "1", "NAME": "mine", "PORT": str(port)}
+    environment |= {"ADAPTER": "1"} if what == "adapter" else {}
+    words = ["sh", str(ROOT / "scripts/serve.sh"), str(run), "--max-model-len", "512"]
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    command = shlex.split(printed.splitlines()[-1])
+    command[0] = str(ROOT / ".venv/bin/python")
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            command, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        deadline = time.time() + 500
+        while True:
+            assert server.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()[-3000:]
+            try:
+                ask(port, "/health")
+                break
+            except OSError:
+                time.sleep(1)
+        made = [
+            ask(
+                port,
+                "/v1/chat/completions",
+                {
+                    "model": "mine",
+                    "messages": messages_of(talk),
+                    "temperature": 0,
+                    "max_tokens": 16,
+                    "return_token_ids": True,
+                },
+            )
+            for talk in TALKS
+        ]
+    finally:
+        server.terminate()
+        server.wait(60)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_demo("demo", "model"))  # the published one, not the run's
+    writer = Template(tokenizer, template)
+    prompts = []
+    for talk in TALKS:
+        pieces = writer.pieces([*messages_of(talk), {"role": "assistant", "content": "x"}], first=len(talk))
+        before = [ids for ids, is_trained in pieces if not is_trained]
+        prompts.append([token for ids in before for token in ids])
+    assert [answer["prompt_token_ids"] for answer in made] == prompts
+    merged = AutoTokenizer.from_pretrained(run / "merged")
+    eos = eos_token_ids_of(str(run / "merged"), merged)
+    backend = TransformersBackend(str(run / "merged"), merged, eos, "float32", 1, None)
+    for prompt, answer in zip(prompts, made, strict=True):
+        (expected,) = backend.generate([prompt], Sampling(16))
+        assert answer["choices"][0]["message"]["content"] == expected.text
+        assert (answer["choices"][0]["finish_reason"] == "stop") == expected.finished
