@@ -52,14 +52,14 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
         raise UserError(f"--max-steps is {args.max_steps}: it must be above 0, or -1 for --epochs to decide")
 
 
-def training_arguments(args: Any, accumulation: int) -> TrainingArguments:
+def training_arguments(args: Any, accumulation: int | None = None) -> TrainingArguments:
     """What the transformers Trainer needs to know of `args`; `accumulation`: see `checkpoints.accumulation`."""
     dtype = resolve_dtype(args.dtype)
     # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
     mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
     return common_training_arguments(
         args,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=accumulation or args.gradient_accumulation,
         bf16=mixed,
         gradient_checkpointing=args.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

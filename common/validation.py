@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common.cli import UserError, option, require_positive
 from common.pretrained import resolve_demo
-from common.templates import Template
 from common.runs import SAMPLES
+from common.templates import Template
 
 SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
 
@@ -240,7 +240,7 @@ class Sampler:
     def write(self, model: transformers.PreTrainedModel, step: int) -> None:
         """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
         own = model.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ends = [*own.eos_token_id] if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         ends = sorted(
             {
                 token
