@@ -33,6 +33,7 @@ def optimizer_tensors(
     Args:
         optimizer: torch's, or DeepSpeed's around it.
     """
+    _link_moments(optimizer)
     for key in STATE:
         tensors = {}
         for name, parameter in model.named_parameters():
@@ -87,7 +88,14 @@ def _make_empty_state(zero: Any, step: Tensor) -> None:
     for part in parts:
         moments = {key: torch.zeros_like(part) for key in STATE[1:]}
         zero.optimizer.state[part] = {"step": step.clone() if is_torch else int(step), **moments}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-2 tells each parameter where its moments are
+    _link_moments(zero)
+
+
+def _link_moments(zero: Any) -> None:
+    """Lets ZeRO-2 tell each parameter where its moments are. By itself it does so once, after the first group's first
+    step, when those of the other groups are not there yet."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 

@@ -799,9 +799,9 @@ def movement(output: Path, encoder: Path) -> torch.Tensor:
 
 
 def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
-    """With dropout; to the bit. 54 examples by 8, eight epochs: 56 steps and 16 validations."""
+    """With dropout; to the bit. 54 examples by 8, four epochs: 28 steps and 8 validations."""
     data = reviews(tmp_path / "reviews.jsonl")
-    argv = ["--model", encoders["bert"], "--data", data, "--epochs=8", "--batch-size=8", "--rank=4"]
+    argv = ["--model", encoders["bert"], "--data", data, "--epochs=4", "--batch-size=8", "--rank=4"]
     argv += ["--learning-rate=0.01", "--evals-per-epoch=2", "--patience=99", "--save-steps=3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
@@ -810,7 +810,7 @@ def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
         return start_script("finetune_bert_l_sst2", [*argv, "--output-dir", output, *options], log), log
 
     process, log = start(whole)
-    process.join(120)
+    process.join(400)
     assert process.exitcode == 0, log.read_text()
     assert not (whole / "checkpoints").exists()
     process, log = start(killed)
@@ -821,7 +821,7 @@ def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
     process.join(10)
     assert not (killed / "results.json").exists()
     process, log = start(killed, "--resume")
-    process.join(120)
+    process.join(400)
     assert process.exitcode == 0, log.read_text()
     assert "going on from" in log.read_text()
     same_scores(*(json.loads((output / "results.json").read_text()) for output in (killed, whole)), rel=0)
@@ -829,7 +829,7 @@ def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
     lines = [[json.loads(line) for line in (output / "metrics.jsonl").open()] for output in (killed, whole)]
     ours, theirs = ([row["validation"] for row in rows if "validation" in row] for rows in lines)
     assert ours == theirs
-    assert len(ours) == 16
+    assert len(ours) == 8
     process, log = start(killed, "--resume", "--seed=42")
     process.join(60)
     assert process.exitcode == 0
