@@ -19,6 +19,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from common import run_records
 from common.cli import UserError, run_script
 from common.intervals import paired_interval
 from common.markdown import markdown
@@ -294,7 +295,7 @@ def main(argv: list[str]) -> None:
         raise UserError("expected a plan.json, or a folder of records")
     path = Path(argv[0])
     if path.is_dir():
-        print(summary(f"records of {path}", run_record.load_records(path), {}, {}))
+        print(summary(f"records of {path}", run_records.load_records(path), {}, {}))
         return
     plan = run_record.load_plan(path)
     records = {name: run_record.write_record(plan, name) for name in plan["runs"]}

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import run_records
 from common.cli import UserError
 from eval.published import published_table
 from experiments import choose, grid, price, report, run_record
@@ -233,7 +234,7 @@ def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
 def record(run: str, **changes) -> dict:
     """A record as run_record.py writes it, of a run that is done."""
     return {
-        "version": run_record.VERSION,
+        "version": run_records.VERSION,
         "run": run,
         "arm": run,
         "phase": "study",
@@ -253,11 +254,11 @@ def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record("a") | {"version": 99}))
     with pytest.raises(UserError, match=r"a\.json has version 99 of the format and this script reads 1") as error:
-        run_record.load_records(tmp_path)
+        run_records.load_records(tmp_path)
     assert "\n" not in str(error.value)
     path.write_text("[]")
     with pytest.raises(UserError, match="is no record of a run"):
-        run_record.load_records(tmp_path)
+        run_records.load_records(tmp_path)
 
 
 def made_plan(folder: Path, monkeypatch) -> dict:
@@ -292,7 +293,7 @@ def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkey
     assert found["error"] == {"step": "score", "code": 2, "message": "hendrycks_math.py: error: no such file"}
     assert found["scores"] == {"gsm8k": {"accuracy": {"value": 0.25, "of": 4, "interval_95": [0.0, 0.7]}}}
     assert (found["steps"], found["parameters"]["trainable"], found["time"]["gsm8k"]) == (4, 7, 3.0)
-    assert run_record.load_record(tmp_path / "records" / f"{name}.json") == found
+    assert run_records.load_record(tmp_path / "records" / f"{name}.json") == found
     log.write_text("exit code 137\n")
     assert run_record.record_of(plan, name)["status"] == "unfinished"  # it was killed, and goes on
 
@@ -459,13 +460,13 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
             subprocess.run(workflow(killed, "--unlock"), env=environment(), cwd=ROOT, check=True)
     assert start(killed).wait() == 0
     assert what_training_leaves(killed) == what_training_leaves(undisturbed)
-    (found,) = run_record.load_records(killed / "records").values()
+    (found,) = run_records.load_records(killed / "records").values()
     assert found["status"] == "done"
     # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
     before = what_training_leaves(killed)
     path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
     assert start(killed).wait() != 0
     assert what_training_leaves(killed) == before
-    (found,) = run_record.load_records(killed / "records").values()
+    (found,) = run_records.load_records(killed / "records").values()
     assert (found["status"], found["error"]["code"]) == ("failed", 2)
     assert "rank = 2, not 4" in found["error"]["message"]
