@@ -42,6 +42,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def is_record(content: Any) -> bool:
+    return isinstance(content, dict) and {"version", "run", "scores"} <= set(content)
+
+
+def holds_records(folder: Path) -> bool:
+    """Whether the folder's first JSON is a record, of whatever version."""
+    try:
+        return is_record(read_json(min(folder.glob("*.json"))))
+    except (UserError, ValueError):
+        return False
+
+
 def load_record(path: Path) -> dict[str, Any]:
     """A record of this version.
 
@@ -49,7 +61,7 @@ def load_record(path: Path) -> dict[str, Any]:
         UserError: no such file, or of another kind or version.
     """
     found = read_json(path)
-    if not isinstance(found, dict) or "version" not in found or "scores" not in found:
+    if not is_record(found):
         raise UserError(f"{path} is no record of a run: experiments/run_record.py writes such files")
     if found["version"] != VERSION:
         raise UserError(
