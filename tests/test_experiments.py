@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import run_records
 from common.cli import UserError
 from eval.published import published_tables
-from experiments import choose, grid, price, report, run_record
+from experiments import choose, entries, grid, price, report, run_record, runs
 
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
 
@@ -48,15 +48,15 @@ NAMED |= {"peft-metamath", "schedules", "spectral-k", "start", "temperature", "t
 
 def test_what_was_asked_for_is_there_with_a_twin_each():
     assert NAMED | {f"{name}-demo" for name in NAMED} | {"nlg-batch32", "nlg-tiny", "nlu-robustness"} <= set(
-        grid.names()
+        entries.names()
     )
 
 
-@pytest.mark.parametrize("name", grid.names())
+@pytest.mark.parametrize("name", entries.names())
 def test_an_experiment_resolves_without_network_and_has_its_price(name, no_network, monkeypatch):
     """Its runs are all combinations, each in a folder of its own; every file that a run needs has a command."""
     monkeypatch.chdir(ROOT)
-    plan = grid.expand(name)
+    plan = runs.expand(name)
     study = [run for run in plan.runs if run.phase == "study"]
     sizes = [len(values) for values in plan.entries["axes"].values()]
     assert len(study) == np.prod(sizes)
@@ -80,7 +80,7 @@ def test_an_experiment_resolves_without_network_and_has_its_price(name, no_netwo
 def test_the_published_counts_of_trainable_parameters(monkeypatch):
     """The published table's, in the price as it is printed."""
     monkeypatch.chdir(ROOT)
-    text = price.text(grid.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
+    text = price.text(runs.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
     for model, adapters, full in (
         ("Llama-2-7b-hf", 319.8, 6738.4),
         ("Mistral-7B-v0.1", 167.8, 7241.7),
@@ -89,9 +89,9 @@ def test_the_published_counts_of_trainable_parameters(monkeypatch):
         rows = [line.split() for line in text.splitlines() if line.strip().partition(" ")[0].endswith(model)]
         trained = {row[1]: float(row[3]) for row in rows}
         assert trained == {"full": full, "lora": adapters, "pissa": adapters, "ba-lora": adapters}
-    glue = price.prices(grid.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
+    glue = price.prices(runs.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
     assert [round(one.trainable / 1e6, 2) for one in glue[1:]] == [1.33] * 3
-    peft = price.prices(grid.expand("peft-metamath", only={"seed": ["0"]}))
+    peft = price.prices(runs.expand("peft-metamath", only={"seed": ["0"]}))
     assert {one.trainable for one in peft} == {9175040}  # as PEFT counts them for its LoRA of rank 32
 
 
@@ -99,13 +99,13 @@ def test_the_paper_s_protocol(monkeypatch):
     """One epoch of 100,000 examples, 128 per step whatever the number of GPUs, at most 512 tokens each."""
     monkeypatch.chdir(ROOT)
     for count in (1, 2, 8):
-        plan = grid.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
+        plan = runs.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
         for run, one in zip(plan.runs, price.prices(plan), strict=True):
-            args = grid.parse_training(plan, run)
+            args = runs.parse_training(plan, run)
             assert args.batch_size * args.gradient_accumulation * count == 128
             assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
             assert (one.steps, one.tokens) == (782, 782 * 128 * 512)
-    (run, *_) = grid.expand("nlg-batch32").runs
+    (run, *_) = runs.expand("nlg-batch32").runs
     assert run.settings["gradient-accumulation"] * 4 * run.processes == 32
 
 
@@ -129,7 +129,7 @@ def test_operations_are_those_that_a_counter_sees(tmp_path, monkeypatch):
     }
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump({"settings": settings | {"gradient-accumulation": 1}}))
-    (one,) = price.prices(grid.expand(str(path)))
+    (one,) = price.prices(runs.expand(str(path)))
     assert one.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -142,12 +142,12 @@ def test_a_price_counts_the_teacher_and_only_where_it_acts(monkeypatch):
 
 
 def both(name: str, only: dict) -> zip:
-    plan = grid.expand(name, only=only)
+    plan = runs.expand(name, only=only)
     return zip(plan.runs, price.prices(plan), strict=True)
 
 
 def test_a_tuning_has_seeds_of_its_own_and_its_arm_takes_its_choice():
-    plan = grid.expand("start-demo")
+    plan = runs.expand("start-demo")
     tuning = [run for run in plan.runs if run.phase == "tuning"]
     study = [run for run in plan.runs if run.phase == "study"]
     assert len(plan.choices) == 4
@@ -174,7 +174,7 @@ def mistake(tmp_path: Path, entries: dict) -> str:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(entries))
     with pytest.raises(UserError) as error:
-        grid.expand(str(path))
+        runs.expand(str(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -223,7 +223,7 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
 
 def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
     with pytest.raises(UserError, match=r"nlg takes 8 GPUs per run, and there are 2 here.*nlg-demo"):
-        grid.require_devices(grid.expand("nlg", only={"seed": ["42"]}), 2)
+        grid.require_devices(runs.expand("nlg", only={"seed": ["42"]}), 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def made_plan(folder: Path, monkeypatch) -> dict:
     """A plan of one run with one benchmark, in whose folder nothing is yet."""
     monkeypatch.chdir(ROOT)
     only = {"model": ["tiny-llama"], "data": ["metamath"], "method": ["ba-lora"], "seed": ["42"]}
-    plan = grid.as_json(grid.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
+    plan = grid.as_json(runs.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
     (run,) = plan["runs"].values()
     Path(run["results"]).mkdir(parents=True)
     (folder / "logs").mkdir()
@@ -373,32 +373,43 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def what_training_leaves(folder: Path) -> dict:
-    """The run's folder without times: weights and settings, the curve, the records."""
-    (run,) = folder.glob("only-*")
-    # train_loss is the mean since the last start; the curve below has every step's.
-    timed = {"train_seconds", "resumed_from", "peak_memory_gib", "command", "train_loss"}
-    made = json.loads((run / "run.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    names = [str(path.relative_to(run)) for path in run.rglob("*")]
-    weights = {
-        str(path.relative_to(run)): load_file(path)
-        for path in sorted(run.rglob("*.safetensors"))
-        if path.parent.name in ("adapter", "merged") or path.parent.parent.name == "checkpoints"
-    }
-    return {
-        # .train.done and its like are the workflow's own.
-        "names": sorted(name for name in names if not name.startswith((".", "tensorboard"))),
-        "run": {name: value for name, value in made.items() if name not in timed},
-        "curve": [
-            {key: value for key, value in line.items() if key in ("step", "loss", "consistency")} for line in lines
-        ],
-        "config": {name: value for name, value in config.items() if name not in ("output_dir", "model", "data")},
-        "weights": {
-            name: {key: tensor.numpy().tobytes() for key, tensor in found.items()} for name, found in weights.items()
-        },
-    }
+# What the clock, the machine's memory and the number of starts decide. train_loss of the Trainer's last line is of its
+# last start, that of run.json is not.
+OF_THE_CLOCK = {"train_seconds", "seconds", "time", "resumed_from", "peak_memory_gib", "peak_gib", "command"}
+OF_THE_CLOCK |= {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+def without_the_clock(value):
+    if isinstance(value, dict):
+        return {key: without_the_clock(found) for key, found in value.items() if key not in OF_THE_CLOCK}
+    return [without_the_clock(found) for found in value] if isinstance(value, list) else value
+
+
+def what_is_left(folder: Path) -> dict:
+    """By name every file of an experiment's folder, or of a run's, as it can be compared; of pictures, logs and torch's
+    own files that they are there. The workflow's marks (.train.done) are its own."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name.startswith(".") or "tensorboard" in path.parts:
+            continue
+        text = (
+            path.read_text().replace(str(folder), "FOLDER")
+            if path.suffix in (".json", ".jsonl", ".yaml", ".md")
+            else ""
+        )
+        if path.suffix == ".safetensors":
+            text = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+        elif path.name == "metrics.jsonl":
+            text = [without_the_clock(line) for line in map(json.loads, text.splitlines()) if "loss" in line]
+        elif path.suffix == ".jsonl":
+            text = [without_the_clock(json.loads(line)) for line in text.splitlines()]
+        elif path.suffix == ".json":
+            text = without_the_clock(json.loads(text))
+        elif path.name == "summary.md":  # the last columns are minutes and GiB
+            text = [line.split("|")[:-3] if line.startswith("|") else line for line in text.splitlines()]
+        found[name] = None if path.parent.name == "logs" else text
+    return found
 
 
 needs_snakemake = pytest.mark.skipif(
@@ -411,7 +422,7 @@ def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
     """Four GPUs, two per training: what a job sees is what Snakemake counts for it, and all four are used."""
     monkeypatch.chdir(ROOT)
     only = {"seed": ["1", "2"], "data": ["metamath"], "model": ["llama2-7b"], "method": ["lora"]}
-    plan = grid.as_json(grid.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
+    plan = grid.as_json(runs.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [word for word in workflow(tmp_path, "--dry-run") if word not in ("--quiet", "all")]
     printed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -424,6 +435,26 @@ def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
         seen.setdefault(len(visible), set()).add(tuple(visible))
     assert seen[2] == {("4", "5"), ("6", "7")}  # the two trainings
     assert seen[1] == {("4",), ("6",)}  # what is measured on their models
+
+
+def run_both(start, undisturbed: Path, killed: Path) -> None:
+    """Runs an experiment in one folder, and in another with three kills of all its processes at random moments.
+
+    Args:
+        start: starts the workflow in a folder.
+    """
+    started = time.monotonic()
+    assert start(undisturbed).wait() == 0
+    whole = time.monotonic() - started
+    moments = random.Random(12)
+    for _ in range(3):
+        process = start(killed)
+        time.sleep(whole * moments.uniform(0.2, 0.9))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            subprocess.run(workflow(killed, "--unlock"), env=environment(), cwd=ROOT, check=True)
+    assert start(killed).wait() == 0
 
 
 @needs_snakemake
@@ -446,26 +477,34 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
         return subprocess.Popen(workflow(folder), env=environment(), cwd=ROOT, start_new_session=True)
 
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    started = time.monotonic()
-    assert start(undisturbed).wait() == 0
-    whole = time.monotonic() - started
-    moments = random.Random(12)
-    for _ in range(3):
-        process = start(killed)
-        time.sleep(whole * moments.uniform(0.2, 0.9))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            subprocess.run(workflow(killed, "--unlock"), env=environment(), cwd=ROOT, check=True)
-    assert start(killed).wait() == 0
-    assert what_training_leaves(killed) == what_training_leaves(undisturbed)
+    run_both(start, undisturbed, killed)
+    assert what_is_left(killed) == what_is_left(undisturbed)
     (found,) = run_records.load_records(killed / "records").values()
     assert found["status"] == "done"
     # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
-    before = what_training_leaves(killed)
+    (run,) = killed.glob("only-*")
+    before = what_is_left(run)
     path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
     assert start(killed).wait() != 0
-    assert what_training_leaves(killed) == before
+    assert what_is_left(run) == before
     (found,) = run_records.load_records(killed / "records").values()
     assert (found["status"], found["error"]["code"]) == ("failed", 2)
     assert "rank = 2, not 4" in found["error"]["message"]
+
+
+@needs_snakemake
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
+def test_three_kills_of_a_whole_experiment_leave_the_same_folder(tmp_path, monkeypatch):
+    """Two trainings to their table: files, merges, all five benchmarks, forgetting, records, both reports."""
+    monkeypatch.chdir(ROOT)
+    axes = ["--axis", "model=tiny-gemma", "--axis", "method=lora,ba-lora", "--axis", "seed=42"]
+
+    def start(folder: Path) -> subprocess.Popen:
+        grid.main(["nlg-tiny", "--output-dir", str(folder), "--plan", f"{folder}/plan.json", "--no-price", *axes])
+        return subprocess.Popen(workflow(folder), env=environment(), cwd=ROOT, start_new_session=True)
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_both(start, undisturbed, killed)
+    left = what_is_left(undisturbed)
+    assert {"summary.md", "report/report.md", "tiny-gemma-metamath-lora-42/results/lora/mt_bench.json"} <= set(left)
+    assert what_is_left(killed) == left
