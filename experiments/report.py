@@ -4,7 +4,7 @@
     python experiments/report.py output/NAME/plan.json       writes output/NAME/summary.md, and curve.png and curve.svg
     python experiments/report.py experiments/results/NAME    the same of records that were kept, on the terminal
 
-The experiment's `report` entry says what is compared:
+The `report` entry of the experiment that the records name says what is compared:
 
     baseline: {method: pissa}    every other label of that axis minus this one, seed by seed, with a 95 % t-interval
     effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is
@@ -24,6 +24,7 @@ from common.cli import UserError, run_script
 from common.intervals import paired_interval
 from common.markdown import markdown
 from experiments import choose, run_record
+from experiments.entries import load, names
 
 # What a benchmark is known by; of others every score is shown.
 HEADLINES = {
@@ -175,19 +176,19 @@ def effects(records: list[Record], columns: list[Column], axes: list[str]) -> st
     return markdown(rows + [[name, *cells] for name, cells in parts.items()])
 
 
-def tuning_tables(records: dict[str, Record], choices: dict[str, dict[str, Any]]) -> list[str]:
+def tuning_lines(records: list[Record]) -> list[str]:
     """For every arm the scores over its grid, as they were chosen by."""
     lines = []
-    for path, choice in choices.items():
-        members = [records[name] for name in choice["runs"] if records.get(name, {}).get("status") == "done"]
-        if members:
-            scores = choose.curve(members, choice["option"], choice["score"])
-            chosen = choose.best(scores, choice["mode"])
-            cells = [
-                f"**{value}** {spread(found)}" if value == chosen else f"{value} {spread(found)}"
-                for value, found in scores.items()
-            ]
-            lines.append(f"- {Path(path).stem}, by {choice['score']}: " + "; ".join(cells))
+    for arm, members in arms([record for record in records if record.get("chooses")]).items():
+        chooses = members[0]["chooses"]
+        scores = choose.curve(members, chooses["option"], chooses["score"])
+        chosen = choose.best(scores, chooses["mode"])
+        cells = [
+            f"**{value}** {statistics.mean(found):.4f}" if value == chosen else f"{value} {statistics.mean(found):.4f}"
+            for value, found in scores.items()
+        ]
+        edge = "; the best is at the grid's edge" if choose.is_at_edge(chosen, scores) else ""
+        lines.append(f"- {arm}, by {chooses['score']}: " + "; ".join(cells) + edge)
     return lines
 
 
@@ -258,7 +259,7 @@ def draw(records: list[Record], option: str, columns: list[Column], folder: Path
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def summary(about: str, records: dict[str, Record], options: dict[str, Any], choices: dict[str, Any]) -> str:
+def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     done = [record for record in records.values() if record["status"] == "done" and record["phase"] == "study"]
     lines = [about, ""]
@@ -284,10 +285,16 @@ def summary(about: str, records: dict[str, Record], options: dict[str, Any], cho
     if options.get("effects"):
         lines += ["", "Parts of the difference, seed by seed, with 95 % t-intervals (* excludes 0):", ""]
         lines.append(effects(done, columns, options["effects"]))
-    tuned = tuning_tables(records, choices)
+    tuned = tuning_lines([record for record in records.values() if record["status"] == "done"])
     if tuned:
         lines += ["", "Chosen on validation:", "", *tuned]
     return "\n".join(lines)
+
+
+def options_of(records: dict[str, Record]) -> dict[str, Any]:
+    """The `report` entry of the experiment that all the records are of, where it is one of experiments/."""
+    of = {record["experiment"] for record in records.values()}
+    return (load(*of).get("report") or {}) if len(of) == 1 and of <= set(names()) else {}
 
 
 def main(argv: list[str]) -> None:
@@ -295,12 +302,13 @@ def main(argv: list[str]) -> None:
         raise UserError("expected a plan.json, or a folder of records")
     path = Path(argv[0])
     if path.is_dir():
-        print(summary(f"records of {path}", run_records.load_records(path), {}, {}))
+        records = run_records.load_records(path)
+        print(summary(f"records of {path}", records, options_of(records)))
         return
     plan = run_record.load_plan(path)
     records = {name: run_record.write_record(plan, name) for name in plan["runs"]}
     options, folder = plan["report_options"], Path(plan["folder"])
-    text = summary(f"# {plan['experiment']}\n\n{plan['about']}", records, options, plan["choices"])
+    text = summary(f"# {plan['experiment']}\n\n{plan['about']}", records, options)
     drawn = []
     if options.get("curve"):
         done = [record for record in records.values() if record["status"] == "done"]

@@ -114,6 +114,7 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
     error = failure(plan, name)
     is_done = bool(made or results) and not missing and error is None
     processes = made.get("processes") or (1 if results else None)
+    chooses = next((choice for choice in plan["choices"].values() if name in choice["runs"]), {})
     return {
         "version": VERSION,
         "experiment": plan["experiment"],
@@ -121,6 +122,7 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
         "arm": run["arm"],
         "phase": run["phase"],
         "labels": run["labels"],
+        "chooses": {key: chooses[key] for key in ("option", "score", "mode")} if chooses else None,
         "status": "done" if is_done else "failed" if error else "unfinished",
         "error": error,
         "script": run["script"],

@@ -334,6 +334,35 @@ def test_the_parts_of_a_difference_add_up_and_intervals_are_those_of_a_paired_t_
     assert f"{statistics.mean(list(d)):.2f} ± {statistics.stdev(list(d)):.2f}" in report.table(records, columns)
 
 
+def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
+    """Of start-demo without its plan: the parts of the difference, and each arm's rate with what it was chosen by."""
+    losses = {"0.001": 0.5, "0.01": 0.3, "0.003": 0.4}
+    chooses = {"option": "learning-rate", "score": "gsm8k.response_loss", "mode": "min"}
+    made = {}
+    for start, terms in (("lora", "plain"), ("lora", "terms"), ("pissa", "plain"), ("pissa", "terms")):
+        arm, place = f"{start}-{terms}", {"start": start, "terms": terms}
+        for rate, loss in losses.items():
+            labels, scores = place | {"learning-rate": rate}, {"gsm8k": {"response_loss": loss}}
+            made[f"tune-{arm}-{rate}"] = {"phase": "tuning", "chooses": chooses, "labels": labels, "scores": scores}
+        for seed in (42, 43):
+            value = 0.1 + 0.2 * (start == "pissa") + 0.05 * (terms == "terms") + 0.01 * seed * (start == "pissa")
+            scores = {"gsm8k": {"accuracy": {"value": value}}}
+            made[f"{arm}-{seed}"] = {"labels": place | {"seed": str(seed)}, "seed": seed, "scores": scores}
+        for name in [name for name in made if arm in name]:
+            content = record(name, experiment="start-demo") | made[name] | {"arm": arm}
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    report.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = {
+        cells[1].strip(): cells[2].strip()
+        for cells in (line.split("|") for line in printed.splitlines() if "|" in line)
+    }
+    half = stats.t.ppf(0.975, 1) * np.std([62, 63], ddof=1) / np.sqrt(2)
+    assert rows["of start"] == f"+62.50 [{62.5 - half:+.2f}, {62.5 + half:+.2f}] *"
+    assert rows["of terms"] == "+5.00 [+5.00, +5.00] *"
+    assert "lora-terms, by gsm8k.response_loss: 0.001 0.5000; 0.003 0.4000; **0.01** 0.3000; the best is at" in printed
+
+
 def test_the_published_tables_of_each_formulation():
     """The averages of whole rows are those of their cells; each table says how sure it is."""
     tables = {(table.model, table.version): table for table in published_tables()}
