@@ -26,8 +26,9 @@ from common.markdown import markdown
 from experiments import choose, run_record
 from experiments.entries import load, names
 
-# What a benchmark is known by; of others every score is shown.
+# What a benchmark is known by.
 HEADLINES = {
+    "forgetting": ("forgetting", "kl_base_tuned"),
     "gsm8k": ("accuracy", "response_loss"),
     "hendrycks_math": ("accuracy",),
     "humaneval": ("pass@1",),
@@ -51,10 +52,8 @@ def columns_of(records: list[Record], only: list[str] | None) -> list[Column]:
     found: dict[Column, None] = {}
     for record in records:
         for part, scores in record["scores"].items():
-            is_known = part in HEADLINES or part == "forgetting"
-            names = HEADLINES.get(part, scores if is_known else CLASSIFICATION)
-            for name in only if only and not is_known else names:
-                if value_of(record, (part, name)) is not None:
+            for name in only if only and part not in HEADLINES else HEADLINES.get(part, CLASSIFICATION):
+                if name in scores:
                     found[part, name] = None
     return list(found)
 
@@ -68,18 +67,31 @@ def value_of(record: Record, column: Column) -> float | None:
     return 100 * found if column[1].partition(".")[0] in IN_PERCENT else found
 
 
-def spread(values: list[float]) -> str:
+def digits(column: Column) -> int:
+    """Places after the point: of percents two, of losses and others three."""
+    return 2 if column[1].partition(".")[0] in IN_PERCENT else 3
+
+
+def spread(values: list[float], column: Column) -> str:
     """Mean ± sample standard deviation."""
-    text = f"{statistics.mean(values):.2f}"
-    return text + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    places = digits(column)
+    text = f"{statistics.mean(values):.{places}f}"
+    return text + (f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else "")
 
 
-def interval(differences: list[float]) -> str:
+def interval(differences: list[float], column: Column) -> str:
     """The mean of paired differences with its 95 % t-interval; * where that excludes 0."""
+    form = f"{{:+.{digits(column)}f}}"
     if len(differences) < 2:
-        return f"{differences[0]:+.2f} (one pair)"
+        return f"{form.format(differences[0])} (one pair)"
     mean, half = paired_interval(differences)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" + (" *" if abs(mean) > half else "")
+    low, high = form.format(mean - half), form.format(mean + half)
+    return f"{form.format(mean)} [{low}, {high}]" + (" *" if abs(mean) > half else "")
+
+
+def without_value(members: list[Record], column: Column) -> str:
+    """What stands where no run has the score: answers that no judge has seen are there without one."""
+    return "not judged" if any(column[1] in record["scores"].get(column[0], {}) for record in members) else "-"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -103,7 +115,7 @@ def table(records: list[Record], columns: list[Column]) -> str:
         cells = []
         for column in columns:
             values = [value for value in (value_of(record, column) for record in members) if value is not None]
-            cells.append(spread(values) if values else "-")
+            cells.append(spread(values, column) if values else without_value(members, column))
         rates = sorted({f"{record['settings'].get('learning_rate', 0):g}" for record in members})
         seconds = [record["time"]["train_seconds"] or record["time"]["seconds"] for record in members]
         seconds = [value for value in seconds if value is not None]
@@ -141,7 +153,7 @@ def differences(records: list[Record], columns: list[Column], axis: str, baselin
             for column in columns:
                 both = [(value_of(one, column), value_of(two, column)) for one, two in members]
                 both = [one - two for one, two in both if one is not None and two is not None]
-                cells.append(interval(both) if both else "-")
+                cells.append(interval(both, column) if both else "-")
             rows.append([arm, str(len(members)), *cells])
     return markdown(rows) if len(rows) > 1 else "no pairs yet"
 
@@ -172,7 +184,7 @@ def effects(records: list[Record], columns: list[Column], axes: list[str]) -> st
             found[f"of {second}"].append((only_second - start + both - only_first) / 2)
             found["interaction"].append(both - only_first - only_second + start)
         for name, values in found.items():
-            parts[name].append(interval(values) if values else "-")
+            parts[name].append(interval(values, column) if values else "-")
     return markdown(rows + [[name, *cells] for name, cells in parts.items()])
 
 

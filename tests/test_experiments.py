@@ -334,6 +334,19 @@ def test_the_parts_of_a_difference_add_up_and_intervals_are_those_of_a_paired_t_
     assert f"{statistics.mean(list(d)):.2f} ± {statistics.stdev(list(d)):.2f}" in report.table(records, columns)
 
 
+def test_answers_without_a_judge_are_named_in_the_table():
+    judged = {"mt_bench": {"first_turn": {"value": 4.5}}}
+    waiting = {
+        "mt_bench": {"first_turn": {"value": None}},
+        "forgetting": {"forgetting": {"value": 0.0123}, "tokens": 9},
+    }
+    records = [record("a", scores=waiting), record("b", scores=judged), record("c")]
+    columns = report.columns_of(records, None)
+    assert columns == [("mt_bench", "first_turn"), ("forgetting", "forgetting")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in report.table(records, columns).splitlines()[2:]]
+    assert [row[3:5] for row in rows] == [["not judged", "0.012"], ["4.500", "-"], ["-", "-"]]
+
+
 def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
     """Of start-demo without its plan: the parts of the difference, and each arm's rate with what it was chosen by."""
     losses = {"0.001": 0.5, "0.01": 0.3, "0.003": 0.4}
