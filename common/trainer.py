@@ -98,8 +98,7 @@ class ResumableTrainer(Trainer):
         output_dir = self.args.output_dir
         if self.is_finished(checkpoint):  # the Trainer would take one step more
             self.state = last_state(checkpoint)
-            losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-            return sum(losses) / max(len(losses), 1), 0.0
+            return self._mean_loss(), 0.0
         try:
             with self.interruption.awaited():
                 result = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -116,7 +115,12 @@ class ResumableTrainer(Trainer):
                 kept = newest_checkpoint(output_dir) or "no checkpoint"
                 print(f"interrupted after step {self.state.global_step}: {kept} is what --resume goes on from")
             sys.exit(128 + (self.interruption.signal or signal.SIGTERM))
-        return result.training_loss, result.metrics["train_runtime"]
+        return self._mean_loss() or result.training_loss, result.metrics["train_runtime"]
+
+    def _mean_loss(self) -> float:
+        """Over the logged steps, those before an interruption too; the Trainer's own is of its last start alone."""
+        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return sum(losses) / max(len(losses), 1)
 
     # One optimizer step: the same micro-batches on every number of ranks, counts that all agree on, a guard before the
     # update.

@@ -9,11 +9,10 @@ first table of a part is that of the first repository (arxiv2024); "versions" ha
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from common.cli import UserError
 
 PATH = Path(__file__).resolve().parent.parent / "data" / "published.json"
 
@@ -36,20 +35,25 @@ class PublishedTable:
         return f"{self.source} ({self.version}{how})"
 
 
-def published_table(part: str, model: str, version: str) -> PublishedTable | None:
-    """The table of a model in the version of a formulation; None where nothing is published.
+def published_tables() -> list[PublishedTable]:
+    """All of them; part is "nlg" or "nlu", version a formulation, "arxiv2024" or "iclr2026", or "peft-metamath"."""
+    tables = []
+    for part, content in json.loads(PATH.read_text()).items():
+        for version, found in {content["formulation"]: content, **content["versions"]}.items():
+            for model, cells in found["models"].items():
+                tables.append(PublishedTable(part, model, version, found["source"], found["certainty"], cells))
+    return tables
 
-    Args:
-        part: "nlg" or "nlu".
-        version: a formulation, "arxiv2024" or "iclr2026", or "peft-metamath".
 
-    Raises:
-        UserError: no such version.
+def published_rows(
+    tables: list[PublishedTable], formulations: set[str]
+) -> Iterator[tuple[PublishedTable, str, dict[str, Any]]]:
+    """A model's rows to stand beside results of these formulations, each with its table and its method.
+
+    Where a method is published in none of them, as Mistral-7B's all are in ICLR's, it has those of a primary source.
     """
-    content = json.loads(PATH.read_text())[part]
-    versions = {content["formulation"]: content, **content["versions"]}
-    if version not in versions:
-        raise UserError(f"nothing is published as {version!r}: one of {', '.join(versions)}")
-    found = versions[version]
-    cells = found["models"].get(model)
-    return None if cells is None else PublishedTable(part, model, version, found["source"], found["certainty"], cells)
+    for method in dict.fromkeys(method for table in tables for method in table.cells):
+        known = [table for table in tables if method in table.cells]
+        chosen = [table for table in known if table.version in formulations]
+        for table in chosen or [table for table in known if table.certainty == "primary"]:
+            yield table, method, table.cells[method]

@@ -7,11 +7,15 @@ How to run
     python eval/report.py results/base results/ba-lora --html report.html    a page to read every item in, side by side
     python eval/report.py output/glue/*                          runs of finetune_bert_l_sst2.py, tasks by columns
     python eval/report.py PiSSA=results/a PiSSA=results/b        rows named by hand
+    python eval/report.py output/nlg/records                     all runs of an experiment, from their records
     python eval/report.py                                        the published tables; ours are not run
 
-A folder holds what the eval scripts wrote, or is the output of finetune_bert_l_sst2.py. Model, method and seed of a
-checkpoint that train.py made are read from its config.yaml, which is in the folder above; other rows are named after
-their folder. What eval/forgetting.py measured is a column of its own, outside of the average.
+A folder holds what the eval scripts wrote, or is the output of finetune_bert_l_sst2.py, or has records of runs. Model,
+method and seed of a checkpoint that train.py made are read from its config.yaml, which is in the folder above; other
+rows are named after their folder. What eval/forgetting.py measured is a column of its own, outside of the average.
+
+Published numbers stand beside ours by formulation: those of the one that our runs have. Where a method has none there,
+those of a primary source stand there. Each row says its version, and a line below the table its source.
 
 What comes out: tables on the terminal; with --output-dir also
     report.md, report.tex          a table per model: methods by rows, benchmarks by columns, the average
@@ -32,12 +36,13 @@ import yaml
 
 from common.cli import UserError, option, parse_arguments, run_script
 from common.markdown import markdown
+from common.run_records import holds_records, load_records
 from common.runs import NOT_IDENTITY, first_difference
 from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl, write_whole
 from eval.html_report import require_writable, write_html
+from eval.published import PublishedTable, published_rows, published_tables
 
-ROOT = Path(__file__).resolve().parent.parent
-NOT_RUN, NOT_JUDGED, FAILED = "not run", "not judged", "failed"
+NOT_RUN, NOT_JUDGED, FAILED, NOT_PUBLISHED = "not run", "not judged", "failed", "not published"
 
 
 Folders = tyro.conf.Positional[Annotated[list[str], tyro.conf.arg(metavar="[NAME=]FOLDER ...")]]
@@ -110,7 +115,7 @@ class Row:
 
     method: str
     params: str = ""
-    published: bool = False
+    published: str | None = None  # the version; None: ours
     scores: dict[str, list[float]] = field(default_factory=dict)
     deviations: dict[str, float | None] = field(default_factory=dict)  # published ones; ours come from the scores
     printed_average: float | None = None  # published
@@ -141,7 +146,7 @@ class Row:
         return reasons.pop() if len(reasons) == 1 else NOT_RUN
 
     def _reasons(self, benchmark: str) -> list[str]:
-        return self.without.get(benchmark) or [NOT_RUN]
+        return self.without.get(benchmark) or [NOT_PUBLISHED if self.published else NOT_RUN]
 
 
 @dataclass
@@ -149,24 +154,18 @@ class Table:
     model: str
     columns: dict[str, Column]
     rows: list[Row]
-    source: str | None = None
+    captions: list[str] = field(default_factory=list)  # where the published rows are from
 
 
-def published_tables() -> list[Table]:
-    """The published tables, from data/published.json."""
-    tables = []
-    for part, content in json.loads((ROOT / "data" / "published.json").read_text()).items():
-        for model, methods in content["models"].items():
-            rows = []
-            for method, cells in methods.items():
-                row = Row(method, cells["params"] or "", published=True, printed_average=cells["average"])
-                for name in PARTS[part]:
-                    value, *deviation = cells[name]
-                    row.scores[name] = [value]
-                    row.deviations[name] = deviation[0] if deviation else None
-                rows.append(row)
-            tables.append(Table(model, PARTS[part], rows, content["source"]))
-    return tables
+def published_row(version: str, method: str, cells: dict[str, Any], columns: dict[str, Column]) -> Row:
+    """A row of data/published.json; a null there is a score that is not published."""
+    row = Row(method, cells["params"] or "", version, printed_average=cells["average"])
+    for name in columns:
+        if cells[name] is not None:
+            value, *deviation = cells[name]
+            row.scores[name] = [value]
+            row.deviations[name] = deviation[0] if deviation else None
+    return row
 
 
 @dataclass
@@ -196,12 +195,25 @@ class Run:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def load_run(folder: str, name: str | None) -> Run:
-    """Reads a results folder of either kind.
+def load_runs(folder: str, name: str | None) -> list[Run]:
+    """The run of a results folder of either kind, or all runs of a folder of records, but those that chose a rate.
 
     Raises:
         UserError: there are no results in it, or they cannot be read.
     """
+    if not holds_records(Path(folder)):
+        return [load_run(folder, name)]
+    records = {run: record for run, record in load_records(Path(folder)).items() if record["phase"] == "study"}
+    without = [f"{run} ({record['status']})" for run, record in records.items() if not record["scores"]]
+    if len(without) == len(records):
+        raise UserError(f"no run has a score in the records of {folder}")
+    if without:
+        print(f"note: {len(without)} of {len(records)} runs in {folder} have no score: {', '.join(without)}\n")
+    return [_recorded_run(record, f"{folder}/{run}", name) for run, record in records.items() if record["scores"]]
+
+
+def load_run(folder: str, name: str | None) -> Run:
+    """The run of a results folder of either kind; raises as `load_runs`."""
     if (Path(folder) / "results.json").is_file():
         return _classification_run(folder, name)
     summaries = load_summaries(folder)
@@ -223,19 +235,47 @@ def deciding(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
 
 
+# Axes of an experiment whose labels say what a table is of, not which of its rows a run belongs to.
+NO_ROWS = {"seed", "model", "data", "task"}
+
+
+def _recorded_run(record: dict[str, Any], path: str, name: str | None) -> Run:
+    """A run from its record. Its row is named after its place on the experiment's axes, most often the method."""
+    settings, scores = record["settings"], record["scores"]
+    label = "-".join(label for axis, label in record["labels"].items() if axis not in NO_ROWS) or settings["method"]
+    columns, model = NLG, settings["model"]
+    if record["script"] != "train.py":
+        columns, model, scores = _classified(settings, scores)
+    known = {benchmark: found for benchmark, found in scores.items() if benchmark in columns | BESIDE}
+    params = record["parameters"]["trainable"]
+    error = record["error"] or {}
+    failures = {error["step"]: error["message"]} if error else {}
+    params = _millions(params) if params else ""
+    return Run(path, name, model, METHODS.get(label, label), params, deciding(settings), columns, known, None, failures)
+
+
+def _classified(args: dict[str, Any], scores: dict[str, dict]) -> tuple[dict[str, Column], str, dict[str, dict]]:
+    """Columns, model and scores of a classification: a task of GLUE, or one's own test sets, a column each.
+
+    Args:
+        scores: by test set.
+    """
+    if args["task"] is not None and (args["data"] is None or len(scores) == 1):
+        return NLU, args["model"], {args["task"]: next(iter(scores.values()))}
+    score = NLU[args["task"]].score if args["task"] else "accuracy"
+    return {test: Column(test, score) for test in scores}, f"{args['model']} on {args['data']}", scores
+
+
 def _classification_run(folder: str, name: str | None) -> Run:
-    """A run of finetune_bert_l_sst2.py: a task of GLUE, or one's own test sets, a column each."""
+    """A run of finetune_bert_l_sst2.py."""
     path = Path(folder) / "results.json"
     try:
         content = json.loads(path.read_text())
         args = content["arguments"]
-        method, model = args["method"], args["model"]
-        scores = {test: result[method] for test, result in content["results"].items()}
-        if args["task"] is not None and (args["data"] is None or len(scores) == 1):
-            columns, scores = NLU, {args["task"]: next(iter(scores.values()))}
-        else:
-            score = NLU[args["task"]].score if args["task"] else "accuracy"
-            columns, model = {test: Column(test, score) for test in scores}, f"{model} on {args['data']}"
+        method = args["method"]
+        columns, model, scores = _classified(
+            args, {test: result[method] for test, result in content["results"].items()}
+        )
         for benchmark, found in scores.items():
             found[columns[benchmark].score]["value"]
         params = _millions(content["adapter_parameters"])
@@ -303,31 +343,47 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.{1 if count >= 10e6 else 2}f}M"
 
 
-def our_tables(runs: list[Run]) -> list[Table]:
-    """One table per model, published rows first where the model has some; seeds of one method become one row.
+def make_tables(runs: list[Run]) -> list[Table]:
+    """One table per model, published rows first where the model has some; without runs all published tables.
 
     Raises:
         UserError: two runs that would be seeds of one row differ in more than the seed, or not in the seed.
     """
     published = published_tables()
-    tables: dict[str, Table] = {}
+    by_model: dict[str, list[Run]] = {} if runs else {table.model: [] for table in published}
     for run in runs:
-        known = {table.model: table for table in published if table.columns is run.columns}
-        model = _published_name(run.model, known)
-        if model not in tables:
-            source = known.get(model, Table(model, run.columns, []))
-            tables[model] = Table(model, source.columns, list(source.rows), source.source)
-        table = tables[model]
+        known = [table.model for table in published if PARTS[table.part] is run.columns]
+        by_model.setdefault(_published_name(run.model, known), []).append(run)
+    return [
+        make_table(model, members, [table for table in published if table.model == model])
+        for model, members in by_model.items()
+    ]
+
+
+def make_table(model: str, runs: list[Run], published: list[PublishedTable]) -> Table:
+    """A model's table; seeds of one method become one row."""
+    table = Table(model, PARTS[published[0].part] if published else {}, [])
+    versions = formulations(runs) if runs else {source.version for source in published}
+    for source, method, cells in published_rows(published, versions):
+        table.rows.append(published_row(source.version, method, cells, table.columns))
+        if source.caption not in table.captions:
+            table.captions.append(source.caption)
+    ours: dict[str, Row] = {}
+    for run in runs:
         table.columns = table.columns | run.columns
-        ours = [row for row in table.rows if not row.published and row.method == (run.name or run.method)]
-        if not ours:
-            ours = [Row(run.name or run.method, run.params)]
-            table.rows += ours
-        _add(ours[0], run)
-    return list(tables.values())
+        name = run.name or run.method
+        _add(ours.setdefault(name, Row(name, run.params)), run)
+    table.rows += ours.values()
+    return table
 
 
-def _published_name(model: str, published: dict[str, Table]) -> str:
+def formulations(runs: list[Run]) -> set[str]:
+    """Those by which the runs with regularizers were made; where none has any, those of all."""
+    acting = [run for run in runs if run.settings.get("method") == "ba-lora" or run.settings.get("regularize")]
+    return {run.settings["formulation"] for run in acting or runs if "formulation" in run.settings}
+
+
+def _published_name(model: str, published: list[str]) -> str:
     """The published table's name for that very model: meta-llama/Llama-2-7b-hf is LLaMA-2-7B, mdeberta-v3-base none."""
     names = (name for name in published if re.search(rf"(^|/){name}(-hf|-v0\.1)?/?$", model, re.IGNORECASE))
     return next(names, model)
@@ -350,7 +406,8 @@ def _require_seeds(row: Row, benchmark: str, run: Run) -> None:
 def _add(row: Row, run: Run) -> None:
     for name, error in run.failures.items():
         row.without.setdefault(name, []).append(FAILED)
-        row.remarks.append(f"{run.folder}: {(NLG | BESIDE)[name].label} failed: {error}")
+        label = (NLG | BESIDE)[name].label if name in NLG | BESIDE else name
+        row.remarks.append(f"{run.folder}: {label} failed: {error}")
     for name, summary in run.summaries.items():
         column = (run.columns | BESIDE)[name]
         score = summary[column.score]
@@ -383,11 +440,11 @@ def cells(table: Table) -> list[list[str]]:
     head = ["method", "whose", "parameters", *labels, "average", *(column.label for column in beside.values())]
     rows = list(table.rows)
     ours = [row.method for row in rows if not row.published]
-    rows += [Row(method) for method in METHODS.values() if table.source and method not in ours]
+    rows += [Row(method) for method in METHODS.values() if table.captions and method not in ours]
     body = []
     for row in rows:
         count = max((len(scores) for scores in row.scores.values()), default=0)
-        whose = "published" if row.published else "ours" + (f", {count} seeds" if count > 1 else "")
+        whose = f"published, {row.published}" if row.published else "ours" + (f", {count} seeds" if count > 1 else "")
         texts = [_cell(row, name, column) for name, column in table.columns.items()]
         texts.append(_average_cell(row, table.columns))
         texts += ["" if row.published else _cell(row, name, column) for name, column in beside.items()]
@@ -406,11 +463,11 @@ def _cell(row: Row, benchmark: str, column: Column) -> str:
 
 
 def _average_cell(row: Row, columns: dict[str, Column]) -> str:
-    average = row.average(columns)
+    average, printed = row.average(columns), row.printed_average
     if average is None:
-        return row.absence(*columns)
-    printed = f"{row.printed_average:.2f}" if row.printed_average is not None else f"{average:.2f}"
-    return f"{average:.2f}" if printed == f"{average:.2f}" else f"{average:.2f} (printed: {printed})"
+        return row.absence(*columns) if printed is None else f"(printed: {printed:.2f})"
+    is_printed = printed is None or f"{printed:.2f}" == f"{average:.2f}"
+    return f"{average:.2f}" if is_printed else f"{average:.2f} (printed: {printed:.2f})"
 
 
 LEGEND = (
@@ -431,7 +488,7 @@ def legend(tables: list[Table]) -> str:
 def notes(table: Table) -> list[str]:
     """What stands below the table: what is missing and why, and where the published numbers are from."""
     remarks = [remark for row in table.rows for remark in row.remarks]
-    return remarks + ([f"Published: {table.source}."] if table.source else [])
+    return remarks + [f"Published: {caption}." for caption in table.captions]
 
 
 def markdown_report(tables: list[Table]) -> str:
@@ -451,7 +508,7 @@ def latex_report(tables: list[Table]) -> str:
     for table in tables:
         head, *body = cells(table)
         lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in body]
-        change = next((i for i, row in enumerate(body) if row[1] != "published"), 0)
+        change = next((i for i, row in enumerate(body) if row[1].startswith("ours")), 0)
         if 0 < change < len(lines):
             lines.insert(change, r"\midrule")
         lines = [" & ".join(cell.translate(LATEX) for cell in head) + r" \\", r"\midrule", *lines]
@@ -477,7 +534,7 @@ def comparison(summaries: dict[str, dict]) -> list[list[str]]:
     """GSM8K in detail: a head, and one row per checkpoint."""
     rows = [list(COMPARISON)]
     for name, summary in summaries.items():
-        accuracy, loss = summary["accuracy"], summary["response_loss"]
+        accuracy, loss = summary["accuracy"], summary.get("response_loss")
         low, high = accuracy["interval_95"]
         rows.append(
             [
@@ -557,7 +614,7 @@ def plot_tables(tables: list[Table]) -> Any:
             panel.grid(axis="x", linewidth=0.4, alpha=0.6)
         for panel in panels[len(names) :]:
             panel.set_axis_off()
-        labels = [row.method + (" (published)" if row.published else " (ours)") for row in table.rows]
+        labels = [f"{row.method} ({row.published or 'ours'})" for row in table.rows]
         panels[0].set_yticks(range(len(table.rows)), labels, fontsize=8)
         panels[0].set_ylabel(table.model, fontsize=9, fontweight="bold")
     figure.suptitle("hollow: published; filled: ours; bars: standard deviation over seeds", fontsize=8)
@@ -652,7 +709,7 @@ def main(argv: list[str]) -> None:
     runs = []
     for text in args.results:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
-        runs.append(load_run(folder, name or None))
+        runs += load_runs(folder, name or None)
     labels = [run.name or Path(run.folder).name for run in runs]
     if len(set(labels)) < len(labels):  # seeds of one method
         labels = [run.folder for run in runs]
@@ -671,7 +728,7 @@ def main(argv: list[str]) -> None:
         print(markdown(comparison(of_gsm8k)))
         if len(of_gsm8k) == len(runs) == 2:
             print("\n" + verdict(of_gsm8k))
-    tables = our_tables(runs) if runs else published_tables()
+    tables = make_tables(runs)
     if output_dir is not None or not runs or any(set(run.summaries) != {"gsm8k"} for run in runs):
         print(("\n" if of_gsm8k else "") + markdown_report(tables))
     if output_dir is not None:

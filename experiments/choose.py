@@ -36,17 +36,22 @@ def score_of(record: dict[str, Any], name: str) -> float:
 
 
 def curve(records: list[dict[str, Any]], option: str, score: str) -> dict[str, list[float]]:
-    """The scores by value of the option, in the grid's order."""
+    """The scores by value of the option, the smallest first."""
     found: dict[str, list[float]] = {}
     for record in records:
         found.setdefault(record["labels"][option], []).append(score_of(record, score))
-    return found
+    return dict(sorted(found.items(), key=lambda item: float(item[0])))
 
 
 def best(scores: dict[str, list[float]], mode: str) -> str:
     """The value with the best mean; of equals the smaller."""
     sign = -1 if mode == "min" else 1
     return max(scores, key=lambda value: (sign * statistics.mean(scores[value]), -float(value)))
+
+
+def is_at_edge(value: str, scores: dict[str, list[float]]) -> bool:
+    """Whether the value is the grid's smallest or largest: a wider grid may then have a better one."""
+    return len(scores) > 2 and value in (min(scores, key=float), max(scores, key=float))
 
 
 def main(argv: list[str]) -> None:
@@ -65,8 +70,7 @@ def main(argv: list[str]) -> None:
     entries[choice["option"].replace("-", "_")] = yaml.safe_load(value)
     lines = [f"# Chosen by {choice['score']}, the mean of {len(next(iter(scores.values())))} runs on validation:"]
     lines += [f"#   {option:>10}  {statistics.mean(found):.4f}" for option, found in scores.items()]
-    order = sorted(scores, key=float)
-    if value in (order[0], order[-1]) and len(order) > 2:
+    if is_at_edge(value, scores):
         lines.append("# The best one is at the grid's edge: a wider grid may have a better one.")
         print(f"note: {target.stem}: {choice['option']} {value} is at the grid's edge")
     target.parent.mkdir(parents=True, exist_ok=True)

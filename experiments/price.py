@@ -33,9 +33,10 @@ from transformers.pytorch_utils import Conv1D
 from common.cli import UserError
 from common.estimates import adapter_bytes, estimated_memory
 from common.targets import default_target_modules, find_target_modules
-from experiments import grid
+from experiments.entries import ROOT
+from experiments.runs import Plan, Run, parse_training
 
-SHAPES = grid.ROOT / "data" / "shapes"
+SHAPES = ROOT / "data" / "shapes"
 # FLOP/s, dense: bfloat16 on tensor cores, and float32, in which classification trains.
 PEAKS = {"A100": (312e12, 19.5e12), "H100": (989e12, 67e12)}
 TRAINING, FLOAT32, GENERATION = 0.40, 0.50, 0.05  # of the peak that is reached
@@ -147,19 +148,19 @@ def linear_parameters(model: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def price_of(plan: grid.Plan, run: grid.Run) -> Price:
+def price_of(plan: Plan, run: Run) -> Price:
     """What one run takes.
 
     Raises:
         UserError: its model or its data is not known, or an option does not fit the model.
     """
-    args = grid.parse_training(plan, run)
+    args = parse_training(plan, run)
     if run.script == "train.py":
         return language_model_price(plan, run, args)
     return classifier_price(plan, run, args)
 
 
-def language_model_price(plan: grid.Plan, run: grid.Run, args: Any) -> Price:
+def language_model_price(plan: Plan, run: Run, args: Any) -> Price:
     """Of a run of train.py."""
     on_gpu = bool(plan.entries.get("needs-gpu"))
     model = skeleton(args.model)
@@ -217,7 +218,7 @@ def language_model_price(plan: grid.Plan, run: grid.Run, args: Any) -> Price:
     )
 
 
-def scored(run: grid.Run) -> list[tuple[str, dict[str, Any]]]:
+def scored(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """The run's benchmarks with their options."""
     return [(name, run.evaluation) for name in run.benchmarks] + list(run.alone.items())
 
@@ -229,7 +230,7 @@ def generation(name: str, options: dict[str, Any], per_token: float) -> float:
     return float(per_token) * items * options.get("samples", 1) * (PROMPT + new)
 
 
-def classifier_price(plan: grid.Plan, run: grid.Run, args: Any) -> Price:
+def classifier_price(plan: Plan, run: Run, args: Any) -> Price:
     """Of a run of finetune_bert_l_sst2.py, which trains in float32 on one device."""
     name = "demo-encoder" if args.model == "demo" else args.model
     model = skeleton(name, num_classes={"mnli": 3, "stsb": 1}.get(args.task, 2))
@@ -309,7 +310,7 @@ def encoder_adapters(model: Any, targets: list[str] | None, rank: int) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def prices(plan: grid.Plan) -> list[Price]:
+def prices(plan: Plan) -> list[Price]:
     """Of every run; runs that differ in nothing but the seed are counted once."""
     known: dict[str, Price] = {}
     found = []
@@ -327,7 +328,7 @@ def prices(plan: grid.Plan) -> list[Price]:
 HEAD = ("model", "method", "runs", "trained", "steps", "tokens", "PFLOP", "A100 h", "H100 h", "GiB/device", "disk GiB")
 
 
-def text(plan: grid.Plan) -> str:
+def text(plan: Plan) -> str:
     """The price as a table, a row per model and method, with what it rests on."""
     try:
         found = prices(plan)
@@ -364,7 +365,7 @@ def row(model: str, method: str, group: list[Price]) -> list[str]:
     ]
 
 
-def notes(plan: grid.Plan, found: list[Price]) -> list[str]:
+def notes(plan: Plan, found: list[Price]) -> list[str]:
     """What the numbers rest on."""
     devices = max(price.processes for price in found)
     used = [f"{'GPUs' if plan.entries.get('needs-gpu') else 'processes'} per run: {devices}"]

@@ -4,7 +4,7 @@
     python experiments/report.py output/NAME/plan.json       writes output/NAME/summary.md, and curve.png and curve.svg
     python experiments/report.py experiments/results/NAME    the same of records that were kept, on the terminal
 
-The experiment's `report` entry says what is compared:
+The `report` entry of the experiment that the records name says what is compared:
 
     baseline: {method: pissa}    every other label of that axis minus this one, seed by seed, with a 95 % t-interval
     effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is
@@ -19,13 +19,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from common import run_records
 from common.cli import UserError, run_script
 from common.intervals import paired_interval
 from common.markdown import markdown
 from experiments import choose, run_record
+from experiments.entries import load, names
 
-# What a benchmark is known by; of others every score is shown.
+# What a benchmark is known by.
 HEADLINES = {
+    "forgetting": ("forgetting", "kl_base_tuned"),
     "gsm8k": ("accuracy", "response_loss"),
     "hendrycks_math": ("accuracy",),
     "humaneval": ("pass@1",),
@@ -49,10 +52,8 @@ def columns_of(records: list[Record], only: list[str] | None) -> list[Column]:
     found: dict[Column, None] = {}
     for record in records:
         for part, scores in record["scores"].items():
-            is_known = part in HEADLINES or part == "forgetting"
-            names = HEADLINES.get(part, scores if is_known else CLASSIFICATION)
-            for name in only if only and not is_known else names:
-                if value_of(record, (part, name)) is not None:
+            for name in only if only and part not in HEADLINES else HEADLINES.get(part, CLASSIFICATION):
+                if name in scores:
                     found[part, name] = None
     return list(found)
 
@@ -66,18 +67,31 @@ def value_of(record: Record, column: Column) -> float | None:
     return 100 * found if column[1].partition(".")[0] in IN_PERCENT else found
 
 
-def spread(values: list[float]) -> str:
+def digits(column: Column) -> int:
+    """Places after the point: of percents two, of losses and others three."""
+    return 2 if column[1].partition(".")[0] in IN_PERCENT else 3
+
+
+def spread(values: list[float], column: Column) -> str:
     """Mean ± sample standard deviation."""
-    text = f"{statistics.mean(values):.2f}"
-    return text + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    places = digits(column)
+    text = f"{statistics.mean(values):.{places}f}"
+    return text + (f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else "")
 
 
-def interval(differences: list[float]) -> str:
+def interval(differences: list[float], column: Column) -> str:
     """The mean of paired differences with its 95 % t-interval; * where that excludes 0."""
+    form = f"{{:+.{digits(column)}f}}"
     if len(differences) < 2:
-        return f"{differences[0]:+.2f} (one pair)"
+        return f"{form.format(differences[0])} (one pair)"
     mean, half = paired_interval(differences)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]" + (" *" if abs(mean) > half else "")
+    low, high = form.format(mean - half), form.format(mean + half)
+    return f"{form.format(mean)} [{low}, {high}]" + (" *" if abs(mean) > half else "")
+
+
+def without_value(members: list[Record], column: Column) -> str:
+    """What stands where no run has the score: answers that no judge has seen are there without one."""
+    return "not judged" if any(column[1] in record["scores"].get(column[0], {}) for record in members) else "-"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -101,7 +115,7 @@ def table(records: list[Record], columns: list[Column]) -> str:
         cells = []
         for column in columns:
             values = [value for value in (value_of(record, column) for record in members) if value is not None]
-            cells.append(spread(values) if values else "-")
+            cells.append(spread(values, column) if values else without_value(members, column))
         rates = sorted({f"{record['settings'].get('learning_rate', 0):g}" for record in members})
         seconds = [record["time"]["train_seconds"] or record["time"]["seconds"] for record in members]
         seconds = [value for value in seconds if value is not None]
@@ -139,7 +153,7 @@ def differences(records: list[Record], columns: list[Column], axis: str, baselin
             for column in columns:
                 both = [(value_of(one, column), value_of(two, column)) for one, two in members]
                 both = [one - two for one, two in both if one is not None and two is not None]
-                cells.append(interval(both) if both else "-")
+                cells.append(interval(both, column) if both else "-")
             rows.append([arm, str(len(members)), *cells])
     return markdown(rows) if len(rows) > 1 else "no pairs yet"
 
@@ -170,23 +184,23 @@ def effects(records: list[Record], columns: list[Column], axes: list[str]) -> st
             found[f"of {second}"].append((only_second - start + both - only_first) / 2)
             found["interaction"].append(both - only_first - only_second + start)
         for name, values in found.items():
-            parts[name].append(interval(values) if values else "-")
+            parts[name].append(interval(values, column) if values else "-")
     return markdown(rows + [[name, *cells] for name, cells in parts.items()])
 
 
-def tuning_tables(records: dict[str, Record], choices: dict[str, dict[str, Any]]) -> list[str]:
+def tuning_lines(records: list[Record]) -> list[str]:
     """For every arm the scores over its grid, as they were chosen by."""
     lines = []
-    for path, choice in choices.items():
-        members = [records[name] for name in choice["runs"] if records.get(name, {}).get("status") == "done"]
-        if members:
-            scores = choose.curve(members, choice["option"], choice["score"])
-            chosen = choose.best(scores, choice["mode"])
-            cells = [
-                f"**{value}** {spread(found)}" if value == chosen else f"{value} {spread(found)}"
-                for value, found in scores.items()
-            ]
-            lines.append(f"- {Path(path).stem}, by {choice['score']}: " + "; ".join(cells))
+    for arm, members in arms([record for record in records if record.get("chooses")]).items():
+        chooses = members[0]["chooses"]
+        scores = choose.curve(members, chooses["option"], chooses["score"])
+        chosen = choose.best(scores, chooses["mode"])
+        cells = [
+            f"**{value}** {statistics.mean(found):.4f}" if value == chosen else f"{value} {statistics.mean(found):.4f}"
+            for value, found in scores.items()
+        ]
+        edge = "; the best is at the grid's edge" if choose.is_at_edge(chosen, scores) else ""
+        lines.append(f"- {arm}, by {chooses['score']}: " + "; ".join(cells) + edge)
     return lines
 
 
@@ -257,7 +271,7 @@ def draw(records: list[Record], option: str, columns: list[Column], folder: Path
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def summary(about: str, records: dict[str, Record], options: dict[str, Any], choices: dict[str, Any]) -> str:
+def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     done = [record for record in records.values() if record["status"] == "done" and record["phase"] == "study"]
     lines = [about, ""]
@@ -283,10 +297,16 @@ def summary(about: str, records: dict[str, Record], options: dict[str, Any], cho
     if options.get("effects"):
         lines += ["", "Parts of the difference, seed by seed, with 95 % t-intervals (* excludes 0):", ""]
         lines.append(effects(done, columns, options["effects"]))
-    tuned = tuning_tables(records, choices)
+    tuned = tuning_lines([record for record in records.values() if record["status"] == "done"])
     if tuned:
         lines += ["", "Chosen on validation:", "", *tuned]
     return "\n".join(lines)
+
+
+def options_of(records: dict[str, Record]) -> dict[str, Any]:
+    """The `report` entry of the experiment that all the records are of, where it is one of experiments/."""
+    of = {record["experiment"] for record in records.values()}
+    return (load(*of).get("report") or {}) if len(of) == 1 and of <= set(names()) else {}
 
 
 def main(argv: list[str]) -> None:
@@ -294,12 +314,13 @@ def main(argv: list[str]) -> None:
         raise UserError("expected a plan.json, or a folder of records")
     path = Path(argv[0])
     if path.is_dir():
-        print(summary(f"records of {path}", run_record.load_records(path), {}, {}))
+        records = run_records.load_records(path)
+        print(summary(f"records of {path}", records, options_of(records)))
         return
     plan = run_record.load_plan(path)
     records = {name: run_record.write_record(plan, name) for name in plan["runs"]}
     options, folder = plan["report_options"], Path(plan["folder"])
-    text = summary(f"# {plan['experiment']}\n\n{plan['about']}", records, options, plan["choices"])
+    text = summary(f"# {plan['experiment']}\n\n{plan['about']}", records, options)
     drawn = []
     if options.get("curve"):
         done = [record for record in records.values() if record["status"] == "done"]

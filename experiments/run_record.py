@@ -3,23 +3,7 @@
 
     python experiments/run_record.py output/NAME/plan.json [RUN...]     writes output/NAME/records/RUN.json; all runs
 
-Format, version 1. What is not known is null.
-
-    version         1; a file of another version is refused
-    experiment, run, arm, phase         names; phase is "study", or "tuning" for a run that only chooses a rate
-    labels          the run's place on each axis of its experiment
-    status          "done"; "failed": a step ended with an error; "unfinished": a step has not run, or was interrupted
-    error           of a failed run: {"step": ..., "code": its exit code, "message": the last line that it wrote}
-    script, settings                    train.py or finetune_bert_l_sst2.py, with every argument as it was used
-    seed            of the training
-    versions, commit                    of the packages, and of this repository where the run was recorded
-    hardware        {"device", "processes"}
-    time            {"train_seconds", "seconds"}: in training alone, and of a classification's whole run; by benchmark
-    memory          {"peak_gib"} of the fullest process
-    parameters      {"trainable", "total"}
-    steps           of the optimizer
-    scores          by benchmark, by name of the score: {"value", "of": how many items, "interval_95"}, or a number
-    validation      what the run was selected by, where it selects itself
+common/run_records.py describes the format, and reads it.
 """
 
 import json
@@ -30,59 +14,15 @@ from typing import Any
 import yaml
 
 from common.cli import UserError, run_script
+from common.run_records import VERSION, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
-VERSION = 1
 # What an eval script writes beside its scores.
 NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}
 NOT_A_SCORE |= {"by_subject", "by_level", "backend", "rescored", "judge"}
 
 INTERRUPTED = (130, 137, 143)  # exit codes of SIGINT, SIGKILL and SIGTERM
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or None where there is no such file.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def load_record(path: Path) -> dict[str, Any]:
-    """A record of this version.
-
-    Raises:
-        UserError: no such file, or of another kind or version.
-    """
-    found = read_json(path)
-    if not isinstance(found, dict) or "version" not in found or "scores" not in found:
-        raise UserError(f"{path} is no record of a run: experiments/run_record.py writes such files")
-    if found["version"] != VERSION:
-        raise UserError(
-            f"{path} has version {found['version']} of the format and this script reads {VERSION}: take the script of "
-            "its commit, or write the record again with experiments/run_record.py"
-        )
-    return found
-
-
-def load_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """All records in a folder, by run."""
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise UserError(f"no records of runs in {folder}: experiments/run_record.py writes them")
-    return {path.stem: load_record(path) for path in paths}
 
 
 def load_plan(path: Path) -> dict[str, Any]:
@@ -174,6 +114,7 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
     error = failure(plan, name)
     is_done = bool(made or results) and not missing and error is None
     processes = made.get("processes") or (1 if results else None)
+    chooses = next((choice for choice in plan["choices"].values() if name in choice["runs"]), {})
     return {
         "version": VERSION,
         "experiment": plan["experiment"],
@@ -181,6 +122,7 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
         "arm": run["arm"],
         "phase": run["phase"],
         "labels": run["labels"],
+        "chooses": {key: chooses[key] for key in ("option", "score", "mode")} if chooses else None,
         "status": "done" if is_done else "failed" if error else "unfinished",
         "error": error,
         "script": run["script"],

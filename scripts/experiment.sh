@@ -54,8 +54,10 @@ if [ -n "$dry" ]; then exec python experiments/grid.py "$name" --output-dir "$ou
 
 python experiments/grid.py "$name" --output-dir "$output" --plan "$output/plan.json" --devices "$devices" \
     ${cluster:+--cluster} "$@"
+# For a cluster, this machine's cores would be the most that a job there may ask for.
+cores=$([ -n "$cluster" ] || echo "--cores all")
 resources=$(echo "$devices" | tr , '\n' | sed '/^$/d' | awk '{ print "gpu_" NR - 1 "=1" }')
 # shellcheck disable=SC2086  # words
 exec "${SNAKEMAKE:-.venv-experiments/bin/snakemake}" --snakefile experiments/Snakefile --directory . --rerun-incomplete \
-    --keep-going --cores all ${resources:+--resources $resources} $engine \
+    --keep-going $cores ${resources:+--resources $resources} $engine \
     --config plan="$output/plan.json" ${cluster:+cluster=1}

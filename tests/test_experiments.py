@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import run_records
 from common.cli import UserError
-from eval.published import published_table
-from experiments import choose, grid, price, report, run_record
+from eval.published import published_tables
+from experiments import choose, entries, grid, price, report, run_record, runs
 
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
 
@@ -47,15 +48,15 @@ NAMED |= {"peft-metamath", "schedules", "spectral-k", "start", "temperature", "t
 
 def test_what_was_asked_for_is_there_with_a_twin_each():
     assert NAMED | {f"{name}-demo" for name in NAMED} | {"nlg-batch32", "nlg-tiny", "nlu-robustness"} <= set(
-        grid.names()
+        entries.names()
     )
 
 
-@pytest.mark.parametrize("name", grid.names())
+@pytest.mark.parametrize("name", entries.names())
 def test_an_experiment_resolves_without_network_and_has_its_price(name, no_network, monkeypatch):
     """Its runs are all combinations, each in a folder of its own; every file that a run needs has a command."""
     monkeypatch.chdir(ROOT)
-    plan = grid.expand(name)
+    plan = runs.expand(name)
     study = [run for run in plan.runs if run.phase == "study"]
     sizes = [len(values) for values in plan.entries["axes"].values()]
     assert len(study) == np.prod(sizes)
@@ -79,7 +80,7 @@ def test_an_experiment_resolves_without_network_and_has_its_price(name, no_netwo
 def test_the_published_counts_of_trainable_parameters(monkeypatch):
     """The published table's, in the price as it is printed."""
     monkeypatch.chdir(ROOT)
-    text = price.text(grid.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
+    text = price.text(runs.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
     for model, adapters, full in (
         ("Llama-2-7b-hf", 319.8, 6738.4),
         ("Mistral-7B-v0.1", 167.8, 7241.7),
@@ -88,9 +89,9 @@ def test_the_published_counts_of_trainable_parameters(monkeypatch):
         rows = [line.split() for line in text.splitlines() if line.strip().partition(" ")[0].endswith(model)]
         trained = {row[1]: float(row[3]) for row in rows}
         assert trained == {"full": full, "lora": adapters, "pissa": adapters, "ba-lora": adapters}
-    glue = price.prices(grid.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
+    glue = price.prices(runs.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
     assert [round(one.trainable / 1e6, 2) for one in glue[1:]] == [1.33] * 3
-    peft = price.prices(grid.expand("peft-metamath", only={"seed": ["0"]}))
+    peft = price.prices(runs.expand("peft-metamath", only={"seed": ["0"]}))
     assert {one.trainable for one in peft} == {9175040}  # as PEFT counts them for its LoRA of rank 32
 
 
@@ -98,13 +99,13 @@ def test_the_paper_s_protocol(monkeypatch):
     """One epoch of 100,000 examples, 128 per step whatever the number of GPUs, at most 512 tokens each."""
     monkeypatch.chdir(ROOT)
     for count in (1, 2, 8):
-        plan = grid.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
+        plan = runs.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
         for run, one in zip(plan.runs, price.prices(plan), strict=True):
-            args = grid.parse_training(plan, run)
+            args = runs.parse_training(plan, run)
             assert args.batch_size * args.gradient_accumulation * count == 128
             assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
             assert (one.steps, one.tokens) == (782, 782 * 128 * 512)
-    (run, *_) = grid.expand("nlg-batch32").runs
+    (run, *_) = runs.expand("nlg-batch32").runs
     assert run.settings["gradient-accumulation"] * 4 * run.processes == 32
 
 
@@ -128,7 +129,7 @@ def test_operations_are_those_that_a_counter_sees(tmp_path, monkeypatch):
     }
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump({"settings": settings | {"gradient-accumulation": 1}}))
-    (one,) = price.prices(grid.expand(str(path)))
+    (one,) = price.prices(runs.expand(str(path)))
     assert one.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -141,12 +142,12 @@ def test_a_price_counts_the_teacher_and_only_where_it_acts(monkeypatch):
 
 
 def both(name: str, only: dict) -> zip:
-    plan = grid.expand(name, only=only)
+    plan = runs.expand(name, only=only)
     return zip(plan.runs, price.prices(plan), strict=True)
 
 
 def test_a_tuning_has_seeds_of_its_own_and_its_arm_takes_its_choice():
-    plan = grid.expand("start-demo")
+    plan = runs.expand("start-demo")
     tuning = [run for run in plan.runs if run.phase == "tuning"]
     study = [run for run in plan.runs if run.phase == "study"]
     assert len(plan.choices) == 4
@@ -173,7 +174,7 @@ def mistake(tmp_path: Path, entries: dict) -> str:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(entries))
     with pytest.raises(UserError) as error:
-        grid.expand(str(path))
+        runs.expand(str(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -222,7 +223,7 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
 
 def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
     with pytest.raises(UserError, match=r"nlg takes 8 GPUs per run, and there are 2 here.*nlg-demo"):
-        grid.require_devices(grid.expand("nlg", only={"seed": ["42"]}), 2)
+        grid.require_devices(runs.expand("nlg", only={"seed": ["42"]}), 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
 def record(run: str, **changes) -> dict:
     """A record as run_record.py writes it, of a run that is done."""
     return {
-        "version": run_record.VERSION,
+        "version": run_records.VERSION,
         "run": run,
         "arm": run,
         "phase": "study",
@@ -253,18 +254,18 @@ def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record("a") | {"version": 99}))
     with pytest.raises(UserError, match=r"a\.json has version 99 of the format and this script reads 1") as error:
-        run_record.load_records(tmp_path)
+        run_records.load_records(tmp_path)
     assert "\n" not in str(error.value)
     path.write_text("[]")
     with pytest.raises(UserError, match="is no record of a run"):
-        run_record.load_records(tmp_path)
+        run_records.load_records(tmp_path)
 
 
 def made_plan(folder: Path, monkeypatch) -> dict:
     """A plan of one run with one benchmark, in whose folder nothing is yet."""
     monkeypatch.chdir(ROOT)
     only = {"model": ["tiny-llama"], "data": ["metamath"], "method": ["ba-lora"], "seed": ["42"]}
-    plan = grid.as_json(grid.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
+    plan = grid.as_json(runs.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
     (run,) = plan["runs"].values()
     Path(run["results"]).mkdir(parents=True)
     (folder / "logs").mkdir()
@@ -292,7 +293,7 @@ def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkey
     assert found["error"] == {"step": "score", "code": 2, "message": "hendrycks_math.py: error: no such file"}
     assert found["scores"] == {"gsm8k": {"accuracy": {"value": 0.25, "of": 4, "interval_95": [0.0, 0.7]}}}
     assert (found["steps"], found["parameters"]["trainable"], found["time"]["gsm8k"]) == (4, 7, 3.0)
-    assert run_record.load_record(tmp_path / "records" / f"{name}.json") == found
+    assert run_records.load_record(tmp_path / "records" / f"{name}.json") == found
     log.write_text("exit code 137\n")
     assert run_record.record_of(plan, name)["status"] == "unfinished"  # it was killed, and goes on
 
@@ -333,9 +334,52 @@ def test_the_parts_of_a_difference_add_up_and_intervals_are_those_of_a_paired_t_
     assert f"{statistics.mean(list(d)):.2f} ± {statistics.stdev(list(d)):.2f}" in report.table(records, columns)
 
 
+def test_answers_without_a_judge_are_named_in_the_table():
+    judged = {"mt_bench": {"first_turn": {"value": 4.5}}}
+    waiting = {
+        "mt_bench": {"first_turn": {"value": None}},
+        "forgetting": {"forgetting": {"value": 0.0123}, "tokens": 9},
+    }
+    records = [record("a", scores=waiting), record("b", scores=judged), record("c")]
+    columns = report.columns_of(records, None)
+    assert columns == [("mt_bench", "first_turn"), ("forgetting", "forgetting")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in report.table(records, columns).splitlines()[2:]]
+    assert [row[3:5] for row in rows] == [["not judged", "0.012"], ["4.500", "-"], ["-", "-"]]
+
+
+def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
+    """Of start-demo without its plan: the parts of the difference, and each arm's rate with what it was chosen by."""
+    losses = {"0.001": 0.5, "0.01": 0.3, "0.003": 0.4}
+    chooses = {"option": "learning-rate", "score": "gsm8k.response_loss", "mode": "min"}
+    made = {}
+    for start, terms in (("lora", "plain"), ("lora", "terms"), ("pissa", "plain"), ("pissa", "terms")):
+        arm, place = f"{start}-{terms}", {"start": start, "terms": terms}
+        for rate, loss in losses.items():
+            labels, scores = place | {"learning-rate": rate}, {"gsm8k": {"response_loss": loss}}
+            made[f"tune-{arm}-{rate}"] = {"phase": "tuning", "chooses": chooses, "labels": labels, "scores": scores}
+        for seed in (42, 43):
+            value = 0.1 + 0.2 * (start == "pissa") + 0.05 * (terms == "terms") + 0.01 * seed * (start == "pissa")
+            scores = {"gsm8k": {"accuracy": {"value": value}}}
+            made[f"{arm}-{seed}"] = {"labels": place | {"seed": str(seed)}, "seed": seed, "scores": scores}
+        for name in [name for name in made if arm in name]:
+            content = record(name, experiment="start-demo") | made[name] | {"arm": arm}
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    report.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    rows = {
+        cells[1].strip(): cells[2].strip()
+        for cells in (line.split("|") for line in printed.splitlines() if "|" in line)
+    }
+    half = stats.t.ppf(0.975, 1) * np.std([62, 63], ddof=1) / np.sqrt(2)
+    assert rows["of start"] == f"+62.50 [{62.5 - half:+.2f}, {62.5 + half:+.2f}] *"
+    assert rows["of terms"] == "+5.00 [+5.00, +5.00] *"
+    assert "lora-terms, by gsm8k.response_loss: 0.001 0.5000; 0.003 0.4000; **0.01** 0.3000; the best is at" in printed
+
+
 def test_the_published_tables_of_each_formulation():
     """The averages of whole rows are those of their cells; each table says how sure it is."""
-    old, new = (published_table("nlg", "LLaMA-2-7B", version) for version in ("arxiv2024", "iclr2026"))
+    tables = {(table.model, table.version): table for table in published_tables()}
+    old, new = (tables["LLaMA-2-7B", version] for version in ("arxiv2024", "iclr2026"))
     assert (old.certainty, new.certainty) == ("primary", "secondary")
     assert "secondary" in new.caption and "secondary" not in old.caption
     for table in (old, new):
@@ -344,9 +388,7 @@ def test_the_published_tables_of_each_formulation():
                 cells[name][0] for name in ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
             )
             assert mean == pytest.approx(cells["average"], abs=0.011)
-    assert published_table("nlg", "Mistral-7B", "iclr2026") is None
-    with pytest.raises(UserError, match="nothing is published as 'iclr2025'"):
-        published_table("nlg", "LLaMA-2-7B", "iclr2025")
+    assert ("Mistral-7B", "arxiv2024") in tables and ("Mistral-7B", "iclr2026") not in tables
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -373,32 +415,43 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def what_training_leaves(folder: Path) -> dict:
-    """The run's folder without times: weights and settings, the curve, the records."""
-    (run,) = folder.glob("only-*")
-    # train_loss is the mean since the last start; the curve below has every step's.
-    timed = {"train_seconds", "resumed_from", "peak_memory_gib", "command", "train_loss"}
-    made = json.loads((run / "run.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    names = [str(path.relative_to(run)) for path in run.rglob("*")]
-    weights = {
-        str(path.relative_to(run)): load_file(path)
-        for path in sorted(run.rglob("*.safetensors"))
-        if path.parent.name in ("adapter", "merged") or path.parent.parent.name == "checkpoints"
-    }
-    return {
-        # .train.done and its like are the workflow's own.
-        "names": sorted(name for name in names if not name.startswith((".", "tensorboard"))),
-        "run": {name: value for name, value in made.items() if name not in timed},
-        "curve": [
-            {key: value for key, value in line.items() if key in ("step", "loss", "consistency")} for line in lines
-        ],
-        "config": {name: value for name, value in config.items() if name not in ("output_dir", "model", "data")},
-        "weights": {
-            name: {key: tensor.numpy().tobytes() for key, tensor in found.items()} for name, found in weights.items()
-        },
-    }
+# What the clock, the machine's memory and the number of starts decide. train_loss of the Trainer's last line is of its
+# last start, that of run.json is not.
+OF_THE_CLOCK = {"train_seconds", "seconds", "time", "resumed_from", "peak_memory_gib", "peak_gib", "command"}
+OF_THE_CLOCK |= {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+
+def without_the_clock(value):
+    if isinstance(value, dict):
+        return {key: without_the_clock(found) for key, found in value.items() if key not in OF_THE_CLOCK}
+    return [without_the_clock(found) for found in value] if isinstance(value, list) else value
+
+
+def what_is_left(folder: Path) -> dict:
+    """By name every file of an experiment's folder, or of a run's, as it can be compared; of pictures, logs and torch's
+    own files that they are there. The workflow's marks (.train.done) are its own."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name.startswith(".") or "tensorboard" in path.parts:
+            continue
+        text = (
+            path.read_text().replace(str(folder), "FOLDER")
+            if path.suffix in (".json", ".jsonl", ".yaml", ".md")
+            else ""
+        )
+        if path.suffix == ".safetensors":
+            text = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+        elif path.name == "metrics.jsonl":
+            text = [without_the_clock(line) for line in map(json.loads, text.splitlines()) if "loss" in line]
+        elif path.suffix == ".jsonl":
+            text = [without_the_clock(json.loads(line)) for line in text.splitlines()]
+        elif path.suffix == ".json":
+            text = without_the_clock(json.loads(text))
+        elif path.name == "summary.md":  # the last columns are minutes and GiB
+            text = [line.split("|")[:-3] if line.startswith("|") else line for line in text.splitlines()]
+        found[name] = None if path.parent.name == "logs" else text
+    return found
 
 
 needs_snakemake = pytest.mark.skipif(
@@ -411,7 +464,7 @@ def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
     """Four GPUs, two per training: what a job sees is what Snakemake counts for it, and all four are used."""
     monkeypatch.chdir(ROOT)
     only = {"seed": ["1", "2"], "data": ["metamath"], "model": ["llama2-7b"], "method": ["lora"]}
-    plan = grid.as_json(grid.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
+    plan = grid.as_json(runs.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [word for word in workflow(tmp_path, "--dry-run") if word not in ("--quiet", "all")]
     printed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -424,6 +477,26 @@ def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
         seen.setdefault(len(visible), set()).add(tuple(visible))
     assert seen[2] == {("4", "5"), ("6", "7")}  # the two trainings
     assert seen[1] == {("4",), ("6",)}  # what is measured on their models
+
+
+def run_both(start, undisturbed: Path, killed: Path) -> None:
+    """Runs an experiment in one folder, and in another with three kills of all its processes at random moments.
+
+    Args:
+        start: starts the workflow in a folder.
+    """
+    started = time.monotonic()
+    assert start(undisturbed).wait() == 0
+    whole = time.monotonic() - started
+    moments = random.Random(12)
+    for _ in range(3):
+        process = start(killed)
+        time.sleep(whole * moments.uniform(0.2, 0.9))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            subprocess.run(workflow(killed, "--unlock"), env=environment(), cwd=ROOT, check=True)
+    assert start(killed).wait() == 0
 
 
 @needs_snakemake
@@ -446,26 +519,34 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
         return subprocess.Popen(workflow(folder), env=environment(), cwd=ROOT, start_new_session=True)
 
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    started = time.monotonic()
-    assert start(undisturbed).wait() == 0
-    whole = time.monotonic() - started
-    moments = random.Random(12)
-    for _ in range(3):
-        process = start(killed)
-        time.sleep(whole * moments.uniform(0.2, 0.9))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            subprocess.run(workflow(killed, "--unlock"), env=environment(), cwd=ROOT, check=True)
-    assert start(killed).wait() == 0
-    assert what_training_leaves(killed) == what_training_leaves(undisturbed)
-    (found,) = run_record.load_records(killed / "records").values()
+    run_both(start, undisturbed, killed)
+    assert what_is_left(killed) == what_is_left(undisturbed)
+    (found,) = run_records.load_records(killed / "records").values()
     assert found["status"] == "done"
     # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
-    before = what_training_leaves(killed)
+    (run,) = killed.glob("only-*")
+    before = what_is_left(run)
     path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
     assert start(killed).wait() != 0
-    assert what_training_leaves(killed) == before
-    (found,) = run_record.load_records(killed / "records").values()
+    assert what_is_left(run) == before
+    (found,) = run_records.load_records(killed / "records").values()
     assert (found["status"], found["error"]["code"]) == ("failed", 2)
     assert "rank = 2, not 4" in found["error"]["message"]
+
+
+@needs_snakemake
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
+def test_three_kills_of_a_whole_experiment_leave_the_same_folder(tmp_path, monkeypatch):
+    """Two trainings to their table: files, merges, all five benchmarks, forgetting, records, both reports."""
+    monkeypatch.chdir(ROOT)
+    axes = ["--axis", "model=tiny-gemma", "--axis", "method=lora,ba-lora", "--axis", "seed=42"]
+
+    def start(folder: Path) -> subprocess.Popen:
+        grid.main(["nlg-tiny", "--output-dir", str(folder), "--plan", f"{folder}/plan.json", "--no-price", *axes])
+        return subprocess.Popen(workflow(folder), env=environment(), cwd=ROOT, start_new_session=True)
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run_both(start, undisturbed, killed)
+    left = what_is_left(undisturbed)
+    assert {"summary.md", "report/report.md", "tiny-gemma-metamath-lora-42/results/lora/mt_bench.json"} <= set(left)
+    assert what_is_left(killed) == left

@@ -65,11 +65,11 @@ def test_the_published_tables_come_back_with_their_averages(capsys):
     """Cell by cell as printed; the averages recomputed, and where a printed one is not its row's mean, both."""
     report.main([])
     tables = tables_of(capsys.readouterr().out)
-    assert list(tables) == list(PRINTED)
+    assert list(tables) == [*list(PRINTED)[:3], "Llama-3.2-3B", "DeBERTa-v3-base"]
     for model, text in PRINTED.items():
         printed = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
         head, *rows = tables[model]
-        published = [[row[0], *row[3:]] for row in rows if row[1] == "published"]
+        published = [[row[0], *row[3:]] for row in rows if row[1] == "published, arxiv2024"]
         for row, expected in zip(published, printed, strict=True):
             *cells, average = expected
             recomputed = statistics.mean(float(cell.partition("±")[0]) for cell in cells[1:])
@@ -82,20 +82,131 @@ def test_the_published_tables_come_back_with_their_averages(capsys):
         assert len(head) == len(rows[0])
 
 
+def train_py_run(folder, value, **settings):
+    """A run of train.py with a result of GSM8K; returns its results folder."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(json.dumps({"method": "ba-lora", "seed": 1} | settings))
+    (folder / "metrics.jsonl").write_text("")
+    write_summary(folder / "results", "gsm8k", value, 1319, ckpt=str(folder / "merged"))
+    return str(folder / "results")
+
+
+@pytest.mark.parametrize(
+    ("model", "formulations", "expected"),
+    [
+        ("meta-llama/Llama-2-7b-hf", ["arxiv2024"], {"arxiv2024": "54.53±0.41"}),
+        ("meta-llama/Llama-2-7b-hf", ["iclr2026"], {"iclr2026": "55.86"}),
+        (
+            "meta-llama/Llama-2-7b-hf",
+            ["iclr2026", "arxiv2024"],
+            {"arxiv2024": "54.53±0.41", "iclr2026": "55.86"},
+        ),
+        ("google/gemma-7b", ["iclr2026"], {"arxiv2024": "78.13±0.25"}),
+    ],
+)
+def test_published_numbers_are_chosen_by_formulation(model, formulations, expected, tmp_path, capsys):
+    """BA-LoRA's GSM8K as two sources print it. A secondary source is called so; ICLR has no Gemma, so the first one."""
+    folders = [
+        f"{name}={train_py_run(tmp_path / name, 0.5, model=model, formulation=name)}" for name in formulations
+    ] + [train_py_run(tmp_path / "lora", 0.4, model=model, formulation="iclr2026", method="lora")]
+    report.main([*folders, "--output-dir", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    ((_, *rows),) = tables_of(printed).values()
+    published = {row[1]: row[3] for row in rows if row[0] == "BA-LoRA" and row[1].startswith("published")}
+    assert published == {f"published, {version}": cell for version, cell in expected.items()}
+    captions = [line for line in printed.splitlines() if line.startswith("Published: ")]
+    for line, version in zip(captions, expected, strict=True):
+        assert f"({version}" in line
+        assert ("secondary source" in line) == (version == "iclr2026")
+    assert ("CorDA++" in printed) == ("iclr2026" in expected)
+
+
+def test_cells_that_are_not_published_are_named(tmp_path, capsys):
+    """ICLR's GLUE row of BA-LoRA, of which four tasks were copied; the average is the printed one. Its baselines are
+    those of the later README."""
+    report.main([])
+    tables = tables_of(capsys.readouterr().out)
+    head, *rows = tables["DeBERTa-v3-base"]
+    (row,) = (dict(zip(head, row, strict=True)) for row in rows if row[1] == "published, iclr2026")
+    assert (row["method"], row["MNLI"], row["CoLA"], row["average"]) == (
+        "BA-LoRA",
+        "91.26",
+        "75.46",
+        "(printed: 90.67)",
+    )
+    assert {row[name] for name in ("SST-2", "MRPC", "QNLI", "STS-B")} == {"not published"}
+    head, *rows = tables["Llama-3.2-3B"]
+    assert rows[0] == ["LoRA", "published, peft-metamath", "9.2M", "47.80", *["not published"] * 5]
+    write_classification(tmp_path / "a", 1, {"dev": {"matthews": 0.5}}, task="cola")
+    content = json.loads((tmp_path / "a" / "results.json").read_text())
+    content["arguments"]["formulation"] = "iclr2026"
+    (tmp_path / "a" / "results.json").write_text(json.dumps(content))
+    report.main([str(tmp_path / "a"), "--output-dir", str(tmp_path / "report")])
+    ((_, *rows),) = tables_of(capsys.readouterr().out).values()
+    versions = {row[0]: row[1] for row in rows if row[1].startswith("published")}
+    assert versions == dict.fromkeys(("Full FT", "LoRA", "DoRA", "AdaLoRA", "PiSSA"), "published, arxiv2024") | {
+        "BA-LoRA": "published, iclr2026"
+    }
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_runs_of_a_folder_of_records_are_its_rows(tmp_path, capsys):
+    """As run_record.py writes them: an arm over its seeds is a row; what chose a rate or has no score is none."""
+
+    def write(name, value, arm="lora-terms", **changes):
+        start, terms = arm.split("-")
+        score = {"value": value, "of": 300, "interval_95": [value - 0.1, value + 0.1]}
+        names = ("accuracy", "accuracy_strict", "accuracy_lenient", "answer_extracted")
+        scores = {"gsm8k": dict.fromkeys(names, score), "forgetting": {"forgetting": score}}
+        record = {
+            "version": 1,
+            "run": name,
+            "phase": "study",
+            "status": "done",
+            "error": None,
+            "script": "train.py",
+            "settings": {"model": "demo", "method": start, "seed": int(name[-1]), "formulation": "iclr2026"},
+            "labels": {"start": start, "terms": terms, "seed": name[-1]},
+            "parameters": {"trainable": 9_000_000},
+            "scores": scores,
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(record | changes))
+
+    values = {"a-1": 0.2, "a-2": 0.4}
+    for name, value in values.items():
+        write(name, value)
+    write("b-1", 0.3, "pissa-plain")
+    write("tune-1", 0.9, phase="tuning")
+    failure = {"step": "train", "code": 2, "message": "no such file"}
+    write("c-1", 0.0, "pissa-plain", scores={}, status="failed", error=failure)
+    report.main([str(tmp_path), "--output-dir", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    head, *rows = tables_of(printed)["demo"]
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
+    assert [(row["method"], row["whose"]) for row in rows] == [("lora-terms", "ours, 2 seeds"), ("pissa-plain", "ours")]
+    deviation = statistics.stdev([20, 40])
+    assert rows[0]["GSM8K"] == f"30.00±{deviation:.2f} n = 300"
+    assert rows[1]["forgetting, nats"] == "+0.300 [+0.200, +0.400], n = 300"
+    assert f"note: 1 of 4 runs in {tmp_path} have no score: c-1 (failed)" in printed
+
+
 def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
     """Mean and sample standard deviation by the standard library; published rows of the same model beside them."""
     values = {seed: {name: 0.1 * seed + 0.01 * place for place, name in enumerate(report.NLG)} for seed in (1, 2, 3)}
     for seed, of_benchmarks in values.items():
         made = tmp_path / f"run-{seed}"
         made.mkdir()
-        (made / "config.yaml").write_text(f"model: meta-llama/Llama-2-7b-hf\nmethod: pissa\nseed: {seed}\n")
+        (made / "config.yaml").write_text(
+            f"model: meta-llama/Llama-2-7b-hf\nmethod: pissa\nformulation: arxiv2024\nseed: {seed}\n"
+        )
         (made / "metrics.jsonl").write_text(json.dumps({"loss": 1.0, "step": 1}) + "\n")
         (made / "run.json").write_text(json.dumps({"trainable_parameters": 319_815_680}))
         for name, value in of_benchmarks.items():
             write_summary(made / "results", name, value, report.NLG[name].items, ckpt=str(made / "merged"))
     report.main([str(tmp_path / f"run-{seed}" / "results") for seed in values])
     (table,) = tables_of(capsys.readouterr().out).values()
-    assert [row[:2] for row in table[1:5]] == [[name, "published"] for name in ("Full FT", "LoRA", "PiSSA", "BA-LoRA")]
+    methods = ["Full FT", "LoRA", "PiSSA", "BA-LoRA"]
+    assert [row[:2] for row in table[1:5]] == [[name, "published, arxiv2024"] for name in methods]
     ours = table[5]
     assert ours[:3] == ["PiSSA", "ours, 3 seeds", "319.8M"]
     means = []
@@ -141,7 +252,7 @@ def test_runs_of_the_classification_script_fill_the_glue_table(tmp_path, capsys)
     assert (row["MNLI"], row["CoLA"]) == (cell, cell)
     assert {row[name] for name in ("SST-2", "MRPC", "QNLI", "QQP", "RTE", "STS-B", "average")} == {"not run"}
     assert set(ours) == {"Full FT", "LoRA", "PiSSA", "BA-LoRA"}
-    assert [row[0] for row in table if row[1] == "published"][-1] == "BA-LoRA"
+    assert [row[0] for row in table if row[1] == "published, arxiv2024"][-1] == "BA-LoRA"
 
 
 def test_own_classification_data_has_a_column_per_test_set(tmp_path, capsys):
@@ -182,7 +293,7 @@ def test_other_test_sets_and_other_models_are_not_the_published_ones(tmp_path, c
     tables = tables_of(capsys.readouterr().out)
     assert list(tables) == ["microsoft/deberta-v3-base on my/train.csv", "microsoft/mdeberta-v3-base"]
     assert tables["microsoft/deberta-v3-base on my/train.csv"][0][3:5] == ["imdb", "sst2_dev"]
-    assert all(row[1] != "published" for rows in tables.values() for row in rows)
+    assert all(not row[1].startswith("published") for rows in tables.values() for row in rows)
 
 
 def test_a_part_of_the_benchmarks_has_no_average(tmp_path, capsys):
@@ -308,7 +419,7 @@ def test_files_of_the_report(tmp_path, capsys):
 
 def test_points_of_the_plot():
     """Each published mean and deviation is where the table has it."""
-    table = report.published_tables()[0]
+    table = report.make_tables([])[1]
     panels = report.plot_tables([table]).axes
     for panel, name in zip(panels, table.columns, strict=True):
         for place, (row, container) in enumerate(zip(table.rows, panel.containers, strict=True)):
