@@ -794,8 +794,10 @@ def same_scores(ours: dict, theirs: dict, rel: float) -> None:
 
 
 def movement(output: Path, encoder: Path) -> torch.Tensor:
+    """How far the merged weights went from the encoder's, and the classifier's weights, in one vector."""
     base, merged = load_file(encoder / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
-    return torch.cat([(merged[name].double() - base[name].double()).flatten() for name in base if name in merged])
+    started = {name: base.get(name.partition(".")[2], torch.zeros(())) for name in merged}
+    return torch.cat([(merged[name].double() - started[name].double()).flatten() for name in sorted(merged)])
 
 
 def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
