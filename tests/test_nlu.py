@@ -794,12 +794,14 @@ def same_scores(ours: dict, theirs: dict, rel: float) -> None:
 
 
 def movement(output: Path, encoder: Path) -> torch.Tensor:
+    """How far the merged weights went from the encoder's, and the classifier's weights, in one vector."""
     base, merged = load_file(encoder / "model.safetensors"), load_file(output / "merged" / "model.safetensors")
-    return torch.cat([(merged[name].double() - base[name].double()).flatten() for name in base if name in merged])
+    started = {name: base.get(name.partition(".")[2], torch.zeros(())) for name in merged}
+    return torch.cat([(merged[name].double() - started[name].double()).flatten() for name in sorted(merged)])
 
 
 def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
-    """With dropout; to the bit. 54 examples by 8, four epochs: 28 steps and 8 validations."""
+    """With dropout; to the bit. 49 examples by 8, four epochs: 28 steps and 8 validations."""
     data = reviews(tmp_path / "reviews.jsonl")
     argv = ["--model", encoders["bert"], "--data", data, "--epochs=4", "--batch-size=8", "--rank=4"]
     argv += ["--learning-rate=0.01", "--evals-per-epoch=2", "--patience=99", "--save-steps=3"]
@@ -837,9 +839,9 @@ def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
 
 
 def test_two_ranks_end_where_one_process_ends(tmp_path, encoders):
-    """With dropout. 54 examples are 11 micro-batches: in the last step a rank has none."""
+    """With dropout. 49 examples are 7 micro-batches: in the last step of an epoch one rank has none."""
     data = reviews(tmp_path / "reviews.jsonl")
-    argv = ["--model", encoders["bert"], "--data", data, "--epochs=3", "--batch-size=5", "--spectral-k=1"]
+    argv = ["--model", encoders["bert"], "--data", data, "--epochs=3", "--batch-size=7", "--spectral-k=1"]
     one = run(tmp_path, *argv, "--gradient-accumulation=2", output="one")
     script = [f"{nlu.ROOT}/finetune_bert_l_sst2.py", "--rank=4", "--learning-rate=0.01", *argv]
     command = ["torchrun", "--nproc_per_node=2", *script, "--output-dir", tmp_path / "two"]
@@ -849,7 +851,7 @@ def test_two_ranks_end_where_one_process_ends(tmp_path, encoders):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("best state: ") == 1
     two = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert (two["processes"], two["steps"], one["steps"]) == (2, 18, 18)
+    assert (two["processes"], two["steps"], one["steps"]) == (2, 12, 12)
     expected, actual = (movement(tmp_path / name, encoders["bert"]) for name in ("one", "two"))
     assert expected.norm() > 0.01
     assert (actual - expected).norm() < 1e-4 * expected.norm()
