@@ -119,7 +119,14 @@ def halved(module: torch.nn.Module, inputs: tuple, output: dict) -> dict:
 )
 def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packing, head, folder, tmp_path):
     """Whatever the batches; with a head that is no plain linear map too, by the definition with whole logits."""
-    settings = {"model": "m", "data": "d", "eval_data": "e", "output_dir": str(tmp_path), "rank": 4}
+    settings = {
+        "model": "m",
+        "data": "d",
+        "eval_data": "e",
+        "output_dir": str(tmp_path),
+        "rank": 4,
+        "report_to": ["none"],
+    }
     args = train.resolve_arguments(train.Arguments(**settings, batch_size=batch_size, packing=packing))
     tokenizer, base = make_tokenizer(), make_model()
     if head == "scaled":
