@@ -32,7 +32,8 @@ OTHERS = {
         "--model",
     },
     "tensorboard": {"--logdir"},
-    "snakemake": {"--executor", "--jobs", "--unlock", "--default-resources", "--set-resources"},
+    "snakemake": {"--executor", "--jobs", "--unlock", "--default-resources", "--set-resources"}
+    | {"--slurm-status-command"},
     "every script": {"--help"},
 }
 # The shell scripts hand their options on to one of these.
