@@ -418,6 +418,7 @@ def environment() -> dict[str, str]:
 # What the clock, the machine's memory and the number of starts decide. train_loss of the Trainer's last line is of its
 # last start, that of run.json is not.
 OF_THE_CLOCK = {"train_seconds", "seconds", "time", "resumed_from", "peak_memory_gib", "peak_gib", "command"}
+OF_THE_CLOCK |= {"commit"}  # of the moment at which a run was recorded
 OF_THE_CLOCK |= {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
