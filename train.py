@@ -1610,8 +1610,8 @@ def main(argv: list[str]) -> None:
     if runs.is_trained_already(args):
         reporting.push_adapter(args)
         return
+    records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    records = load_training_records(args)
     eval_args = validation.arguments_of_eval_data(args)
     eval_records = eval_args and load_training_records(eval_args)
     trainer_args = start_ranks(args, checkpoint)  # before the model: DeepSpeed decides how weights are loaded
