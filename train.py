@@ -38,9 +38,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -65,6 +64,9 @@ from common.teacher_cache import TeacherCache, require_space
 from common.tensors import fingerprint, kept_in_file
 from common.trainer import ResumableTrainer
 from common.training import peak_memory_gib, resolve_shared_arguments, run_rank, training_arguments
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
@@ -1057,7 +1059,7 @@ def _leading_by_iteration(
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def load_training_records(args: Arguments) -> datasets.Dataset:
+def load_training_records(args: Arguments) -> "datasets.Dataset":
     """The examples that --data, --fields and --max-examples name, as they are written."""
     records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset, args.data_config)
     require_fields(records, args.fields, args.data, "name two of them with --fields")
@@ -1083,8 +1085,8 @@ def encode_example(
 
 
 def build_dataset(
-    records: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, fields: list[str], max_length: int
-) -> tuple[datasets.Dataset, int]:
+    records: "datasets.Dataset", tokenizer: transformers.PreTrainedTokenizerBase, fields: list[str], max_length: int
+) -> "tuple[datasets.Dataset, int]":
     """Tokenises `records`; returns the examples and how many were dropped for having no response token left.
 
     An example's `index` is its place in what is returned.
@@ -1467,8 +1469,8 @@ def start_ranks(args: Arguments) -> TrainingArguments:
 
 
 def encode_records(
-    args: Arguments, base: Base, records: datasets.Dataset, trainer_args: TrainingArguments
-) -> datasets.Dataset:
+    args: Arguments, base: Base, records: "datasets.Dataset", trainer_args: TrainingArguments
+) -> "datasets.Dataset":
     """`build_dataset` of what --data names, by the first process for all; says what was dropped.
 
     Raises:
@@ -1524,7 +1526,7 @@ def make_trainer(
     args: Arguments,
     base: Base,
     model: transformers.PreTrainedModel,
-    dataset: datasets.Dataset,
+    dataset: "datasets.Dataset",
     trainer_args: TrainingArguments,
 ) -> BALoRATrainer:
     """The Trainer of `model` on `dataset`: packed, and with lean activations, where the model can; else says so."""
