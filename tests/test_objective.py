@@ -372,6 +372,22 @@ def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
     assert architecture == "Gemma" or kept[1] < 0.9 * kept[0]
 
 
+def test_fewer_activations_are_kept_under_a_bfloat16_base(tokenizer):
+    """Where the adapters are fp32: loss and gradients are those of the modules' own forward."""
+    examples = [train.encode_example(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 9)]
+    results = []
+    for lean in (False, True):
+        model = make_model(initializer_range=0.1).to(torch.bfloat16)
+        train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
+        assert not lean or save_activations(model) == 7  # two MLPs, five norms
+        batch = train.PaddingCollator(0)(examples)
+        loss, _ = train.BALoRAModel(model)(batch, ICLR, len(batch["targets"]), 1)
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
+    assert relative_error(results[1][1], results[0][1]) < 3e-2
+
+
 def test_a_failed_trial_of_packing_leaves_the_model_as_it_was(monkeypatch):
     model = make_model()
     before = model.config._attn_implementation
