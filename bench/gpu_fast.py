@@ -72,8 +72,10 @@ def our_step(
         wrapper.of_teacher = lambda *_: states
 
     def step() -> None:
+        train.stack_factors(model)
         loss, _ = wrapper(batch, cases.ICLR if terms else None, len(batch["targets"]), 1)
         loss.backward()
+        train.stack_factors(model, hold=False)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -297,6 +299,7 @@ def profile(options: Options, deadline: float) -> Iterator[dict]:
 
     parts = {"teacher, forward": teacher, "student, forward": student, "objective": objective_of}
     parts |= {"student, backward": lambda: given.pop("loss").backward(), "AdamW": update}
+    train.stack_factors(model)  # as a step of gradient accumulation finds them
     for part in parts.values():  # what a first step fills
         part()
     seconds = {name: cases.seconds_of(part, options, repeats=1, warm_up=0)[0] for name, part in parts.items()}

@@ -42,8 +42,8 @@ def clear_folder(folder: Path) -> None:
 # What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
-NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
-NOT_IDENTITY |= {"trust_remote_code", "skip_done"}
+NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
+NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done"}
 
 
 def first_difference(

@@ -13,6 +13,7 @@ from conftest import make_model, relative_error
 from test_training import make_trainer
 
 import train
+from common import chunks
 from common.activations import save_activations
 from common.cli import UserError
 from common.packing import PER_SEQUENCE, enable_packing
@@ -78,7 +79,7 @@ def definition(inputs, settings, num_tokens=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_and_gradient_equal_the_definition(name, shape, memory_mib, cached_bytes, monkeypatch):
-    monkeypatch.setattr(train, "CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr(chunks, "CACHED_BYTES", cached_bytes)
     for seed in range(3):
         inputs = make_inputs(shape, seed)
         loss, terms, gradient = fused(inputs, SETTINGS[name], memory_mib)
@@ -207,7 +208,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize(("width", "k"), [(49_152, 20), (1000, 3), (1003, 7), (64, 64), (50, 60), (130, 1)])
 def test_top_k_in_two_steps(width, k):
     z = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
-    values, indices = train._top_k(z, k)
+    values, indices = chunks.top_k(z, k)
     assert torch.equal(values, z.topk(min(k, width)).values)
     assert torch.equal(z.gather(1, indices), values)
 
@@ -215,7 +216,7 @@ def test_top_k_in_two_steps(width, k):
 def test_chunks_follow_the_memory_budget():
     hidden, head = torch.zeros(1000, 4), torch.zeros(2**15, 4)
     for memory, count in itertools.product((1.0, 10.0, 100.0, 1e4), (1, 2, 3)):
-        rows = [chunk.stop - chunk.start for chunk in train._chunks(hidden, head, count, memory)]
+        rows = [part.stop - part.start for part in chunks.chunks(hidden, head, count, memory)]
         assert sum(rows) == 1000
         assert max(rows) * count * 2**15 * 4 <= memory * 2**20
         assert max(rows) - min(rows) <= 1
