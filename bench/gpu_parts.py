@@ -10,12 +10,13 @@ import traceback
 from typing import Any
 
 import gpu_cases as cases
+import gpu_counts
 import gpu_fast
 import gpu_right
 import torch
 from gpu_cases import Options
 
-MEASURED = {"init": gpu_fast.init, "profile": gpu_fast.profile}
+MEASURED = {"init": gpu_fast.init, "profile": gpu_fast.profile, "counts": gpu_counts.counts}
 
 
 def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:

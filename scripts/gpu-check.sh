@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks and measures everything that a CUDA GPU changes, and writes gpu-check.json: at most ten minutes, no network.
+# Checks and measures everything that a CUDA GPU changes, and writes output/gpu-check.json. Ten minutes, no network.
 #
 #     sh scripts/gpu-check.sh                on the GPU; with the environment of .venv where there is one
 #     sh scripts/gpu-check.sh right          the checks alone (python bench/gpu.py --help names the parts)
@@ -9,4 +9,5 @@
 set -eu
 cd "$(dirname "$0")/.."
 if [ -x .venv/bin/python ]; then PATH="$PWD/.venv/bin:$PATH"; fi
-exec "${PYTHON:-python3}" bench/gpu.py --output gpu-check.json "$@"
+mkdir -p output
+exec "${PYTHON:-python3}" bench/gpu.py --output output/gpu-check.json "$@"

@@ -22,7 +22,7 @@ def test_every_part_is_green(tmp_path):
     finished = run(ROOT / "bench", "--output", str(tmp_path / "gpu.json"))
     assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(result["parts"]) == 13
+    assert len(result["parts"]) == 14
     for name, part in result["parts"].items():
         assert part["problem"] is None
         assert part["rows"], name
