@@ -35,9 +35,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,9 +46,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from common import checkpoints, cli, estimates, partitioned, pretrained, reporting, runs, validation
+from common import checkpoints, cli, estimates, partitioned, pretrained, reporting, runs, token_kernel, validation
 from common.activations import save_activations
 from common.checkpoints import TRAINED_TENSORS
+from common.chunks import blocks, chunks, top_k
 from common.cli import UserError, first_line, option, parse_arguments
 from common.conversations import build_dataset, load_training_records, num_valid
 from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
@@ -62,6 +62,9 @@ from common.templates import IGNORE_INDEX, Template
 from common.tensors import fingerprint, kept_in_file
 from common.trainer import ResumableTrainer
 from common.training import peak_memory_gib, resolve_shared_arguments, run_rank, training_arguments
+
+if TYPE_CHECKING:
+    import datasets
 
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
 # takes its value from here.
@@ -212,7 +215,12 @@ class MachineArguments:
     load_in: Literal["4bit", "8bit"] | None = option(None, "quantize the frozen base by bitsandbytes; needs a GPU")
     attn_implementation: str | None = option(None, "attention of transformers: sdpa, eager, flash_attention_2")
     packing: bool = option(True, "lay sequences end to end instead of padding them, where the model can")
-    objective_memory: float = option(128.0, "MiB for the objective's chunks of logits; more is a little faster")
+    objective_memory: float | None = option(
+        None, "MiB for the objective's chunks of logits; None: 128, and on a GPU a 32nd of it or what 1,024 tokens take"
+    )
+    token_kernel: bool = option(
+        True, "on a GPU fuse the objective's passes over the logits, by Triton; else plain torch"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     deepspeed: str | None = option(None, "DeepSpeed configuration (JSON); start through deepspeed or torchrun")
     logging_steps: int = option(10, "optimizer steps between two lines of metrics.jsonl")
@@ -297,6 +305,7 @@ class LoRALinear(nn.Module):
         initial_A, initial_B: PiSSA's A₀ and B₀, fp32; None for LoRA.
         scaling: s = alpha / r.
         enabled: False while `adapters_disabled` is in force.
+        stacked: A' and B' in the type that they act in, while `stack_factors` holds them.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, initial: tuple[Tensor, Tensor] | None = None):
@@ -304,6 +313,7 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scaling = alpha / rank
         self.enabled = True
+        self.stacked: tuple[Tensor, Tensor] | None = None
         factory = {"dtype": torch.float32, "device": base.weight.device}
         if initial is not None:
             initial_A, initial_B = initial
@@ -325,7 +335,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        return _AddLowRank.apply(y, x, self.lora_A, self.lora_B, self.initial_A, self.initial_B, self.scaling)
+        factors = (self.lora_A, self.lora_B, self.initial_A, self.initial_B)
+        return _AddLowRank.apply(y, x, *factors, self.scaling, self.stacked)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -337,6 +348,16 @@ class LoRALinear(nn.Module):
         return f"rank={len(self.lora_A)}, scaling={self.scaling:g}, principal={self.initial_A is not None}"
 
 
+@torch.no_grad()
+def stack_factors(model: nn.Module, hold: bool = True) -> None:
+    """Stacks and casts every adapter's factors once for all passes of an optimizer step; without `hold`, lets them go,
+    as the update must be preceded by: fused ones leave no trace. Under ZeRO-3 each pass stacks anew."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for layer in adapter_layers(model).values():
+        held = hold and not is_partitioned(layer.lora_A)
+        layer.stacked = tuple(factor.to(dtype) for factor in layer.stacked_factors()) if held else None
+
+
 def _stack(A: Tensor, B: Tensor, initial_A: Tensor | None, initial_B: Tensor | None) -> tuple[Tensor, Tensor]:
     if initial_A is None:
         return A, B
@@ -344,33 +365,33 @@ def _stack(A: Tensor, B: Tensor, initial_A: Tensor | None, initial_B: Tensor | N
 
 
 class _AddLowRank(torch.autograd.Function):
-    """y + s·B'A' x in place of y; keeps x and the low-rank A'x for the backward pass, and stacks the factors anew.
+    """y + s·B'A' x in place of y; keeps x and the low-rank A'x for the backward pass. `stacked` None: stacks anew.
 
     y: (…, out), x: (…, in). The products run in x's type, the factors' gradients come back in theirs.
     """
 
     @staticmethod
-    def forward(ctx, y, x, A, B, initial_A, initial_B, scaling):
-        stacked_A, stacked_B = (factor.to(x.dtype) for factor in _stack(A, B, initial_A, initial_B))
+    def forward(ctx, y, x, A, B, initial_A, initial_B, scaling, stacked):
+        stacked_A, stacked_B = stacked or (factor.to(x.dtype) for factor in _stack(A, B, initial_A, initial_B))
         rows = x.reshape(-1, x.shape[-1])
         low_rank = rows @ stacked_A.T  # (tokens, R)
         y.view(-1, y.shape[-1]).addmm_(low_rank, stacked_B.T, alpha=scaling)
         ctx.mark_dirty(y)
         # Only the trainable half of A'x has a gradient to give.
         ctx.save_for_backward(x, low_rank[:, : len(A)].contiguous(), A, B, initial_A, initial_B)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.stacked = scaling, stacked
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, low_rank, A, B, initial_A, initial_B = ctx.saved_tensors
-        stacked_A, stacked_B = (factor.to(x.dtype) for factor in _stack(A, B, initial_A, initial_B))
+        x, low_rank, A, B, *initial = ctx.saved_tensors
+        stacked_A, stacked_B = ctx.stacked or (factor.to(x.dtype) for factor in _stack(A, B, *initial))
         rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
         grad_low_rank = (grad_rows @ stacked_B).mul_(ctx.scaling)  # (tokens, R)
         grad_x = (grad_low_rank @ stacked_A).view_as(x) if ctx.needs_input_grad[1] else None
         grad_A = (grad_low_rank[:, : len(A)].T @ rows).to(A.dtype)
         grad_B = (grad_rows.T @ low_rank).mul_(ctx.scaling).to(B.dtype)
-        return grad_y, grad_x, grad_A, grad_B, None, None, None
+        return grad_y, grad_x, grad_A, grad_B, None, None, None, None
 
 
 @torch.no_grad()
@@ -759,7 +780,7 @@ def objective_from_hidden(
     regularizers: Regularizers | None,
     num_tokens: int | Tensor,
     num_micro_batches: int,
-    memory_mib: float = 128.0,
+    memory_mib: float | None = None,
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
     """`objective` for logits Z = H Eᵀ with a frozen head E, without ever holding Z: the same values and gradient.
 
@@ -769,7 +790,7 @@ def objective_from_hidden(
         head_weight: E, (V, d), without gradient.
         head_factor: from `head_factor`, (d, d); needed for L_SVDR.
         targets, regularizers, num_tokens, num_micro_batches: see `objective`.
-        memory_mib: what the chunks' buffers may take; the number of tokens per chunk follows from it.
+        memory_mib: what the chunks' buffers may take; the tokens per chunk follow from it (None: see `most_rows`).
     """
     if regularizers is not None and regularizers.adaptive and teacher_hidden is not None:
         confidence = _confidence_from_hidden(teacher_hidden, head_weight, memory_mib)
@@ -821,9 +842,6 @@ class _WithGradient(torch.autograd.Function):
         return (gradient * grad_loss).to(ctx.input_dtype), None, None
 
 
-CACHED_BYTES = 2**21  # of one operand of a block on a CPU
-
-
 def _token_sums(
     hidden: Tensor,
     teacher_hidden: Tensor | None,
@@ -831,18 +849,20 @@ def _token_sums(
     targets: Tensor,
     regularizers: Regularizers | None,
     needs_gradient: bool,
-    memory_mib: float,
+    memory_mib: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """L_task, L_CR, L_DR and, without gradient, hits, summed over tokens, (4,); the weighted sum's gradient, (M, d)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
-    for rows in _chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib):
-        z = _logits(hidden[rows], head_weight, dtype)
-        teacher = None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, dtype)
-        for block in _blocks(z):
+    fused = needs_gradient and token_kernel.is_usable(head_weight, _token_terms)
+    token_terms, held = (token_kernel.token_terms, head_weight.dtype) if fused else (_token_terms, dtype)
+    for rows in chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib, in_place=fused):
+        z = _logits(hidden[rows], head_weight, held)
+        teacher = None if teacher_hidden is None else _logits(teacher_hidden[rows], head_weight, held)
+        for block in blocks(z):
             teacher_block = None if teacher is None else teacher[block]
-            _token_terms(z[block], teacher_block, targets[rows][block], regularizers, sums, needs_gradient)
+            token_terms(z[block], teacher_block, targets[rows][block], regularizers, sums, needs_gradient)
         del teacher
         if needs_gradient:
             gradient[rows] = z.to(head_weight.dtype) @ head_weight
@@ -871,7 +891,7 @@ def _token_terms(
     top_values = None
     is_diverse = regularizers is not None and regularizers.lambda_diversity is not None
     if is_diverse and regularizers.entropy_top_k is not None:
-        top_values, top_indices = _top_k(z, regularizers.entropy_top_k)
+        top_values, top_indices = top_k(z, regularizers.entropy_top_k)
         z -= top_values[:, :1].clone()  # shifted by the row's maximum, softmax is the same and exp does not overflow
         top_values = top_values - top_values[:, :1]
     else:
@@ -920,55 +940,16 @@ def _token_terms(
             p.scatter_add_(1, top_indices, regularizers.lambda_diversity * q * (log_q - negative_entropy))
 
 
-def _top_k(z: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
-    """`z.topk(k)` of wide rows in two steps, exact: the k largest entries lie in the k blocks of the largest maxima."""
-    rows, width = z.shape
-    k = min(k, width)
-    whole = width // block * block
-    if k * block >= width // 4:
-        return z.topk(k, dim=1)
-    maxima = z[:, :whole].view(rows, -1, block).amax(dim=2)
-    chosen = maxima.topk(k, dim=1).indices  # (m, k)
-    candidates = (chosen[:, :, None] * block + torch.arange(block, device=z.device)).flatten(1)
-    if whole < width:
-        rest = torch.arange(whole, width, device=z.device).expand(rows, -1)
-        candidates = torch.cat([candidates, rest], dim=1)
-    values, positions = z.gather(1, candidates).topk(k, dim=1)
-    return values, candidates.gather(1, positions)
-
-
 def _logits(hidden: Tensor, head_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Z = H Eᵀ (m, V), rounded as the model's own head rounds it, then held in `dtype`."""
     return (hidden.to(head_weight.dtype) @ head_weight.T).to(dtype)
 
 
-def _chunks(hidden: Tensor, head_weight: Tensor, num_buffers: int, memory_mib: float) -> Iterator[slice]:
-    """Equal chunks of rows whose (m, V) logits, `num_buffers` of them, fit into the budget."""
-    itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    rounded = 0 if head_weight.dtype.itemsize >= itemsize else head_weight.dtype.itemsize  # what the head itself gives
-    whole_buffer = itemsize if hidden.is_cuda else 0  # see _blocks
-    bytes_per_row = len(head_weight) * (num_buffers * itemsize + rounded + whole_buffer)
-    most = max(1, int(memory_mib * 2**20 / bytes_per_row))
-    count = math.ceil(len(hidden) / most)
-    for index in range(count):
-        yield slice(len(hidden) * index // count, len(hidden) * (index + 1) // count)
-
-
-def _blocks(z: Tensor) -> Iterator[slice]:
-    """Blocks of a chunk's rows: the product with the head wants many rows, a dozen passes over them want the cache."""
-    if z.is_cuda:  # as fast as its memory in one block, and each further one is a dozen kernels more
-        yield slice(None)
-        return
-    size = max(1, CACHED_BYTES // (z.shape[1] * z.element_size()))
-    for first in range(0, len(z), size):
-        yield slice(first, first + size)
-
-
-def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_mib: float) -> Tensor:
+def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_mib: float | None) -> Tensor:
     """`teacher_confidence` in chunks: one more product with the head, because the whole mean is needed first."""
     dtype = torch.promote_types(teacher_hidden.dtype, torch.float32)
     confidence = torch.empty(len(teacher_hidden), dtype=dtype, device=teacher_hidden.device)
-    for rows in _chunks(teacher_hidden, head_weight, 3, memory_mib):
+    for rows in chunks(teacher_hidden, head_weight, 3, memory_mib):
         confidence[rows] = teacher_confidence(_logits(teacher_hidden[rows], head_weight, dtype))
     return confidence
 
@@ -999,14 +980,15 @@ def spectral_value_and_gradient(Y: Tensor, k: int, norm: str) -> tuple[Tensor, T
 
     With Y = U S Vᵀ the gradient of Σ_{i≤k} σ_i is U_k V_kᵀ. Where σ_k = σ_{k+1} it is one of the subgradients.
     """
-    if Y.numel() == 0 or not Y.any():
+    total = torch.linalg.vector_norm(Y, dtype=torch.float64)
+    size = total.item()  # the one look at Y that a GPU must wait for
+    if size == 0:
         return Y.new_zeros(()), torch.zeros_like(Y)
-    if not torch.isfinite(Y).all():  # of which the decomposition may raise an error
+    if not math.isfinite(size):  # of which the decomposition may raise an error
         return Y.new_full((), math.nan), torch.full_like(Y, math.nan)
     if norm == "frobenius":
-        total = torch.linalg.vector_norm(Y, dtype=torch.float64)
         iterate = min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k)
-        sigma, polar = _leading_by_iteration(Y, k) if iterate else _leading_by_eigh(Y, k)
+        sigma, polar = _leading_by_iteration(Y, k, Y.is_cuda) if iterate else _leading_by_eigh(Y, k)
         total_gradient = Y / total.to(Y.dtype)
     elif norm == "nuclear":
         sigma, polar, total_gradient = _leading_by_eigh(Y, k, min(Y.shape))
@@ -1036,16 +1018,19 @@ def _leading_by_eigh(Y: Tensor, *counts: int) -> tuple[Tensor, ...]:
 
 
 def _leading_by_iteration(
-    Y: Tensor, k: int, tolerance: float = 1e-5, max_iterations: int = 60
+    Y: Tensor, k: int, on_gpu: bool = False, tolerance: float = 1e-5, max_iterations: int = 60
 ) -> tuple[Tensor, Tensor]:
     """The k leading singular values of Y in fp64, and U_k V_kᵀ, by block subspace iteration with Rayleigh–Ritz.
 
     Converged when every leading pair's residual ‖Y Yᵀ u − σ² u‖ is at most `tolerance`·σ². Where that does not come,
-    the eigendecomposition takes over.
+    the eigendecomposition takes over. On a GPU, where each look at the residual makes the host wait, the basis is wider
+    and the first looks are left out.
     """
+    width, unseen = (min(6 * k + 4, *Y.shape), 4) if on_gpu else (3 * k + 10, 1)
     generator = torch.Generator(Y.device).manual_seed(0)
-    basis = torch.randn(Y.shape[0], 3 * k + 10, generator=generator, device=Y.device, dtype=Y.dtype)
-    basis = torch.linalg.qr(Y @ (Y.T @ basis)).Q
+    basis = torch.randn(Y.shape[0], width, generator=generator, device=Y.device, dtype=Y.dtype)
+    for _ in range(unseen):
+        basis = torch.linalg.qr(Y @ (Y.T @ basis)).Q
     for _ in range(max_iterations):
         projected = Y.T @ basis  # (d, b)
         eigenvalues, rotation = torch.linalg.eigh((projected.T @ projected).double())
@@ -1164,7 +1149,7 @@ class BALoRAModel(nn.Module):
     def __init__(
         self,
         model: transformers.PreTrainedModel,
-        objective_memory: float = 128.0,
+        objective_memory: float | None = None,
         teacher_cache: TeacherCache | None = None,
     ):
         super().__init__()
@@ -1285,6 +1270,10 @@ class BALoRATrainer(ResumableTrainer):
     def num_items(self, batch: dict[str, Any]) -> int:
         """Its valid tokens: `objective` takes the mean over those of the step."""
         return len(batch["targets"])
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor | float:
+        stack_factors(self.trained, hold=False)
+        return super()._get_grad_norm(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -1415,8 +1404,8 @@ def start_ranks(args: Arguments, checkpoint: Path | None) -> TrainingArguments:
 
 
 def encode_records(
-    args: Arguments, base: Base, records: datasets.Dataset, trainer_args: TrainingArguments
-) -> datasets.Dataset:
+    args: Arguments, base: Base, records: "datasets.Dataset", trainer_args: TrainingArguments
+) -> "datasets.Dataset":
     """`build_dataset` of what --data names, by the first process for all; says what was dropped.
 
     Raises:
@@ -1474,8 +1463,8 @@ def make_trainer(
     args: Arguments,
     base: Base,
     model: transformers.PreTrainedModel,
-    dataset: datasets.Dataset,
-    held_out: datasets.Dataset | None,
+    dataset: "datasets.Dataset",
+    held_out: "datasets.Dataset | None",
     trainer_args: TrainingArguments,
 ) -> BALoRATrainer:
     """The Trainer of `model` on `dataset`: packed, and with lean activations, where the model can; else says so."""
@@ -1485,6 +1474,7 @@ def make_trainer(
         obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
     if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
+    token_kernel.enabled = args.token_kernel
     wrapped = BALoRAModel(model, args.objective_memory)
     if needs_teacher_cache(args):
         if not wrapped.is_fused:

@@ -4,10 +4,10 @@ The public objective is written out from the paper and from what the authors' co
 of the model as the teacher, whole logits of both in fp32, the unshifted label mask, `svd_lowrank` under autograd.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,8 +42,10 @@ def public_regularizers(student: Tensor, teacher: Tensor, mask: Tensor) -> Tenso
     return WEIGHTS[0] * consistency + WEIGHTS[1] * diversity + WEIGHTS[2] * spectral
 
 
-def peft_model(model: torch.nn.Module, rank: int, init: str = "pissa") -> torch.nn.Module:
+def peft_model(model: torch.nn.Module, rank: int, init: str | bool = "pissa") -> torch.nn.Module:
     """PEFT's PiSSA (`pissa`, or `pissa_niter_4`) on all seven projections, alpha = r."""
+    import peft
+
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=TARGET_MODULES, init_lora_weights=init, task_type="CAUSAL_LM"
     )
@@ -84,7 +86,7 @@ def batches_of(args: Any, tokenizer: Any) -> list[list[dict]]:
 def machine() -> str:
     """Processor, threads and versions, for the line under a table."""
     versions = package_versions()
-    versions["peft"] = peft.__version__
+    versions["peft"] = version("peft")
     cpu = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

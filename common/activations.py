@@ -5,17 +5,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from common.partitioned import device_of, gathered, shape_of
 
 
-def save_activations(model: nn.Module) -> int:
+def save_activations(model: transformers.PreTrainedModel) -> int:
     """Replaces the forward of gated SiLU MLPs and of frozen RMSNorms by ones that keep half for the backward pass.
 
     Each is tried against the module's own forward first. Returns how many were replaced.
     """
-    count = 0
+    count, dtype = 0, model.get_input_embeddings().weight.dtype  # adapters are fp32, quantized weights no numbers
     for module in model.modules():
         if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             linear = getattr(module.gate_proj, "base", module.gate_proj)
@@ -26,8 +27,8 @@ def save_activations(model: nn.Module) -> int:
             lean, width = _lean_norm, shape_of(module.weight)[0]
         else:
             continue
-        parameter = next(module.parameters())
-        x = torch.linspace(-2, 2, 3 * width, device=device_of(parameter)).view(3, width).to(parameter.dtype)
+        device = device_of(next(module.parameters()))
+        x = torch.linspace(-2, 2, 3 * width, device=device).view(3, width).to(dtype)
         with torch.no_grad(), gathered(module.parameters()):
             if torch.allclose(lean(module, x).float(), module(x).float(), rtol=1e-2, atol=1e-4):
                 module.forward = functools.partial(lean, module)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from common.chunks import bytes_per_row, card_bytes, most_rows
 from common.cli import UserError
 from common.pretrained import resolve_dtype
 
@@ -54,7 +55,8 @@ def estimated_memory(
     base_item = {None: 4 if full and not args.deepspeed else item, "8bit": 1, "4bit": 0.56}[args.load_in]
     parts = {"weights": total * base_item / split["w"]}
     if not full:
-        parts["adapters"] = adapter_bytes(args, trainable)
+        stacked = 0 if (args.method == "lora" and item == 4) or split["w"] > 1 else item / 4
+        parts["adapters"] = adapter_bytes(args, trainable) * (1 + stacked)
     parts["gradients"] = trainable * (item if args.deepspeed else 4) / split["g"]
     masters = 4 if args.deepspeed and item < 4 else 0
     offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and torch.cuda.is_available()
@@ -77,9 +79,10 @@ def estimated_memory(
     if full:  # the head is trained: whole logits, their gradient and softmax in fp32
         parts["objective"] = valid * vocabulary * (3 * 4 + item)
     else:
-        parts["objective"] = (
-            min(args.objective_memory * 2**20, 2 * valid * vocabulary * 4) + 3 * valid * d * 4 + 12 * d * d
-        )
+        # As the plain form takes it; the fused kernels take less.
+        row = bytes_per_row(vocabulary, 2, 4, item, torch.cuda.is_available())
+        rows = min(most_rows(row, args.objective_memory, card_bytes()), valid)
+        parts["objective"] = rows * row + 3 * valid * d * 4 + 12 * d * d
     # What a layer's backward pass holds beside: a feed-forward's gradients.
     parts["transient"] = 4 * tokens * f * item
     if not torch.cuda.is_available():

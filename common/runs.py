@@ -44,8 +44,15 @@ def clear_folder(folder: Path) -> None:
 # What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
-NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "gradient_checkpointing"}
-NOT_IDENTITY |= {"trust_remote_code", "skip_done", "sample_prompts", "report_to", "push_to_hub"}
+NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
+NOT_IDENTITY |= {
+    "gradient_checkpointing",
+    "trust_remote_code",
+    "skip_done",
+    "sample_prompts",
+    "report_to",
+    "push_to_hub",
+}
 
 
 def first_difference(

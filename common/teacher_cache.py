@@ -5,8 +5,8 @@ import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import torch
 import transformers
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from common.cli import UserError
 from common.partitioned import device_of, shape_of, whole
 from common.tensors import fingerprint
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class TeacherCache:
@@ -24,7 +27,9 @@ class TeacherCache:
     a killed run leaves a cache that the next one goes on with.
     """
 
-    def __init__(self, folder: Path, model: transformers.PreTrainedModel, dataset: datasets.Dataset, counts: list[int]):
+    def __init__(
+        self, folder: Path, model: transformers.PreTrainedModel, dataset: "datasets.Dataset", counts: list[int]
+    ):
         """Opens or makes the cache of the base weights in `model` (adapters aside) and the tokenised `dataset`.
 
         Args:

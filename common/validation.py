@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 import transformers
 from torch import Tensor
@@ -17,6 +16,9 @@ from common.cli import UserError, option, require_positive
 from common.pretrained import resolve_demo
 from common.runs import SAMPLES
 from common.templates import Template
+
+if TYPE_CHECKING:
+    import datasets
 
 SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
 
@@ -69,8 +71,8 @@ def arguments_of_eval_data(args: Any) -> Any | None:
 
 
 def hold_out(
-    args: Any, examples: datasets.Dataset, held_out: datasets.Dataset | None
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    args: Any, examples: "datasets.Dataset", held_out: "datasets.Dataset | None"
+) -> "tuple[datasets.Dataset, datasets.Dataset | None]":
     """The examples to train on and those to validate on, each in its order; their `index` is their place in `together`.
 
     Args:
@@ -91,10 +93,12 @@ def hold_out(
     return examples.select(sorted(order[count:])), examples.select(sorted(order[:count]))
 
 
-def together(examples: datasets.Dataset, held_out: datasets.Dataset | None) -> datasets.Dataset:
+def together(examples: "datasets.Dataset", held_out: "datasets.Dataset | None") -> "datasets.Dataset":
     """Both in the order of their `index`."""
     if held_out is None:
         return examples
+    import datasets
+
     both = datasets.concatenate_datasets([examples, held_out])
     indices = both["index"][:]
     return both.select(sorted(range(len(both)), key=indices.__getitem__))

@@ -13,6 +13,7 @@ from conftest import encode_turn, make_model, relative_error
 from test_training import make_trainer
 
 import train
+from common import chunks
 from common.activations import save_activations
 from common.cli import UserError
 from common.conversations import build_dataset, num_valid
@@ -79,7 +80,7 @@ def definition(inputs, settings, num_tokens=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_and_gradient_equal_the_definition(name, shape, memory_mib, cached_bytes, monkeypatch):
-    monkeypatch.setattr(train, "CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr(chunks, "CACHED_BYTES", cached_bytes)
     for seed in range(3):
         inputs = make_inputs(shape, seed)
         loss, terms, gradient = fused(inputs, SETTINGS[name], memory_mib)
@@ -208,7 +209,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize(("width", "k"), [(49_152, 20), (1000, 3), (1003, 7), (64, 64), (50, 60), (130, 1)])
 def test_top_k_in_two_steps(width, k):
     z = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
-    values, indices = train._top_k(z, k)
+    values, indices = chunks.top_k(z, k)
     assert torch.equal(values, z.topk(min(k, width)).values)
     assert torch.equal(z.gather(1, indices), values)
 
@@ -216,7 +217,7 @@ def test_top_k_in_two_steps(width, k):
 def test_chunks_follow_the_memory_budget():
     hidden, head = torch.zeros(1000, 4), torch.zeros(2**15, 4)
     for memory, count in itertools.product((1.0, 10.0, 100.0, 1e4), (1, 2, 3)):
-        rows = [chunk.stop - chunk.start for chunk in train._chunks(hidden, head, count, memory)]
+        rows = [part.stop - part.start for part in chunks.chunks(hidden, head, count, memory)]
         assert sum(rows) == 1000
         assert max(rows) * count * 2**15 * 4 <= memory * 2**20
         assert max(rows) - min(rows) <= 1
@@ -371,6 +372,22 @@ def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
     for name, gradient in results[0][1].items():
         assert relative_error(results[1][1][name], gradient) < 1e-4, name
     assert architecture == "Gemma" or kept[1] < 0.9 * kept[0]
+
+
+def test_fewer_activations_are_kept_under_a_bfloat16_base(tokenizer):
+    """Where the adapters are fp32: loss and gradients are those of the modules' own forward."""
+    examples = [train.encode_example(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 9)]
+    results = []
+    for lean in (False, True):
+        model = make_model(initializer_range=0.1).to(torch.bfloat16)
+        train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
+        assert not lean or save_activations(model) == 7  # two MLPs, five norms
+        batch = train.PaddingCollator(0)(examples)
+        loss, _ = train.BALoRAModel(model)(batch, ICLR, len(batch["targets"]), 1)
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
+    assert relative_error(results[1][1], results[0][1]) < 3e-2
 
 
 def test_a_failed_trial_of_packing_leaves_the_model_as_it_was(monkeypatch):

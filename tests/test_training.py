@@ -215,7 +215,7 @@ def test_a_term_that_is_off_costs_nothing(off, tokenizer, data_file, tmp_path, m
     def refuse(*args, **kwargs):
         raise AssertionError(f"{off} is off")
 
-    costs = {"consistency": (train.BALoRAModel, "of_teacher"), "diversity": (train, "_top_k")}
+    costs = {"consistency": (train.BALoRAModel, "of_teacher"), "diversity": (train, "top_k")}
     monkeypatch.setattr(*costs.get(off, (train, "spectral_value_and_gradient")), refuse)
     if off == "spectral":
         monkeypatch.setattr(train, "head_factor", refuse)

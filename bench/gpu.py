@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Checks and measures everything that a CUDA GPU changes, on random weights: no network, no hub, no data.
+
+How to run
+    python bench/gpu.py                          the whole, at most ten minutes on an H100 or A100 (estimated, not run)
+    python bench/gpu.py right                    the checks alone; right.objective: one of them
+    python bench/gpu.py --device cpu --small     the same code on tiny shapes, on any machine; half a minute
+
+It needs torch, transformers and safetensors. What else is installed is used; what is not is named.
+
+What comes out: a table for each part, a summary, and all of it as JSON with --output. A part that fails, dies or
+outlives its time is named, and the others go on; the exit code is then 1.
+"""
+
+import argparse
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each part with the seconds that it may take on a GPU; the parts that measure stop by themselves before.
+PARTS = {
+    "right.objective": 40,
+    "right.spectral": 20,
+    "right.adapter": 10,
+    "right.factors": 20,
+    "right.step": 20,
+    "right.packing": 20,
+    "right.bf16": 40,
+    "right.quantized": 40,
+    "right.resume": 60,
+    "fast.step": 170,
+    "fast.objective": 40,
+    "init": 40,
+    "profile": 40,
+    "counts": 20,
+}
+
+
+class Worker:
+    """A process that runs parts, one after the other: it imports once, and its death costs one part."""
+
+    def __init__(self, args: argparse.Namespace):
+        words = [sys.executable, __file__, "--serve", "--device", args.device, *(["--small"] if args.small else [])]
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(words, env=environment, text=True, **pipes)
+
+    def ask(self, request: str, budget: float) -> dict[str, Any]:
+        """The answer; where none comes within `budget` seconds, or the process ends, why. It is then of no more use."""
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], budget)[0]:
+            return {"problem": f"took longer than its {budget} s", "rows": []}
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"problem": f"its process ended ({self.process.wait()})", "rows": []}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The worker's side: a line in, the name of a part; a line out, what came of it. Prints go to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import gpu_parts
+
+    for line in sys.stdin:
+        name = line.strip()
+        answer = gpu_parts.machine(args) if name == "machine" else gpu_parts.run(name, PARTS[name], args)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of all columns that any row has; an empty cell for what is not there."""
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "ok"))
+    cells = [columns, *([("" if row.get(c) is None else str(row[c])) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def run_parts(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Every part's rows, seconds and problem; a worker that failed is replaced, for CUDA may be dead in it."""
+    result: dict[str, Any] = {"machine": None, "parts": {}}
+    worker = None
+    for name in names:
+        if worker is None:
+            worker = Worker(args)
+            result["machine"] = worker.ask("machine", 300)
+            if "problem" in result["machine"]:
+                worker.stop()
+                print(f"gpu.py: error: {result['machine']['problem']}", file=sys.stderr)
+                sys.exit(2)
+        started = time.monotonic()
+        answer = worker.ask(name, PARTS[name] if args.device == "cuda" else 600)
+        answer["seconds"] = round(time.monotonic() - started, 1)
+        result["parts"][name] = answer
+        print(f"\n{name}: {answer['problem'] or 'ok'} ({answer['seconds']} s)", flush=True)
+        if answer["rows"]:
+            print(table(answer["rows"]), flush=True)
+        if answer.pop("is_over", True):
+            worker.stop()
+            worker = None
+    if worker is not None:
+        worker.stop()
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, or what some begin with; none: all")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument("--output", type=Path, help="a JSON file for everything that is printed")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args)
+        return 0
+    for part in args.parts:
+        if not any(name == part or name.startswith(f"{part}.") for name in PARTS):
+            parser.error(f"no part {part!r}: choose from {', '.join(PARTS)}")
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        parser.error(f"no folder {args.output.absolute().parent} for --output")
+    names = [
+        name
+        for name in PARTS
+        if not args.parts or any(name == part or name.startswith(f"{part}.") for part in args.parts)
+    ]
+    started = time.monotonic()
+    result = run_parts(names, args)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    summary = [
+        {"part": name, "s": part["seconds"], "": part["problem"] or "ok"} for name, part in result["parts"].items()
+    ]
+    print(f"\n{table(summary)}\n\n{result['machine']['text']}; {result['seconds']} s")
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"written: {args.output}")
+    return int(any(part["problem"] for part in result["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""The measurements of bench/gpu.py: a training step, the objective alone, the start, and where a step goes."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import contenders
+import gpu_cases as cases
+import torch
+from gpu_cases import Options
+from gpu_right import write_out
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from common.activations import save_activations
+from common.targets import TARGET_MODULES, find_target_modules
+
+Step = Callable[[], Any]
+
+# ------------------------------------------------------------------------------------------------------------------
+# A training step, side by side
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def peft_step(model: nn.Module, options: Options, rank: int, rows: list[dict], public: bool = False) -> Step:
+    """PEFT's PiSSA with the stock loss, or with the public objective and its second whole model; bf16 by autocast.
+
+    The residual and the factors are random: decomposing takes minutes, and a step as long with these.
+    """
+    teacher = cases.make_model(model.config, options, options.dtype) if public else None
+    if cases.installed("peft"):
+        model = contenders.peft_model(model, rank, init=True)
+    else:
+        model = write_out(model, rank, cases.random_factors(model, rank))
+    model.train()
+    optimizer = torch.optim.AdamW(cases.trained(model), lr=2e-5, fused=options.is_cuda)
+    batch = cases.padded(rows, options)
+
+    def step() -> None:
+        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.is_cuda):
+            output = model(**batch)
+            loss = output.loss
+            if public:
+                with torch.no_grad():
+                    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                    reference = teacher(**inputs).logits
+                mask = batch["labels"] != train.IGNORE_INDEX
+                loss = loss + contenders.public_regularizers(output.logits, reference, mask)
+                del reference
+            del output
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(
+    model: nn.Module, options: Options, rank: int, rows: list[dict], terms: bool, cached: bool = False
+) -> Step:
+    """Ours, packed: BA-LoRA, with the teacher's states computed or given, or plain PiSSA."""
+    wrapper = cases.adapted(model, rank, cases.random_factors(model, rank))
+    if not model.is_gradient_checkpointing:
+        save_activations(model)
+    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=2e-5, fused=options.is_cuda)
+    batch = cases.packed(rows, options)
+    if cached:
+        states = wrapper.of_teacher(wrapper.hidden_states, batch)
+        wrapper.of_teacher = lambda *_: states
+
+    def step() -> None:
+        train.stack_factors(model)
+        loss, _ = wrapper(batch, cases.ICLR if terms else None, len(batch["targets"]), 1)
+        loss.backward()
+        train.stack_factors(model, hold=False)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def with_liger(model: nn.Module, *rest: Any) -> Step:
+    from liger_kernel.transformers import monkey_patch
+
+    monkey_patch._apply_liger_kernel_to_instance(model=model)
+    return peft_step(model, *rest)
+
+
+CONTENDERS: dict[str, tuple[Callable[..., Step], str | None]] = {
+    "PEFT's PiSSA, stock loss": (peft_step, None),
+    "PEFT's PiSSA, public objective": (lambda *rest: peft_step(*rest, public=True), None),
+    "BA-LoRA, ours": (lambda *rest: our_step(*rest, terms=True), None),
+    "BA-LoRA, ours, cached": (lambda *rest: our_step(*rest, terms=True, cached=True), None),
+    "PiSSA, ours": (lambda *rest: our_step(*rest, terms=False), None),
+    "PEFT's PiSSA, Liger": (with_liger, "liger_kernel"),
+}
+
+
+def measured_step(make: Callable[..., Step], config: Any, options: Options, rank: int, checkpointing: bool) -> dict:
+    """Milliseconds and peak GiB of one contender's step, or why there are none."""
+    cases.free_memory(options)
+    longest = 32 if options.small else 512
+    try:
+        model = cases.make_model(config, options, options.dtype)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        step = make(model, options, rank, cases.examples(4, config.vocab_size, longest, exactly=True))
+        cases.seconds_of(step, options, repeats=1, warm_up=0)  # the caches that a first step fills are no part of it
+        seconds = cases.seconds_of(step, options, repeats=1 if options.small else 5)
+    except torch.cuda.OutOfMemoryError:
+        return {"ms": "does not fit", "GiB": None}
+    peak = cases.peak_gib(options)
+    return {"ms": round(1e3 * statistics.median(seconds), 1), "GiB": peak and round(peak, 2)}
+
+
+def step(options: Options, deadline: float) -> Iterator[dict]:
+    """A training step of 4 × 512 tokens, half of them valid, r = 128, by contender, shape and checkpointing."""
+    if options.small:
+        shapes, rank = {"tiny": lambda: cases.tiny_config(options)}, 4
+    else:  # the shape of the README first
+        order = ("LLaMA-2-7B", "SmolLM2-135M", "Llama-3.2-1B", "Gemma-7B", "Llama-3.2-3B")
+        shapes, rank = {name: cases.CONFIGS[name] for name in order}, 128
+    for shape, make_config in shapes.items():
+        for checkpointing in (False, True):
+            unit: dict = {}
+            for name, (make, package) in CONTENDERS.items():
+                row = {"model": shape, "checkpointing": "yes" if checkpointing else "no", "contender": name}
+                if package and not (options.is_cuda and cases.installed(package)):
+                    yield row | {"ms": "not installed" if options.is_cuda else "needs a GPU"}
+                    continue
+                if time.monotonic() > deadline:
+                    yield row | {"ms": "no time left"}
+                    continue
+                measured = measured_step(make, make_config(), options, rank, checkpointing)
+                unit = unit or measured
+                yield row | measured | {f"{key} ratio": ratio(measured, unit, key) for key in ("ms", "GiB")}
+
+
+def ratio(measured: dict, unit: dict, key: str) -> float | None:
+    numbers = measured.get(key), unit.get(key)
+    return round(numbers[0] / numbers[1], 3) if all(isinstance(number, float) for number in numbers) else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The objective alone, beside what memory and matrix units allow
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def limits(options: Options) -> tuple[float, float]:
+    """Operations a second of one large product, and bytes a second of one large copy."""
+    size = 256 if options.small else 8192
+    a, b = (torch.randn(size, size, device=options.device).to(options.dtype) for _ in range(2))
+    product = statistics.median(cases.seconds_of(lambda: a @ b, options, repeats=5))
+    source = torch.empty(2**20 if options.small else 2**30, dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(source)
+    copy = statistics.median(cases.seconds_of(lambda: target.copy_(source), options, repeats=5))
+    return 2 * size**3 / product, 2 * source.numel() / copy
+
+
+def objective(options: Options, deadline: float) -> Iterator[dict]:
+    """One evaluation with its gradient over V and chunk sizes; the floor is its three products at the measured rate."""
+    rate, bandwidth = limits(options)
+    yield {"V": "limits", "10¹² operations/s": round(rate / 1e12, 2), "GB/s": round(bandwidth / 1e9, 1)}
+    shapes = [(24, 512, 16)] if options.small else [(1024, 32_000, 4096), (2048, 128_256, 2048), (2048, 256_000, 3072)]
+    for num_tokens, vocabulary, width in shapes:
+        made = {"device": options.device}
+        hidden, teacher = (torch.randn(num_tokens, width, **made).to(options.dtype) for _ in range(2))
+        head = (torch.randn(vocabulary, width, **made) / width**0.5).to(options.dtype)
+        targets = torch.randint(vocabulary, (num_tokens,), **made)
+        factor = torch.randn(width, width, **made)  # any costs the same
+        floor = 3 * 2 * num_tokens * vocabulary * width / rate
+        for name, settings in (("task", None), ("iclr2026", cases.ICLR)):
+            for rows in (64, 256, 1024, 4096):
+                if time.monotonic() > deadline:
+                    return
+                memory = rows * vocabulary * 14 / 2**20  # of two fp32 buffers, one more, and the head's own product
+                states = hidden.clone().requires_grad_()
+                given = teacher if settings else None
+                rest = (given, head, factor, targets, settings, num_tokens, 1, memory)
+                cases.free_memory(options)
+                before = torch.cuda.memory_allocated() / 2**30 if options.is_cuda else 0.0
+
+                def evaluate(states=states, rest=rest) -> None:
+                    train.objective_from_hidden(states, *rest)[0].backward()
+
+                seconds = statistics.median(cases.seconds_of(evaluate, options, repeats=1 if options.small else 3))
+                peak = cases.peak_gib(options)
+                share = (floor if settings else floor * 2 / 3) / seconds
+                row = {"V": vocabulary, "M": num_tokens, "d": width, "terms": name, "rows per chunk": rows}
+                row |= {"ms": round(1e3 * seconds, 2), "GiB": peak and round(peak - before, 2)}
+                yield row | {"share of the products' rate": round(share, 3)}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# PiSSA's start
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def init(options: Options, deadline: float) -> Iterator[dict]:
+    """PiSSA's factors of one matrix of each shape: ours, the whole decomposition, and PEFT's fast one (niter 4)."""
+    configs = (
+        {"tiny": cases.tiny_config(options)}
+        if options.small
+        else {name: cases.CONFIGS[name]() for name in ("SmolLM2-135M", "Llama-3.2-1B", "LLaMA-2-7B")}
+    )
+    rank = 4 if options.small else 128
+    for name, config in configs.items():
+        with torch.device("meta"):
+            skeleton = train.AutoModelForCausalLM.from_config(config)
+        counts: dict[tuple, int] = {}
+        for layer in find_target_modules(skeleton, TARGET_MODULES, rank).values():
+            shape = (layer.out_features, layer.in_features)
+            counts[shape] = counts.get(shape, 0) + 1
+        for shape, count in counts.items():
+            weight = torch.randn(shape, device=options.device) / shape[1] ** 0.5
+            ways = {
+                "ours": lambda W: train.principal_factors(W, rank, 1.0),
+                "torch.svd_lowrank, niter 4": lambda W: torch.svd_lowrank(W, rank, niter=4),
+                "torch.linalg.svd": lambda W: torch.linalg.svd(W, full_matrices=False),
+            }
+            row = {"model": name, "matrix": f"{shape[0]} × {shape[1]}", "count": count}
+            for way, run in ways.items():
+                if time.monotonic() > deadline:
+                    return
+                once = way.endswith(".svd") and not options.small  # it takes seconds
+                seconds = statistics.median(
+                    cases.seconds_of(
+                        functools.partial(run, weight), options, 1 if once else 2, warm_up=0 if once else 1
+                    )
+                )
+                yield row | {"by": way, "ms": round(1e3 * seconds, 2), "all of them, s": round(count * seconds, 2)}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Where a step goes
+# ------------------------------------------------------------------------------------------------------------------
+
+# Which make the host wait for the device; the rest of what is not a view launches one kernel or more.
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "linalg_eigh", "_linalg_eigh", "linalg_svd")
+VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "expand", "squeeze", "unsqueeze"}
+VIEWS |= {"split", "split_with_sizes", "chunk", "unbind", "as_strided", "diagonal", "reshape", "alias", "detach"}
+VIEWS |= {"empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"}
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators that compute, those that make the host wait, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.waits = self.num_bytes = self.product_operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name in VIEWS:
+            return result
+        self.kernels += 1
+        self.waits += name in WAITS
+        seen = {}
+        for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+            if isinstance(value, Tensor):
+                seen[id(value)] = seen.get(id(value), 0) + value.numel() * value.element_size()
+        self.num_bytes += sum(seen.values())
+        if name in ("mm", "addmm", "addmm_", "bmm"):
+            a, b = args[-2:]
+            self.product_operations += 2 * a.numel() * b.shape[-1]
+        return result
+
+
+def profile(options: Options, deadline: float) -> Iterator[dict]:
+    """One BA-LoRA step of LLaMA-2-7B by part: its time, the operators that compute, their bytes, the host's waits."""
+    config, rank = (cases.tiny_config(options), 4) if options.small else (cases.CONFIGS["LLaMA-2-7B"](), 128)
+    model = cases.make_model(config, options, options.dtype)
+    wrapper = cases.adapted(model, rank, cases.random_factors(model, rank))
+    save_activations(model)
+    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=2e-5, fused=options.is_cuda)
+    longest = 32 if options.small else 512
+    batch = cases.packed(cases.examples(4, config.vocab_size, longest, exactly=True), options)
+    head, hidden_of = model.get_output_embeddings().weight, wrapper.hidden_states
+    factor = train.head_factor(head)
+    given: dict[str, Any] = {}
+
+    def teacher() -> None:
+        given["teacher"] = wrapper.of_teacher(hidden_of, batch)
+
+    def student() -> None:
+        given["student"] = hidden_of(batch)
+
+    def objective_of() -> None:
+        rest = (factor, batch["targets"], cases.ICLR, len(batch["targets"]), 1)
+        given["loss"] = train.objective_from_hidden(given["student"], given["teacher"], head, *rest)[0]
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parts = {"teacher, forward": teacher, "student, forward": student, "objective": objective_of}
+    parts |= {"student, backward": lambda: given.pop("loss").backward(), "AdamW": update}
+    train.stack_factors(model)  # as a step of gradient accumulation finds them
+    for part in parts.values():  # what a first step fills
+        part()
+    seconds = {name: cases.seconds_of(part, options, repeats=1, warm_up=0)[0] for name, part in parts.items()}
+    whole = sum(seconds.values())
+    for name, part in parts.items():
+        with Counted() as counted:
+            part()
+        row = {"part": name, "ms": round(1e3 * seconds[name], 2), "share": round(seconds[name] / whole, 3)}
+        row |= {"operators": counted.kernels, "host waits": counted.waits, "GB": round(counted.num_bytes / 1e9, 4)}
+        yield row
+    yield from launches(parts, options)
+
+
+def launches(parts: dict[str, Step], options: Options) -> Iterator[dict]:
+    """Kernels and waits of one whole step as the CUDA runtime saw them."""
+    if not options.is_cuda:
+        yield {"part": "launches by the CUDA runtime", "ms": "needs a GPU"}
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as recorded:
+        for part in parts.values():
+            part()
+        torch.cuda.synchronize()
+    counts = {event.key: event.count for event in recorded.key_averages()}
+    kernels = sum(count for key, count in counts.items() if "LaunchKernel" in key)
+    waits = sum(count for key, count in counts.items() if "Synchronize" in key)
+    yield {"part": "whole step by the CUDA runtime", "operators": kernels, "host waits": waits - 1}

@@ -1,0 +1,192 @@
+"""The objective's token terms in two Triton kernels: two readings of a chunk's logits in place of about twenty.
+
+In place, in the type that the head gives, bf16 say: what the plain form makes of the logits in fp32 it never holds.
+train.py's `_token_terms` is the plain form, the fallback, and what a trial compares with.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.chunks import top_k, top_k_of_blocks
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with torch for CUDA
+    triton = None
+
+enabled = True  # False: the plain form, everywhere
+WIDTH, GROUP = 4096, 64  # entries that a program takes at once; entries that share a maximum
+NONE, TOP_K, ALL = range(3)  # whose entropy
+
+if triton is not None:
+
+    @triton.jit
+    def _read(
+        z_ptr, teacher_ptr, stats_ptr, maxima_ptr, V, T,
+        HAS_TEACHER: tl.constexpr, ENTROPY: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """One row's maximum m, Σe^{z−m}, Σe^{(z−m)/T}, the teacher's two, Σ p̃_P (z_P − z), Σe^{z−m}(z−m); maxima."""
+        row = tl.program_id(0).to(tl.int64)
+        z_ptr += row * V
+        teacher_ptr += row * V
+        lanes = tl.arange(0, WIDTH)
+        m = tl.load(z_ptr).to(tl.float32)
+        mt = m
+        if HAS_TEACHER:
+            mt = tl.load(teacher_ptr).to(tl.float32)
+        s = 0.0
+        sharp = 0.0
+        st = 0.0
+        cross = 0.0
+        weighted = 0.0
+        for start in range(0, V, WIDTH):
+            inside = start + lanes < V
+            z = tl.load(z_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+            if ENTROPY == 1:
+                groups = V // GROUP
+                group = start // GROUP + tl.arange(0, WIDTH // GROUP)
+                largest = tl.max(tl.reshape(z, (WIDTH // GROUP, GROUP)), axis=1)
+                tl.store(maxima_ptr + row * groups + group, largest, mask=group < groups)
+            new = tl.maximum(m, tl.max(z, axis=0))
+            shift = m - new
+            shifted = tl.where(inside, z - new, 0.0)
+            p = tl.where(inside, tl.exp(shifted), 0.0)
+            if ENTROPY == 2:
+                weighted = (weighted + shift * s) * tl.exp(shift) + tl.sum(p * shifted, axis=0)
+            s = s * tl.exp(shift) + tl.sum(p, axis=0)
+            if HAS_TEACHER:
+                sharp = sharp * tl.exp(shift / T) + tl.sum(tl.where(inside, tl.exp(shifted / T), 0.0), axis=0)
+                zt = tl.load(teacher_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+                new_t = tl.maximum(mt, tl.max(zt, axis=0))
+                factor = tl.exp((mt - new_t) / T)
+                pt = tl.where(inside, tl.exp(tl.where(inside, zt - new_t, 0.0) / T), 0.0)
+                cross = cross * factor + tl.sum(pt * tl.where(inside, zt - z, 0.0), axis=0)
+                st = st * factor + tl.sum(pt, axis=0)
+                mt = new_t
+            m = new
+        stats_ptr += row * 7
+        tl.store(stats_ptr, m)
+        tl.store(stats_ptr + 1, s)
+        tl.store(stats_ptr + 2, sharp)
+        tl.store(stats_ptr + 3, mt)
+        tl.store(stats_ptr + 4, st)
+        tl.store(stats_ptr + 5, cross)
+        tl.store(stats_ptr + 6, weighted)
+
+    @triton.jit
+    def _write(
+        z_ptr, teacher_ptr, stats_ptr, targets_ptr, weights_ptr, V, T,
+        HAS_TEACHER: tl.constexpr, ENTROPY: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """One row's gradient in place of its logits, from what `_read` has found; weights: λ₁ and λ₂."""
+        row = tl.program_id(0).to(tl.int64)
+        z_ptr += row * V
+        teacher_ptr += row * V
+        stats_ptr += row * 7
+        m = tl.load(stats_ptr)
+        s = tl.load(stats_ptr + 1)
+        sharp = tl.load(stats_ptr + 2)
+        mt = tl.load(stats_ptr + 3)
+        st = tl.load(stats_ptr + 4)
+        weighted = tl.load(stats_ptr + 6)
+        target = tl.load(targets_ptr + row)
+        consistency = tl.load(weights_ptr) * T
+        diversity = tl.load(weights_ptr + 1)
+        lanes = tl.arange(0, WIDTH)
+        for start in range(0, V, WIDTH):
+            inside = start + lanes < V
+            shifted = tl.load(z_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32) - m
+            p = tl.exp(shifted) / s
+            gradient = p - tl.where(start + lanes == target, 1.0, 0.0)
+            if ENTROPY == 2:  # p·(log p + H), where H = log s − Σ p (z − m)
+                gradient += diversity * p * (shifted - weighted / s)
+            if HAS_TEACHER:
+                zt = tl.load(teacher_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
+                gradient += consistency * (tl.exp(shifted / T) / sharp - tl.exp((zt - mt) / T) / st)
+            tl.store(z_ptr + start + lanes, gradient, mask=inside)
+
+
+@torch.no_grad()
+def token_terms(
+    z: Tensor, teacher: Tensor | None, targets: Tensor, regularizers: Any, sums: Tensor, needs_gradient: bool
+) -> None:
+    """train.py's `_token_terms`, whatever floating type `z` and `teacher` have; `teacher` stays as it is."""
+    entropy = NONE
+    if regularizers is not None and regularizers.lambda_diversity is not None:
+        entropy = ALL if regularizers.entropy_top_k is None else TOP_K
+    rows, V = z.shape
+    T = 1.0 if teacher is None else float(regularizers.temperature)
+    stats = z.new_empty(rows, 7, dtype=torch.float32)
+    # Where the k largest are sought among few, their blocks' maxima are of no use.
+    by_blocks = entropy == TOP_K and regularizers.entropy_top_k * GROUP < V // 4
+    maxima = z.new_empty(rows, V // GROUP if by_blocks else 0, dtype=z.dtype)
+    shared = {"HAS_TEACHER": teacher is not None, "WIDTH": WIDTH, "num_warps": 8}
+    reads = TOP_K if by_blocks else ALL if entropy == ALL else NONE
+    _read[(rows,)](z, z if teacher is None else teacher, stats, maxima, V, T, ENTROPY=reads, GROUP=GROUP, **shared)
+    m, s, sharp, mt, st, cross, weighted = stats.unbind(1)
+    sums[0] += (s.log() + m - z.gather(1, targets[:, None])[:, 0].float()).sum()
+    if teacher is not None:
+        sums[1] += T**2 * ((cross / st + m - mt) / T + sharp.log() - st.log()).sum()
+    if entropy == ALL:
+        sums[2] += (weighted / s - s.log()).sum()
+    if entropy == TOP_K:
+        k = regularizers.entropy_top_k
+        values, indices = top_k_of_blocks(z, maxima, k, GROUP) if by_blocks else top_k(z, k)
+        log_q = F.log_softmax(values.float(), dim=1)  # (m, K)
+        q = log_q.exp()
+        negative_entropy = (q * log_q).sum(dim=1, keepdim=True)
+        sums[2] += negative_entropy.sum()
+    if not needs_gradient:
+        return
+    weights = stats.new_zeros(2)
+    if teacher is not None:
+        weights[0] = regularizers.lambda_consistency
+    if entropy != NONE:
+        weights[1] = regularizers.lambda_diversity
+    _write[(rows,)](z, z if teacher is None else teacher, stats, targets, weights, V, T, ENTROPY=entropy, **shared)
+    if entropy == TOP_K and regularizers.lambda_diversity > 0:
+        gradient = regularizers.lambda_diversity * q * (log_q - negative_entropy)
+        z.scatter_(1, indices, (z.gather(1, indices).float() + gradient).to(z.dtype))
+
+
+def is_usable(head_weight: Tensor, plain: Callable[..., None]) -> bool:
+    """Whether `token_terms` takes the place of `plain` for this head: on a GPU with Triton, and tried out."""
+    if not enabled or triton is None or head_weight.dtype == torch.float64:
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
+    return (head_weight.is_cuda or interpreted) and _agrees(plain, head_weight.device, head_weight.dtype)
+
+
+@functools.cache
+def _agrees(plain: Callable[..., None], device: torch.device, dtype: torch.dtype) -> bool:
+    """Tries `token_terms` against `plain` on a few rows of both formulations; says so where it does not fit."""
+    generator = torch.Generator().manual_seed(0)
+    z, teacher = ((4 * torch.randn(3, 5001, generator=generator)).to(device, dtype) for _ in range(2))
+    targets = torch.randint(5001, (3,), generator=generator).to(device)
+    tolerance, problem = 1e-4 if dtype == torch.float32 else 1e-2, "its numbers are others"
+    try:
+        for T, k in ((2.0, 20), (1.0, None)):
+            settings = SimpleNamespace(
+                lambda_consistency=0.5, lambda_diversity=0.4, temperature=T, entropy_top_k=k, adaptive=False
+            )
+            sums, expected_sums = (torch.zeros(3, device=device) for _ in range(2))
+            gradient, expected = z.clone(), z.float()
+            token_terms(gradient, teacher, targets, settings, sums, True)
+            plain(expected, teacher.float(), targets, settings, expected_sums, True)
+            error = (gradient.float() - expected).norm() / expected.norm()
+            if not torch.allclose(sums, expected_sums, rtol=1e-4) or not error < tolerance:
+                break
+        else:
+            return True
+    except Exception as error:  # a compiler's, a driver's: each has its own
+        problem = str(error).strip().partition("\n")[0] or type(error).__name__
+    print(f"note: the objective's fused kernels do not serve here ({problem}); the plain form does")
+    return False

@@ -1,0 +1,69 @@
+"""The fused kernels by Triton's interpreter, run by test_gpu_paths.py in a process of its own: TRITON_INTERPRET=1 must
+stand before anything imports Triton."""
+
+import pytest
+import torch
+from conftest import relative_error
+from test_objective import ICLR, SETTINGS, definition, fused, make_inputs
+
+import train
+from common import token_kernel
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels in narrow blocks, so that a row takes several; returns the calls."""
+    calls, kernel = [], token_kernel.token_terms
+    monkeypatch.setattr(token_kernel, "WIDTH", 512)
+    monkeypatch.setattr(token_kernel, "_agrees", lambda *_: True)
+    monkeypatch.setattr(token_kernel, "token_terms", lambda *args: (calls.append(args), kernel(*args))[1])
+    return calls
+
+
+@pytest.mark.parametrize("name", ["iclr2026", "arxiv2024", "zero_weights", "no_teacher", "task_alone", "adaptive"])
+def test_the_kernels_equal_the_definition(name, interpreted):
+    """Values and gradient, fp32 within rounding; rows of several blocks with a remainder, and of less than one."""
+    for shape in ((3, 1511, 16), (3, 40, 8)):
+        inputs = make_inputs(shape)
+        loss, terms, gradient = fused(inputs, SETTINGS[name])
+        expected_loss, expected_terms, expected_gradient = definition(inputs, SETTINGS[name])
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5, abs=1e-7)
+        assert terms == pytest.approx(expected_terms, rel=1e-5, abs=1e-6)
+        assert relative_error(gradient, expected_gradient) < 1e-5
+    assert len(interpreted) == 2
+
+
+def test_the_kernels_in_bfloat16_and_of_very_large_logits(interpreted):
+    """As the plain form's own tests of both."""
+    inputs = make_inputs((20, 700, 16), dtype=torch.bfloat16)
+    loss, _, gradient = fused(inputs, ICLR)
+    expected_loss, _, expected_gradient = definition(inputs, ICLR)
+    assert interpreted[0][0].dtype == torch.bfloat16
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
+    assert relative_error(gradient, expected_gradient) < 2e-2
+    hidden, teacher, head, targets = make_inputs((4, 600, 8))
+    inputs = (hidden * 2e3, teacher * 2e3, head, targets)
+    loss, _, gradient = fused(inputs, ICLR)
+    expected_loss, _, expected_gradient = definition(inputs, ICLR)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert relative_error(gradient, expected_gradient) < 1e-3
+
+
+def test_a_trial_decides_whether_the_kernels_serve(monkeypatch, capsys):
+    """Against the plain form they do; against another formula, or where they raise, that form does, and says so."""
+    head = torch.zeros(2, 2, dtype=torch.bfloat16)
+
+    def other(z, teacher, targets, settings, sums, needs_gradient):
+        train._token_terms(z, teacher, targets, settings, sums, needs_gradient)
+        z *= 1.05
+
+    assert token_kernel.is_usable(head, train._token_terms)
+    assert capsys.readouterr().out == ""
+    assert not token_kernel.is_usable(head, other)
+    assert "its numbers are others" in capsys.readouterr().out
+    monkeypatch.setattr(token_kernel, "_read", None)
+    token_kernel._agrees.cache_clear()
+    assert not token_kernel.is_usable(head, train._token_terms)
+    assert "do not serve here" in capsys.readouterr().out
+    monkeypatch.setattr(token_kernel, "enabled", False)
+    assert not token_kernel.is_usable(head, train._token_terms)

@@ -1,0 +1,125 @@
+"""What only a GPU uses, tested without one: Triton's interpreter for the kernels, the arithmetic of chunks, counts."""
+
+import collections
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_model, relative_error
+from test_training import make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train
+from common import chunks, token_kernel
+from common.targets import TARGET_MODULES
+
+
+def test_the_kernels_by_tritons_interpreter():
+    """tests/interpreted_kernels.py, where Triton has not been imported yet."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py"]
+    variables = os.environ | {"TRITON_INTERPRET": "1"}
+    finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-3000:]
+    assert "8 passed" in finished.stdout
+
+
+def test_on_a_cpu_the_plain_form_serves():
+    assert not token_kernel.is_usable(torch.zeros(2, 2), train._token_terms)
+
+
+@pytest.mark.parametrize("gib", [24, 80])
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 256_000])
+def test_a_gpus_chunks_have_rows_enough_and_fit(gib, vocabulary):
+    """1,024 at least, but for the largest vocabularies on small cards; never more than an eighth of the card."""
+    card = gib * 2**30
+    for row in (chunks.bytes_per_row(vocabulary, 2, 4, 2, True), chunks.bytes_per_row(vocabulary, 2, 2, 2, False)):
+        rows = chunks.most_rows(row, None, card)
+        assert rows >= min(1024, card // 8 // row)
+        assert rows * row <= card / 8
+        assert rows >= card // 32 // row
+        assert chunks.most_rows(row, 128.0, card) * row <= 2**27  # what a user says holds
+        assert chunks.most_rows(row, None, None) == chunks.most_rows(row, 128.0, None)
+    assert chunks.bytes_per_row(vocabulary, 2, 4, 2, True) == 14 * vocabulary
+
+
+class Counted(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["pissa", "lora"])
+def test_factors_stacked_once_change_no_bit(method, dtype):
+    """Forward and backward, with checkpointing too; no pass stacks them again."""
+    gradients, negations = [], {}
+    for held, checkpointing in itertools.product((False, True), repeat=2):
+        model = make_model().to(dtype).train()
+        torch.manual_seed(0)
+        train.add_adapters(model, method, 4, 8, TARGET_MODULES)
+        for layer in train.adapter_layers(model).values():
+            layer.lora_B.data += 0.05
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        train.stack_factors(model, hold=held)
+        ids = torch.arange(20)[None]
+        with Counted() as counted:
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        negations[held, checkpointing] = counted.counts["neg"]
+    for other in gradients[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(other, gradients[0], strict=True))
+    passes = 14 if method == "pissa" else 0  # PiSSA's stack has −B₀ in it
+    assert negations[False, False] - negations[True, False] == 2 * passes
+    assert negations[False, True] - negations[True, True] == 3 * passes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_no_stacked_factors_outlive_an_update(optimizer, tokenizer, data_file, tmp_path):
+    """Held in every pass of a step, and never stale: the run is that of factors stacked in every pass, bit for bit."""
+    ends = []
+    for held in (True, False):
+        trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / str(held), max_steps=3)
+        trainer.args.optim = transformers.training_args.OptimizerNames(optimizer)
+        layers, seen = train.adapter_layers(trainer.model.model).values(), set()
+        forward = trainer.model.forward
+
+        def watched(*args, layers=layers, seen=seen, forward=forward, trainer=trainer, held=held):
+            seen.add(all(layer.stacked is not None for layer in layers) or not held)
+            if not held:
+                train.stack_factors(trainer.model.model, hold=False)
+            return forward(*args)
+
+        trainer.model.forward = watched
+        trainer.train()
+        assert seen == {True}
+        assert all(layer.stacked is None for layer in layers)
+        ends.append([parameter.detach().clone() for parameter in trainer.model.parameters() if parameter.requires_grad])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*ends, strict=True))
+
+
+def test_a_gpus_iteration_looks_seldom_and_agrees():
+    """Within the bounds of the whole decomposition, by fewer rounds that look at the residual."""
+    generator = torch.Generator().manual_seed(0)
+    for decay in (0.3, 1.0):
+        Y = torch.randn(600, 550, generator=generator) * torch.arange(1, 551) ** -decay
+        looks = []
+        for on_gpu in (False, True):
+            with Counted() as counted:
+                train._leading_by_iteration(Y, 10, on_gpu)
+            looks.append(counted.counts["_linalg_eigh"])
+        assert looks[1] < looks[0]
+        sigma, polar = train._leading_by_iteration(Y, 10, True)
+        expected_sigma, expected_polar = train._leading_by_eigh(Y, 10)
+        assert relative_error(sigma, expected_sigma[:10]) < 1e-6
+        assert relative_error(polar, expected_polar) < 1e-3
