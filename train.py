@@ -1271,6 +1271,10 @@ class BALoRATrainer(ResumableTrainer):
         """Its valid tokens: `objective` takes the mean over those of the step."""
         return len(batch["targets"])
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
+        stack_factors(self.trained)
+        return super().get_batch_samples(*args, **kwargs)
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor | float:
         stack_factors(self.trained, hold=False)
         return super()._get_grad_norm(*args, **kwargs)
