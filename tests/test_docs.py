@@ -123,7 +123,8 @@ def options_of(script: str) -> frozenset[str]:
         fields = [node.target.id for node in arguments[0].body if isinstance(node, ast.AnnAssign)]
     elif arguments:
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        fields = [item.name for item in dataclasses.fields(module.Arguments)]
+        declared = dataclasses.fields(module.Arguments)
+        fields = [item.name for item in declared] + [f"no_{item.name}" for item in declared if item.type is bool]
     else:
         fields = []
     return frozenset(names | {f"--{name.replace('_', '-')}" for name in fields} | OTHERS["every script"])
