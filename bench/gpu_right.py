@@ -364,7 +364,7 @@ def train_for_resume(output_dir: str, device: str, small: bool, steps: int, slow
     trainer_args = training_arguments(args)
     trainer_args.report_to, trainer_args.disable_tqdm = [], True
     wrapper = cases.adapted(cases.make_model(config, options, torch.float32), args.rank)
-    checkpoint = checkpoints.checkpoint_to_resume(args, trainer_args)
+    checkpoint = checkpoints.checkpoint_to_resume(args)
     if checkpoint is not None:
         checkpoints.load_trained_tensors(wrapper.model, train.load_file(checkpoint / checkpoints.TRAINED_TENSORS))
     rows = Rows(cases.examples(16, config.vocab_size, 40))
