@@ -464,8 +464,8 @@ def nlu_objective(
         terms["diversity"] = covariance_loss(logits)
         loss = loss + args.lambda_diversity * factor * terms["diversity"]
     if args.lambda_spectral > 0 and not regression and args.spectral_k < logits.shape[1]:
-        acts = args.spectral_k < len(logits)  # not in an epoch's last batch, where that is too small
-        terms["spectral"] = spectral_loss(logits, args.spectral_k, "nuclear") if acts else logits.new_zeros(())
+        acts = args.spectral_k < len(logits)  # in an epoch's last batch, where that is too small, it is the constant -1
+        terms["spectral"] = spectral_loss(logits, args.spectral_k, "nuclear") if acts else -logits.new_ones(())
         loss = loss + args.lambda_spectral * factor * terms["spectral"]
     return loss, terms
 

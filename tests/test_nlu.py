@@ -398,7 +398,7 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
     )  # fmt: skip
     metrics = {"cola": {"matthews", "accuracy"}, "mrpc": {"accuracy", "f1"}, "qqp": {"accuracy", "f1"}}
     expected = metrics.get(task, {"pearson", "spearman"} if classes == 1 else {"accuracy"})
-    details = {"confusion_matrix", "class_accuracy", "calibration_error"} if classes > 1 else set()
+    details = {"confusion_matrix", "class_accuracy", "calibration_error", "macro_f1", "auc"} if classes > 1 else set()
     scores = summary["results"]["validation"]["ba-lora"]
     assert set(scores) == expected | details
     for name in expected:
