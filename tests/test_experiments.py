@@ -449,6 +449,8 @@ def what_is_left(folder: Path) -> dict:
             text = [without_the_clock(json.loads(line)) for line in text.splitlines()]
         elif path.suffix == ".json":
             text = without_the_clock(json.loads(text))
+            if path.name == "manifest.json":  # the length of the log, which has times in it
+                text["sizes"].pop("trainer_state.json")
         elif path.name == "summary.md":  # the last columns are minutes and GiB
             text = [line.split("|")[:-3] if line.startswith("|") else line for line in text.splitlines()]
         found[name] = None if path.parent.name == "logs" else text
