@@ -466,7 +466,8 @@ def nlu_objective(
     if args.lambda_spectral > 0 and not regression and args.spectral_k < logits.shape[1]:
         acts = args.spectral_k < len(logits)  # in an epoch's last batch, where that is too small, it is the constant -1
         terms["spectral"] = spectral_loss(logits, args.spectral_k, "nuclear") if acts else -logits.new_ones(())
-        loss = loss + args.lambda_spectral * factor * terms["spectral"]
+        if acts:
+            loss = loss + args.lambda_spectral * factor * terms["spectral"]
     return loss, terms
 
 
