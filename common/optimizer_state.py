@@ -115,5 +115,8 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
     part = F.pad(part, (0, size - part.numel()))
     if key is None:
         utils.safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.data.copy_(part)  # what the passes gather
+        if parameter.data.numel() == value.numel():  # a small one, which every rank keeps whole
+            parameter.data.copy_(value)
     else:
         utils.safe_set_local_optimizer_state(parameter, part, key)
