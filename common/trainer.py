@@ -10,11 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from accelerate.data_loader import DataLoaderShard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,6 +40,9 @@ from common.partitioned import num_ranks
 from common.runs import INCOMPLETE
 from common.training import ProgressBar, peak_memory_gib
 from common.validation import Sampler, held_out_means, is_out_of_patience, vain_validations
+
+if TYPE_CHECKING:
+    from accelerate.data_loader import DataLoaderShard
 
 
 class ResumableTrainer(Trainer):
@@ -133,8 +135,10 @@ class ResumableTrainer(Trainer):
         """The examples of an epoch in order."""
         return torch.randperm(len(self.train_dataset), generator=generator_of(self.args.seed, epoch)).tolist()
 
-    def get_train_dataloader(self) -> DataLoaderShard:
+    def get_train_dataloader(self) -> "DataLoaderShard":
         """The Trainer's own would repeat examples at the end of an epoch, and how many depends on the ranks."""
+        from accelerate.data_loader import DataLoaderShard
+
         args = self.args
         ranks = (args.process_index, args.world_size)
         batches = MicroBatches(self.order, len(self.train_dataset), args.train_batch_size, *ranks)
