@@ -87,10 +87,12 @@ class Format:
             require_fields(records, fields, source, "name two texts, or one that holds conversations, with --fields")
             columns = tuple(fields)
         kinds = [getattr(records.features[name], "dtype", "list") for name in columns]
-        are_texts = all(kind.endswith("string") or kind.startswith(TEXT_KINDS) for kind in kinds)
+        others = [i for i, kind in enumerate(kinds) if not kind.endswith("string") and not kind.startswith(TEXT_KINDS)]
+        are_texts = not others
         is_named = len(columns) == 2 and columns == tuple(fields)
         if is_named and not are_texts:
-            raise UserError(f"{source}: the fields {' and '.join(columns)} hold no text but {', '.join(kinds)}")
+            name, kind = columns[others[0]], kinds[others[0]]
+            raise UserError(f"{source}: the field {name!r} holds no text but {kind}: write it as text")
         template = "alpaca" if is_named else "raw" if len(columns) == 2 and are_texts else "chat"
         return cls(columns, is_named, template, source)
 
