@@ -45,14 +45,8 @@ def clear_folder(folder: Path) -> None:
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
-NOT_IDENTITY |= {
-    "gradient_checkpointing",
-    "trust_remote_code",
-    "skip_done",
-    "sample_prompts",
-    "report_to",
-    "push_to_hub",
-}
+NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done"}
+NOT_IDENTITY |= {"sample_prompts", "report_to", "push_to_hub"}
 
 
 def first_difference(

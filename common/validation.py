@@ -244,14 +244,8 @@ class Sampler:
     def write(self, model: transformers.PreTrainedModel, step: int) -> None:
         """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
         own = model.generation_config
-        ends = [*own.eos_token_id] if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        ends = sorted(
-            {
-                token
-                for token in (self.template.tokenizer.eos_token_id, self.template.end_token_id, *ends)
-                if token is not None
-            }
-        )
+        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        ends = sorted({*ends, self.template.tokenizer.eos_token_id, self.template.end_token_id} - {None})
         settings = {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0], "use_cache": True}
         device = model.get_input_embeddings().weight.device
         try:
