@@ -123,9 +123,9 @@ class TransformersBackend:
         return completions
 
     @torch.inference_mode()
-    def response_loss(self, prompts: list[list[int]], responses: list[list[int]]) -> float:
+    def log_likelihoods(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        total = 0.0
+        found = [0.0] * len(sequences)
         for indices in with_bar(batches([len(sequence) for sequence in sequences], self.batch_size), "response loss"):
             input_ids, attention_mask = _left_padded([sequences[i] for i in indices], 0, self.device)
             longest = max(len(responses[i]) for i in indices)
@@ -139,8 +139,8 @@ class TransformersBackend:
             for i, row in zip(indices, logits, strict=True):
                 response = torch.tensor(responses[i], device=self.device)
                 predicting = row[-len(response) - 1 : -1].float()
-                total += torch.nn.functional.cross_entropy(predicting, response, reduction="sum").item()
-        return total / sum(map(len, responses))
+                found[i] = -torch.nn.functional.cross_entropy(predicting, response, reduction="sum").item()
+        return found
 
 
 def _seed_of(seeds: list[int]) -> int:
@@ -238,7 +238,7 @@ class VLLMBackend:
             completions.append(Completion(text, len(tokens), finished=output.outputs[0].finish_reason == "stop"))
         return completions
 
-    def response_loss(self, prompts: list[list[int]], responses: list[list[int]]) -> float:
+    def log_likelihoods(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
         from vllm import SamplingParams
 
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
@@ -247,11 +247,11 @@ class VLLMBackend:
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0),
             lora_request=self.lora,
         )
-        total = 0.0
+        found = []
         for output, response in zip(outputs, responses, strict=True):
             of_response = zip(output.prompt_logprobs[-len(response) :], response, strict=True)
-            total -= sum(logprobs[token].logprob for logprobs, token in of_response)
-        return total / sum(map(len, responses))
+            found.append(sum(logprobs[token].logprob for logprobs, token in of_response))
+        return found
 
 
 def eos_token_ids_of(ckpt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -35,7 +35,7 @@ class Completion:
 
 
 class Backend(Protocol):
-    """A checkpoint that generates, and that tells the loss of given responses."""
+    """A checkpoint that generates, and that tells how likely given responses are."""
 
     name: str
     batch_size: int
@@ -45,8 +45,13 @@ class Backend(Protocol):
     ) -> list[Completion]:
         """One completion per prompt of one batch, in order; `seeds`, one per prompt, where temperature is above 0."""
 
-    def response_loss(self, prompts: list[list[int]], responses: list[list[int]]) -> float:
-        """The mean over all response tokens of −ln p(token | prompt, response so far), in nats."""
+    def log_likelihoods(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
+        """Of every response Σ ln p(token | prompt, response so far), in nats."""
+
+
+def response_loss(backend: Backend, prompts: list[list[int]], responses: list[list[int]]) -> float:
+    """The mean over all response tokens of −ln p(token | prompt, response so far), in nats."""
+    return -sum(backend.log_likelihoods(prompts, responses)) / sum(map(len, responses))
 
 
 # `load_backend`, or what stands in for it.

@@ -31,7 +31,7 @@ from common.intervals import score_line, share
 from common.prompts import encode_response
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
-from eval.generation import LoadBackend
+from eval.generation import LoadBackend, response_loss
 
 HUB_DATA = "openai/gsm8k"
 FORMAT = "GSM8K's format has question and answer"
@@ -149,7 +149,7 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
         run.max_length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
     items = run.complete(questions, shots, stop=stop)
     if args.loss_field:
-        loss = run.backend().response_loss(prompts, responses)
+        loss = response_loss(run.backend(), prompts, responses)
 
     for item in items:
         gold = golds[item["index"]]

@@ -14,7 +14,7 @@ from common.prompts import encode_prompt, encode_response
 from data import demo
 from eval import gsm8k, report
 from eval.backends import TransformersBackend
-from eval.generation import Sampling, batches, load_backend
+from eval.generation import Sampling, batches, load_backend, response_loss
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
         with torch.no_grad():
             total += model(torch.tensor([prompt + response]), labels=labels).loss.item() * len(response)
     expected = total / sum(map(len, responses))
-    assert transformers_backend.response_loss(prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
+    assert response_loss(transformers_backend, prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_vllm_and_transformers_agree(smollm2, transformers_backend, vllm_backend
     agreeing = sum(a.text == b.text for a, b in zip(ours, theirs, strict=True))
     assert agreeing >= 0.95 * 50  # fp32 sums in another order may turn a near tie
     responses = [encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
-    losses = [backend.response_loss(prompts, responses) for backend in (transformers_backend, vllm_backend)]
+    losses = [response_loss(backend, prompts, responses) for backend in (transformers_backend, vllm_backend)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
