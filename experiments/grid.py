@@ -21,7 +21,7 @@ import yaml
 
 from common.cli import UserError, run_script
 from experiments.entries import load, names
-from experiments.runs import Plan, Run, as_words, expand, read_config
+from experiments.runs import Plan, Run, as_words, expand, measure_script, read_config
 
 PLAN_VERSION = 1
 
@@ -56,7 +56,7 @@ def measuring_commands(run: Run) -> dict[str, list[str]]:
         words = ["--benchmarks", *run.benchmarks, *merged_model, *where, *as_words(run.evaluation)]
         found["score"] = ["python", "eval/suite.py", *words]
     for name, options in run.alone.items():
-        found[name] = ["python", f"eval/{name}.py", *merged_model, *where, *as_words(options)]
+        found[name] = ["python", measure_script(name), *merged_model, *where, *as_words(options)]
     if run.forgetting is not None:
         base = run.settings.get("model") or read_config(run.settings["config"])["model"]
         words = [*merged_model, "--base", base, *where, *as_words(run.forgetting)]
@@ -108,7 +108,7 @@ def as_json(plan: Plan, plan_file: str, paths: dict[str, str], devices: list[str
         "folder": plan.folder,
         "devices": devices,
         "needs_gpu": bool(plan.entries.get("needs-gpu")),
-        "files": plan.files,
+        "files": {path: renamed(shlex.split(command), paths) for path, command in plan.files.items()},
         "choices": plan.choices,
         "report_options": plan.entries.get("report") or {},
         "runs": runs,

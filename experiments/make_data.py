@@ -3,6 +3,11 @@
 
 problems --count N --skip S FILE       N problems of the demo's kind that are in neither of its files, after the first S
 held-out --data NAME --subset PART --skip S --count N FILE        N rows after the first S, in GSM8K's format
+gsm8k --data NAME --split SPLIT --skip S --count N FILE           N problems of GSM8K after the first S, with the
+                                       response that is trained: its steps and MetaMathQA's ending
+texts --data NAME --split SPLIT --fields A B --skip S --count N FILE        N texts, the fields of a row one under the
+                                       other
+answers --data NAME --model MODEL --count N FILE        N texts: MT-Bench's first turns, each with MODEL's greedy answer
 imbalance --data NAME --subset PART --split SPLIT [--label L --ratio R --count N --seed S] FILE
                                        rows of a data set for classification; of class L one to R of every other class
 sentences --split SPLIT --count N [--noise P] [--ratio R] [--seed S] FILE
@@ -21,6 +26,8 @@ from typing import Any
 
 from common.cli import UserError, run_script
 from common.tables import load_records, require_fields
+
+ANSWER_TOKENS = 96  # of `answers`, at most
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -62,6 +69,64 @@ def held_out(data: str, subset: str | None, skip: int, count: int) -> list[dict[
         if len(rows) == count:
             return rows
     raise UserError(f"{data} has {len(rows)} such rows after the first {skip}, not {count}")
+
+
+def gsm8k_with_responses(data: str, config: str | None, split: str, skip: int, count: int) -> list[dict[str, str]]:
+    """Rows after the first `skip`; `response` is without the calculator's marks and ends as MetaMathQA's answers do."""
+    from eval.gsm8k import solved
+
+    records = load_records(data, split, name=config)
+    require_fields(records, ["question", "answer"], data, "GSM8K's format has question and answer")
+    records = chosen(records, data, skip, count)
+    return [{"question": row["question"], "answer": row["answer"], "response": solved(row)[1]} for row in records]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Texts
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(records: Any, data: str, skip: int, count: int) -> Any:
+    """`count` rows after the first `skip`.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if len(records) < skip + count:
+        raise UserError(f"{data} has {len(records)} rows, and {skip} + {count} are asked for")
+    return records.select(range(skip, skip + count))
+
+
+def texts(data: str, config: str | None, split: str, fields: list[str], skip: int, count: int) -> list[dict[str, str]]:
+    """The fields of each row, one under the other."""
+    records = load_records(data, split, name=config)
+    require_fields(records, fields, data, "name the texts' columns by --fields")
+    return [{"text": "\n".join(row[name] for name in fields)} for row in chosen(records, data, skip, count)]
+
+
+def answers(data: str, model: str, split: str, skip: int, count: int) -> list[dict[str, str]]:
+    """MT-Bench's first turns, each with the greedy answer of `model`, in its chat template."""
+    from common.pretrained import load_tokenizer_and_config, resolve_demo
+    from eval.generation import Sampling, batches, load_backend
+
+    records = load_records(data, split)
+    require_fields(records, ["turns"], data, "MT-Bench's format has turns")
+    path = resolve_demo(model, "model")
+    tokenizer, config = load_tokenizer_and_config(path)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["turns"][0]}], tokenize=False, add_generation_prompt=True
+        )
+        for row in chosen(records, data, skip, count)
+    ]
+    encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    backend = load_backend("transformers", path, tokenizer, config, dtype="float32", max_length=2048)
+    found = [""] * len(prompts)
+    for group in batches([len(ids) for ids in encoded], 16):
+        made = backend.generate([encoded[i] for i in group], Sampling(max_new_tokens=ANSWER_TOKENS))
+        for i, completion in zip(group, made, strict=True):
+            found[i] = prompts[i] + completion.text
+    return [{"text": text} for text in found]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -170,22 +235,39 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> None:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("problems", "held-out", "imbalance", "sentences", "tiny-data", "tiny-benchmarks")
+    kinds = (
+        "problems",
+        "held-out",
+        "gsm8k",
+        "texts",
+        "answers",
+        "imbalance",
+        "sentences",
+        "tiny-data",
+        "tiny-benchmarks",
+    )
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("target", type=Path)
-    for name in ("data", "subset", "label"):
+    for name in ("data", "subset", "label", "model"):
         parser.add_argument(f"--{name}")
+    parser.add_argument("--fields", nargs="+", default=["text"])
     parser.add_argument("--split", default="train")
     for name, default in (("count", None), ("skip", 0), ("ratio", None), ("noise", 0), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
-    if args.kind in ("problems", "held-out", "sentences") and args.count is None:
+    if args.kind in ("problems", "held-out", "gsm8k", "texts", "answers", "sentences") and args.count is None:
         raise UserError(f"{args.kind} needs --count")
     match args.kind:
         case "problems":
             write(args.target, problems(args.count, args.skip))
         case "held-out":
             write(args.target, held_out(args.data, args.subset, args.skip, args.count))
+        case "gsm8k":
+            write(args.target, gsm8k_with_responses(args.data, args.subset, args.split, args.skip, args.count))
+        case "texts":
+            write(args.target, texts(args.data, args.subset, args.split, args.fields, args.skip, args.count))
+        case "answers":
+            write(args.target, answers(args.data, args.model, args.split, args.skip, args.count))
         case "imbalance":
             rows = load_records(args.data, args.split, name=args.subset)
             write(args.target, imbalanced(rows.to_list(), args.label, args.ratio, args.count, args.seed))

@@ -53,7 +53,9 @@ GLUE_TESTS = {
     "stsb": 1500,
 }
 ITEMS = {"gsm8k": 1319, "hendrycks_math": 5000, "humaneval": 164, "mbpp": 500, "mt_bench": 160}
+ITEMS |= {"crows_pairs": 3016, "curve": 2000}  # what reads and does not write; of a curve about so many
 NEW_TOKENS = {"gsm8k": 1024, "hendrycks_math": 2048, "humaneval": 512, "mbpp": 512, "mt_bench": 1024}
+NEW_TOKENS |= {"crows_pairs": 0, "curve": 0}
 FULL_STATE = 12  # bytes per trained parameter of a checkpoint: fp32 and both of Adam's moments
 
 

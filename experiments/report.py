@@ -28,6 +28,8 @@ from experiments.entries import load, names
 
 # What a benchmark is known by.
 HEADLINES = {
+    "crows_pairs": ("pct_stereotype", "change"),
+    "curve": ("response_loss", "forgetting", "kl_base_tuned", "distinct_answers"),
     "forgetting": ("forgetting", "kl_base_tuned"),
     "gsm8k": ("accuracy", "response_loss"),
     "hendrycks_math": ("accuracy",),
@@ -37,6 +39,7 @@ HEADLINES = {
 }
 CLASSIFICATION = ("accuracy", "matthews", "f1", "pearson", "spearman", "calibration_error")
 IN_PERCENT = ("accuracy", "class_accuracy", "pass@1", "matthews", "f1", "pearson", "spearman", "calibration_error")
+IN_PERCENT += ("pct_stereotype", "distinct_answers")
 
 Record = dict[str, Any]
 Column = tuple[str, str]  # benchmark or evaluation set, score

@@ -377,9 +377,14 @@ def check(plan: Plan) -> None:
                 parse_training(plan, run)
 
 
+def measure_script(name: str) -> str:
+    """The script that measures a merged model, by the name of its results."""
+    return "experiments/curve.py" if name == "curve" else f"eval/{name}.py"
+
+
 def measured(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """The scripts that measure the run's model, with their options."""
-    found = [(f"eval/{name}.py", options) for name, options in run.alone.items()]
+    found = [(measure_script(name), options) for name, options in run.alone.items()]
     if run.benchmarks:
         found.append(("eval/suite.py", run.evaluation))
     if run.forgetting is not None:

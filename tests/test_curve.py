@@ -1,0 +1,139 @@
+"""Learning against forgetting by checkpoint: every number by its formula on the exported model, in float64."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_tokenizer
+from test_forgetting import by_formula
+from test_user_errors import error_of
+
+import train
+from eval import backends
+from eval.generation import Completion
+from experiments import curve
+
+TEXTS = {"prose": ["Sea turtles are rare.", "A long night."], "code": ["def f(x):\n    return x"]}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    paths = []
+    for name, lines in TEXTS.items():
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, ""]))
+    return paths
+
+
+@pytest.fixture(params=["ba-lora", "lora", "full"])
+def run_folder(request, checkpoint, data_file, tmp_path):
+    """A run with a checkpoint at steps 2, 4 and 6."""
+    out = tmp_path / "run"
+    words = ["--model", checkpoint, "--data", data_file, "--method", request.param, "--rank", 2, "--output-dir", out]
+    words += ["--batch-size", 4, "--gradient-accumulation", 1, "--learning-rate", 1e-2, "--max-steps", 6]
+    words += ["--save-steps", 2, "--keep-checkpoints", 3, "--epochs", 9]
+    train.main(list(map(str, words)))
+    return out
+
+
+def measured(run_folder, data_file, texts, *options):
+    out = run_folder / "results"
+    words = ["--ckpt", run_folder / "merged", "--data", data_file, "--texts", *texts, "--output-dir", out]
+    curve.main([str(word) for word in [*words, "--batch-size", 3, "--overwrite", *options]])
+    points = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    return points, json.loads((out / "curve.json").read_text())
+
+
+def test_every_point_by_its_formula(run_folder, checkpoint, data_file, texts):
+    """The last point against merged/ and the base, each text and example alone in float64; an earlier one against
+    --export-from of a folder that ends there."""
+    points, summary = measured(run_folder, data_file, texts)
+    assert [point["step"] for point in points] == [0, 2, 4, 6]
+    (run_folder / "checkpoints" / "checkpoint-6").rename(run_folder / "gone")
+    train.main(["--export-from", str(run_folder), "--output-dir", str(run_folder / "earlier")])
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    tokenizer = make_tokenizer()
+    for folder, point in ((run_folder / "merged", points[3]), (run_folder / "earlier" / "merged", points[2])):
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        check_texts(point, base, tuned, tokenizer)
+        check_responses(point, tuned, tokenizer, data_file)
+    assert summary["forgetting@4"] == points[2]["forgetting"]["value"]
+    assert summary["kl_base_tuned.code@6"] == points[3]["kl_base_tuned.code"]["value"]
+    assert summary["response_loss"] == points[3]["response_loss"]
+    assert points[0]["forgetting"]["value"] == points[0]["kl_base_tuned"]["value"] == 0
+
+
+def check_texts(point, base, tuned, tokenizer):
+    totals = {}
+    for name, lines in TEXTS.items():
+        for line in lines:
+            ids = tokenizer(line)["input_ids"]
+            with torch.no_grad():
+                means = by_formula(*(model(torch.tensor([ids])).logits[0].numpy() for model in (base, tuned)), ids)
+            totals.setdefault(name, []).append((means, len(ids) - 1))
+    totals["all"] = [pair for pairs in totals.values() for pair in pairs]
+    for name, pairs in totals.items():
+        ending = "" if name == "all" else f".{name}"
+        count = sum(n for _, n in pairs)
+        for score, value in {
+            "forgetting": lambda means: means["loss_after"] - means["loss_before"],
+            "kl_base_tuned": lambda means: means["kl_base_tuned"],
+            "kl_tuned_base": lambda means: means["kl_tuned_base"],
+            "entropy_change": lambda means: means["entropy_after"] - means["entropy_before"],
+        }.items():
+            expected = sum(value(means) * n for means, n in pairs) / count
+            assert point[f"{score}{ending}"]["value"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def check_responses(point, tuned, tokenizer, data_file):
+    losses, rows = [], []
+    for line in data_file.read_text().splitlines():
+        row = json.loads(line)
+        example, _ = train.build_dataset(
+            train_rows([row]), tokenizer, ["instruction", "output"], 512
+        )  # the prompt's border is common/templates.py's business, tested there
+        ids, labels = torch.tensor(example[0]["input_ids"]), torch.tensor(example[0]["labels"])
+        with torch.no_grad():
+            logits = tuned(ids[None]).logits[0, :-1]
+        valid = labels[1:] != -100
+        losses += torch.nn.functional.cross_entropy(logits[valid], labels[1:][valid], reduction="none").tolist()
+        rows.append(logits[valid])
+    assert point["response_loss"]["value"] == pytest.approx(np.mean(losses), rel=1e-4)
+    squares = torch.linalg.svdvals(torch.cat(rows)).numpy() ** 2
+    for k in (1, 5, 20):
+        assert point[f"energy.{k}"] == pytest.approx(squares[:k].sum() / squares.sum(), rel=1e-4)
+
+
+def train_rows(rows):
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+def test_distinct_answers_are_counted(run_folder, data_file, texts, monkeypatch):
+    written = ["The answer is: 4", "So 4. The answer is: 4", "The answer is: 5", "no number"]
+
+    def generate(self, prompts, sampling, seeds):
+        assert len(set(seeds)) == len(prompts) == 4 and sampling.temperature == 0.8
+        return [Completion(text, 3, True) for text in written]
+
+    monkeypatch.setattr(backends.TransformersBackend, "generate", generate)
+    _, summary = measured(run_folder, data_file, texts, "--questions", 2, "--samples", 4)
+    assert summary["distinct_answers"]["value"] == 3 / 4
+    assert summary["distinct_texts"]["value"] == 1.0
+
+
+def test_bad_input(checkpoint, data_file, texts, tmp_path, monkeypatch, capsys):
+    def error(*options, ckpt=checkpoint):
+        capsys.readouterr()
+        argv = ["--ckpt", ckpt, "--data", data_file, "--texts", *texts, "--output-dir", tmp_path / "out", *options]
+        return error_of(curve, argv, monkeypatch, capsys)
+
+    assert "no config.yaml beside it" in error()
+    assert "--limit is 0" in error("--limit", 0)
+    assert "give --ckpt, --data and --texts" in error("--texts")
+    (tmp_path / "config.yaml").write_text(f"model: {checkpoint}\ndata: {data_file}\n")
+    assert "has no complete checkpoint" in error()
+    assert not (tmp_path / "out").exists()
