@@ -1,36 +1,52 @@
-"""What test_distributed.py launches on several ranks: train.main for each list of arguments in a JSON file."""
+"""What test_distributed.py launches on several ranks: train.main for each run in a JSON file, one after the other.
 
+A run is {"argv": its arguments}, with "copy": [from, to] before it starts, and "full_disk_on": the rank whose first
+checkpoint cannot be written. Starting the processes takes longer than a dozen such runs.
+"""
+
+import contextlib
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import accelerate
+import torch.distributed as dist
 import transformers
 
 import train
 from common.training import leave
 
 
-def full_disk_once(rank: str) -> None:
-    """On this rank the first checkpoint cannot be written."""
+@contextlib.contextmanager
+def full_disk_once(rank: str | None) -> Iterator[None]:
+    """On this rank the first checkpoint of the run cannot be written."""
     save = train.BALoRATrainer._save_rng_state
+    is_full = [rank is not None and os.environ.get("RANK") == rank]
 
     def failing(self, output_dir):
-        train.BALoRATrainer._save_rng_state = save
-        if os.environ["RANK"] == rank:
+        if is_full[0]:
+            is_full[0] = False
             raise OSError(28, "No space left on device")
         save(self, output_dir)
 
     train.BALoRATrainer._save_rng_state = failing
+    yield
+    train.BALoRATrainer._save_rng_state = save
 
 
 def main() -> None:
-    if "FULL_DISK_ON_RANK" in os.environ:
-        full_disk_once(os.environ["FULL_DISK_ON_RANK"])
-    for argv in json.loads(Path(sys.argv[1]).read_text()):
-        sys.argv[1:] = argv
-        train.main(argv)
+    for run in json.loads(Path(sys.argv[1]).read_text()):
+        sys.argv[1:] = run["argv"]
+        if "copy" in run:
+            if os.environ.get("RANK", "0") == "0":
+                shutil.copytree(*run["copy"])
+            if dist.is_initialized():
+                dist.barrier()
+        with full_disk_once(run.get("full_disk_on")):
+            train.main(run["argv"])
         # What a process keeps between runs, though a user's process makes only one.
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)

@@ -32,12 +32,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def launch(name: str, runs: list[list], folder: Path, **variables: str) -> str:
-    """Makes the runs one after the other; returns what they printed."""
+def launch(name: str, runs: list[dict], folder: Path) -> str:
+    """Makes the runs one after the other (see distributed_runs.py); returns what they printed."""
     file = folder / f"{name}.json"
-    file.write_text(json.dumps([[str(word) for word in argv] for argv in runs]))
+    file.write_text(json.dumps(runs))
     command = [*LAUNCHERS[name], str(ROOT / "tests" / "distributed_runs.py"), str(file)]
-    done = subprocess.run(command, env=environment() | variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -55,6 +55,10 @@ def launched(name: str, folder: Path, output: Path, *options) -> list:
     return arguments(folder, output, *accumulation, *zero, *options)
 
 
+def run_of(argv: list, **more: str | list[str]) -> dict:
+    return {"argv": [str(word) for word in argv], **more}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
@@ -66,21 +70,68 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def poisoned(folder: Path) -> Path:
+    """A base with NaN in the embedding of one token, which one example has."""
+    poisoned = folder / "poisoned"
+    model = make_model(tie_word_embeddings=False)
+    model.get_input_embeddings().weight.data[make_tokenizer()("?")["input_ids"][0]] = float("nan")
+    model.save_pretrained(poisoned / "base")
+    make_tokenizer().save_pretrained(poisoned / "base")
+    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "?" * (i == 11)} for i in range(40)]
+    (poisoned / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return poisoned
+
+
 def kept(folder: Path) -> tuple:
     """Options of checkpoints at steps 3 and 5, and of validations at 2, 4 and 5."""
     return ("--save-steps", 3, "--eval-data", folder / "held_out.jsonl", "--eval-steps", 2)
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[tuple[str, str], Path]:
-    """Every method under every launcher, five steps; checkpoints of steps 3 and 5."""
-    outputs = {}
+def launches(folder: Path, poisoned: Path) -> tuple[dict[tuple[str, str], Path], dict[str, str]]:
+    """Every launcher once, with all of its runs: folders by launcher and what they are, and what was printed.
+
+    By name of a method: five steps, checkpoints of steps 3 and 5. METHOD-resumed: goes on from step 3. best, nan,
+    cache-N, full-disk-N: see their tests.
+    """
+    outputs, texts = {}, {}
     for name in LAUNCHERS:
-        here = {(name, method): folder / f"{name}-{method}" for method in METHODS}
-        options = (*kept(folder), "--method")
-        launch(name, [launched(name, folder, output, *options, method) for (_, method), output in here.items()], folder)
-        outputs |= here
-    return outputs
+        runs = []
+
+        def add(what: str, *options, where: Path = folder, name: str = name, runs: list = runs, **more) -> None:
+            outputs[name, what] = where / f"{name}-{what}"
+            runs.append(run_of(launched(name, where, outputs[name, what], *options), **more))
+
+        for method in METHODS:
+            add(method, *kept(folder), "--method", method)
+        if name != "one process":
+            add("best", *kept(folder), "--keep-best")
+            for method in ("full", "ba-lora"):
+                places = (outputs[name, method], folder / f"{name}-{method}-resumed")
+                copied = [str(place / "checkpoints" / "checkpoint-3") for place in places]
+                add(f"{method}-resumed", *kept(folder), "--resume", "--method", method, copy=copied)
+            add("nan", "--on-nonfinite", "skip", "--epochs", 1, where=poisoned)
+        if name == "torchrun":
+            for rank in "01":
+                add(f"full-disk-{rank}", "--save-steps", 3, full_disk_on=rank)
+        if name == "zero3":
+            cache = ("--teacher-cache", folder / "states")
+            add("cache-1", *cache, "--seed", 1, "--max-steps", 2)
+            add("cache-2", *cache, "--seed", 2)
+            add("no-cache", "--seed", 2)
+        texts[name] = launch(name, runs, folder)
+    return outputs, texts
+
+
+@pytest.fixture(scope="module")
+def runs(launches) -> dict[tuple[str, str], Path]:
+    return launches[0]
+
+
+@pytest.fixture(scope="module")
+def printed(launches) -> dict[str, str]:
+    return launches[1]
 
 
 def movement(output: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,30 +192,19 @@ def test_a_validation_gives_one_processs_numbers(name, method, runs):
 def test_the_best_state_of_two_ranks_is_exported(runs, folder):
     """ZeRO's, from the checkpoint of the best step: as good as a run that ends there, where the loss still falls."""
     for name in ("torchrun", "zero2", "zero3"):
-        output = folder / f"{name}-best"
-        options = (*kept(folder), "--method", "ba-lora", "--keep-best")
-        launch(name, [launched(name, folder, output, *options)], folder)
+        output = runs[name, "best"]
         record = json.loads((output / "run.json").read_text())["validation"]
         assert record["exported_step"] == record["best"]["step"]
         assert (output / "checkpoints" / f"checkpoint-{record['exported_step']}").is_dir()
         assert torch.equal(movement(output, folder)[0], movement(runs[name, "ba-lora"], folder)[0])
 
 
-def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, folder):
+def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, printed, folder):
     for name in ("torchrun", "zero2", "zero3"):
-        argvs = []
-        for method in ("full", "ba-lora"):
-            output = folder / f"{name}-{method}-resumed"
-            shutil.copytree(
-                runs[name, method] / "checkpoints" / "checkpoint-3", output / "checkpoints" / "checkpoint-3"
-            )
-            options = (*kept(folder), "--resume", "--method", method)
-            argvs.append(launched(name, folder, output, *options))
-        text = launch(name, argvs, folder)
-        assert text.count("going on from") == 2
+        assert printed[name].count("going on from") == 2
         for method in ("full", "ba-lora"):
             expected, _ = movement(runs[name, method], folder)
-            actual, _ = movement(folder / f"{name}-{method}-resumed", folder)
+            actual, _ = movement(runs[name, f"{method}-resumed"], folder)
             assert torch.equal(actual, expected)
 
 
@@ -212,7 +252,7 @@ def test_two_ranks_killed_go_on_as_one_and_as_four(name, folder):
     argv += ["--epochs", 2, "--batch-size", 2, "--logging-steps", 1, "--save-steps", 5]
     whole = folder / "uninterrupted-uneven"
     if not whole.exists():
-        launch("one process", [[*argv, "--gradient-accumulation", 4, "--output-dir", whole]], folder)
+        launch("one process", [run_of([*argv, "--gradient-accumulation", 4, "--output-dir", whole])], folder)
     expected, learnt = movement(whole, folder)
 
     argv += ["--gradient-accumulation", 2]
@@ -241,24 +281,18 @@ def test_two_ranks_killed_go_on_as_one_and_as_four(name, folder):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(rank, runs, folder):
-    output = folder / f"full-disk-{rank}"
-    options = ("--save-steps", 3, "--method", "ba-lora")
-    text = launch("torchrun", [launched("torchrun", folder, output, *options)], folder, FULL_DISK_ON_RANK=rank)
-    assert "the checkpoint of step 3 could not be written" in text
-    assert "No space left" in text
+def test_a_full_disk_on_one_rank_costs_a_checkpoint_and_not_the_run(rank, runs, printed, folder):
+    output = runs["torchrun", f"full-disk-{rank}"]
+    assert printed["torchrun"].count("the checkpoint of step 3 could not be written") == 2  # once in each run
+    assert "No space left" in printed["torchrun"]
     assert [path.name for path in complete_checkpoints(output)] == ["checkpoint-5"]
     assert torch.equal(movement(output, folder)[0], movement(runs["torchrun", "ba-lora"], folder)[0])
 
 
-def test_a_half_filled_teacher_cache_under_zero3(folder):
+def test_a_half_filled_teacher_cache_under_zero3(runs, folder):
     """Ranks that have their examples wait for one that has not: the weights are gathered by all or none."""
-    cache = ("--teacher-cache", folder / "states")
-    without, first, second = (folder / name for name in ("no-cache", "cache-1", "cache-2"))
-    options = {first: (*cache, "--seed", 1, "--max-steps", 2), second: (*cache, "--seed", 2), without: ("--seed", 2)}
-    launch("zero3", [launched("zero3", folder, output, *more) for output, more in options.items()], folder)
-    expected, learnt = movement(without, folder)
-    assert (movement(second, folder)[0] - expected).norm() < 1e-4 * learnt.norm()
+    expected, learnt = movement(runs["zero3", "no-cache"], folder)
+    assert (movement(runs["zero3", "cache-2"], folder)[0] - expected).norm() < 1e-4 * learnt.norm()
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
@@ -272,21 +306,13 @@ def test_a_checkpoint_under_deepspeed_is_small_too(name, runs):
     assert not any(key.endswith("base.weight") or "embed" in key for key in held)
 
 
-def test_nan_stops_or_skips_on_every_rank(folder):
+@pytest.mark.parametrize("name", ["torchrun", "zero2", "zero3"])
+def test_nan_skips_on_every_rank(name, runs):
     """ZeRO-2 in fp32 would step on NaN; NaN comes from one rank's example alone."""
-    poisoned = folder / "poisoned"
-    model = make_model(tie_word_embeddings=False)
-    model.get_input_embeddings().weight.data[make_tokenizer()("?")["input_ids"][0]] = float("nan")
-    model.save_pretrained(poisoned / "base")
-    make_tokenizer().save_pretrained(poisoned / "base")
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "?" * (i == 11)} for i in range(40)]
-    (poisoned / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("torchrun", "zero2", "zero3"):
-        output = poisoned / name
-        launch(name, [launched(name, poisoned, output, "--on-nonfinite", "skip", "--epochs", 1)], poisoned)
-        assert json.loads((output / "run.json").read_text())["skipped_steps"] == 1
-        tensors = load_file(output / "adapter" / "adapter_model.safetensors").values()
-        assert all(tensor.isfinite().all() for tensor in tensors)
+    output = runs[name, "nan"]
+    assert json.loads((output / "run.json").read_text())["skipped_steps"] == 1
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors").values()
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
 # ---------------------------------------------------------------------------------------------- ZeRO-3 initialisation
