@@ -38,7 +38,7 @@ from common.interruptions import Interruption
 from common.optimizer_state import load_optimizer, optimizer_tensors, state_file
 from common.partitioned import num_ranks
 from common.runs import INCOMPLETE
-from common.training import ProgressBar, peak_memory_gib
+from common.training import LogOfLastStep, ProgressBar, peak_memory_gib
 from common.validation import Sampler, held_out_means, is_out_of_patience, vain_validations
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class ResumableTrainer(Trainer):
         self.identity = checkpoint_identity(arguments, args.gradient_accumulation_steps * args.world_size)
         self.interruption = Interruption()
         self.add_callback(self.interruption)
+        self.add_callback(LogOfLastStep)
         self.pop_callback(transformers.ProgressCallback)
         self.pop_callback(transformers.PrinterCallback)
         if not args.disable_tqdm:
@@ -120,9 +121,13 @@ class ResumableTrainer(Trainer):
         return self._mean_loss() or result.training_loss, result.metrics["train_runtime"]
 
     def _mean_loss(self) -> float:
-        """Over the logged steps, those before an interruption too; the Trainer's own is of its last start alone."""
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        return sum(losses) / max(len(losses), 1)
+        """Over all steps, those before an interruption too; the Trainer's own is of its last start alone. Each entry of
+        the log has the mean since the one before it."""
+        total, step = 0.0, 0
+        for entry in self.state.log_history:
+            if "loss" in entry:
+                total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
+        return total / max(step, 1)
 
     # One optimizer step: the same micro-batches on every number of ranks, counts that all agree on, a guard before the
     # update.

@@ -105,6 +105,13 @@ def common_training_arguments(args: Any, **settings: Any) -> TrainingArguments:
     return trainer_args
 
 
+class LogOfLastStep(transformers.TrainerCallback):
+    """The steps after the last multiple of --logging-steps are logged too."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps
+
+
 class ProgressBar(transformers.ProgressCallback):
     """The Trainer's progress bar with the loss on the bar itself, the validation's too; metrics.jsonl has the rest."""
 
