@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Whole trainings, side by side: TRL's SFTTrainer with PEFT's PiSSA, and train.py's `pissa` and `ba-lora`.
+
+    python bench/trainers.py --data FILE.jsonl --fields question answer
+
+Every training is a process of its own, started as a user would start it: TRL with its defaults (bf16 and gradient checkpointing among
+them), train.py with the allocator settings of scripts/setup.sh. They take turns, `--rounds` times, each on the same examples from the start.
+`trl-tuned` is TRL with what helps it on a CPU: fp32, no gradient checkpointing, and the same allocator settings.
+Printed: the median seconds of a step over the whole training (the trainers' own time divided by the steps: data,
+logging and all), the ratio to TRL round by round, and the peak resident memory.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError, run_script
+
+CONTENDERS = {
+    "trl": "TRL's SFTTrainer, PEFT's PiSSA",
+    "trl-tuned": "the same in fp32, all activations kept, ours' allocator settings",
+    "pissa": "train.py --method pissa",
+    "ba-lora": "train.py --method ba-lora",
+    "pissa-bf16": "train.py --method pissa --dtype bfloat16",
+    "ba-lora-bf16": "train.py --method ba-lora --dtype bfloat16",
+}
+
+
+def train_trl(options: dict[str, Any]) -> None:
+    """One training by TRL; its time, memory and settings go to `options["result"]`."""
+    import resource
+
+    import peft
+    import trl
+
+    from common.pretrained import resolve_demo
+    from common.prompts import ALPACA_PROMPT
+    from common.tables import load_records
+    from common.targets import TARGET_MODULES
+
+    instruction, response = options["fields"]
+    records = load_records(resolve_demo(options["data"], "train")).select(range(options["examples"]))
+    dataset = records.map(
+        lambda record: {
+            "prompt": ALPACA_PROMPT.format(instruction=record[instruction]),
+            "completion": " " + record[response],
+        },
+        remove_columns=records.column_names,
+    )
+    tuned = {"bf16": False, "gradient_checkpointing": False} if options["name"] == "trl-tuned" else {}
+    config = trl.SFTConfig(
+        output_dir=options["output_dir"],
+        max_steps=options["steps"],
+        per_device_train_batch_size=options["batch_size"],
+        max_length=options["max_length"],
+        learning_rate=2e-5,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        **tuned,
+    )
+    lora = peft.LoraConfig(
+        r=options["rank"],
+        lora_alpha=options["rank"],
+        target_modules=TARGET_MODULES,
+        init_lora_weights="pissa",
+        task_type="CAUSAL_LM",
+    )
+    model = resolve_demo(options["model"], "model")
+    trainer = trl.SFTTrainer(model=model, args=config, train_dataset=dataset, peft_config=lora)
+    seconds = trainer.train().metrics["train_runtime"]
+    kept = {name: getattr(config, name) for name in ("bf16", "gradient_checkpointing", "packing")}
+    kept["dtype"] = str(next(trainer.model.parameters()).dtype)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    Path(options["result"]).write_text(json.dumps({"train_seconds": seconds, "peak_memory_gib": peak, **kept}))
+
+
+def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One training in a process of its own: its summary, with train_seconds and peak_memory_gib.
+
+    Raises:
+        UserError: it failed; its last lines are in the message.
+    """
+    from train_step import allocator_settings
+
+    environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    if name != "trl":
+        environment["GLIBC_TUNABLES"] = allocator_settings()
+    shared = {"model": args.model, "data": args.data, "fields": args.fields, "rank": args.rank}
+    shared |= {"batch_size": args.batch_size, "max_length": args.max_length, "output_dir": str(folder / "run")}
+    result = folder / "run" / "run.json"
+    if name in ("trl", "trl-tuned"):
+        result = folder / "result.json"
+        more = {"name": name, "steps": args.steps, "examples": args.steps * args.batch_size, "result": str(result)}
+        command = [sys.executable, __file__, "--child", json.dumps(shared | more)]
+    else:
+        words = [word for option, value in shared.items() for word in as_words(option, value)]
+        method = name.removesuffix("-bf16")
+        command = [sys.executable, "train.py", "--method", method, *words, "--gradient-accumulation", "1"]
+        command += ["--max-steps", str(args.steps), "--max-examples", str(args.steps * args.batch_size)]
+        command += ["--save-steps", "0", "--dtype", "bfloat16" if name.endswith("-bf16") else "float32"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{name} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
+    return json.loads(result.read_text())
+
+
+def as_words(option: str, value: Any) -> list[str]:
+    """An option of train.py as it is typed."""
+    return ["--" + option.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
+    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
+    parser.add_argument("--fields", nargs=2, default=["question", "response"])
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8, help="steps of one training")
+    parser.add_argument("--rounds", type=int, default=3, help="trainings of each contender")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        train_trl(json.loads(args.child))
+        return
+
+    import contenders
+
+    seconds: dict[str, list[float]] = {name: [] for name in args.only}
+    memory: dict[str, list[float]] = {name: [] for name in args.only}
+    settings = {}
+    for number in range(args.rounds):
+        for name in args.only:
+            with tempfile.TemporaryDirectory() as folder:
+                made = run_once(name, args, Path(folder))
+            seconds[name].append(made["train_seconds"] / args.steps)
+            memory[name].append(made["peak_memory_gib"])
+            settings[name] = {key: made[key] for key in ("bf16", "gradient_checkpointing", "dtype") if key in made}
+            print(f"round {number} {name}: {seconds[name][-1]:.2f} s a step", file=sys.stderr, flush=True)
+
+    reference = args.only[0]
+    print(f"| whole training | seconds a step | ratio to {reference} [min, max] | peak GiB | ratio |")
+    print("|---|---|---|---|---|")
+    for name in args.only:
+        ratios = [mine / base for mine, base in zip(seconds[name], seconds[reference], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        peak = statistics.median(memory[name])
+        share = peak / statistics.median(memory[reference])
+        print(f"| {CONTENDERS[name]} | {statistics.median(seconds[name]):.2f} | {spread} | {peak:.2f} | {share:.2f} |")
+    print(
+        f"\n{args.rounds} trainings of {args.steps} steps each; {args.batch_size} sequences of at most "
+        f"{args.max_length} tokens a step; r = {args.rank}. TRL's settings: {settings.get('trl')}. "
+        f"{contenders.machine()}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
