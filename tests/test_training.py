@@ -377,6 +377,19 @@ def test_logged_terms_add_up_to_the_logged_loss(checkpoint, data_file, tmp_path)
             assert step["loss"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("logging_steps", ["2", "10"])
+def test_the_mean_loss_is_over_every_step(logging_steps, checkpoint, data_file, tmp_path):
+    """However seldom they are logged; five steps are no multiple."""
+    options = ("--max-steps", "5", "--logging-steps")
+    run(checkpoint, data_file, tmp_path / "every", *options, "1")
+    run(checkpoint, data_file, tmp_path / "seldom", *options, logging_steps)
+    lines = map(json.loads, (tmp_path / "every" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 5
+    mean = json.loads((tmp_path / "seldom" / "run.json").read_text())["train_loss"]
+    assert mean == pytest.approx(sum(losses) / 5, rel=1e-4)
+
+
 def test_another_seed_is_another_run(checkpoint, data_file, tmp_path):
     for seed in ("1", "2"):
         run(checkpoint, data_file, tmp_path / seed, "--seed", seed)
