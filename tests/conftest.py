@@ -1,5 +1,6 @@
 """Tiny random models and a byte-level tokenizer: everything a test needs is made here, nothing is downloaded."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -149,7 +150,14 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
-def _run_script(script: str, argv: list[str], log: str, file_size: int | None) -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """transformers collects garbage in every run: what the imports made is none."""
+    gc.collect()
+    gc.freeze()
+
+
+def _run_script(script: str, argv: list[str], log: str, file_size: int | None, environment: dict[str, str]) -> None:
+    os.environ |= environment
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -163,16 +171,18 @@ def _run_script(script: str, argv: list[str], log: str, file_size: int | None) -
 
 
 def start_script(
-    script: str, argv: list, log: Path, file_size: int | None = None
+    script: str, argv: list, log: Path, file_size: int | None = None, **environment: str
 ) -> multiprocessing.context.ForkServerProcess:
-    """Runs a script's main in a process of its own, forked from one that has the imports behind it.
+    """Runs a script's main in a process of its own, forked from one that has the imports behind it (warm.py).
 
     Args:
         log: gets stdout and stderr.
         file_size: bytes that a file of the process may have at most: what a full disk does, without one.
+        environment: further variables.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    process = context.Process(target=_run_script, args=(script, [str(word) for word in argv], str(log), file_size))
+    context.set_forkserver_preload(["warm"])
+    words = [str(word) for word in argv]
+    process = context.Process(target=_run_script, args=(script, words, str(log), file_size, environment))
     process.start()
     return process

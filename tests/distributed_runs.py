@@ -1,7 +1,8 @@
 """What test_distributed.py launches on several ranks: train.main for each run in a JSON file, one after the other.
 
 A run is {"argv": its arguments}, with "copy": [from, to] before it starts, and "full_disk_on": the rank whose first
-checkpoint cannot be written. Starting the processes takes longer than a dozen such runs.
+checkpoint cannot be written. A line "=== run" with its number stands before what it prints. Starting the processes
+takes longer than a dozen such runs.
 """
 
 import contextlib
@@ -37,14 +38,23 @@ def full_disk_once(rank: str | None) -> Iterator[None]:
     train.BALoRATrainer._save_rng_state = save
 
 
+def together() -> None:
+    """What all ranks have printed is out before one goes on."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def main() -> None:
-    for run in json.loads(Path(sys.argv[1]).read_text()):
+    for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        together()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n=== run {number}", flush=True)
         sys.argv[1:] = run["argv"]
-        if "copy" in run:
-            if os.environ.get("RANK", "0") == "0":
-                shutil.copytree(*run["copy"])
-            if dist.is_initialized():
-                dist.barrier()
+        if "copy" in run and os.environ.get("RANK", "0") == "0":
+            shutil.copytree(*run["copy"])
+        together()
         with full_disk_once(run.get("full_disk_on")):
             train.main(run["argv"])
         # What a process keeps between runs, though a user's process makes only one.
