@@ -182,6 +182,8 @@ class VLLMBackend:
         if not torch.cuda.is_available():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options = {"enforce_eager": True}
+            if tensor_parallel_size == 1:
+                options["distributed_executor_backend"] = "uni"  # a worker apart would import vLLM once more
         with quiet_vllm():
             from vllm import LLM
             from vllm.lora.request import LoRARequest
@@ -203,6 +205,7 @@ class VLLMBackend:
                 max_model_len=max_length + 1,
                 seed=seed,
                 tensor_parallel_size=tensor_parallel_size,
+                use_tqdm_on_load=False,
                 generation_config="vllm",  # not the checkpoint's: see TransformersBackend
                 **options,
             )

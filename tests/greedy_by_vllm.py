@@ -5,10 +5,12 @@ OUT gets a list per model, of the tokens after each prompt.
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, which imports vLLM once
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -18,10 +20,10 @@ if __name__ == "__main__":
     found = []
     for name in models:
         model, _, adapter = name.partition("+")
-        options, request = {}, None
+        options, request = {"distributed_executor_backend": "uni"}, None
         if adapter:
             rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
-            options = {"enable_lora": True, "max_lora_rank": rank}
+            options |= {"enable_lora": True, "max_lora_rank": rank}
             request = LoRARequest("adapter", 1, adapter)
         llm = LLM(model, dtype="float32", max_model_len=512, enforce_eager=True, generation_config="vllm", **options)
         outputs = llm.generate(inputs, sampling, lora_request=request, use_tqdm=False)
