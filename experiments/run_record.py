@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What an eval script writes beside its scores.
 NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}
 NOT_A_SCORE |= {"by_subject", "by_level", "backend", "rescored", "judge"}
+GROUPS = {"before", "by_type", "flips"}  # of scores: by_type.age.change is one
 
 INTERRUPTED = (130, 137, 143)  # exit codes of SIGINT, SIGKILL and SIGTERM
 
@@ -52,12 +53,14 @@ def commit() -> str | None:
         return None
 
 
-def scores_of(summary: dict[str, Any]) -> dict[str, Any]:
+def scores_of(summary: dict[str, Any], in_group: bool = False) -> dict[str, Any]:
     """What a benchmark's file says, without what it was made with."""
     found = {}
     for name, value in summary.items():
         is_share = isinstance(value, dict) and "value" in value
-        if name not in NOT_A_SCORE and (is_share or isinstance(value, (int, float))):
+        if isinstance(value, dict) and not is_share and (in_group or name in GROUPS):
+            found |= {f"{name}.{part}": score for part, score in scores_of(value, in_group=True).items()}
+        elif name not in NOT_A_SCORE and (is_share or isinstance(value, (int, float))):
             found[name] = {key: value.get(key) for key in ("value", "of", "interval_95")} if is_share else value
     return found
 

@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.intervals import slope
 from data import demo
 from eval import crows_pairs
+from experiments import run_record
 
 HARNESS = ROOT / ".venv-harness" / "bin" / "python"
 # Of our own making: the shape of the data set's pairs, and commas, quotes and letters beyond ASCII.
@@ -103,6 +104,10 @@ def test_every_score_by_its_formula(run, checkpoint, tmp_path):
     of_type = [i for i, pair in enumerate(PAIRS) if pair[2] == "profession"]
     assert summary["by_type"]["profession"]["change"]["value"] == pytest.approx((new - old)[of_type].mean(), abs=1e-4)
     assert set(summary["by_type"]) == {"age", "pets", "profession"}
+    kept = run_record.scores_of(summary)
+    assert kept["by_type.profession.change"]["value"] == summary["by_type"]["profession"]["change"]["value"]
+    assert kept["before.loss"]["value"] == summary["before"]["loss"]["value"]
+    assert kept["flips.mcnemar_p"] == summary["flips"]["mcnemar_p"]
 
 
 def test_flips_by_mcnemars_exact_test():

@@ -1,0 +1,89 @@
+"""The page's arithmetic: curves read off at equal learning by numpy's interpolation, differences by scipy's t-test."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import smollm2
+
+LOSSES = {"pissa": [1.5, 0.9, 0.7, 0.6], "lora": [1.5, 1.2, 0.8, 0.75]}
+
+
+def record(arm, seed, phase="study", rate=1e-3):
+    """A made-up run; its forgetting is a curve of its own."""
+    generator = np.random.default_rng([seed, len(arm), int(1e6 * rate)])
+    scores = {}
+    for step, loss in zip((0, 25, 50, 100), LOSSES.get(arm, LOSSES["pissa"]), strict=True):
+        scores[f"response_loss@{step}"] = loss + 0.01 * seed * (step > 0)
+        for name in smollm2.MEASURES:
+            scores[f"{name}@{step}"] = float(step / 100 * generator.uniform(0.1, 0.3))
+    scores |= {"energy.10": 0.9, "entropy_change": {"value": -0.1}, "distinct_answers": {"value": 0.5}}
+    scores |= {"response_loss": {"value": scores["response_loss@100"]}}
+    scores |= {name: {"value": scores[f"{name}@100"]} for name in smollm2.MEASURES}
+    pairs = {"pct_stereotype": {"value": 0.6}, "likelihood_diff": {"value": 3.0}, "loss": {"value": 4.0}}
+    pairs |= {f"before.{name}": value for name, value in pairs.items()}
+    pairs |= {"change": {"value": 0.1 * seed}, "slope": {"value": 0.9}, "flips.mcnemar_p": 0.5}
+    pairs |= {"by_type.age.change": {"value": 0.2}}
+    return {
+        "version": 1,
+        "run": f"{arm}-{phase}-{rate}-{seed}",
+        "arm": arm,
+        "seed": seed,
+        "phase": phase,
+        "status": "done",
+        "labels": {"arm": arm, "learning-rate": str(rate)},
+        "settings": {"learning_rate": rate},
+        "scores": {"curve": scores, "crows_pairs": pairs, "gsm8k": {"accuracy": {"value": 0.02}}},
+    }
+
+
+@pytest.fixture
+def records():
+    study = [record(arm, seed) for arm in ("pissa", "lora") for seed in (1, 2, 3)]
+    tuning = [record(arm, 0, "tuning", rate) for arm in ("pissa", "pissa-cr-1") for rate in (3e-4, 1e-3)]
+    return study + tuning
+
+
+def test_a_curve_is_read_off_as_numpy_interpolates():
+    curve = smollm2.points(record("pissa", 2), "forgetting")
+    for loss in (1.4, 1.0, 0.85, 0.65):
+        expected = np.interp(-loss, [-x for x, _ in curve], [y for _, y in curve])
+        assert smollm2.at_loss(curve, loss) == pytest.approx(expected)
+    assert smollm2.at_loss(curve, 0.1) is None
+
+
+def test_differences_at_equal_learning_are_taken_seed_by_seed(records):
+    study = [one for one in records if one["phase"] == "study"]
+    loss = smollm2.common_loss(study)
+    assert loss == pytest.approx(0.78)  # LoRA's third seed ends there
+    values = {
+        one["run"]: np.interp(-loss, *zip(*[(-x, y) for x, y in smollm2.points(one, "forgetting")], strict=True))
+        for one in study
+    }
+    ours, theirs = ([values[f"{arm}-study-0.001-{seed}"] for seed in (1, 2, 3)] for arm in ("lora", "pissa"))
+    interval = scipy.stats.ttest_rel(ours, theirs).confidence_interval()
+    row = next(
+        line
+        for line in smollm2.equal_learning_table(smollm2.by_arm(study), loss).splitlines()
+        if line.startswith("| lora")
+    )
+    cell = row.split("|")[3].strip()
+    mean = np.mean(ours) - np.mean(theirs)
+    assert cell.removesuffix(" *") == f"{mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def test_the_tables_and_pictures_of_a_folder(records, tmp_path, capsys):
+    (tmp_path / "records").mkdir()
+    records.append(record("full", 1) | {"status": "failed", "run": "full-study-0.001-1"})
+    for one in records:
+        (tmp_path / "records" / f"{one['run']}.json").write_text(json.dumps(one))
+    smollm2.main([str(tmp_path / "records"), "--pictures", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("11 runs, 1 of them not done.\n- full-study-0.001-1: failed")
+    assert "| pissa-cr-1 | 1 " in printed
+    assert "change minus pissa's" in printed
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        f"smollm2-{name}.png" for name in ("diversity", "forgetting", "lambda", "stereotypes")
+    ]
