@@ -349,6 +349,33 @@ class Results:
         except OSError as error:
             raise UserError(f"cannot write to --output-dir {folder}: {error.strerror}") from error
 
+    def by_groups(
+        self,
+        name: str,
+        requests: list[Any],
+        groups: list[list[int]],
+        how: Any,
+        make: Callable[[list[int]], list[Any]],
+        description: str,
+    ) -> list[Any]:
+        """What is made of every request, as JSON: those on disk that were made just so, the others group by group.
+
+        Rounding depends on which requests are computed together. So groups, not requests, are kept and made again.
+
+        Args:
+            name: of the `store`.
+            groups: indices of requests, of each once.
+            how: what the results depend on beside the requests.
+            make: makes those of a group, in its order.
+        """
+        store = self.store(name)
+        keys = {group[0]: digest([how, [requests[i] for i in group]]) for group in groups}
+        missing = [group for group in groups if keys[group[0]] not in store.values]
+        for group in with_bar(missing, description, done=len(requests) - sum(map(len, missing))):
+            store.add(keys[group[0]], make(group))
+        found = {i: made for group in groups for i, made in zip(group, store.values[keys[group[0]]], strict=True)}
+        return [found[i] for i in range(len(requests))]
+
     def write(self, items: list[dict], about: dict[str, Any], what: str, lines: Iterable[str]) -> None:
         """Writes items and summary, the summary last, and prints the report.
 
@@ -513,26 +540,21 @@ class Run(Results):
         self.max_length = max(self.max_length, max(map(len, prompts)) + sampling.max_new_tokens)
         remedy = "lower --max-new-tokens" + (" or --shots" if args.shots else "")
         check_context(self.config, args.ckpt, self.max_length, remedy)
-        store = self.store("completions")
-        # Rounding depends on which prompts are computed together. So batches, not prompts, are kept and made again.
         requests = [(prompt, sample) for prompt in prompts for sample in range(samples)]
         groups = batches(
             [len(prompt) for prompt, _ in requests], batch_size_of(args.batch_size, self._origin["backend"])
         )
         how = digest([self.identity(), asdict(sampling), args.seed if sampling.temperature > 0 else None])
-        keys = {group[0]: digest([how, [requests[i] for i in group]]) for group in groups}
-        missing = [group for group in groups if keys[group[0]] not in store.values]
-        backend = self.backend() if missing else None
-        for group in with_bar(missing, "generating", done=len(requests) - sum(map(len, missing))):
+
+        def make(group: list[int]) -> list[dict[str, Any]]:
             seeds = None
             if sampling.temperature > 0:
                 seeds = [int(digest([args.seed, *requests[i]])[:15], 16) for i in group]
-            made = backend.generate([requests[i][0] for i in group], sampling, seeds)
-            store.add(keys[group[0]], [asdict(completion) for completion in made])
-        completions = [None] * len(requests)
-        for group in groups:
-            for i, completion in zip(group, store.values[keys[group[0]]], strict=True):
-                completions[i] = Completion(**completion)
+            made = self.backend().generate([requests[i][0] for i in group], sampling, seeds)
+            return [asdict(completion) for completion in made]
+
+        found = self.by_groups("completions", requests, groups, how, make, "generating")
+        completions = [Completion(**made) for made in found]
         return [completions[start : start + samples] for start in range(0, len(requests), samples)]
 
     def identity(self) -> Any:

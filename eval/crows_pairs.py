@@ -29,6 +29,7 @@ What comes out, in --output-dir
     crows_pairs.json     the scores with their intervals, in all and by bias type, the settings, versions and command
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +38,8 @@ from common.cli import UserError, option, parse_arguments, require_positive, run
 from common.intervals import mean, ratio, score_line, share, slope
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.tables import load_records, require_fields
-from eval.benchmark import Results, check_context, checkpoint_identity, digest, read_jsonl
-from eval.generation import batches, load_backend, with_bar
+from eval.benchmark import Results, check_context, checkpoint_identity, read_jsonl
+from eval.generation import batches, load_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -153,18 +154,14 @@ def log_likelihoods(sentences: list[tuple[list[int], list[int]]], args: Argument
     lengths = [len(start) + len(tokens) for start, tokens in sentences]
     check_context(config, args.ckpt, max(lengths), "a sentence is too long for it")
     names = [name and checkpoint_identity(name) for name in (ckpt, args.adapter)]
-    how = [names, str(resolve_dtype(args.dtype))]
-    store = results.store("measured")
-    groups = batches(lengths, args.batch_size)
-    keys = {group[0]: digest([how, [sentences[i] for i in group]]) for group in groups}  # rounding is of the batch
-    missing = [group for group in groups if keys[group[0]] not in store.values]
-    if missing:
-        options = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": max(lengths)}
-        model = load_backend("transformers", ckpt, tokenizer, config, adapter=args.adapter, **options)
-    for group in with_bar(missing, "measuring", done=len(sentences) - sum(map(len, missing))):
-        store.add(keys[group[0]], model.log_likelihoods(*zip(*(sentences[i] for i in group), strict=True)))
-    found = {i: value for group in groups for i, value in zip(group, store.values[keys[group[0]]], strict=True)}
-    return [found[i] for i in range(len(sentences))]
+    options = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": max(lengths), "adapter": args.adapter}
+    model = functools.cache(lambda: load_backend("transformers", ckpt, tokenizer, config, **options))
+
+    def make(group: list[int]) -> list[float]:
+        return model().log_likelihoods(*zip(*(sentences[i] for i in group), strict=True))
+
+    groups, how = batches(lengths, args.batch_size), [names, str(resolve_dtype(args.dtype))]
+    return results.by_groups("measured", sentences, groups, how, make, "measuring")
 
 
 def summarise(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ What comes out, in --output-dir
     forgetting.json      the means with their intervals, the settings, versions and command; eval/report.py reads it
 """
 
+import functools
 import gzip
 import json
 from collections.abc import Iterator
@@ -51,8 +52,8 @@ from common.prompts import encode_opening
 from common.runs import package_versions
 from common.tables import read_table, require_fields
 from data import sentiment
-from eval.benchmark import Results, check_context, checkpoint_identity, digest, read_jsonl
-from eval.generation import batches, with_bar
+from eval.benchmark import Results, check_context, checkpoint_identity, read_jsonl
+from eval.generation import batches
 
 if TYPE_CHECKING:
     import torch
@@ -320,7 +321,6 @@ def measure(
     """
     import torch
 
-    store = results.store("measured")
     dtype = resolve_dtype(args.dtype)
     versions = package_versions()
     how = [{key: name and checkpoint_identity(name) for key, name in names.items()}, str(dtype)]
@@ -328,23 +328,18 @@ def measure(
     lengths = [len(tokens) for tokens in documents]
     most_tokens = MOST_LOGITS // config.get_text_config().vocab_size
     groups = [part for group in batches(lengths, args.batch_size) for part in within(group, lengths, most_tokens)]
-    keys = {group[0]: digest([how, [documents[i] for i in group]]) for group in groups}  # rounding is of the batch
-    missing = [group for group in groups if keys[group[0]] not in store.values]
-    pair = load_pair(**names, dtype=dtype) if missing else None
-    for group in with_bar(missing, "measuring", done=len(documents) - sum(map(len, missing))):
-        device = pair.base.device
-        width = max(lengths[i] for i in group)
+    pair = functools.cache(lambda: load_pair(**names, dtype=dtype))
+
+    def make(group: list[int]) -> list[dict[str, float]]:
+        device, width = pair().base.device, max(lengths[i] for i in group)
         # Padded on the right, where no token looks.
         rows = torch.tensor([documents[i] + [0] * (width - lengths[i]) for i in group], device=device)
         mask = torch.tensor([[1] * lengths[i] + [0] * (width - lengths[i]) for i in group], device=device)
         with torch.inference_mode():
-            before, after = pair.logits(input_ids=rows, attention_mask=mask)
-            made = [
-                sums_of(*(whole[row, : lengths[i]] for whole in (before, after, rows))) for row, i in enumerate(group)
-            ]
-        store.add(keys[group[0]], [asdict(sums) for sums in made])
-    found = {i: Sums(**sums) for group in groups for i, sums in zip(group, store.values[keys[group[0]]], strict=True)}
-    return [found[i] for i in range(len(documents))]
+            both = (*pair().logits(input_ids=rows, attention_mask=mask), rows)
+            return [asdict(sums_of(*(whole[row, : lengths[i]] for whole in both))) for row, i in enumerate(group)]
+
+    return [Sums(**sums) for sums in results.by_groups("measured", documents, groups, how, make, "measuring")]
 
 
 def within(group: list[int], lengths: list[int], at_most: int) -> Iterator[list[int]]:
