@@ -32,7 +32,15 @@ OTHERS = {
         "--model",
     },
     "tensorboard": {"--logdir"},
-    "snakemake": {"--executor", "--jobs", "--unlock", "--default-resources", "--set-resources"}
+    "snakemake": {
+        "--executor",
+        "--jobs",
+        "--unlock",
+        "--default-resources",
+        "--set-resources",
+        "--set-threads",
+        "--cores",
+    }
     | {"--slurm-status-command"},
     "every script": {"--help"},
 }
