@@ -42,7 +42,7 @@ from eval.benchmark import Results, check_context, checkpoint_identity, read_jso
 from eval.generation import batches, load_backend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 HUB_DATA, HUB_CONFIG = "jannalu/crows_pairs_multilingual", "english"  # lm-evaluation-harness's
 FIELDS = ["sent_more", "sent_less", "bias_type"]
@@ -139,14 +139,19 @@ def encode(tokenizer: "PreTrainedTokenizerBase", sentence: str) -> tuple[list[in
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def log_likelihoods(sentences: list[tuple[list[int], list[int]]], args: Arguments, results: Results) -> list[float]:
+def log_likelihoods(
+    sentences: list[tuple[list[int], list[int]]],
+    args: Arguments,
+    results: Results,
+    ckpt: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: "PretrainedConfig",
+) -> list[float]:
     """ln p of every sentence, summed over its tokens: those on disk that were made just so, the others by the model.
 
     Raises:
         UserError: a sentence is longer than the model's context.
     """
-    ckpt = resolve_demo(args.ckpt, "model")
-    tokenizer, config = load_tokenizer_and_config(ckpt)
     if args.adapter is not None:
         from eval.backends import check_adapter
 
@@ -230,9 +235,10 @@ def main(argv: list[str]) -> None:
     results = Results("crows_pairs", args)
     pairs = read_pairs(args)
     others = None if args.against is None else read_preferences(args.against, pairs)
-    tokenizer, _ = load_tokenizer_and_config(resolve_demo(args.ckpt, "model"))
+    ckpt = resolve_demo(args.ckpt, "model")
+    tokenizer, config = load_tokenizer_and_config(ckpt)
     sentences = [encode(tokenizer, pair[name]) for pair in pairs for name in FIELDS[:2]]
-    values = log_likelihoods(sentences, args, results)
+    values = log_likelihoods(sentences, args, results, ckpt, tokenizer, config)
     items = []
     for index, pair in enumerate(pairs):
         more, less = values[2 * index : 2 * index + 2]

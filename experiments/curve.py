@@ -243,7 +243,7 @@ def check_arguments(args: Arguments) -> Path:
 def points_of(
     args: Arguments, run: "train.Arguments", path: str, sequences: list[Sequence], folders: dict[int, Path]
 ) -> dict[int, dict[str, Any]]:
-    """The scores at step 0 and of every checkpoint, by step; of the last one the energies too."""
+    """The scores at step 0 and of every checkpoint, by step, the energies among them."""
     import torch
     from safetensors.torch import load_file
 

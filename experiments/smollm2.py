@@ -59,6 +59,10 @@ def common_loss(records: list[Record]) -> float:
     return max(points(record, "forgetting")[-1][0] for record in records)
 
 
+def done(records: list[Record], phase: str) -> list[Record]:
+    return [record for record in records if record["phase"] == phase and record["status"] == "done"]
+
+
 def by_arm(records: list[Record]) -> dict[str, dict[int, Record]]:
     """The records by arm and seed."""
     found: dict[str, dict[int, Record]] = {}
@@ -238,8 +242,7 @@ def bars(axis: Any, arms: dict[str, dict[int, Record]], value_of: Any) -> None:
 
 def tables(records: list[Record]) -> str:
     """All tables as Markdown."""
-    study = [record for record in records if record["phase"] == "study" and record["status"] == "done"]
-    tuning = [record for record in records if record["phase"] == "tuning" and record["status"] == "done"]
+    study, tuning = done(records, "study"), done(records, "tuning")
     others = [f"- {record['run']}: {record['status']}" for record in records if record["status"] != "done"]
     text = [f"{len(records)} runs, {len(others)} of them not done.", *others]
     if study:
@@ -262,9 +265,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{args.records} has no record of smollm2")
     print(tables(records))
     if args.pictures:
-        study = [record for record in records if record["phase"] == "study" and record["status"] == "done"]
-        tuning = [record for record in records if record["phase"] == "tuning" and record["status"] == "done"]
-        print("\n".join(map(str, pictures(by_arm(study), tuning, args.pictures))))
+        drawn = pictures(by_arm(done(records, "study")), done(records, "tuning"), args.pictures)
+        print("\n".join(map(str, drawn)))
 
 
 if __name__ == "__main__":
