@@ -148,7 +148,7 @@ def hidden_states(model: "PreTrainedModel", sequences: list[Sequence], batch_siz
 def sums_by_sequence(
     sequences: list[Sequence], states: list["Tensor"], base_states: list["Tensor"], heads: list["Tensor"]
 ) -> list[Sums]:
-    """The sums of `eval/forgetting.py` over the counted tokens of every sequence.
+    """The sums of `eval/forgetting.py` over the counted tokens of every sequence; an example has the tuned model's.
 
     Args:
         heads: fp32 (V, d), the base's and the tuned model's.
@@ -160,7 +160,9 @@ def sums_by_sequence(
         start = sequence.first - 1  # the state there predicts the first token that counts
         tokens = torch.tensor(sequence.tokens[start:])
         with torch.inference_mode():
-            found.append(sums_of(base[start:] @ heads[0].T, tuned[start:] @ heads[1].T, tokens))
+            logits = tuned[start:] @ heads[1].T
+            before = logits if sequence.source is None else base[start:] @ heads[0].T
+            found.append(sums_of(before, logits, tokens))
     return found
 
 
