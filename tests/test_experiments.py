@@ -447,6 +447,8 @@ def what_is_left(folder: Path) -> dict:
             text = [without_the_clock(line) for line in map(json.loads, text.splitlines()) if "loss" in line]
         elif path.suffix == ".jsonl":
             text = [without_the_clock(json.loads(line)) for line in text.splitlines()]
+            if path.name.endswith((".completions.jsonl", ".measured.jsonl")):  # keys: digests of the checkpoint's place
+                text = [line["value"] for line in text]
         elif path.suffix == ".json":
             text = without_the_clock(json.loads(text))
             if path.name == "manifest.json":  # the length of the log, which has times in it
