@@ -214,7 +214,7 @@ def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: P
     width = 0.8 / len(arms)
     for i, (arm, runs) in enumerate(arms.items()):
         values = [[score(r, "crows_pairs", f"by_type.{name}.change") for r in runs.values()] for name in names]
-        means = [statistics.mean(found) for found in values]
+        means = [statistics.mean(value for value in found if value is not None) for found in values]
         colour, is_second_round = STYLES[i % len(STYLES)][0], i >= len(STYLES)
         places = [x + i * width for x in range(len(names))]
         axes[0].bar(places, means, width, label=arm, color=colour, alpha=0.4 if is_second_round else 1.0)
