@@ -71,6 +71,11 @@ def by_arm(records: list[Record]) -> dict[str, dict[int, Record]]:
     return found
 
 
+def by_rate(tuning: list[Record], arm: str) -> list[Record]:
+    """The arm's tuning runs, the smallest rate first."""
+    return sorted((one for one in tuning if one["arm"] == arm), key=lambda one: one["settings"]["learning_rate"])
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------------------------
@@ -128,11 +133,10 @@ def rate_table(tuning: list[Record]) -> str:
     """λ₁ against a lower rate: the ends of the tuning runs of PiSSA and of L_CR alone."""
     rows = [["arm", "λ₁", "rate", "response loss", "forgetting", "KL(base ‖ tuned)"]]
     for arm, weight in LAMBDAS.items():
-        for record in tuning:
-            if record["arm"] == arm:
-                ends = [points(record, name)[-1] for name in MEASURES[:2]]
-                cells = [f"{ends[0][0]:.3f}", f"{ends[0][1]:.3f}", f"{ends[1][1]:.3f}"]
-                rows.append([arm, f"{weight:g}", record["labels"]["learning-rate"], *cells])
+        for record in by_rate(tuning, arm):
+            ends = [points(record, name)[-1] for name in MEASURES[:2]]
+            cells = [f"{ends[0][0]:.3f}", f"{ends[0][1]:.3f}", f"{ends[1][1]:.3f}"]
+            rows.append([arm, f"{weight:g}", f"{record['settings']['learning_rate']:g}", *cells])
     return markdown(rows)
 
 
@@ -195,8 +199,7 @@ def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: P
     plt, figure, axes = figure_of(6, 1)
     groups = {}
     for arm, weight in LAMBDAS.items():
-        of_arm = [record for record in tuning if record["arm"] == arm]
-        ends = sorted((points(record, "kl_base_tuned")[-1] for record in of_arm), reverse=True)
+        ends = [points(record, "kl_base_tuned")[-1] for record in by_rate(tuning, arm)]
         groups[f"λ₁ = {weight:g}, {len(ends)} rates"] = [ends]
     draw_curves(axes[0], groups, "KL(base ‖ tuned), nats per token")
     axes[0].legend(frameon=False, fontsize=8)
