@@ -27,6 +27,7 @@ Point = tuple[float, float]  # response loss, and what is read off at it
 BASELINE = "pissa"
 MEASURES = ("forgetting", "kl_base_tuned", "kl_tuned_base")
 LAMBDAS = {"pissa": 0.0, "pissa-cr": 0.025, "pissa-cr-0.15": 0.15, "pissa-cr-1": 1.0}
+ORDER = ["full", "lora", "lora-terms", *LAMBDAS, "pissa-dr", "pissa-svdr", "ba-lora"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -64,9 +65,9 @@ def done(records: list[Record], phase: str) -> list[Record]:
 
 
 def by_arm(records: list[Record]) -> dict[str, dict[int, Record]]:
-    """The records by arm and seed."""
+    """The records by arm and seed, the arms in the plan's order."""
     found: dict[str, dict[int, Record]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: ORDER.index(record["arm"])):
         found.setdefault(record["arm"], {})[record["seed"]] = record
     return found
 
@@ -176,11 +177,12 @@ def figure_of(width: float, count: int) -> tuple[Any, Any, Any]:
 
 def draw_curves(axis: Any, groups: dict[str, list[list[Point]]], ylabel: str) -> None:
     """A colour per group, a line per curve."""
-    styles = (STYLES * 9)[: len(groups)]
-    for (name, curves), (colour, marker) in zip(groups.items(), styles, strict=True):
+    for number, (name, curves) in enumerate(groups.items()):
+        colour, marker = STYLES[number % len(STYLES)]
+        style = {"color": colour, "marker": marker, "linestyle": "--" if number >= len(STYLES) else "-"}
         for i, curve in enumerate(curves):
             places = ([loss for loss, _ in curve], [value for _, value in curve])
-            axis.plot(*places, color=colour, marker=marker, markersize=3, linewidth=1, label="" if i else name)
+            axis.plot(*places, **style, markersize=3, linewidth=1, label="" if i else name)
     axis.invert_xaxis()
     axis.set_xlabel("response loss, nats (learning: to the right)")
     axis.set_ylabel(ylabel)
@@ -202,6 +204,7 @@ def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: P
         ends = [points(record, "kl_base_tuned")[-1] for record in by_rate(tuning, arm)]
         groups[f"λ₁ = {weight:g}, {len(ends)} rates"] = [ends]
     draw_curves(axes[0], groups, "KL(base ‖ tuned), nats per token")
+    axes[0].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(paths[1], dpi=130)
 
@@ -212,12 +215,14 @@ def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: P
     figure.savefig(paths[2], dpi=130)
 
     plt, figure, axes = figure_of(11, 1)
-    first = next(iter(next(iter(arms.values())).values()))
-    names = sorted(n.split(".")[1] for n in first["scores"].get("crows_pairs", {}) if n.endswith(".change"))
-    width = 0.8 / len(arms)
-    for i, (arm, runs) in enumerate(arms.items()):
-        values = [[score(r, "crows_pairs", f"by_type.{name}.change") for r in runs.values()] for name in names]
-        means = [statistics.mean(value for value in found if value is not None) for found in values]
+    scored = {arm: [one for one in runs.values() if "crows_pairs" in one["scores"]] for arm, runs in arms.items()}
+    scored = {arm: runs for arm, runs in scored.items() if runs}
+    first = next(iter(scored.values()))[0]
+    names = sorted(n.split(".")[1] for n in first["scores"]["crows_pairs"] if n.endswith(".change"))
+    width = 0.8 / len(scored)
+    for i, (arm, runs) in enumerate(scored.items()):
+        values = [[score(one, "crows_pairs", f"by_type.{name}.change") for one in runs] for name in names]
+        means = [statistics.mean(found) for found in values]
         colour, is_second_round = STYLES[i % len(STYLES)][0], i >= len(STYLES)
         places = [x + i * width for x in range(len(names))]
         axes[0].bar(places, means, width, label=arm, color=colour, alpha=0.4 if is_second_round else 1.0)
@@ -234,6 +239,7 @@ def bars(axis: Any, arms: dict[str, dict[int, Record]], value_of: Any) -> None:
     for row, runs in enumerate(arms.values()):
         values = [value for value in map(value_of, runs.values()) if value is not None]
         axis.plot(values, [row] * len(values), "o", color=STYLES[1][0], markersize=4)
+    axis.locator_params(axis="x", nbins=4)
     axis.set_yticks(range(len(arms)), list(arms), fontsize=7)
     axis.invert_yaxis()
 
