@@ -108,6 +108,8 @@ def learning_table(arms: dict[str, dict[int, Record]]) -> str:
     columns = [("gsm8k", "accuracy", "{:.3f}"), ("curve", "response_loss", "{:.3f}")]
     columns += [("curve", name, "{:.3f}") for name in (*MEASURES, "distinct_answers", "entropy_change", "energy.10")]
     rows = [["arm", "rate", "seeds", *(name for _, name, _ in columns)]]
+    before = next(iter(next(iter(arms.values())).values()))
+    rows.append(["base", "", "", *(spread([score(before, part, f"{name}@0")], form) for part, name, form in columns)])
     for arm, runs in arms.items():
         rates = sorted({f"{record['settings']['learning_rate']:g}" for record in runs.values()})
         cells = [spread([score(record, part, name) for record in runs.values()], form) for part, name, form in columns]
@@ -175,14 +177,18 @@ def figure_of(width: float, count: int) -> tuple[Any, Any, Any]:
     return plt, figure, axes[0]
 
 
-def draw_curves(axis: Any, groups: dict[str, list[list[Point]]], ylabel: str) -> None:
-    """A colour per group, a line per curve."""
-    for number, (name, curves) in enumerate(groups.items()):
+def mean_curve(curves: list[list[Point]]) -> list[Point]:
+    """The mean over runs, checkpoint by checkpoint."""
+    return [tuple(map(statistics.mean, zip(*step, strict=True))) for step in zip(*curves, strict=True)]
+
+
+def draw_curves(axis: Any, curves: dict[str, list[Point]], ylabel: str) -> None:
+    """A line per curve."""
+    for number, (name, curve) in enumerate(curves.items()):
         colour, marker = STYLES[number % len(STYLES)]
-        style = {"color": colour, "marker": marker, "linestyle": "--" if number >= len(STYLES) else "-"}
-        for i, curve in enumerate(curves):
-            places = ([loss for loss, _ in curve], [value for _, value in curve])
-            axis.plot(*places, **style, markersize=3, linewidth=1, label="" if i else name)
+        line = "--" if number >= len(STYLES) else "-"
+        places = ([loss for loss, _ in curve], [value for _, value in curve])
+        axis.plot(*places, color=colour, marker=marker, linestyle=line, markersize=3, linewidth=1, label=name)
     axis.invert_xaxis()
     axis.set_xlabel("response loss, nats (learning: to the right)")
     axis.set_ylabel(ylabel)
@@ -193,7 +199,7 @@ def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: P
     paths = [folder / f"smollm2-{name}.png" for name in ("forgetting", "lambda", "diversity", "stereotypes")]
     plt, figure, axes = figure_of(11, 2)
     for axis, name in zip(axes, MEASURES[:2], strict=True):
-        groups = {arm: [points(record, name) for record in runs.values()] for arm, runs in arms.items()}
+        groups = {arm: mean_curve([points(record, name) for record in runs.values()]) for arm, runs in arms.items()}
         draw_curves(axis, groups, f"{name}, nats per token")
     axes[0].legend(frameon=False, fontsize=7)
     figure.savefig(paths[0], dpi=130)
@@ -202,7 +208,7 @@ def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: P
     groups = {}
     for arm, weight in LAMBDAS.items():
         ends = [points(record, "kl_base_tuned")[-1] for record in by_rate(tuning, arm)]
-        groups[f"λ₁ = {weight:g}, {len(ends)} rates"] = [ends]
+        groups[f"λ₁ = {weight:g}, {len(ends)} rates"] = ends
     draw_curves(axes[0], groups, "KL(base ‖ tuned), nats per token")
     axes[0].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=8)
