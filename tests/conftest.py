@@ -1,10 +1,12 @@
 """Tiny random models and a byte-level tokenizer: everything a test needs is made here, nothing is downloaded."""
 
+import functools
 import gc
 import importlib
 import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -156,7 +158,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+@functools.cache
+def _forking() -> multiprocessing.context.ForkServerContext:
+    """Python 3.11's server has another sys.path, and skips without a word what it cannot import: so PYTHONPATH."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
+    return context
+
+
 def _run_script(script: str, argv: list[str], log: str, file_size: int | None, environment: dict[str, str]) -> None:
+    assert "warm" in sys.modules
     os.environ |= environment
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -180,8 +194,7 @@ def start_script(
         file_size: bytes that a file of the process may have at most: what a full disk does, without one.
         environment: further variables.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
+    context = _forking()
     words = [str(word) for word in argv]
     process = context.Process(target=_run_script, args=(script, words, str(log), file_size, environment))
     process.start()
