@@ -159,7 +159,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @functools.cache
-def _forking() -> multiprocessing.context.ForkServerContext:
+def forking() -> multiprocessing.context.ForkServerContext:
     """Python 3.11's server has another sys.path, and skips without a word what it cannot import: so PYTHONPATH."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
@@ -194,7 +194,7 @@ def start_script(
         file_size: bytes that a file of the process may have at most: what a full disk does, without one.
         environment: further variables.
     """
-    context = _forking()
+    context = forking()
     words = [str(word) for word in argv]
     process = context.Process(target=_run_script, args=(script, words, str(log), file_size, environment))
     process.start()
