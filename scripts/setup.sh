@@ -35,12 +35,12 @@ install() {
     echo "$now" >"$mark"
 }
 
-# packages ENVIRONMENT ARGUMENT...   pip install, then byte code by all cores, where pip's own takes one
+# packages ENVIRONMENT ARGUMENT...   pip install, without byte code: a first import writes it, and few modules see one
+unset PYTHONDONTWRITEBYTECODE
 packages() {
     environment=$1
     shift
-    "$environment/bin/pip" install --no-compile "$@" || return
-    "$environment/bin/python" -m compileall -q -j 0 "$environment"/lib/python3*/site-packages || true # templates are no code
+    .venv/bin/pip --python "$environment/bin/python" install --no-compile "$@"
 }
 
 make_venv() {
@@ -53,6 +53,7 @@ make_venv() {
         say "creating .venv with $("$python" --version)"
         "$python" -m venv .venv || { say "no venv module: install it (Debian: python3-venv)" >&2; exit 1; }
     fi
+    install pip .venv/bin/pip install --upgrade pip # that of Python 3.11 takes three times as long for what follows
 }
 
 setup() {
@@ -82,14 +83,14 @@ setup_vllm_cpu() {
 
 # The workflow engine of experiment.sh. It has an environment of its own, for it pins packages that the others know too.
 setup_experiments() {
-    if [ ! -x .venv-experiments/bin/pip ]; then .venv/bin/python -m venv .venv-experiments; fi
+    if [ ! -x .venv-experiments/bin/python ]; then .venv/bin/python -m venv --without-pip .venv-experiments; fi
     install experiments packages .venv-experiments -r requirements-experiments.txt
 }
 
 # The peer of tests/test_crows_pairs.py. Its environment takes from .venv what is there, and holds what is not.
 setup_harness() {
-    if [ ! -x .venv-harness/bin/pip ]; then
-        .venv/bin/python -m venv .venv-harness
+    if [ ! -x .venv-harness/bin/python ]; then
+        .venv/bin/python -m venv --without-pip .venv-harness
         packages='import sysconfig; print(sysconfig.get_path("purelib"))'
         .venv/bin/python -c "$packages" >"$(.venv-harness/bin/python -c "$packages")/project.pth"
     fi
