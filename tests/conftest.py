@@ -10,6 +10,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it takes all cores, and waits by turning
 ROOT = Path(__file__).resolve().parent.parent
 
 import pytest  # noqa: E402

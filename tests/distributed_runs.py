@@ -2,7 +2,7 @@
 
 A run is {"argv": its arguments}, with "copy": [from, to] before it starts, and "full_disk_on": the rank whose first
 checkpoint cannot be written. A line "=== run" with its number stands before what it prints. Starting the processes
-takes longer than a dozen such runs.
+takes longer than such runs.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 import accelerate
 import torch.distributed as dist
 import transformers
+import warm  # noqa: F401
 
 import train
 from common.training import leave
@@ -46,8 +47,8 @@ def together() -> None:
         dist.barrier()
 
 
-def main() -> None:
-    for number, run in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+def main(argv: list[str]) -> None:
+    for number, run in enumerate(json.loads(Path(argv[0]).read_text())):
         together()
         if os.environ.get("RANK", "0") == "0":
             print(f"\n=== run {number}", flush=True)
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

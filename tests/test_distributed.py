@@ -21,11 +21,11 @@ from common.batches import MicroBatches
 from common.checkpoints import complete_checkpoints, newest_checkpoint
 
 METHODS = ["full", "lora", "pissa", "ba-lora"]
-LAUNCHERS = {
-    "one process": [sys.executable],
+LAUNCHERS = {  # nothing: processes are forked, the ranks with the variables that torchrun gives
+    "one process": [],
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
     "zero2": ["deepspeed", "--no_local_rank", "--num_accelerators", "2"],
-    "zero3": ["deepspeed", "--no_local_rank", "--num_accelerators", "2"],
+    "zero3": [],
 }
 
 
@@ -38,11 +38,35 @@ def launch(name: str, runs: list[dict], folder: Path) -> list[str]:
     """Makes the runs one after the other (see distributed_runs.py); returns what each of them printed."""
     file = folder / f"{name}.json"
     file.write_text(json.dumps(runs))
-    command = [*LAUNCHERS[name], str(ROOT / "tests" / "distributed_runs.py"), str(file)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 400}
-    done = subprocess.run(command, env=environment(), cwd=ROOT, **options)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return re.split(r"^=== run \d+$", done.stdout, flags=re.MULTILINE)[1:]
+    if LAUNCHERS[name]:
+        command = [*LAUNCHERS[name], str(ROOT / "tests" / "distributed_runs.py"), str(file)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 400}
+        done = subprocess.run(command, env=environment(), cwd=ROOT, **options)
+        assert done.returncode == 0, done.stdout[-3000:]
+        printed = done.stdout
+    else:
+        printed = on_ranks(2 if name == "zero3" else None, [file], folder, "distributed_runs")
+    return re.split(r"^=== run \d+$", printed, flags=re.MULTILINE)[1:]
+
+
+def start_ranks(count: int | None, argv: list, folder: Path, script: str) -> tuple[list, list[Path]]:
+    """Starts `count` ranks, or a process that is none; returns them and what they write to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    variables = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count else [{}]
+    logs = [folder / f"rank-{port}-{rank}.log" for rank in range(len(variables))]
+    return [start_script(script, argv, log, **those) for log, those in zip(logs, variables, strict=True)], logs
+
+
+def on_ranks(count: int | None, argv: list, folder: Path, script: str = "train") -> str:
+    """Runs a script's main on `count` ranks (see start_ranks) to its end; returns what the first one printed."""
+    ranks, logs = start_ranks(count, argv, folder, script)
+    for process, log in zip(ranks, logs, strict=True):
+        process.join(400)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    return logs[0].read_text()
 
 
 def arguments(folder: Path, output: Path, *options) -> list:
@@ -232,36 +256,16 @@ def test_micro_batches_are_the_same_for_every_number_of_ranks(num_ranks):
 
 def unfinished_by_two_ranks(folder: Path, output: Path, argv: list) -> None:
     """Starts two ranks, and kills them when the first checkpoint is there."""
-    log = folder / f"{output.name}.log"
-    command = ["torchrun", "--nproc_per_node", "2", ROOT / "train.py", *argv, "--output-dir", output]
-    with open(log, "w") as file:
-        launcher = subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, stdout=file, stderr=file)
+    ranks, logs = start_ranks(2, [*argv, "--output-dir", output], folder, "train")
     deadline = time.monotonic() + 120
     while newest_checkpoint(output) is None:
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        assert launcher.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, logs[0].read_text()[-3000:]
+        assert all(rank.is_alive() for rank in ranks), logs[0].read_text()[-3000:]
         time.sleep(0.01)
-    for pid in subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
-    assert launcher.wait(60) != 0
+    for rank in ranks:
+        rank.kill()
+        rank.join()
     assert not (output / "run.json").exists(), "it ended before it was killed"
-
-
-def on_ranks(count: int, argv: list, folder: Path) -> str:
-    """Runs train.main on `count` ranks, with the variables that torchrun gives; returns what the first one printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    logs = [folder / f"rank-{port}-{rank}.log" for rank in range(count)]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    ranks = [
-        start_script("train", argv, log, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank, log in enumerate(logs)
-    ]
-    for process, log in zip(ranks, logs, strict=True):
-        process.join(200)
-        assert process.exitcode == 0, log.read_text()[-3000:]
-    return logs[0].read_text()
 
 
 @pytest.mark.parametrize("name", ["torchrun", "zero2", pytest.param("zero3", marks=SLOW)])
@@ -335,6 +339,7 @@ def test_nan_skips_on_every_rank(name, runs):
 MEASURE = """
 import json, sys, threading, time
 import deepspeed, torch, transformers
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see warm.py
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
