@@ -5,6 +5,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -200,3 +201,23 @@ def start_script(
     process = context.Process(target=_run_script, args=(script, words, str(log), file_size, environment))
     process.start()
     return process
+
+
+def start_ranks(count: int | None, argv: list, folder: Path, script: str) -> tuple[list, list[Path]]:
+    """Starts `count` ranks, or a process that is none; returns them and what they write to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    variables = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count else [{}]
+    logs = [folder / f"rank-{port}-{rank}.log" for rank in range(len(variables))]
+    return [start_script(script, argv, log, **those) for log, those in zip(logs, variables, strict=True)], logs
+
+
+def on_ranks(count: int | None, argv: list, folder: Path, script: str = "train") -> str:
+    """Runs a script's main on `count` ranks (see start_ranks) to its end; returns what the first one printed."""
+    ranks, logs = start_ranks(count, argv, folder, script)
+    for process, log in zip(ranks, logs, strict=True):
+        process.join(400)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    return logs[0].read_text()

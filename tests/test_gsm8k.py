@@ -200,7 +200,11 @@ def test_vllm_and_transformers_agree(smollm2, transformers_backend, tmp_path):
     responses = [encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
     process = forking().Process(target=by_vllm, args=(path, questions, prompts, responses, tmp_path / "found.json"))
     process.start()
-    ours = [completion.text for completion in transformers_backend.generate(questions, Sampling(32))]
+    ours = [None] * len(questions)
+    for group in batches([len(question) for question in questions], batch_size=10):
+        found = transformers_backend.generate([questions[i] for i in group], Sampling(32))
+        for i, completion in zip(group, found, strict=True):
+            ours[i] = completion.text
     loss = response_loss(transformers_backend, prompts, responses)
     process.join()
     assert process.exitcode == 0

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import oracle
 import pytest
 import torch
 import transformers
-from conftest import relative_error, start_script
+from conftest import on_ranks, relative_error, start_script
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -843,13 +840,9 @@ def test_two_ranks_end_where_one_process_ends(tmp_path, encoders):
     data = reviews(tmp_path / "reviews.jsonl")
     argv = ["--model", encoders["bert"], "--data", data, "--epochs=3", "--batch-size=7", "--spectral-k=1"]
     one = run(tmp_path, *argv, "--gradient-accumulation=2", output="one")
-    script = [f"{nlu.ROOT}/finetune_bert_l_sst2.py", "--rank=4", "--learning-rate=0.01", *argv]
-    command = ["torchrun", "--nproc_per_node=2", *script, "--output-dir", tmp_path / "two"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    where = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=where, cwd=nlu.ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("best state: ") == 1
+    argv += ["--rank=4", "--learning-rate=0.01", "--output-dir", tmp_path / "two"]
+    printed = on_ranks(2, argv, tmp_path, "finetune_bert_l_sst2")
+    assert printed.count("best state: ") == 1
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert (two["processes"], two["steps"], one["steps"]) == (2, 12, 12)
     expected, actual = (movement(tmp_path / name, encoders["bert"]) for name in ("one", "two"))
