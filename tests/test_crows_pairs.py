@@ -164,7 +164,9 @@ def test_lm_evaluation_harness_gives_the_same(name, run, checkpoint, pairs_file,
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((tmp_path / "theirs.json").read_text())
     ours = np.array([item["log_likelihoods"] for item in items])
-    assert np.abs(ours - np.array(theirs["log_likelihoods"])).max() < 1e-4
+    # Both sum in float32, which has steps of 1e-4 among the tiny model's thousand nats: three steps where that is more.
+    limit = np.maximum(1e-4, 3 * np.spacing(np.abs(ours).astype(np.float32)))
+    assert (np.abs(ours - np.array(theirs["log_likelihoods"])) <= limit).all()
     assert summary["pct_stereotype"]["value"] == pytest.approx(theirs["pct_stereotype"])
     assert summary["likelihood_diff"]["value"] == pytest.approx(theirs["likelihood_diff"], abs=1e-4)
 
