@@ -139,7 +139,8 @@ class TransformersBackend:
             for i, row in zip(indices, logits, strict=True):
                 response = torch.tensor(responses[i], device=self.device)
                 predicting = row[-len(response) - 1 : -1].float()
-                found[i] = -torch.nn.functional.cross_entropy(predicting, response, reduction="sum").item()
+                losses = torch.nn.functional.cross_entropy(predicting, response, reduction="none")
+                found[i] = -losses.sum(dtype=torch.float64).item()
         return found
 
 
