@@ -5,7 +5,6 @@ group of --help, titled by its docstring; a subclass of the same name adds to a 
 the options; nothing here imports more than it.
 """
 
-import argparse
 import dataclasses
 import difflib
 import os
@@ -91,19 +90,12 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
             groups = tyro.cli(grouped, description=description, args=words, config=how)
         return {name: value for group in vars(groups).values() for name, value in vars(group).items()}
 
-    config = _config_of(argv) if "config" in names else None
-    if config is not None:
-        words = _config_as_argv(Path(config), arguments_type)
+    values = parse(argv)
+    if values.get("config"):
+        words = _config_as_argv(Path(values["config"]), arguments_type)
         parse(words)  # by itself too: a value that the command line overrides is not looked at
-        argv = words + argv
-    return arguments_type(**parse(argv))
-
-
-def _config_of(argv: list[str]) -> str | None:
-    """The last --config of a command line: looked for ahead of tyro, which takes a third of a second for every look."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?")
-    return parser.parse_known_args([] if {"-h", "--help"} & set(argv) else argv)[0].config
+        values = parse(words + argv)
+    return arguments_type(**values)
 
 
 def _grouped(arguments_type: type) -> type:

@@ -164,9 +164,7 @@ def test_lm_evaluation_harness_gives_the_same(name, run, checkpoint, pairs_file,
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((tmp_path / "theirs.json").read_text())
     ours = np.array([item["log_likelihoods"] for item in items])
-    # Of 3,016 sentences float32 takes some further apart: SmolLM2's one is 8e-5 from float64 here, and 2e-4 there.
-    limit = 2e-4 if options else 1e-4
-    assert np.abs(ours - np.array(theirs["log_likelihoods"])).max() < limit
+    assert np.abs(ours - np.array(theirs["log_likelihoods"])).max() < 1e-4
     assert summary["pct_stereotype"]["value"] == pytest.approx(theirs["pct_stereotype"])
     assert summary["likelihood_diff"]["value"] == pytest.approx(theirs["likelihood_diff"], abs=1e-4)
 
