@@ -138,7 +138,7 @@ class TransformersBackend:
             ).logits
             for i, row in zip(indices, logits, strict=True):
                 response = torch.tensor(responses[i], device=self.device)
-                predicting = row[-len(response) - 1 : -1].float()
+                predicting = row[-len(response) - 1 : -1].to(torch.promote_types(row.dtype, torch.float32))
                 losses = torch.nn.functional.cross_entropy(predicting, response, reduction="none")
                 found[i] = -losses.sum(dtype=torch.float64).item()
         return found

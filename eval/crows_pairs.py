@@ -74,7 +74,9 @@ class MachineArguments:
     """How the machine is used."""
 
     batch_size: int = option(32, "sentences that the model reads together")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it, else float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
+        "auto", "auto: bfloat16 where the GPU has it, else float32; float64 has no rounding to speak of"
+    )
 
 
 @dataclass

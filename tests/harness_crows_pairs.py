@@ -1,6 +1,6 @@
 """lm-evaluation-harness's own task crows_pairs_english on pairs of a csv file; run by the python of .venv-harness.
 
-    python tests/harness_crows_pairs.py MODEL PAIRS.csv OUT.json
+    python tests/harness_crows_pairs.py MODEL PAIRS.csv DTYPE OUT.json
 
 OUT.json gets its two numbers, and every pair's two log-likelihoods.
 """
@@ -13,7 +13,7 @@ import lm_eval
 import lm_eval.tasks
 import yaml
 
-model, pairs, out = sys.argv[1:]
+model, pairs, dtype, out = sys.argv[1:]
 theirs = Path(lm_eval.tasks.__file__).parent / "crows_pairs" / "crows_pairs_english.yaml"
 task = {
     "include": str(theirs),
@@ -28,7 +28,7 @@ folder.mkdir(exist_ok=True)
 (folder / "crows_pairs_of_a_file.yaml").write_text(yaml.safe_dump(task))
 results = lm_eval.simple_evaluate(
     model="hf",
-    model_args={"pretrained": model, "dtype": "float32"},
+    model_args={"pretrained": model, "dtype": dtype},
     tasks=[task["task"]],
     task_manager=lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False),
     device="cpu",
