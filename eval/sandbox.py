@@ -21,14 +21,14 @@ data. And a program that imports what is not in Python's standard library, such 
 
 import contextlib
 import functools
-import json
 import os
+import select
 import signal
-import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cli import RunStopped, UserError
-from eval.sandbox_inside import pack
+from eval.sandbox_inside import receive, send
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it
@@ -154,28 +154,28 @@ def run_programs(
         SandboxError: the isolation that worked at first does no longer.
     """
     limits, found = limits or Limits(), require_isolation(unsafe)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        futures = [pool.submit(_run, program, limits, found) for program in programs]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            for future in futures:
-                future.cancel()
+    waiting: list[_Starter] = []
+    try:
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            futures = [pool.submit(_run, program, limits, found, waiting) for program in programs]
+            try:
+                for future in futures:
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+    finally:
+        for starter in waiting:
+            starter.end()
 
 
-def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
-    with contextlib.ExitStack() as stack:
-        folder = "/tmp"
-        if found.level != "namespaces":
-            folder = tempfile.mkdtemp(prefix="program-")
-            # Not shutil.rmtree: folders nested deep enough take it down.
-            stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
-        settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
-        settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
+class _Starter:
+    """A process of `sandbox_inside.py`. Its imports are behind it: a program costs a fork, not an interpreter."""
+
+    def __init__(self):
         # -s -S -P: no site packages, nothing imported from the working folder. Not -I: it would ignore PYTHONHASHSEED,
         # without which the order of a set, and with it a verdict, may change from run to run.
-        process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [_interpreter(), "-s", "-S", "-P", "-B", "-u", str(INSIDE)],
             env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
             cwd="/",
@@ -184,40 +184,65 @@ def _run(program: Program, limits: Limits, found: Isolation) -> Verdict:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        stack.callback(_end, process, found.level)
-        try:
-            out, err = process.communicate(pack(settings) + pack(vars(program)), limits.timeout + GRACE)
-        except subprocess.TimeoutExpired:
-            return Verdict("timed out", f"after {limits.timeout:g} s", "")
-    messages = _messages(out)
-    if not messages:
-        reason = err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
-        raise SandboxError(reason[-1])
-    if len(messages) < 2:
-        return Verdict("failed", "the judge was ended", "")
-    return Verdict(**messages[1])
 
+    def run(self, settings: dict[str, Any], program: Program, seconds: float) -> list[Any]:
+        """What comes back: "ready", the verdict and "ended"; less where this process, or the program's, was ended.
 
-def _end(process: subprocess.Popen, level: str) -> None:
-    """Ends the process and, in namespaces by its process 1, elsewhere by its group, all that it started."""
-    if process.returncode is None or level != "namespaces":
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        messages: list[Any] = []
+        poll, deadline = select.poll(), time.monotonic() + seconds
+        poll.register(stdout, select.POLLIN)
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            send(stdin, settings)
+            send(stdin, vars(program))
+            while "ended" not in messages:
+                if not poll.poll(1000 * max(0, deadline - time.monotonic())):
+                    raise TimeoutError
+                messages.append(receive(stdout))
+        return messages
+
+    def end(self) -> str:
+        """Ends it and all that it started, in namespaces by their process 1, elsewhere by its group; its last words."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for stream in (process.stdin, process.stdout, process.stderr):
-        with contextlib.suppress(OSError):
-            stream.close()
+            os.killpg(self.process.pid, signal.SIGKILL)
+        _, err = self.process.communicate()
+        return (err.decode(errors="replace").strip().splitlines() or [f"exit code {self.process.returncode}"])[-1]
 
 
-def _messages(data: bytes) -> list[Any]:
-    messages = []
-    while len(data) >= 8:
-        (length,) = struct.unpack(">Q", data[:8])
-        if len(data) < 8 + length:
-            break
-        messages.append(json.loads(data[8 : 8 + length]))
-        data = data[8 + length :]
-    return messages
+def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Starter] | None = None) -> Verdict:
+    """Its verdict, by a process of those `waiting`, which waits there again where nothing of the program is left."""
+    starter = waiting.pop() if waiting else _Starter()
+    with _folder(found) as folder:
+        settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
+        settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
+        try:
+            messages = starter.run(settings, program, limits.timeout + GRACE)
+        except TimeoutError:
+            starter.end()
+            return Verdict("timed out", f"after {limits.timeout:g} s", "")
+        if waiting is not None and found.level == "namespaces" and len(messages) == 3:
+            waiting.append(starter)
+        else:
+            last_words = starter.end()
+    if "ready" not in messages:
+        raise SandboxError(last_words)
+    return Verdict(**messages[1]) if len(messages) == 3 else Verdict("failed", "the judge was ended", "")
+
+
+@contextlib.contextmanager
+def _folder(found: Isolation) -> Iterator[str]:
+    """What the program writes to: in namespaces a /tmp of its own."""
+    if found.level == "namespaces":
+        yield "/tmp"
+        return
+    folder = tempfile.mkdtemp(prefix="program-")
+    try:
+        yield folder
+    finally:  # not shutil.rmtree: folders nested deep enough take it down
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def _interpreter() -> str:

@@ -1,11 +1,12 @@
-"""What `sandbox.py` starts for each program: confines itself, then splits into a judge and a candidate.
+"""What `sandbox.py` starts: forks a process for each program, confined, then split into a judge and a candidate.
 
 The judge runs the benchmark's tests and reports the verdict; the candidate runs the model's code. They share no
 memory: the judge sends arguments and receives results as plain data; a result that is no plain data stays with the
 candidate, and the judge gets a handle of it (`Remote`). So nothing that the model's code does to its own interpreter
 (patched builtins, objects equal to everything, an early exit, forged frames) reaches the process that decides.
 
-Runs in a fresh interpreter without site packages and without an environment; imports the standard library only.
+Runs in an interpreter without site packages and without an environment; imports the standard library only. The process
+that forks sees no program and no test, and runs none: all programs begin in the same state.
 """
 
 import builtins
@@ -317,14 +318,10 @@ class CandidateGone(BaseException):
     """The candidate's process ended or broke the protocol. No test that says `except Exception` catches it."""
 
 
-def pack(message: Any) -> bytes:
-    """One message: its length in 8 bytes, then JSON."""
-    data = json.dumps(message).encode()
-    return struct.pack(">Q", len(data)) + data
-
-
 def send(descriptor: int, message: Any) -> None:
-    data = memoryview(pack(message))
+    """Writes one message: its length in 8 bytes, then JSON."""
+    text = json.dumps(message).encode()
+    data = memoryview(struct.pack(">Q", len(text)) + text)
     while data:
         data = data[os.write(descriptor, data) :]
 
@@ -585,11 +582,39 @@ def _reason(error: BaseException, tests: str) -> str:
 
 
 def main() -> None:
-    """Confines this process, starts the candidate and the judge, writes "ready" and then the verdict to stdout."""
-    settings = receive(0)
-    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the process that asked
-    if os.getppid() != settings["parent"]:
+    """A program for each message of settings, until there are no more; "ended" when its process has."""
+    while True:
+        try:
+            settings = receive(0)
+        except EOFError:
+            return
+        end_with(settings["parent"])
+        starter, process = os.getpid(), os.fork()
+        if process == 0:
+            end_with(starter)
+            run_program(settings)
+        os.waitpid(process, 0)
+        send(1, "ended")
+
+
+def end_with(parent: int) -> None:
+    """Lets the kernel end this process when `parent` ends."""
+    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
         os._exit(NOT_CONFINED)
+
+
+def empty_stdin() -> None:
+    """Makes descriptor 0 one that is at its end; /dev/null is out of sight."""
+    read_end, write_end = os.pipe()
+    os.dup2(read_end, 0)
+    os.close(write_end)
+    if read_end != 0:
+        os.close(read_end)
+
+
+def run_program(settings: dict[str, Any]) -> NoReturn:
+    """Confines this process, starts the candidate and the judge, writes "ready" and then the verdict to stdout."""
     report, output = os.dup(1), os.memfd_create("output")
     confine(settings)
     requests, replies = os.pipe(), os.pipe()
@@ -611,7 +636,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda *_: finish("timed out", f"after {settings['timeout']:g} s"))
     signal.setitimer(signal.ITIMER_REAL, settings["timeout"])
-    verdict = judge(receive(0), Connection(requests[1], replies[0]))
+    job = receive(0)
+    empty_stdin()
+    verdict = judge(job, Connection(requests[1], replies[0]))
     signal.setitimer(signal.ITIMER_REAL, 0)
     finish(*verdict)
 
@@ -650,9 +677,7 @@ def become_candidate(settings: dict[str, Any], output: int, requests: int, repli
         for descriptor in {0, *range(3, 256)} - {requests, replies}:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        stdin, write_end = os.pipe()  # descriptor 0 is free, so it is the first
-        assert stdin == 0
-        os.close(write_end)
+        empty_stdin()
         _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the judge
         if settings["filter"]:
             filter_system_calls()

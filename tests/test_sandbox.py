@@ -24,6 +24,7 @@ LEVELS = {"namespaces": Isolation("namespaces", True, ()), "landlock": Isolation
 # Landlock has no limit on the disk as a whole, nor on the time that clearing it takes: `sandbox.py` says so.
 NOT_STOPPED = {("landlock", "disk_bomb_many"), ("landlock", "inode_bomb"), ("landlock", "deep_folders")}
 SECRET = "hunter2"
+HONEST = Program("def f(x): return sorted(x)", "assert f([3, 1, 2]) == [1, 2, 3]", ("f",))
 
 
 @pytest.fixture(params=list(LEVELS), scope="module")
@@ -113,16 +114,16 @@ def sandboxes_below(*starters: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def visit(level, tmp_path_factory):
-    """Runs every hostile program once; name: its verdict and the seconds it took."""
+    """Runs every hostile program once, an honest one after it; name: both verdicts and the seconds they took."""
     host = Host(tmp_path_factory.mktemp("host"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SANDBOX_TEST_KEY", SECRET)
 
-        def timed(name: str) -> tuple[Verdict, float]:
+        def timed(name: str) -> tuple[Verdict, Verdict, float]:
             started = time.monotonic()
             source = f"HOST = {host.told!r}\n{PROGRAMS[name][1]}"
-            (verdict,) = run_programs([Program(source, TESTS, ("f",))], LIMITS, workers=1)
-            return verdict, time.monotonic() - started
+            verdict, next_one = run_programs([Program(source, TESTS, ("f",)), HONEST], LIMITS, workers=1)
+            return verdict, next_one, time.monotonic() - started
 
         with ThreadPoolExecutor(2) as pool:
             results = dict(zip(PROGRAMS, pool.map(timed, PROGRAMS), strict=True))
@@ -144,8 +145,9 @@ def test_an_attack_is_python(name):
 def test_a_hostile_program_does_not_pass(name, visit, level):
     if (level, name) in NOT_STOPPED:
         pytest.skip("stated as not limited")
-    verdict, seconds = visit[0][name]
+    verdict, next_one, seconds = visit[0][name]
     assert not verdict.passed, PROGRAMS[name][0]
+    assert next_one.passed
     assert f"{verdict.detail}{verdict.output}".encode()  # can be written to a file
     assert seconds < LIMITS.timeout + 2
 
@@ -315,6 +317,26 @@ def test_programs_do_not_share_the_limit_on_processes(level):
     source += "def f(x): return time.sleep(1) or len(x)"
     programs = [Program(source, "assert f([0]) == 1", ("f",))] * 10
     assert all(verdict.passed for verdict in run_programs(programs, Limits(timeout=60), workers=10))
+
+
+def test_a_program_leaves_nothing_to_the_next(level):
+    """They are forked from one process: files, built-ins, modules, the environment, and what is still to be read."""
+    leaves = """
+import builtins, json, os, tempfile
+open(tempfile.gettempdir() + "/left", "w").write("here")
+builtins.left = json.left = True
+os.environ["LEFT"] = "here"
+def f(): return 1
+"""
+    finds = """
+import builtins, json, os, tempfile
+def f():
+    return os.listdir(tempfile.gettempdir()), os.environ.get("LEFT"), hasattr(builtins, "left"), hasattr(json, "left")
+"""
+    first = Program(leaves, "import sys\nassert f() == 1 and sys.stdin.read() == ''", ("f",))
+    second = Program(finds, "assert f() == ([], None, False, False)", ("f",))
+    verdicts = list(run_programs([first, second] * 3, workers=1))
+    assert all(verdict.passed for verdict in verdicts), verdicts
 
 
 def test_random_inputs_are_the_same_in_every_run(level):
