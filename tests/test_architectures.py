@@ -2,17 +2,17 @@
 figures against published counts and measured peaks, and SmolLM2's exports in the real vLLM."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import greedy_by_vllm
 import peft
 import pytest
 import torch
 import transformers
-from conftest import PUBLISHED, ROOT, make_tokenizer, relative_error
+from conftest import PUBLISHED, ROOT, forking, make_tokenizer, relative_error
 
 import train
 from common.cli import UserError
@@ -134,11 +134,7 @@ def test_a_dry_run_needs_the_configuration_alone(name, tmp_path, capsys):
 SETTINGS = {  # each with as many examples as one micro-batch has: the largest is the only one
     "ba-lora, packed": ["--max-examples", "4"],
     "lora, padded": ["--max-examples", "4", "--method", "lora", "--no-packing", "--max-length", "384"],
-    "ba-lora, checkpointing": [
-        *("--max-examples", "8", "--batch-size", "8"),
-        "--gradient-checkpointing",
-        "--dtype=bfloat16",
-    ],
+    "ba-lora, checkpointing": ["--max-examples", "8", "--batch-size", "8", "--gradient-checkpointing"],
 }
 
 
@@ -166,42 +162,50 @@ def test_the_memory_estimate_is_within_15_percent_of_the_measured_peak(setting, 
 
 @pytest.fixture(scope="module")
 def trained_smollm2(tmp_path_factory):
-    """SmolLM2 after three steps that change what it says; 20 real prompts, transformers' greedy tokens from merged/."""
+    """The folder of a run: SmolLM2 after three steps that change what it says."""
     folder = tmp_path_factory.mktemp("smollm2")
     files = ("--model", demo.model(), "--data", demo.problems("train"), "--fields", "question", "response")
     options = ("--rank", 16, "--max-steps", 3, "--batch-size", 2, "--gradient-accumulation", 1, "--save-steps", 0)
     options += ("--learning-rate", "1e-3", "--output-dir", folder / "out", "--dtype", "float32")
     train.main([*map(str, files), *map(str, options)])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "out" / "merged")
-    questions = [json.loads(line)["question"] for line in demo.problems("test").read_text().splitlines()[:20]]
-    prompts = [encode_prompt(tokenizer, question) for question in questions]
-    (folder / "prompts.json").write_text(json.dumps(prompts))
-
-    def greedy(path: Path, count: int) -> list[list[int]]:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        settings = {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16, "eos_token_id": None}
-        model.generation_config = transformers.GenerationConfig(**settings, pad_token_id=0)
-        return [model.generate(torch.tensor([ids]))[0, len(ids) :].tolist() for ids in prompts[:count]]
-
-    merged = greedy(folder / "out" / "merged", 20)
-    assert merged[:4] != greedy(Path(demo.model()), 4), "nothing was learnt"
-    return folder, merged
+    return folder / "out"
 
 
 @pytest.fixture(scope="module")
-def vllm_tokens(trained_smollm2):
-    """vLLM's, from merged/, and from adapter/ as a LoRA of rank 2r on the published base."""
+def prompts(trained_smollm2):
+    """Twenty real ones."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained_smollm2 / "merged")
+    lines = demo.problems("test").read_text().splitlines()[:20]
+    return [encode_prompt(tokenizer, json.loads(line)["question"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def vllm_tokens(trained_smollm2, prompts):
+    """vLLM's greedy tokens, from merged/, and from adapter/ as a LoRA of rank 2r on the published base."""
     pytest.importorskip("vllm")
-    folder, _ = trained_smollm2
-    models = [folder / "out" / "merged", f"{demo.model()}+{folder / 'out' / 'adapter'}"]
-    words = [folder / "prompts.json", 16, folder / "tokens.json", *models]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, str(ROOT / "tests" / "greedy_by_vllm.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(["merged", "adapter"], json.loads((folder / "tokens.json").read_text()), strict=True))
+    models = [(trained_smollm2 / "merged", None), (Path(demo.model()), trained_smollm2 / "adapter")]
+    out = trained_smollm2 / "tokens.json"
+    process = forking().Process(target=greedy_by_vllm.main, args=(prompts, 16, out, models))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return dict(zip(["merged", "adapter"], json.loads(out.read_text()), strict=True))
+
+
+def choices(path: Path, prompts: list[list[int]], tokens: list[list[int]]) -> list[list[int]]:
+    """transformers' likeliest token at the place of each of `tokens`; equal to them, they are its greedy tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = []
+    for prompt, response in zip(prompts, tokens, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0]
+        found.append(logits[len(prompt) - 1 : -1].argmax(-1).tolist())
+    return found
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
-def test_vllm_gives_transformers_greedy_tokens(form, trained_smollm2, vllm_tokens):
-    assert vllm_tokens[form] == trained_smollm2[1]
+def test_vllm_gives_transformers_greedy_tokens(form, trained_smollm2, prompts, vllm_tokens):
+    tokens = vllm_tokens[form]
+    assert [len(row) for row in tokens] == [16] * 20
+    assert choices(trained_smollm2 / "merged", prompts, tokens) == tokens
+    assert choices(Path(demo.model()), prompts[:4], tokens[:4]) != tokens[:4], "nothing was learnt"
