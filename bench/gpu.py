@@ -70,6 +70,13 @@ def serve(args: argparse.Namespace) -> None:
     """The worker's side: a line in, the name of a part; a line out, what came of it. Prints go to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():  # before what takes longer to import
+        problem = "no CUDA GPU here; --device cpu --small runs the same code on tiny shapes"
+        answers.write(json.dumps({"problem": problem}) + "\n")
+        answers.flush()
+        return
     import gpu_parts
 
     for line in sys.stdin:

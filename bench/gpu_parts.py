@@ -42,19 +42,18 @@ def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
     return {"problem": problem, "rows": rows, "is_over": False}
 
 
-def version(name: str) -> str:
+def version(name: str, packages: dict[str, list[str]]) -> str:
+    """A module's, of the package that brings it; `packages` names them by module."""
     if not cases.installed(name):
         return "not installed"
-    packages = importlib.metadata.packages_distributions().get(name, [name])
-    return importlib.metadata.version(packages[0])
+    return importlib.metadata.version(packages.get(name, [name])[0])
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Device, versions, what is not installed, and the commit; `problem` where the device is not there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return {"problem": "no CUDA GPU here; --device cpu --small runs the same code on tiny shapes"}
+    """Device, versions, what is not installed, and the commit."""
     names = ("torch", "transformers", "safetensors", *cases.OPTIONAL)
-    found = {"python": platform.python_version()} | {name: version(name) for name in names}
+    packages = importlib.metadata.packages_distributions()  # reads every package there is
+    found = {"python": platform.python_version()} | {name: version(name, packages) for name in names}
     device = platform.processor() or platform.machine()
     if args.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
