@@ -19,6 +19,7 @@ import transformers
 import warm  # noqa: F401
 
 import train
+from common.cli import run_script
 from common.training import leave
 
 
@@ -66,4 +67,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

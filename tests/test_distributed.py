@@ -427,13 +427,13 @@ def nodes():
             ip("netns", "delete", name, check=False)
 
 
-def start_nodes(nodes: list[str], argv: list, logs: list[Path]) -> list[subprocess.Popen]:
-    """torchrun on each node, as the README has it."""
+def start_nodes(nodes: list[str], script: str, argv: list, logs: list[Path]) -> list[subprocess.Popen]:
+    """torchrun on each node, as docs/many-gpus.md has it."""
     processes = []
     for rank, (name, log) in enumerate(zip(nodes, logs, strict=True)):
         command = ["ip", "netns", "exec", name, "torchrun", "--nnodes", "2", "--node_rank", str(rank)]
         command += ["--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", "29511"]
-        command += [str(ROOT / "train.py"), *map(str, argv)]
+        command += [str(ROOT / script), *map(str, argv)]
         with open(log, "w") as file:
             where = environment() | {"GLOO_SOCKET_IFNAME": f"{name}v"}
             processes.append(subprocess.Popen(command, env=where, cwd=ROOT, stdout=file, stderr=file))
@@ -441,35 +441,35 @@ def start_nodes(nodes: list[str], argv: list, logs: list[Path]) -> list[subproce
 
 
 def test_two_nodes_end_where_one_process_ends_and_a_lost_rank_ends_both(nodes, runs, folder, tmp_path):
-    output = tmp_path / "two-nodes"
-    argv = launched("torchrun", folder, output, "--method", "ba-lora")
-    for process in start_nodes(nodes, argv, [tmp_path / "a.log", tmp_path / "b.log"]):
-        assert process.wait(120) == 0, (tmp_path / "a.log").read_text()[-2000:]
-    expected, _ = movement(runs["one process", "ba-lora"], folder)
-    actual, _ = movement(output, folder)
-    assert (actual - expected).norm() < 1e-4 * expected.norm()
-
-    output = tmp_path / "lost"
+    """One start makes a run to its end, and another that loses its second rank."""
+    whole, output = tmp_path / "two-nodes", tmp_path / "lost"
     options = ("--method", "ba-lora", "--max-steps", 200, "--epochs", 100, "--save-steps", 20)
     argv = launched("torchrun", folder, output, *options)
-    processes = start_nodes(nodes, argv, [tmp_path / "c.log", tmp_path / "d.log"])
-    deadline = time.monotonic() + 120
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps([run_of(launched("torchrun", folder, whole, "--method", "ba-lora")), run_of(argv)]))
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    processes = start_nodes(nodes, "tests/distributed_runs.py", [file], logs)
+    deadline = time.monotonic() + 240
     while newest_checkpoint(output) is None:
-        assert time.monotonic() < deadline, (tmp_path / "c.log").read_text()[-2000:]
+        assert time.monotonic() < deadline, logs[0].read_text()[-2000:]
+        assert all(process.poll() is None for process in processes), logs[0].read_text()[-2000:]
         time.sleep(0.1)
-    listed = subprocess.run(["pgrep", "-P", str(processes[1].pid), "-f", "train.py"], capture_output=True, text=True)
+    expected, _ = movement(runs["one process", "ba-lora"], folder)
+    actual, _ = movement(whole, folder)
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+    listed = subprocess.run(["pgrep", "-P", str(processes[1].pid), "-f", "runs.json"], capture_output=True, text=True)
     worker = int(listed.stdout.split()[0])  # of the second node
     os.kill(worker, signal.SIGKILL)
     started = time.monotonic()
     codes = [process.wait(60) for process in processes]
     assert time.monotonic() - started < 60
     assert all(code != 0 for code in codes)
-    message = next(line for line in (tmp_path / "c.log").read_text().splitlines() if "stopped:" in line)
+    message = next(line for line in logs[0].read_text().splitlines() if "stopped:" in line)
     assert "lost another rank" in message
     assert "--resume goes on from" in message
 
-    argv = [*argv, "--resume"]
-    for process in start_nodes(nodes, argv, [tmp_path / "e.log", tmp_path / "f.log"]):
-        assert process.wait(200) == 0, (tmp_path / "e.log").read_text()[-2000:]
-    assert "going on from" in (tmp_path / "e.log").read_text()
+    logs = [tmp_path / "c.log", tmp_path / "d.log"]
+    for process in start_nodes(nodes, "train.py", [*argv, "--resume"], logs):
+        assert process.wait(200) == 0, logs[0].read_text()[-2000:]
+    assert "going on from" in logs[0].read_text()
     assert json.loads((output / "run.json").read_text())["steps"] == 200
