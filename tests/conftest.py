@@ -164,7 +164,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def forking() -> multiprocessing.context.ForkServerContext:
     """Python 3.11's server has another sys.path, and skips without a word what it cannot import: so PYTHONPATH."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["warm"])
+    context.set_forkserver_preload(["deepspeed.runtime.zero.muon.muon_optimizer", "warm"])  # the first is ZeRO's
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         forkserver.ensure_running()

@@ -165,7 +165,7 @@ def trained_smollm2(tmp_path_factory):
     """The folder of a run: SmolLM2 after three steps that change what it says."""
     folder = tmp_path_factory.mktemp("smollm2")
     files = ("--model", demo.model(), "--data", demo.problems("train"), "--fields", "question", "response")
-    options = ("--rank", 16, "--max-steps", 3, "--batch-size", 2, "--gradient-accumulation", 1, "--save-steps", 0)
+    options = ("--rank", 8, "--max-steps", 3, "--batch-size", 2, "--gradient-accumulation", 1, "--save-steps", 0)
     options += ("--learning-rate", "1e-3", "--output-dir", folder / "out", "--dtype", "float32")
     train.main([*map(str, files), *map(str, options)])
     return folder / "out"

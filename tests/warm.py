@@ -6,7 +6,6 @@ Both would else cost every process a second.
 import gc
 
 import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer
 import torch.utils.tensorboard  # noqa: F401
 import tyro  # noqa: F401
 
