@@ -189,19 +189,24 @@ class _Starter:
         """What comes back: "ready", the verdict and "ended"; less where this process, or the program's, was ended.
 
         Raises:
-            TimeoutError: it takes longer.
+            TimeoutError: it takes longer; this process is then ended.
         """
         stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         messages: list[Any] = []
         poll, deadline = select.poll(), time.monotonic() + seconds
         poll.register(stdout, select.POLLIN)
-        with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
             send(stdin, settings)
             send(stdin, vars(program))
             while "ended" not in messages:
                 if not poll.poll(1000 * max(0, deadline - time.monotonic())):
                     raise TimeoutError
                 messages.append(receive(stdout))
+        except (EOFError, BrokenPipeError):
+            pass
+        except BaseException:
+            self.end()
+            raise
         return messages
 
     def end(self) -> str:
@@ -221,15 +226,17 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
         try:
             messages = starter.run(settings, program, limits.timeout + GRACE)
         except TimeoutError:
-            starter.end()
             return Verdict("timed out", f"after {limits.timeout:g} s", "")
-        if waiting is not None and found.level == "namespaces" and len(messages) == 3:
+        is_whole = len(messages) == 3
+        if is_whole and found.level == "namespaces" and waiting is not None:
             waiting.append(starter)
         else:
             last_words = starter.end()
-    if "ready" not in messages:
-        raise SandboxError(last_words)
-    return Verdict(**messages[1]) if len(messages) == 3 else Verdict("failed", "the judge was ended", "")
+    if is_whole:
+        return Verdict(**messages[1])
+    if "ready" in messages:
+        return Verdict("failed", "the judge was ended", "")
+    raise SandboxError(last_words)
 
 
 @contextlib.contextmanager

