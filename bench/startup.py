@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPETITIONS = 5
-EVALUATIONS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
+EVALUATIONS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench", "suite", "forgetting", "crows_pairs")
 # Each with the exit code that it must have.
 COMMANDS = [
     *((f"eval/{name}.py --help", 0) for name in (*EVALUATIONS, "report")),

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 HEAVY = {"torch", "transformers", "datasets", "vllm", "peft", "train", "finetune_bert_l_sst2"}
-EVALUATIONS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench", "suite", "forgetting")
+EVALUATIONS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench", "suite", "forgetting", "crows_pairs")
 
 
 def imported_by(*command: str) -> tuple[subprocess.CompletedProcess, set[str]]:
