@@ -17,13 +17,13 @@ def main(prompts: list[list[int]], num_tokens: int, out: Path, models: list[tupl
     sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     found = []
     for model, adapter in models:
-        options, request = {"distributed_executor_backend": "uni"}, None
+        options = {"dtype": "float32", "max_model_len": 512, "distributed_executor_backend": "uni"}
+        request = None
         if adapter is not None:
             rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
             options |= {"enable_lora": True, "max_lora_rank": rank}
             request = LoRARequest("adapter", 1, str(adapter))
-        sizes = {"dtype": "float32", "max_model_len": 512}
-        llm = LLM(str(model), enforce_eager=True, generation_config="vllm", **sizes, **options)
+        llm = LLM(str(model), enforce_eager=True, generation_config="vllm", **options)
         outputs = llm.generate(inputs, sampling, lora_request=request, use_tqdm=False)
         found.append([list(output.outputs[0].token_ids) for output in outputs])
         del llm

@@ -131,10 +131,10 @@ def test_a_dry_run_needs_the_configuration_alone(name, tmp_path, capsys):
     assert not out.exists()
 
 
-SETTINGS = {  # on as many examples as one micro-batch has: the largest is the only one
-    "ba-lora, packed": [],
-    "lora, padded": ["--method", "lora", "--no-packing", "--max-length", "384"],
-    "ba-lora, checkpointing": ["--gradient-checkpointing"],
+SETTINGS = {  # each with as many examples as one micro-batch has: the largest is the only one
+    "ba-lora, packed": ["--max-examples", "4"],
+    "lora, padded": ["--max-examples", "4", "--method", "lora", "--no-packing", "--max-length", "384"],
+    "ba-lora, checkpointing": ["--max-examples", "8", "--batch-size", "8", "--gradient-checkpointing"],
 }
 
 
@@ -142,7 +142,7 @@ SETTINGS = {  # on as many examples as one micro-batch has: the largest is the o
 def test_the_memory_estimate_is_within_15_percent_of_the_measured_peak(setting, tmp_path, shared_data, capsys):
     """SmolLM2 on GSM8K, a process of its own; the peak that the kernel counted."""
     options = ["--model", "demo", "--data", shared_data / "gsm8k_train.jsonl", "--fields", "question", "answer"]
-    options += ["--rank", "32", "--max-steps", "2", "--gradient-accumulation", "1", "--max-examples", "4"]
+    options += ["--rank", "32", "--max-steps", "2", "--gradient-accumulation", "1"]
     options += ["--output-dir", tmp_path / "out", "--save-steps", "0", *SETTINGS[setting]]
     options = list(map(str, options))
     train.main([*options, "--dry-run"])
@@ -165,7 +165,7 @@ def trained_smollm2(tmp_path_factory):
     """The folder of a run: SmolLM2 after three steps that change what it says."""
     folder = tmp_path_factory.mktemp("smollm2")
     files = ("--model", demo.model(), "--data", demo.problems("train"), "--fields", "question", "response")
-    options = ("--rank", 8, "--max-steps", 3, "--batch-size", 2, "--gradient-accumulation", 1, "--save-steps", 0)
+    options = ("--rank", 16, "--max-steps", 3, "--batch-size", 2, "--gradient-accumulation", 1, "--save-steps", 0)
     options += ("--learning-rate", "1e-3", "--output-dir", folder / "out", "--dtype", "float32")
     train.main([*map(str, files), *map(str, options)])
     return folder / "out"

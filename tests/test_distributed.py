@@ -449,7 +449,7 @@ def test_two_nodes_end_where_one_process_ends_and_a_lost_rank_ends_both(nodes, r
     file.write_text(json.dumps([run_of(launched("torchrun", folder, whole, "--method", "ba-lora")), run_of(argv)]))
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
     processes = start_nodes(nodes, "tests/distributed_runs.py", [file], logs)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 120
     while newest_checkpoint(output) is None:
         assert time.monotonic() < deadline, logs[0].read_text()[-2000:]
         assert all(process.poll() is None for process in processes), logs[0].read_text()[-2000:]
