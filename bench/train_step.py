@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from common.cli import run_script
 from common.conversations import num_valid
 from common.pretrained import load_tokenizer_and_config, resolve_demo
+from common.training import peak_memory_gib
 
 CONTENDERS = {
     "peft": "PEFT's PiSSA, stock loss",
@@ -101,7 +101,7 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
         started = time.perf_counter()
         loss = step(batches[index])
         seconds = time.perf_counter() - started
-        connection.send((seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+        connection.send((seconds, loss, peak_memory_gib()))
 
 
 def main(argv: list[str]) -> None:

@@ -35,8 +35,6 @@ CONTENDERS = {
 
 def train_trl(options: dict[str, Any]) -> None:
     """One training by TRL; its time, memory and settings go to `options["result"]`."""
-    import resource
-
     import peft
     import trl
 
@@ -44,6 +42,7 @@ def train_trl(options: dict[str, Any]) -> None:
     from common.prompts import ALPACA_PROMPT
     from common.tables import load_records
     from common.targets import TARGET_MODULES
+    from common.training import peak_memory_gib
 
     instruction, response = options["fields"]
     records = load_records(resolve_demo(options["data"], "train")).select(range(options["examples"]))
@@ -78,8 +77,8 @@ def train_trl(options: dict[str, Any]) -> None:
     seconds = trainer.train().metrics["train_runtime"]
     kept = {name: getattr(config, name) for name in ("bf16", "gradient_checkpointing", "packing")}
     kept["dtype"] = str(next(trainer.model.parameters()).dtype)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    Path(options["result"]).write_text(json.dumps({"train_seconds": seconds, "peak_memory_gib": peak, **kept}))
+    kept |= {"train_seconds": seconds, "peak_memory_gib": peak_memory_gib()}
+    Path(options["result"]).write_text(json.dumps(kept))
 
 
 def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:

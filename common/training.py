@@ -1,9 +1,11 @@
 """What every training here tells the transformers Trainer, and shows while it runs."""
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -130,7 +132,11 @@ def peak_memory_gib() -> float:
     """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return int(found[1]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux not less than the starting process had
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
