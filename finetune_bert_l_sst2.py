@@ -36,8 +36,8 @@ What comes out, in --output-dir
 The state that scores best on a held-out part of the training data (the demo has a file of its own) is kept; the
 evaluation sets are read once, at the end.
 
-Read from top to bottom: arguments, data, adapters and objective, trainer, the stages of a run, main. What is not the
-method has a file of its own in common/.
+Read from top to bottom: arguments, data, adapters and objective, the training loop, the stages of a run, main. What is
+not the method has a file of its own in common/.
 """
 
 import json
@@ -50,7 +50,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -59,13 +59,12 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import train
 from common import cli
-from common.batches import generator_of
-from common.best_state import BEST_TENSORS, KeepBest
+from common.best_state import BestState
 from common.checkpoints import accumulation, checkpoint_to_resume
 from common.classifiers import (
     INPUTS,
@@ -86,11 +85,11 @@ from common.partitioned import num_ranks
 from common.peft_format import export_adapter
 from common.pretrained import check_checkpoint, load_tokenizer_and_config
 from common.probe import apply_probe, fit_probe
-from common.runs import open_output_dir, package_versions, require_output_dir, require_same_run
+from common.ranks import run_rank, start_ranks
+from common.runs import held_alone, open_output_dir, package_versions, require_output_dir, require_same_run, write_whole
 from common.tables import load_records, read_table, require_fields
 from common.targets import default_target_modules, find_target_modules
-from common.trainer import ResumableTrainer
-from common.training import common_training_arguments, resolve_shared_arguments, run_rank
+from common.training import Training, generator_of, resolve_shared_arguments
 from train import (
     adapter_layers,
     adaptive_factor,
@@ -104,7 +103,11 @@ from train import (
     teacher_confidence,
 )
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 ROOT = Path(__file__).resolve().parent
+LOGGING_STEPS = 10
 HUB_MODEL = "google-bert/bert-large-uncased"
 HUB_EXPERIMENT, DEMO_EXPERIMENT = ROOT / "configs/bert_large_sst2.yaml", ROOT / "configs/nlu_demo.yaml"
 
@@ -492,100 +495,81 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Trainer
+# The training loop: train.py's, with this objective, and with the best state kept in memory.
 # ------------------------------------------------------------------------------------------------------------------
-
-
-class NLUTrainer(ResumableTrainer):
-    """The Trainer with the objective, and the best state kept.
-
-    Args:
-        validate: gives the score of the model as it is; the state with the highest is the one to put back at the end.
-    """
-
-    def __init__(self, *, validate: Callable[[], float] | None = None, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.validation = None
-        if validate is not None:
-            self.validation = KeepBest(validate, self.arguments)
-            self.add_callback(self.validation)
-
-    def order(self, epoch: int) -> list[int]:
-        """Examples of like length together, the longest first."""
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        return list(LengthGroupedSampler(size, lengths=lengths, generator=generator_of(self.args.seed, epoch)))
-
-    def num_items(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["labels"])
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
-    ) -> Tensor:
-        labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        progress = self.state.global_step / self.state.max_steps
-        loss, terms = nlu_objective(model(**inputs).logits, teacher_logits, labels, self.arguments, progress)
-        share = len(labels) / num_items_in_batch  # of the step's examples: its loss is the mean over them
-        self.record({name: share * value.detach() for name, value in terms.items()}, inputs["attention_mask"].sum(), [])
-        return self.loss_scale * share * loss
-
-    def is_finished(self, checkpoint: Path | None) -> bool:
-        if checkpoint is None:
-            return False
-        self.validation.load(checkpoint)
-        return super().is_finished(checkpoint) or self.validation.is_vain
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir)
-        self._write(output_dir, BEST_TENSORS, self.validation.tensors, self.validation.summary())
-
-
-def trainer_arguments(args: Arguments, checkpoint: Path | None = None, quiet: bool = False) -> TrainingArguments:
-    """What the transformers Trainer needs to know of `args`; under torchrun this process becomes one of the ranks."""
-    return common_training_arguments(
-        args,
-        gradient_accumulation_steps=accumulation(args, checkpoint),
-        logging_strategy="no" if quiet else "steps",
-        logging_steps=10,
-        logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
-        save_strategy="steps" if args.save_steps and not quiet else "no",
-        save_steps=args.save_steps or 500,
-        report_to="none",
-        disable_tqdm=quiet,
-        ddp_find_unused_parameters=False,
-    )
 
 
 def fit(
     model: transformers.PreTrainedModel,
     examples: list[dict[str, Any]],
-    collator: Collator,
+    collate: Collator,
     args: Arguments,
     validate: Callable[[], float] | None = None,
     quiet: bool = False,
     checkpoint: Path | None = None,
-    trainer_args: TrainingArguments | None = None,
-) -> NLUTrainer:
-    """Trains `model` (see `add_trainable`) on encoded examples with `labels`, and `teacher_logits` for BA-LoRA; from
-    `checkpoint` where there is one. With `validate` the model ends in its best state."""
-    trainer = NLUTrainer(
-        arguments=args,
-        validate=validate,
-        model=model,
-        args=trainer_args or trainer_arguments(args, quiet=quiet),
-        train_dataset=examples,
-        data_collator=collator,
-    )
-    if validate is None:
-        trainer.train()
-        return trainer
-    trainer.fit(checkpoint)
-    trainer.validation.put_back(model)
-    return trainer
+    accelerator: "Accelerator | None" = None,
+) -> tuple[Training, BestState]:
+    """Trains `model` (see `add_trainable`) in place.
+
+    Args:
+        examples: encoded, with `labels`, and for BA-LoRA `teacher_logits`.
+        validate: gives the score of the model as it is; the model ends in its best state. None: in its last.
+        quiet: neither a bar nor a log nor checkpoints.
+        checkpoint: the one to go on from.
+    """
+    accelerator, steps = accelerator or start_ranks(args), accumulation(args, checkpoint)
+    order = partial(by_length, examples, args.batch_size * steps * accelerator.num_processes, args.seed)
+    training = Training(args, accelerator, steps, len(examples), order, quiet)
+    best = BestState(args.patience)
+    training.extra = best.for_checkpoint
+    training.prepare(model, model)
+    training.resume(checkpoint)
+    if checkpoint is not None:
+        best.load(checkpoint)
+    with training.underway():
+        training.is_over |= best.is_vain
+        while not training.is_over:
+            rows = training.batches.of_step(training.step)
+            batches = [(collate([examples[row] for row in of_batch]), counts) for of_batch, counts in rows]
+            # The step's mean is over its examples, on all ranks.
+            (num_examples,) = training.begin_step(sum(len(batch["labels"]) for batch, counts in batches if counts))
+            for number, (batch, counts) in enumerate(batches):
+                batch = training.to_device(batch)
+                labels, teacher_logits = batch.pop("labels"), batch.pop("teacher_logits", None)
+                share = len(labels) / num_examples
+                with training.micro_batch(number, is_last=number == len(batches) - 1):
+                    logits = training.model(**batch).logits
+                    loss, terms = nlu_objective(logits, teacher_logits, labels, args, training.fraction)
+                    training.backward(share * loss, counts)
+                terms = {name: share * value.detach() for name, value in terms.items()}
+                training.record(terms, batch["attention_mask"].sum(), counts)
+            norm = training.clip_gradients()
+            if training.is_finite(norm):
+                training.optimizer.step()
+            training.end_step(norm, LOGGING_STEPS)
+
+            if validate is not None and is_validation_due(training, args.evals_per_epoch):
+                score = validate()
+                training.log({"validation": score if math.isfinite(score) else None})
+                best.update(score, training.step, model)
+                training.is_over |= best.is_vain
+            training.save_if_due()
+    if validate is not None:
+        best.put_back(model)
+    return training, best
+
+
+def by_length(examples: list[dict[str, Any]], size: int, seed: int, epoch: int) -> list[int]:
+    """An epoch's order: examples of like length together, within `size` of a step the longest first."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    return list(LengthGroupedSampler(size, lengths=lengths, generator=generator_of(seed, epoch)))
+
+
+def is_validation_due(training: Training, per_epoch: int) -> bool:
+    """Whether one of the epoch's validations falls on the step that was taken; the last step has one too."""
+    share = per_epoch / training.batches.steps_per_epoch
+    is_due = int(training.step * share + 1e-9) > int((training.step - 1) * share + 1e-9)
+    return is_due or training.step >= training.progress.max_steps
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -820,18 +804,16 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str]) -> None:
-    started = time.time()
-    args = resolve_arguments(argv)
-    data = load_data(args)
+def run(args: Arguments, data: Data, started: float) -> None:
+    """A whole run: probes, training, evaluation, export. --output-dir is this run's alone."""
     base = inspect_base(args, data)
     checkpoint = checkpoint_to_resume(args)
-    trainer_args = trainer_arguments(args, checkpoint)
-    is_main = trainer_args.process_index == 0
+    accelerator = start_ranks(args)
+    is_main = accelerator.is_main_process
     say = print if is_main else lambda *_, **__: None
     if note := note_on_regularizers(args, data.num_outputs):
         say(note, flush=True)
-    model = load_pretrained(args, base, trainer_args.device)
+    model = load_pretrained(args, base, accelerator.device)
     if is_main:
         open_output_dir(args, checkpoint)
     say(sizes(args, data), flush=True)
@@ -848,18 +830,18 @@ def main(argv: list[str]) -> None:
     adapter_parameters, head_parameters = count_parameters(model)
     say(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
     validate = partial(validation_score, model, data, collator)
-    trainer = fit(model, examples, collator, args, validate, checkpoint=checkpoint, trainer_args=trainer_args)
+    training, best = fit(model, examples, collator, args, validate, checkpoint=checkpoint, accelerator=accelerator)
 
     evaluate(model, data, collator, args, scores)
     if not is_main:
         return
     summary = {
         "results": scores,
-        "validation": {data.metrics[0]: trainer.validation.best, "step": trainer.validation.best_step},
-        "steps": trainer.state.global_step,
-        "skipped_steps": trainer.skipped_steps,
-        "processes": trainer_args.world_size,
-        "micro_batches": trainer_args.gradient_accumulation_steps * trainer_args.world_size,
+        "validation": {data.metrics[0]: best.best, "step": best.best_step},
+        "steps": training.step,
+        "skipped_steps": training.progress.skipped_steps,
+        "processes": training.num_ranks,
+        "micro_batches": training.batches.accumulation * training.num_ranks,
         "adapter_parameters": adapter_parameters,
         "head_parameters": head_parameters,
         "class_names": data.class_names,
@@ -871,9 +853,17 @@ def main(argv: list[str]) -> None:
     }
     export(model, args, base, conv1d)
     # Last of all files: a run that has it is done, and goes on no more.
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(Path(args.output_dir) / "results.json", json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(Path(args.output_dir) / "checkpoints", ignore_errors=True)
     print(report(summary, data, args))
+
+
+def main(argv: list[str]) -> None:
+    started = time.time()
+    args = resolve_arguments(argv)
+    data = load_data(args)
+    with held_alone(Path(args.output_dir)):
+        run(args, data, started)
 
 
 if __name__ == "__main__":

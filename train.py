@@ -19,7 +19,7 @@ What comes out, in --output-dir
     run.json        seed, versions, command, counts and times
     metrics.jsonl   one line per logging step and validation; the same in tensorboard/
 
-Read from top to bottom: arguments, adapters, regularizers, objective, data, model, trainer, the stages of
+Read from top to bottom: arguments, adapters, regularizers, objective, data, model, the training loop, the stages of
 a run, main. What is not the method has a file of its own in common/.
 """
 
@@ -27,9 +27,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +39,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from common import checkpoints, cli, estimates, partitioned, pretrained, reporting, runs, token_kernel, validation
 from common.activations import save_activations
-from common.checkpoints import TRAINED_TENSORS
 from common.chunks import blocks, chunks, top_k
 from common.cli import UserError, first_line, option, parse_arguments
 from common.conversations import build_dataset, load_training_records, num_valid
@@ -56,15 +52,16 @@ from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
 from common.partitioned import device_of, is_partitioned, num_ranks, whole
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
+from common.ranks import peak_memory_gib, read_deepspeed, run_rank, start_ranks
 from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.templates import IGNORE_INDEX, Template
 from common.tensors import fingerprint, kept_in_file
-from common.trainer import ResumableTrainer
-from common.training import peak_memory_gib, resolve_shared_arguments, run_rank, training_arguments
+from common.training import Training, random_order, resolve_shared_arguments
 
 if TYPE_CHECKING:
     import datasets
+    from accelerate import Accelerator
 
 # Published defaults of the two formulations (arXiv 2408.04556 v6 and ICLR 2026; v1 to v5). An argument left at None
 # takes its value from here.
@@ -262,11 +259,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes instruction and response, or one name, not {len(args.fields)}")
-    if args.deepspeed:
-        try:
-            json.loads(Path(args.deepspeed).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"no DeepSpeed configuration in {args.deepspeed}: {first_line(error)}") from error
+    read_deepspeed(args.deepspeed)
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
@@ -1137,7 +1130,7 @@ class PaddingCollator:
 
 
 class BALoRAModel(nn.Module):
-    """Student, teacher and objective in one forward pass: what the Trainer trains, and DDP and DeepSpeed wrap.
+    """Student, teacher and objective in one forward pass: what `fit` trains, and DDP and DeepSpeed wrap.
 
     The objective is computed without logits where the head is a frozen linear map, else by its definition.
 
@@ -1234,9 +1227,6 @@ class BALoRAModel(nn.Module):
         finally:
             self.model.train(training)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.model.gradient_checkpointing_enable(**kwargs)
-
 
 def _at_positions(forward: Callable[[Tensor], Tensor], positions: list[Tensor], x: Tensor) -> Tensor:
     """`forward` at the one tensor of flat positions in `positions`, zeros elsewhere; everywhere where it is empty."""
@@ -1256,50 +1246,91 @@ def _head_forward(head: nn.Linear, hidden: Tensor, function: Callable[[Tensor, T
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Trainer
+# The training loop. common/training.py has the parts that are not the method: they are called by name, in this order.
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class BALoRATrainer(ResumableTrainer):
-    """The Trainer with BA-LoRA's objective and one definition of the mean: over an optimizer step of all ranks."""
+def fit(
+    training: Training,
+    model: BALoRAModel,
+    examples: "datasets.Dataset",
+    held_out: "datasets.Dataset | None",
+    collate: Callable[[list[dict]], dict[str, Any]],
+    sampler: validation.Sampler | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Trains `model` in place, from `checkpoint` where there is one.
 
-    @property
-    def trained(self) -> nn.Module:
-        return self.model.model
+    Args:
+        collate: makes a micro-batch of examples. sampler: answers --sample-prompts at each validation.
 
-    def num_items(self, batch: dict[str, Any]) -> int:
-        """Its valid tokens: `objective` takes the mean over those of the step."""
-        return len(batch["targets"])
+    Raises:
+        RunStopped: NaN or Inf with --on-nonfinite stop; another rank is lost.
+        SystemExit: a signal came; a checkpoint is written.
+    """
+    args, student = training.args, model.model
+    training.prepare(model, student)
+    training.resume(checkpoint)
+    with training.underway():
+        training.is_over |= validation.is_out_of_patience(training.progress.history, args.patience)
+        while not training.is_over:
+            rows = training.batches.of_step(training.step)
+            batches = [(collate([examples[row] for row in of_batch]), counts) for of_batch, counts in rows]
+            # The step's means are over its valid tokens and its micro-batches, on all ranks.
+            num_tokens, num_micro_batches = training.begin_step(
+                sum(len(batch["targets"]) for batch, counts in batches if counts), sum(counts for _, counts in batches)
+            )
+            regularizers = Regularizers.at(args, training.fraction) if args.has_terms else None
+            stack_factors(student)
+            for number, (batch, counts) in enumerate(batches):
+                batch = training.to_device(batch)
+                with training.micro_batch(number, is_last=number == len(batches) - 1):
+                    loss, terms = training.model(batch, regularizers, num_tokens, num_micro_batches)
+                    training.backward(loss, counts)
+                training.record(terms, num_positions(batch), counts, batch["example_ids"])
+            stack_factors(student, hold=False)  # fused in a forward pass, they would hide the update
+            norm = training.clip_gradients()
+            if training.is_finite(norm):
+                training.optimizer.step()
+            training.end_step(norm, args.logging_steps, log_first=True)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
-        stack_factors(self.trained)
-        return super().get_batch_samples(*args, **kwargs)
+            is_better = False
+            if held_out is not None and training.is_due(args.eval_steps):
+                is_better = validate(training, model, held_out, collate, sampler)
+            training.save_if_due(also=is_better and args.keep_best)
 
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Tensor | float:
-        stack_factors(self.trained, hold=False)
-        return super()._get_grad_norm(*args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
-    ) -> Tensor | tuple[Tensor, dict]:
-        regularizers = None
-        if self.arguments.has_terms:
-            regularizers = Regularizers.at(self.arguments, self.state.global_step / self.state.max_steps)
-        loss, terms = model(inputs, regularizers, num_items_in_batch, self.num_micro_batches)
-        mask = inputs.get("attention_mask")
-        tokens = sum(inputs["sequence_lengths"]) if mask is None else mask.sum()
-        self.record(terms, tokens, inputs["example_ids"])
-        loss = loss * self.loss_scale
-        return (loss, {}) if return_outputs else loss
+def num_positions(batch: dict[str, Any]) -> int | Tensor:
+    """How many tokens of a micro-batch the model reads."""
+    return sum(batch["sequence_lengths"]) if "sequence_lengths" in batch else batch["attention_mask"].sum()
 
-    def validation_sums(self, inputs: dict[str, Tensor]) -> dict[str, float | Tensor]:
-        """One held-out micro-batch's L_SVDR, and its sums over tokens: of L_task, L_CR, L_DR, correct predictions."""
-        regularizers = Regularizers.at(self.arguments, 1.0) if self.arguments.has_terms else None
-        return self.model_wrapped(inputs, regularizers, 1, 1)[1]
+
+def validate(
+    training: Training,
+    model: BALoRAModel,
+    held_out: "datasets.Dataset",
+    collate: Callable[[list[dict]], dict[str, Any]],
+    sampler: validation.Sampler | None,
+) -> bool:
+    """Logs the means over the held-out examples and answers the prompts; whether the loss is the lowest so far. Ends
+    the training where --patience is spent."""
+    args, started = training.args, time.monotonic()
+    regularizers = Regularizers.at(args, 1.0) if args.has_terms else None
+
+    def parts() -> Iterator[tuple[dict[str, float | Tensor], int, bool]]:
+        size = (args.batch_size, training.rank, training.num_ranks)
+        for rows, counts in validation.held_out_batches(len(held_out), *size):
+            batch = training.to_device(collate([held_out[row] for row in rows]))
+            yield training.model(batch, regularizers, 1, 1)[1], len(batch["targets"]), counts
+
+    with training.validating():
+        means = validation.held_out_means(training, parts())
+        if sampler is not None and training.is_main:
+            sampler.write(model.model, training.step)
+    training.log(means | {"eval_seconds": time.monotonic() - started})
+    history = training.progress.history
+    training.is_over |= validation.is_out_of_patience(history, args.patience)
+    return validation.vain_validations(history) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1394,32 +1425,24 @@ def dry_run(args: Arguments, base: Base) -> str:
     return runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
 
 
-def start_ranks(args: Arguments, checkpoint: Path | None) -> TrainingArguments:
-    """Makes this process one of a run's ranks, under torchrun or DeepSpeed; alone, the only one."""
-    if args.deepspeed is not None and "RANK" not in os.environ:
-        raise UserError("--deepspeed needs its launcher: deepspeed --no_local_rank --num_gpus N train.py ...")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "tensorboard")  # has no argument of its own
-    trainer_args = training_arguments(args, checkpoints.accumulation(args, checkpoint))
-    if args.deepspeed is not None:
-        import deepspeed
-
-        deepspeed.init_distributed()  # ZeRO-3 partitions the weights while they are loaded, and asks how many ranks
-    return trainer_args
+def is_mixed(args: Arguments) -> bool:
+    """Whether passes run in bf16 on fp32 masters: full fine-tuning under autocast, or DeepSpeed's own masters."""
+    return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
 
 
 def encode_records(
-    args: Arguments, base: Base, records: "datasets.Dataset", trainer_args: TrainingArguments
+    args: Arguments, base: Base, records: "datasets.Dataset", accelerator: "Accelerator"
 ) -> "datasets.Dataset":
     """`build_dataset` of what --data names, by the first process for all; says what was dropped.
 
     Raises:
         UserError: no example is left, or --teacher-cache has no room for their states.
     """
-    with trainer_args.main_process_first(desc="tokenising"):
+    with accelerator.main_process_first():
         dataset, num_dropped = build_dataset(
             records, base.tokenizer, args.fields, args.max_length, args.template, args.train_on, args.data
         )
-    if num_dropped and trainer_args.process_index == 0:
+    if num_dropped and accelerator.is_main_process:
         why = f"a field is empty, or nothing to train on is within {args.max_length} tokens"
         print(f"dropped {num_dropped} of {len(records)} examples: {why}")
     if len(dataset) == 0:
@@ -1436,19 +1459,19 @@ def needs_teacher_cache(args: Arguments) -> bool:
 
 
 def load_student(
-    args: Arguments, base: Base, trainer_args: TrainingArguments, checkpoint: Path | None
+    args: Arguments, base: Base, accelerator: "Accelerator", checkpoint: Path | None
 ) -> transformers.PreTrainedModel:
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
-    dtype, is_main = resolve_dtype(args.dtype), trainer_args.process_index == 0
+    dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
     # The masters that full fine-tuning needs; with adapters the base is frozen and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
     model = pretrained.load_model(args, base.path, load_dtype)
     partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
     if not partitioned and args.load_in is None:
-        model.to(trainer_args.device)  # so that the decompositions run where they are fast
+        model.to(accelerator.device)  # so that the decompositions run where they are fast
     if checkpoint is not None:
-        attach_adapters(model, args, load_file(checkpoint / TRAINED_TENSORS))
+        attach_adapters(model, args, checkpoints.load_tensors(checkpoint))
     elif base.adapter is not None:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
@@ -1463,21 +1486,24 @@ def load_student(
     return model
 
 
-def make_trainer(
+def make_ready(
     args: Arguments,
     base: Base,
     model: transformers.PreTrainedModel,
     dataset: "datasets.Dataset",
     held_out: "datasets.Dataset | None",
-    trainer_args: TrainingArguments,
-) -> BALoRATrainer:
-    """The Trainer of `model` on `dataset`: packed, and with lean activations, where the model can; else says so."""
-    is_main, everything = trainer_args.process_index == 0, validation.together(dataset, held_out)
+    is_main: bool = True,
+) -> "tuple[BALoRAModel, PackingCollator | PaddingCollator]":
+    """What `fit` trains, and what makes its micro-batches: packed, and with lean activations, where the model can; else
+    says so."""
+    everything = validation.together(dataset, held_out)
     obstacle = None
     if args.packing:
         obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
     if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
         save_activations(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     token_kernel.enabled = args.token_kernel
     wrapped = BALoRAModel(model, args.objective_memory)
     if needs_teacher_cache(args):
@@ -1493,17 +1519,14 @@ def make_trainer(
     if is_main and args.method != "full" and not wrapped.is_fused:
         print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")
     if args.packing and not obstacle:
-        # FlashAttention's form for packed sequences has none for a beginning that stands there once.
-        collator = PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
-    else:
-        pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-        collator = PaddingCollator(end if pad is None else pad)
-    data = {"train_dataset": dataset, "eval_dataset": held_out, "data_collator": collator}
-    return BALoRATrainer(arguments=args, model=wrapped, args=trainer_args, **data)
+        # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
+        return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
+    pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
+    return wrapped, PaddingCollator(end if pad is None else pad)
 
 
 def trained_model(
-    args: Arguments, base: Base, trainer: BALoRATrainer, finished: Path | None
+    args: Arguments, base: Base, training: Training, finished: Path | None
 ) -> transformers.PreTrainedModel | None:
     """The model to export, on the first process; None on the others. Every rank has a part to give.
 
@@ -1512,17 +1535,13 @@ def trained_model(
     Args:
         finished: the checkpoint that has it all already, or the best state.
     """
-    model, is_main = trainer.trained, trainer.is_world_process_zero()
+    model, is_main = training.trained, training.is_main
     if args.deepspeed is not None or args.load_in is not None:
-        if finished:
-            tensors = load_file(finished / TRAINED_TENSORS)
-        else:
-            tensors = checkpoints.trained_tensors(model, keep=is_main)
+        kept = checkpoints.load_tensors(finished) if finished else None
+        tensors = kept or checkpoints.trained_tensors(model, keep=is_main)
         model = rebuilt_model(args, base.path, resolve_dtype(args.dtype), tensors) if is_main else None
     elif finished:
-        checkpoints.load_trained_tensors(model, load_file(finished / TRAINED_TENSORS))
-    if is_main:
-        model.config.use_cache = base.config.use_cache  # the Trainer switches it off, and generation wants it
+        checkpoints.load_trained_tensors(model, checkpoints.load_tensors(finished))
     return model if is_main else None
 
 
@@ -1571,16 +1590,16 @@ def export_again(args: Arguments) -> None:
     existing = [name for name in ("adapter", "merged") if (output_dir / name).exists()]
     if existing and not args.overwrite:
         raise UserError(f"{output_dir / existing[0]} exists: replace it with --overwrite, or name another --output-dir")
-    checkpoint = checkpoints.newest_checkpoint(source, verbose=True)
+    checkpoint = checkpoints.newest_checkpoint(source, read_all=True, verbose=True)
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
     if run.keep_best:
-        history = checkpoints.last_state(checkpoint).log_history
+        history = checkpoints.load_progress(checkpoint).history
         checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
-    model = rebuilt_model(run, path, resolve_dtype(run.dtype), load_file(checkpoint / TRAINED_TENSORS))
+    model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
     export_model(model, tokenizer, run, path, output_dir)
     print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
 
@@ -1588,6 +1607,62 @@ def export_again(args: Arguments) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 # Main
 # ------------------------------------------------------------------------------------------------------------------
+
+
+def run(args: Arguments, base: Base, started: float) -> None:
+    """A whole run: data, model, training, export. --output-dir is this run's alone."""
+    records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
+    checkpoint = checkpoints.checkpoint_to_resume(args)
+    eval_args = validation.arguments_of_eval_data(args)
+    eval_records = eval_args and load_training_records(eval_args)
+    accumulation = checkpoints.accumulation(args, checkpoint)
+    width = base.skeleton.get_input_embeddings().weight.shape[1]
+    accelerator = start_ranks(
+        args, accumulation, is_mixed(args), width
+    )  # before the model: ZeRO-3 decides how it loads
+    is_main = accelerator.is_main_process
+    dataset = encode_records(args, base, records, accelerator)
+    num_dropped = len(records) - len(dataset)
+    held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
+    dataset, held_out = validation.hold_out(args, dataset, held_out)
+    sampler = validation.Sampler.of(args, base.tokenizer)
+    if is_main:
+        runs.open_output_dir(args, checkpoint)
+        print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
+
+    student = load_student(args, base, accelerator, checkpoint)
+    if is_main:
+        share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
+        print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
+    model, collate = make_ready(args, base, student, dataset, held_out, is_main)
+    training = Training(args, accelerator, accumulation, len(dataset), random_order(len(dataset), args.seed))
+    training.start_trackers()
+    finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
+    fit(training, model, dataset, held_out, collate, sampler, checkpoint)
+
+    best = training.checkpoint_to_export()
+    exported = trained_model(args, base, training, best or finished)
+    if is_main:
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        progress = training.progress
+        summary = {
+            "processes": training.num_ranks,
+            "micro_batches": accumulation * training.num_ranks,
+            "examples": len(dataset),
+            "held_out_examples": len(held_out or ()),
+            "dropped_examples": num_dropped,
+            "trainable_parameters": base.trainable,
+            "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
+            "steps": progress.step,
+            "skipped_steps": progress.skipped_steps,
+            "validation": validation.summary(progress.history, progress.step, best),
+            "resumed_from": str(checkpoint) if checkpoint else None,
+            "train_loss": training.mean_loss(),
+            "train_seconds": training.seconds,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        runs.write_summary(args, summary)
+        reporting.push_adapter(args)
 
 
 def main(argv: list[str]) -> None:
@@ -1604,52 +1679,8 @@ def main(argv: list[str]) -> None:
     if runs.is_trained_already(args):
         reporting.push_adapter(args)
         return
-    records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
-    checkpoint = checkpoints.checkpoint_to_resume(args)
-    eval_args = validation.arguments_of_eval_data(args)
-    eval_records = eval_args and load_training_records(eval_args)
-    trainer_args = start_ranks(args, checkpoint)  # before the model: DeepSpeed decides how weights are loaded
-    is_main = trainer_args.process_index == 0
-    dataset = encode_records(args, base, records, trainer_args)
-    num_dropped = len(records) - len(dataset)
-    held_out = eval_args and encode_records(eval_args, base, eval_records, trainer_args)
-    dataset, held_out = validation.hold_out(args, dataset, held_out)
-    sampler = validation.Sampler.of(args, base.tokenizer)
-    if is_main:
-        runs.open_output_dir(args, checkpoint)
-        print(f"training {args.model} on {len(dataset)} examples of {args.data} by {args.method}", flush=True)
-
-    model = load_student(args, base, trainer_args, checkpoint)
-    if is_main:
-        share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
-        print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
-    trainer = make_trainer(args, base, model, dataset, held_out, trainer_args)
-    trainer.sampler = sampler
-    finished = checkpoint if trainer.is_finished(checkpoint) else None
-    train_loss, train_seconds = trainer.fit(checkpoint)
-
-    best = trainer.checkpoint_to_export()
-    model = trained_model(args, base, trainer, best or finished)
-    if is_main:
-        export_model(model, base.tokenizer, args, base.path, Path(args.output_dir))
-        run = {
-            "processes": trainer_args.world_size,
-            "micro_batches": trainer_args.gradient_accumulation_steps * trainer_args.world_size,
-            "examples": len(dataset),
-            "held_out_examples": len(held_out or ()),
-            "dropped_examples": num_dropped,
-            "trainable_parameters": base.trainable,
-            "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
-            "steps": trainer.state.global_step,
-            "skipped_steps": trainer.skipped_steps,
-            "validation": validation.summary(trainer.state.log_history, best),
-            "resumed_from": str(checkpoint) if checkpoint else None,
-            "train_loss": train_loss,
-            "train_seconds": train_seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        }
-        runs.write_summary(args, run)
-        reporting.push_adapter(args)
+    with runs.held_alone(Path(args.output_dir)):
+        run(args, base, started)
 
 
 if __name__ == "__main__":

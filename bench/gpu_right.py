@@ -347,11 +347,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train_for_resume(output_dir: str, device: str, small: bool, steps: int, slowly: float) -> None:
-    """A run of BALoRATrainer with a checkpoint at each second step, from the newest one; sleeps at every step."""
-    from transformers import TrainerCallback
-
+    """A run of train.py's loop with a checkpoint at each second step, from the newest one; sleeps at every step."""
     from common import checkpoints
-    from common.training import training_arguments
+    from common.ranks import start_ranks
+    from common.training import Training, random_order
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.set_num_threads(1)  # the threads of a process do not survive a fork
@@ -361,24 +360,18 @@ def train_for_resume(output_dir: str, device: str, small: bool, steps: int, slow
     args = train.Arguments(model="m", data="d", output_dir=output_dir, rank=4, batch_size=2, gradient_accumulation=2)
     args = dataclasses.replace(args, learning_rate=1e-3, save_steps=2, max_steps=steps, resume=True, logging_steps=1)
     args = train.resolve_arguments(args)
-    trainer_args = training_arguments(args)
-    trainer_args.report_to, trainer_args.disable_tqdm = [], True
     wrapper = cases.adapted(cases.make_model(config, options, torch.float32), args.rank)
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    if checkpoint is not None:
-        checkpoints.load_trained_tensors(wrapper.model, train.load_file(checkpoint / checkpoints.TRAINED_TENSORS))
     rows = Rows(cases.examples(16, config.vocab_size, 40))
     collator = train.PackingCollator()
-    trainer = train.BALoRATrainer(
-        arguments=args, model=wrapper, args=trainer_args, train_dataset=rows, data_collator=collator
-    )
 
-    class Slowly(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            time.sleep(slowly)
+    def collate(examples: list[dict]) -> dict:
+        time.sleep(slowly / 2)
+        return collator(examples)
 
-    trainer.add_callback(Slowly())
-    trainer.fit(checkpoint)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    training = Training(args, start_ranks(args), 2, len(rows), random_order(len(rows), args.seed))
+    train.fit(training, wrapper, rows, None, collate, checkpoint=checkpoint)
     tensors = checkpoints.trained_tensors(wrapper.model)
     torch.save(tensors, Path(output_dir) / "end.pt")
 
@@ -387,7 +380,7 @@ def resume(options: Options) -> list[dict]:
     """A run that is killed after its first checkpoint, and resumed, ends in the adapter of one that is not."""
     checks = Checks()
     if not cases.installed("accelerate"):
-        checks.note("killed and resumed", "accelerate not installed, which the Trainer needs")
+        checks.note("killed and resumed", "accelerate not installed, which the loop needs")
         return checks.rows
     steps = 6
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from common.cli import run_script
 from common.conversations import num_valid
 from common.pretrained import load_tokenizer_and_config, resolve_demo
-from common.training import peak_memory_gib
+from common.ranks import peak_memory_gib
 
 CONTENDERS = {
     "peft": "PEFT's PiSSA, stock loss",

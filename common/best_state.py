@@ -1,12 +1,8 @@
 """The state of a training that scored best on held-out examples, and when to stop waiting for a better one."""
 
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,47 +13,37 @@ from common.cli import RunStopped
 BEST_TENSORS = "best.safetensors"
 
 
-class KeepBest(transformers.TrainerCallback):
-    """Validates --evals-per-epoch times per epoch, keeps the best state, stops after --patience vain attempts.
+class BestState:
+    """The trained tensors of the highest validation score so far, in memory: a classifier's are small.
 
     Args:
-        validate: gives the score of the model as it is, the same on all ranks.
-        arguments: the script's; of them evals_per_epoch, patience, output_dir.
+        patience: validations in a row without a better score after which training ends.
 
     Attributes:
         best: the highest score so far. best_step: when. tensors: the trained tensors then, on the CPU.
     """
 
-    def __init__(self, validate: Callable[[], float], arguments: Any):
-        self.validate, self.arguments = validate, arguments
+    def __init__(self, patience: int):
+        self.patience = patience
         self.best, self.best_step, self.vain = -math.inf, 0, 0
         self.tensors: dict[str, Tensor] = {}
 
     @property
     def is_vain(self) -> bool:
-        return self.vain >= self.arguments.patience
+        return self.vain >= self.patience
 
-    def on_step_end(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        per_step = self.arguments.evals_per_epoch / steps
-        is_due = int(state.global_step * per_step + 1e-9) > int((state.global_step - 1) * per_step + 1e-9)
-        if not is_due and state.global_step < state.max_steps:
-            return
-        score = self.validate()
-        if state.is_world_process_zero:
-            row = {"step": state.global_step, "validation": score if math.isfinite(score) else None}
-            with open(Path(self.arguments.output_dir) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+    def update(self, score: float, step: int, model: nn.Module) -> None:
+        """Keeps the model's state where its score, the same on all ranks, is the best so far."""
         if score > self.best:
-            self.best, self.best_step, self.vain = score, state.global_step, 0
+            self.best, self.best_step, self.vain = score, step, 0
             self.tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
         else:
             self.vain += 1
-            control.should_training_stop |= self.is_vain
 
-    def summary(self) -> dict[str, str]:
-        """What a checkpoint keeps beside the tensors."""
-        return {"best": repr(self.best), "best_step": str(self.best_step), "vain": str(self.vain)}
+    def for_checkpoint(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+        """The file that a checkpoint has of it: tensors and metadata by name."""
+        summary = {"best": repr(self.best), "best_step": str(self.best_step), "vain": str(self.vain)}
+        return {BEST_TENSORS: (self.tensors, summary)}
 
     def load(self, checkpoint: Path) -> None:
         """Goes on from what a checkpoint has."""

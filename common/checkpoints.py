@@ -1,28 +1,51 @@
 """Checkpoints of what is trained, complete or not there.
 
-What is trained and PiSSA's initial factors, the optimizer, the schedule, the random states, the position in the data.
-Never the base weights. A checkpoint is written under another name, sealed by a manifest of its files, and renamed.
+The trained parameters and PiSSA's initial factors, AdamW's state, and the run's progress with its log. Never the base
+weights. A checkpoint is written under another name, sealed by a manifest with its files' digests, and renamed.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.cli import UserError
-from common.runs import NOT_IDENTITY, first_difference
+from common.cli import UserError, first_line
+from common.runs import INCOMPLETE, NOT_IDENTITY, first_difference
 from common.validation import is_out_of_patience, losses_by_step
 
 TRAINED_TENSORS = "trained.safetensors"
+PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """How far a training is: optimizer steps, those left out for NaN or Inf, seconds of training, the log."""
+
+    max_steps: int
+    step: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is trained
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -81,6 +104,124 @@ def initial_factors(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
     return {name: (tensors[f"{name}.initial_A"], tensors[f"{name}.initial_B"]) for name in names}
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# AdamW's state
+# ------------------------------------------------------------------------------------------------------------------
+
+
+# AdamW's state by the names of the parameters. One process, several ranks, ZeRO-2 and ZeRO-3 write and read the same
+# files, so that a run goes on with another number of processes.
+STATE = ("step", "exp_avg", "exp_avg_sq")  # each with a file of its own
+
+
+def state_file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: Any, *, keep: bool = True
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """For each of STATE, its tensors of all trained parameters, whole, on the CPU.
+
+    Collective, one parameter at a time. Without `keep` they are empty, for a rank that only gives its parts.
+
+    Args:
+        optimizer: torch's, or DeepSpeed's around it.
+    """
+    _link_moments(optimizer)
+    for key in STATE:
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            value = _whole_state(parameter, optimizer, key) if parameter.requires_grad else None
+            if keep and value is not None:
+                tensors[name] = value.detach().cpu().contiguous()
+        yield key, tensors
+
+
+def _whole_state(parameter: Tensor, optimizer: Any, key: str) -> Tensor | None:
+    """None where the parameter has never had a gradient."""
+    if not is_held_in_parts(parameter):
+        return optimizer.state[parameter].get(key)
+    if key == "step":  # one for all parameters of a part
+        return torch.tensor(float(max(state["step"] for state in optimizer.optimizer.state.values())))
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Puts what `optimizer_tensors` gave, and is now in `folder`, into the optimizer; each rank takes its part.
+
+    Under DeepSpeed also the parameters themselves in full precision, of which a rank holds its part there too.
+    """
+    files = {key: safe_open(state_file(folder, key), "pt") for key in STATE}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    known = set(files["step"].keys())
+    if not any(map(is_held_in_parts, parameters.values())):
+        names = {parameter: name for name, parameter in parameters.items()}
+        order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        state = {
+            index: {key: file.get_tensor(name) for key, file in files.items()}
+            for index, name in enumerate(order)
+            if name in known
+        }
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        return
+    _make_empty_state(optimizer, max(files["step"].get_tensor(name) for name in known))
+    masters = safe_open(folder / TRAINED_TENSORS, "pt")
+    for name, parameter in parameters.items():
+        _set_part(parameter, masters.get_tensor(name))
+        for key in STATE[1:]:
+            _set_part(parameter, files[key].get_tensor(name), key)
+
+
+def _make_empty_state(zero: Any, step: Tensor) -> None:
+    """Gives DeepSpeed's optimizer the state that it otherwise makes in its first step: moments of zero, at `step`."""
+    places = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    parts = next(getattr(zero, name) for name in places if hasattr(zero, name))  # ZeRO-3; ZeRO-2; bf16 without ZeRO
+    is_torch = isinstance(zero.optimizer, torch.optim.AdamW)  # DeepSpeed's own count by a plain number
+    for part in parts:
+        moments = {key: torch.zeros_like(part) for key in STATE[1:]}
+        zero.optimizer.state[part] = {"step": step.clone() if is_torch else int(step), **moments}
+    _link_moments(zero)
+
+
+def _link_moments(zero: Any) -> None:
+    """Lets ZeRO-2 tell each parameter where its moments are. By itself it does so once, after the first group's first
+    step, when those of the other groups are not there yet."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
+    """Puts this rank's part of a whole tensor to its place: of a moment, or without `key` of the parameter itself."""
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_tensor"):
+        if key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        return
+    size = parameter.ds_tensor.numel()  # the last rank's is filled up
+    first = size * dist.get_rank()
+    part = value.flatten()[first : first + size]
+    part = F.pad(part, (0, size - part.numel()))
+    if key is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.data.copy_(part)  # what the passes gather
+        if parameter.data.numel() == value.numel():  # a small one, which every rank keeps whole
+            parameter.data.copy_(value)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, key)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------------
+
+
 def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint, and the FOLLOWING.
 
@@ -94,35 +235,111 @@ def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str
 FOLLOWING = ("gradient_accumulation", "micro_batches")  # what `accumulation` compares
 
 
-def seal_checkpoint(folder: Path, identity: dict[str, Any]) -> None:
+def write_checkpoint(training: Any) -> None:
+    """Writes a checkpoint of a `Training`, whole or with a warning not at all; deletes those beyond --keep-checkpoints.
+
+    Each rank gives its parts of all tensors, whatever becomes of the first one's files: else the others would wait.
+    """
+    args, progress = training.args, training.progress
+    folder = Path(args.output_dir) / "checkpoints"
+    final, staging = folder / f"checkpoint-{progress.step}", folder / INCOMPLETE / f"checkpoint-{progress.step}"
+    if training.agree(final.exists() and checkpoint_problem(final, training.identity) is None):
+        return
+    problems: list[str] = []
+
+    def attempt(part: Callable[[], Any]) -> None:
+        if training.is_main and not problems:
+            try:
+                part()
+            except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
+                problems.append(first_line(error))
+
+    def begin() -> None:
+        shutil.rmtree(staging.parent, ignore_errors=True)
+        staging.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        _seal(staging, training.identity)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        staging.rename(final)
+
+    attempt(begin)
+    tensors = trained_tensors(training.trained, keep=training.is_main)
+    attempt(lambda: save_file(tensors, staging / TRAINED_TENSORS))
+    for key, state in optimizer_tensors(training.trained, training.optimizer.optimizer, keep=training.is_main):
+        attempt(lambda key=key, state=state: save_file(state, state_file(staging, key)))
+    for name, (extra, metadata) in training.extra().items():
+        attempt(lambda name=name, extra=extra, metadata=metadata: save_file(extra, staging / name, metadata))
+    attempt(lambda: (staging / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress))))
+    attempt(put_in_place)
+    if training.is_main:
+        shutil.rmtree(staging.parent, ignore_errors=True)
+        if problems:
+            kept = newest_checkpoint(args.output_dir)
+            print(
+                f"warning: the checkpoint of step {progress.step} could not be written ({problems[0]}); "
+                f"{'the last one is ' + str(kept) if kept else 'there is none yet'}",
+                file=sys.stderr,
+            )
+        else:
+            _delete_old_checkpoints(args)
+
+
+def _seal(folder: Path, identity: dict[str, Any]) -> None:
     """Writes the manifest, and everything through to the disk: what is renamed after this is complete."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    made = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"identity": identity, "sizes": sizes}, indent=2) + "\n")
+    manifest.write_text(json.dumps({"identity": identity, "files": made}, indent=2) + "\n")
     for file in (*files, manifest, folder):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
-def last_state(checkpoint: Path) -> transformers.TrainerState:
-    """Where the run was when it wrote the checkpoint."""
-    return transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None) -> str | None:
-    """Why the checkpoint cannot be used, in a few words; None where it can."""
+def _delete_old_checkpoints(args: Any) -> None:
+    there, count = complete_checkpoints(args.output_dir), args.keep_checkpoints
+    # A resumed run may go on from any checkpoint that stays, so the best state of each stays too.
+    keep_best = getattr(args, "keep_best", False)
+    best = [best_checkpoint(load_progress(kept).history, there) for kept in there[:count] if keep_best]
+    for old in there[count:]:
+        if old not in best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    """How far the run was when it wrote the checkpoint."""
+    return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+
+
+def load_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """`trained_tensors` of a checkpoint."""
+    return load_file(checkpoint / TRAINED_TENSORS)
+
+
+def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None, *, read_all: bool = False) -> str | None:
+    """Why the checkpoint cannot be used, in a few words; None where it can.
+
+    Args:
+        read_all: compare every file's digest, not its size alone.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        sizes, theirs = manifest["sizes"], manifest["identity"]
+        theirs = manifest["identity"]
+        if "files" not in manifest:
+            return "it is of an earlier version of this program"
+        for name, made in manifest["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != made["size"]:
+                return f"{name} is cut short or missing"
+            if read_all and _sha256(folder / name) != made["sha256"]:
+                return f"{name} is damaged: its bytes are not those that were written"
     except (OSError, ValueError, KeyError, TypeError):
         return "it has no readable manifest"
-    if "micro_batches" not in theirs:
-        return "it is of an earlier version of this program"
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            return f"{name} is cut short or missing"
     difference = first_difference(theirs, identity or {}, FOLLOWING)
     return f"it belongs to a run with {difference}" if difference else None
 
@@ -139,11 +356,19 @@ def _all_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(
-    output_dir: str | Path, identity: dict[str, Any] | None = None, *, verbose: bool = False
+    output_dir: str | Path,
+    identity: dict[str, Any] | None = None,
+    *,
+    read_all: bool = False,
+    verbose: bool = False,
 ) -> Path | None:
-    """The newest usable checkpoint; with `verbose`, says which newer ones were passed over and why."""
+    """The newest usable checkpoint; with `verbose`, says which newer ones were passed over and why.
+
+    Args:
+        read_all: see `checkpoint_problem`.
+    """
     for folder in _all_checkpoints(output_dir):
-        problem = checkpoint_problem(folder, identity)
+        problem = checkpoint_problem(folder, identity, read_all=read_all)
         if problem is None:
             return folder
         if verbose:
@@ -162,13 +387,13 @@ def checkpoint_to_resume(args: Any) -> Path | None:
         return None
     output_dir, is_main = Path(args.output_dir), os.environ.get("RANK", "0") == "0"
     identity = checkpoint_identity(args)
-    checkpoint = newest_checkpoint(output_dir, identity, verbose=is_main)
-    others = complete_checkpoints(output_dir)
-    if checkpoint is None and others:
-        raise UserError(
-            f"--resume: {others[0]}: {checkpoint_problem(others[0], identity)}; give that run's settings, name "
-            "another --output-dir, or replace it with --overwrite instead of --resume"
-        )
+    checkpoint = newest_checkpoint(output_dir, identity, read_all=True, verbose=is_main)
+    for other in complete_checkpoints(output_dir) if checkpoint is None else ():
+        if problem := checkpoint_problem(other, identity):
+            raise UserError(
+                f"--resume: {other}: {problem}; give that run's settings, name "
+                "another --output-dir, or replace it with --overwrite instead of --resume"
+            )
     steps = accumulation(args, checkpoint)
     if is_main:
         where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
@@ -206,8 +431,8 @@ def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
     """Whether a run's checkpoint is of its last step, of all or by `patience`: only the export is missing."""
     if checkpoint is None:
         return False
-    state = last_state(checkpoint)
-    return state.global_step >= state.max_steps or is_out_of_patience(state.log_history, patience)
+    progress = load_progress(checkpoint)
+    return progress.step >= progress.max_steps or is_out_of_patience(progress.history, patience)
 
 
 def best_checkpoint(history: Sequence[Mapping[str, float]], folders: list[Path]) -> Path | None:

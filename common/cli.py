@@ -7,6 +7,7 @@ the options; nothing here imports more than it.
 
 import dataclasses
 import difflib
+import math
 import os
 import select
 import sys
@@ -173,6 +174,13 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------
 # Ranges
 # ------------------------------------------------------------------------------------------------------------------
+
+
+def require_finite(args: Any) -> None:
+    """Raises a UserError where any number among the arguments is NaN or infinite."""
+    for name, value in dataclasses.asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{option_name(name)} is {value}: it must be a finite number")
 
 
 def require_positive(args: Any, *names: str) -> None:

@@ -1,10 +1,8 @@
 """What a run will take, for --dry-run: memory by part, disk."""
 
-import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from common.chunks import bytes_per_row, card_bytes, most_rows
 from common.cli import UserError
 from common.pretrained import resolve_dtype
+from common.ranks import read_deepspeed
 
 # Resident beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. From peaks
 # of whole runs on Linux (tests/test_architectures.py measures them again); on a GPU it does not count.
@@ -47,7 +46,7 @@ def estimated_memory(
         num_adapters: how many layers get an adapter.
         tokens, valid: of the largest micro-batch; those at which the objective is computed.
     """
-    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
+    zero = read_deepspeed(args.deepspeed).get("zero_optimization", {})
     stage = zero.get("stage", 0)
     split = {name: num_processes if stage >= needed else 1 for name, needed in (("o", 1), ("g", 2), ("w", 3))}
     full = args.method == "full"

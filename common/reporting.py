@@ -1,5 +1,6 @@
 """Where a training is reported, and where its adapter is pushed."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ class ReportArguments:
     """Who else is told. metrics.jsonl is always written."""
 
     report_to: list[str] = option(
-        ["tensorboard"], "trackers that the Trainer knows: tensorboard, wandb, trackio, mlflow and others; none"
+        ["tensorboard"], "trackers that accelerate knows: tensorboard, wandb, trackio, mlflow and others; none"
     )
     push_to_hub: str | None = option(
         None, "push adapter/ with its card to this repository of the hub at the end, such as me/my-adapter"
@@ -22,23 +23,19 @@ class ReportArguments:
 
 def check_reporting(args: Any) -> None:
     """Raises a UserError where a tracker is not known or not installed, or where the hub cannot be pushed to."""
-    from transformers.integrations.integration_utils import (
-        INTEGRATION_TO_CALLBACK,
-        get_available_reporting_integrations,
-    )
-
     if args.report_to != ["none"]:
-        here = get_available_reporting_integrations()
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        known = sorted(LOGGER_TYPE_TO_CLASS)
+        here = sorted(str(name) for name in get_available_trackers())
         for name in args.report_to:
             if name == "none":
                 raise UserError("--report-to none stands alone")
-            if name not in INTEGRATION_TO_CALLBACK:
-                raise UserError(
-                    f"unknown --report-to {name!r}: one of none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-                )
+            if name not in known:
+                raise UserError(f"unknown --report-to {name!r}: one of none, {', '.join(known)}")
             if name not in here:
-                known = ", ".join(sorted({"none", *here}))
-                raise UserError(f"--report-to {name}: its package is not installed or not set up; what is: {known}")
+                there = ", ".join(["none", *here])
+                raise UserError(f"--report-to {name}: its package is not installed or not set up; what is: {there}")
     if args.push_to_hub is None:
         return
     from huggingface_hub import get_token
@@ -52,6 +49,24 @@ def check_reporting(args: Any) -> None:
         raise UserError(f"--push-to-hub: {first_line(error)}") from error
     if get_token() is None:
         raise UserError("--push-to-hub needs a token of the hub: type `hf auth login`, or set HF_TOKEN")
+
+
+def start_trackers(args: Any) -> list[Any]:
+    """Accelerate's trackers of --report-to, each told of this run's options; tensorboard's files go to --output-dir."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    values = {name: value for name, value in dataclasses.asdict(args).items() if value is not None}
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
+    trackers = []
+    for name in args.report_to:
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        folder = (args.output_dir,) if kind.requires_logging_directory else ()
+        tracker = kind("tensorboard" if name == "tensorboard" else "ba-lora", *folder)
+        tracker.start()
+        if name != "tensorboard":  # whose form of it is a second run beside this one
+            tracker.store_init_configuration(plain)
+        trackers.append(tracker)
+    return trackers
 
 
 def push_adapter(args: Any) -> None:

@@ -88,7 +88,81 @@ def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> 
 
 
 INCOMPLETE = ".incomplete"  # a folder of what is being written
+METRICS = "metrics.jsonl"  # a line per logging step and validation
 SAMPLES = "samples.jsonl"  # what the model answered at each validation
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file under another name and moves it to its place: it is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class JsonLines:
+    """A file of JSON lines that grows during a run. Lines that a full disk does not take are written with the next."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._pending: list[str] = []
+        self._size: int | None = None  # of what is known to be whole lines
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Adds a line for each row; where the disk does not take them, says so once and keeps them."""
+        was_pending = bool(self._pending)
+        self._pending += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        try:
+            if self._size is None:
+                self._size = self.path.stat().st_size if self.path.exists() else 0
+            with open(self.path, "ab") as file:
+                file.truncate(self._size)  # without half a line of a failed attempt
+                self._size += file.write("".join(self._pending).encode())
+            self._pending = []
+        except OSError as error:
+            self._size = None if self._size is None else min(self._size, _size_of(self.path))
+            if not was_pending:
+                print(
+                    f"warning: {self.path} could not be written ({error.strerror}); training goes on", file=sys.stderr
+                )
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def held_alone(output_dir: Path) -> Iterator[None]:
+    """Inside, no other run may write to the folder. The lock is the process's own: a dead run holds none.
+
+    Raises:
+        UserError: another run is writing there, or the folder cannot be made.
+    """
+    import fcntl
+
+    probe = output_dir / f".writable-{os.getpid()}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        folder = os.open(output_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir} cannot be written to: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {output_dir}: wait, or name another folder") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -136,18 +210,33 @@ def open_output_dir(args: Any, checkpoint: Path | None) -> None:
     if args.overwrite:
         clear_folder(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(config_text(args))
-    forget_metrics_after(output_dir, checkpoint)
+    try:
+        write_whole(output_dir / "config.yaml", config_text(args))
+        forget_metrics_after(output_dir, checkpoint)
+    except OSError as error:
+        raise RunStopped(
+            f"cannot write to {output_dir} ({error.strerror}): make room, or name another folder"
+        ) from error
 
 
 def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
     """Drops the lines of metrics.jsonl and samples.jsonl that the resumed run will write again."""
     step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
-    for name, keys in (("metrics.jsonl", {"loss", "eval_loss", "validation"}), (SAMPLES, {"answer"})):
+    for name, keys in ((METRICS, {"loss", "eval_loss", "validation"}), (SAMPLES, {"answer"})):
         path = output_dir / name
-        if path.is_file():
-            lines = [line for line in path.read_text().split("\n")[:-1] if keys & json.loads(line).keys()]
-            path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        if not path.is_file():
+            continue
+        kept, damaged = [], 0
+        for line in path.read_text(errors="replace").split("\n")[:-1]:
+            try:
+                row = json.loads(line)
+                if keys & row.keys() and row["step"] <= step:
+                    kept.append(f"{line}\n")
+            except (ValueError, AttributeError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            print(f"note: {path}: {damaged} damaged lines are left out", file=sys.stderr)
+        write_whole(path, "".join(kept))
 
 
 def is_trained_already(args: Any) -> bool:
@@ -159,7 +248,12 @@ def is_trained_already(args: Any) -> bool:
     output_dir = Path(args.output_dir)
     if not args.resume or not (output_dir / "run.json").is_file():
         return False
-    processes, run = int(os.environ.get("WORLD_SIZE", "1")), json.loads((output_dir / "run.json").read_text())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        run = dict(json.loads((output_dir / "run.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        print(f"note: {output_dir / 'run.json'} is damaged and passed over", file=sys.stderr)
+        return False
     follows = run.get("micro_batches") == args.gradient_accumulation * processes
     require_same_run(output_dir, args, ("gradient_accumulation",) if follows else ())
     if int(os.environ.get("RANK", "0")) == 0:
@@ -180,7 +274,7 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         "versions": package_versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     } | run
-    (output_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    write_whole(output_dir / "run.json", json.dumps(run, indent=2) + "\n")
     lines = [
         "",
         f"{args.method}: {run['steps']} steps in {run['train_seconds']:.0f} s, mean loss {run['train_loss']:.4f}, "

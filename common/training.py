@@ -1,29 +1,44 @@
-"""What every training here tells the transformers Trainer, and shows while it runs."""
+"""What surrounds an optimizer step: its micro-batches, signals, the guard against NaN, the log, when to save.
 
+The loops of train.py and finetune_bert_l_sst2.py call everything here by name; nothing here calls back.
+"""
+
+import contextlib
+import math
 import os
-import re
-import resource
+import random
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-import transformers
-from transformers import TrainingArguments
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from common import checkpoints
+from common.checkpoints import Progress
 from common.cli import (
+    RunStopped,
     UserError,
+    first_line,
     require_below_one,
+    require_finite,
     require_not_negative,
     require_positive,
     require_share,
-    run_script,
 )
-from common.pretrained import resolve_dtype
+from common.partitioned import shape_of
+from common.ranks import is_lost_rank, launchers, peak_memory_gib, start_time
+from common.reporting import start_trackers
+from common.runs import METRICS, JsonLines
 
-# Those of transformers' schedules that need no settings of their own.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Those of transformers' schedules that need no settings of their own. Each is a function of the step alone.
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 LR_SCHEDULERS += ("cosine_with_restarts",)
 
@@ -40,10 +55,12 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
     for name, value in formulations[args.formulation].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    require_finite(args)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
     positive += ("gradient_accumulation", "keep_checkpoints")
     require_positive(args, *positive, "max_examples")
     require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "save_steps")
+    require_not_negative(args, "weight_decay", "max_grad_norm", "seed")
     require_share(args, "warmup_fraction")
     require_below_one(args, "warmup_ratio")
     if args.lr_scheduler not in LR_SCHEDULERS:
@@ -54,109 +71,483 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
         raise UserError(f"--max-steps is {args.max_steps}: it must be above 0, or -1 for --epochs to decide")
 
 
-def training_arguments(args: Any, accumulation: int | None = None) -> TrainingArguments:
-    """What the transformers Trainer needs to know of `args`; `accumulation`: see `checkpoints.accumulation`."""
-    dtype = resolve_dtype(args.dtype)
-    # Full fine-tuning needs fp32 master weights: bf16 only inside autocast. DeepSpeed keeps masters of its own.
-    mixed = dtype == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
-    return common_training_arguments(
-        args,
-        gradient_accumulation_steps=accumulation or args.gradient_accumulation,
-        bf16=mixed,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        deepspeed=args.deepspeed,
-        logging_steps=args.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would read the loss from the device at every micro-step
-        save_strategy="steps" if args.save_steps else "no",
-        save_steps=args.save_steps or 500,
-        eval_strategy="no" if args.eval_data is None and args.eval_share is None else "steps",
-        eval_steps=args.eval_steps,
-        report_to=args.report_to,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # PiSSA's frozen factors, which no step changes
-    )
+# ------------------------------------------------------------------------------------------------------------------
+# Micro-batches and signals
+# ------------------------------------------------------------------------------------------------------------------
 
 
-def common_training_arguments(args: Any, **settings: Any) -> TrainingArguments:
-    """What every training here tells the Trainer, and `settings`."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
-    trainer_args = TrainingArguments(
-        output_dir=args.output_dir,
-        num_train_epochs=args.epochs,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        warmup_steps=args.warmup_ratio,  # below 1: a fraction of all steps
-        lr_scheduler_type=args.lr_scheduler,
-        max_grad_norm=args.max_grad_norm,
-        optim="adamw_torch",
-        seed=args.seed,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **settings,
-    )
-    # Started by plain python on a machine of several GPUs, the Trainer would take them all and multiply the batch.
-    if trainer_args.n_gpu > 1:
-        print(f"note: one of {trainer_args.n_gpu} GPUs is used; torchrun or deepspeed start train.py on all of them")
-        trainer_args._n_gpu = 1
-    return trainer_args
+class MicroBatches:
+    """Which examples each optimizer step has, shared out among ranks: the same micro-batches for any number of ranks.
+
+    The n-th micro-batch of an epoch belongs to rank n mod `num_ranks`. No example comes twice in an epoch: where the
+    last round has fewer micro-batches than there are ranks, a rank stands in with one that counts for nothing, because
+    gradients are averaged by all ranks or none.
+
+    Args:
+        order: gives an epoch's order of the examples.
+        accumulation: micro-batches per optimizer step and rank.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], list[int]],
+        num_examples: int,
+        batch_size: int,
+        accumulation: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
+        self.order, self.num_examples, self.batch_size = order, num_examples, batch_size
+        self.accumulation, self.rank, self.num_ranks = accumulation, rank, num_ranks
+        self.rounds_per_epoch = math.ceil(math.ceil(num_examples / batch_size) / num_ranks)
+        self.steps_per_epoch = math.ceil(self.rounds_per_epoch / accumulation)
+        self._epoch: tuple[int, list[int]] | None = None
+
+    def of_step(self, step: int) -> list[tuple[list[int], bool]]:
+        """This rank's micro-batches of a step, counted from 0: the rows of each, and whether it counts."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self.order(epoch)
+        order, found = self._epoch[1], []
+        for number in range(place * self.accumulation, min((place + 1) * self.accumulation, self.rounds_per_epoch)):
+            first = (number * self.num_ranks + self.rank) * self.batch_size
+            rows = order[first : first + self.batch_size]
+            found.append((rows or list(range(min(self.batch_size, self.num_examples))), bool(rows)))
+        return found
+
+    def epochs_after(self, step: int) -> float:
+        """How many epochs have passed once `step` steps are taken."""
+        epochs, place = divmod(step, self.steps_per_epoch)
+        return epochs + min(place * self.accumulation, self.rounds_per_epoch) / self.rounds_per_epoch
 
 
-class LogOfLastStep(transformers.TrainerCallback):
-    """The steps after the last multiple of --logging-steps are logged too."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= state.global_step >= state.max_steps
+def generator_of(seed: int, epoch: int) -> torch.Generator:
+    """The source of an epoch's order."""
+    return torch.Generator().manual_seed(seed + epoch)
 
 
-class ProgressBar(transformers.ProgressCallback):
-    """The Trainer's progress bar with the loss on the bar itself, the validation's too; metrics.jsonl has the rest."""
+def random_order(num_examples: int, seed: int) -> Callable[[int], list[int]]:
+    return lambda epoch: torch.randperm(num_examples, generator=generator_of(seed, epoch)).tolist()
+
+
+class Interruption:
+    """A signal that ends a run early: the step is finished, a checkpoint saved. A second one leaves at once.
+
+    SIGTERM and SIGINT; SIGUSR1, which Slurm sends before a job's time is up; SIGHUP, when an ssh connection is lost. A
+    launcher that is gone counts as SIGTERM: no signal reaches its ranks any more, and they would train on unseen.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self):
-        super().__init__()
+        self._signal = 0
+        self._came_at = 0.0
+        self._launchers = launchers()
+
+    @property
+    def signal(self) -> int:
+        """The number of the signal that came, 0 before."""
+        if not self._signal and any(start_time(number) != started for number, started in self._launchers):
+            self._receive(signal.SIGTERM, None)
+        return self._signal
+
+    def _receive(self, number: int, frame: Any) -> None:
+        # Launchers pass on what the terminal sends to all of them anyway: the same signal twice at once is one.
+        if self._signal and time.monotonic() - self._came_at > 2:
+            os._exit(128 + number)
+        if not self._signal:
+            self._signal, self._came_at = number, time.monotonic()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Inside, the signals are taken this way."""
+        # `nohup` has SIGHUP ignored, and it stays so.
+        taken = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        handlers = {number: signal.signal(number, self._receive) for number in taken}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One training
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, vectors (biases, norms' weights) do not. No group is empty."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if len(shape_of(parameter)) > 1]
+    vectors = [parameter for parameter in trained if len(shape_of(parameter)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Training:
+    """A training's place in its data and everything that must survive it. The step itself is the script's.
+
+    Args:
+        args: the script's arguments.
+        accumulation: see `checkpoints.accumulation`.
+        order: gives an epoch's order of the examples.
+        quiet: neither a bar nor a log nor checkpoints: a fit within a study.
+
+    Attributes:
+        progress: steps taken, the log, seconds: what a checkpoint has of it.
+        model, optimizer, schedule: the wrapped model, AdamW, the learning rate's schedule; after `prepare`.
+        trained: the module with the trained parameters; a checkpoint keeps these.
+        extra: further files of a checkpoint: tensors and metadata by name.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        accelerator: "Accelerator",
+        accumulation: int,
+        num_examples: int,
+        order: Callable[[int], list[int]],
+        quiet: bool = False,
+    ):
+        self.args, self.accelerator, self.quiet = args, accelerator, quiet
+        self.rank, self.num_ranks, self.device = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+        )
+        self.is_main = self.rank == 0
+        self.batches = MicroBatches(order, num_examples, args.batch_size, accumulation, self.rank, self.num_ranks)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * self.batches.steps_per_epoch)
+        self.progress = Progress(max_steps=steps)
+        self.identity = checkpoints.checkpoint_identity(args, accumulation * self.num_ranks)
+        self.interruption = Interruption()
+        self.is_over = self._interrupted = False
+        self.extra: Callable[[], dict[str, tuple[dict[str, Tensor], dict[str, str]]]] = dict
+        self._metrics = JsonLines(Path(args.output_dir) / METRICS)
+        self._trackers: list[Any] = []
+        self._resumed_seconds, self._started = 0.0, time.monotonic()
+        self._bar: tqdm | None = None
         self._shown: dict[str, str] = {}
+        self._reset_window()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None:
-            names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second", "validation": "eval_loss"}
-            self._shown |= {label: f"{logs[name]:.4g}" for label, name in names.items() if name in logs}
-            self.training_bar.set_postfix(self._shown)
+    @property
+    def step(self) -> int:
+        """How many optimizer steps are taken."""
+        return self.progress.step
+
+    @property
+    def fraction(self) -> float:
+        """The part of training that is done, in [0, 1]: what the weights' schedules depend on."""
+        return self.progress.step / self.progress.max_steps
+
+    def prepare(self, model: nn.Module, trained: nn.Module) -> None:
+        """Wraps `model` for its ranks and makes its optimizer and schedule.
+
+        Args:
+            trained: `model`, or the part of it that holds all trained parameters.
+        """
+        from transformers import get_scheduler
+
+        args, self.trained = self.args, trained
+        groups = parameter_groups(trained, args.weight_decay)
+        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW(groups, lr=args.learning_rate))
+        self.engine = self.model if getattr(self.args, "deepspeed", None) else None
+        zero = getattr(self.model, "optimizer", None)
+        if hasattr(zero, "check_grad_overflow"):
+            zero.check_grad_overflow = True  # ZeRO-2 looks for NaN in bf16 alone, and steps on it in fp32
+        # A warm-up that took every step would leave nothing trained.
+        warmup = min(math.ceil(self.progress.max_steps * args.warmup_ratio), self.progress.max_steps - 1)
+        self.schedule = get_scheduler(
+            args.lr_scheduler, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.progress.max_steps
+        )
+        self.model.train()
+
+    def resume(self, checkpoint: Path | None) -> None:
+        """Puts a checkpoint's parameters, optimizer, log and place in the data back; nothing where there is none."""
+        if checkpoint is None:
+            return
+        # The log's intervals and the length are those of this start: another --max-steps is another run.
+        self.progress = checkpoints.load_progress(checkpoint)
+        self._resumed_seconds = self.progress.seconds
+        if self.engine is None:
+            checkpoints.load_trained_tensors(self.trained, checkpoints.load_tensors(checkpoint))
+        checkpoints.load_optimizer(self.trained, self.optimizer.optimizer, checkpoint)
+        # Every schedule here is a function of the step alone.
+        rates = [
+            rate * of_step(self.step)
+            for rate, of_step in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.schedule.load_state_dict(self.schedule.state_dict() | {"last_epoch": self.step, "_last_lr": rates})
+        self._reset_window()
+
+    @contextlib.contextmanager
+    def underway(self) -> Iterator[None]:
+        """Inside, signals end the run after a step, a bar shows the steps, and a lost rank has one line.
+
+        Raises:
+            RunStopped: another rank is lost.
+            SystemExit: a signal came; a checkpoint is written.
+        """
+        self._started = time.monotonic()
+        self._reset_window()
+        bar = tqdm(total=self.progress.max_steps, initial=self.step, disable=self.quiet or not self.is_main)
+        self._bar = bar
+        try:
+            with self.interruption.awaited(), bar:
+                self.is_over = self.step >= self.progress.max_steps
+                yield
+        except RuntimeError as error:  # the backends have no exception of their own for a lost rank
+            if is_lost_rank(error):
+                kept = checkpoints.newest_checkpoint(self.args.output_dir)
+                raise RunStopped(
+                    f"rank {self.rank} lost another rank after step {self.step} "
+                    f"({first_line(error)}); --resume goes on from {kept if kept else 'the start'}"
+                ) from error
+            raise
+        if self._interrupted and self.step < self.progress.max_steps:
+            if self.is_main:
+                kept = checkpoints.newest_checkpoint(self.args.output_dir) or "no checkpoint"
+                print(f"interrupted after step {self.step}: {kept} is what --resume goes on from")
+            sys.exit(128 + (self.interruption.signal or signal.SIGTERM))
+
+    # One step, in the order in which its parts are called.
+
+    def begin_step(self, *counts: int) -> list[int]:
+        """The sums over all ranks of a step's counts. All ranks learn here of a signal to any of them."""
+        sums = torch.tensor([*counts, self.interruption.signal], device=self.device)
+        if self.num_ranks > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        *totals, signals = sums.tolist()
+        self._interrupted = signals > 0
+        self._terms: list[tuple[dict[str, float | Tensor], list[int]]] = []
+        self._before_step = (self._loss.clone(), dict(self._sums))
+        return totals
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    @contextlib.contextmanager
+    def micro_batch(self, number: int, is_last: bool) -> Iterator[None]:
+        """Inside runs one forward and backward pass: gradients are exchanged in the step's last one alone.
+
+        Dropout is drawn for the micro-batch: the same whichever rank has it, and after an interruption.
+        """
+        place = number * self.num_ranks + self.rank
+        torch.manual_seed(random.Random(f"{self.args.seed} {self.step} {place}").getrandbits(63))
+        if self.engine is not None:
+            self.engine.set_gradient_accumulation_boundary(is_last)
+            yield
+        else:
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: Tensor, counts: bool) -> None:
+        """The gradient of one micro-batch's part of the step's loss. Ranks average gradients, and the parts add up.
+
+        Args:
+            counts: False: the micro-batch stands in for one that is not there.
+        """
+        loss = loss * (self.num_ranks if counts else 0)
+        if self.engine is not None:
+            self.engine.backward(loss, scale_wrt_gas=False)
+        else:
+            loss.backward()
+        self._loss += loss.detach()
+
+    def record(
+        self, terms: dict[str, float | Tensor], tokens: int | Tensor, counts: bool, example_ids: list[int] = ()
+    ) -> None:
+        """Keeps one micro-batch's parts of the step's values for the log and the guard."""
+        if not counts:
+            terms, tokens = {name: 0.0 * value for name, value in terms.items()}, 0
+        self._terms.append((terms, example_ids))
+        # As tensors: reading them here would make the device wait at every micro-step.
+        for name, value in (terms | {"tokens": tokens}).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def clip_gradients(self) -> Tensor | float:
+        """The norm of the step's gradients, which are clipped to --max-grad-norm; 0 clips nothing.
+
+        Under DeepSpeed the update is made here too: its engine clips, leaves out NaN and updates in one call.
+        """
+        if self.engine is not None:
+            self.engine.step()
+            return self.engine.get_global_grad_norm()
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
+
+    def is_finite(self, norm: Tensor | float) -> bool:
+        """The guard: whether no term and no gradient of the step is NaN or infinite, on any rank.
+
+        Raises:
+            RunStopped: one is, and --on-nonfinite is stop.
+        """
+        values = [value for terms, _ in self._terms for value in terms.values()]
+        total = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values]).sum()
+        total = total + torch.as_tensor(norm, device=self.device).float()
+        if self.engine is not None and getattr(self.engine.optimizer, "overflow", False):  # DeepSpeed's own verdict
+            total = total + math.inf
+        if self.num_ranks > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        if math.isfinite(total.item()):
+            return True
+        found = self._describe_nonfinite()
+        if self.args.on_nonfinite == "stop":
+            kept = checkpoints.newest_checkpoint(self.args.output_dir)
+            raise RunStopped(
+                f"NaN or Inf in step {self.step + 1}: {found}; the last checkpoint is "
+                f"{kept if kept else 'none'}; --on-nonfinite skip leaves such steps out"
+            )
+        self.progress.skipped_steps += 1
+        if self.is_main:
+            print(f"note: step {self.step + 1} skipped, NaN or Inf in {found}", file=sys.stderr)
+        self._loss, self._sums = self._before_step  # the log's means leave the step out too
+        self._window_steps -= 1
+        return False
+
+    def _describe_nonfinite(self) -> str:
+        """The terms that are NaN or Inf with their examples' places in the data; this rank's."""
+        for terms, example_ids in self._terms:
+            names = [name for name, value in terms.items() if not math.isfinite(float(value))]
+            if names:
+                return ", ".join(names) + (f", in the examples {example_ids}" if example_ids else "")
+        every = [index for _, example_ids in self._terms for index in example_ids]
+        where = "the gradients" if self.num_ranks == 1 else "the gradients, or another rank's terms"
+        return where + (f", in the examples {every}" if every else "")
+
+    def end_step(self, norm: Tensor | float, logging_steps: int, log_first: bool = False) -> None:
+        """Takes the schedule on, lets the gradients go, counts the step, and logs it where a line is due."""
+        rate = self.schedule.get_last_lr()[0]
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        self._window_steps += 1
+        if self._bar is not None:
+            self._bar.update()
+        if self.num_ranks == 1 and self.interruption.signal:  # several ranks agree as the next step begins
+            self._interrupted = True
+        self.is_over = self.step >= self.progress.max_steps or self._interrupted
+        if self._window_steps > 0 and (self.is_due(logging_steps) or (log_first and self.step == 1)):
+            self._log_window(norm, rate)
+
+    def is_due(self, every: int) -> bool:
+        """Whether the steps taken are a multiple of `every`, or the last one is."""
+        return bool(every) and (self.step % every == 0 or self.step >= self.progress.max_steps)
+
+    # The log.
+
+    def _reset_window(self) -> None:
+        self._loss = torch.zeros((), device=self.device)
+        self._sums: dict[str, float | Tensor] = {}
+        self._window_steps, self._window_began = 0, time.monotonic()
+
+    def _log_window(self, norm: Tensor | float, rate: float) -> None:
+        """One line of the means since the last one: the loss, the terms and λs; tokens per second, memory."""
+        if self.quiet:
+            self._reset_window()
+            return
+        names = sorted(self._sums)
+        sums = torch.stack([torch.as_tensor(self._sums[name], device=self.device).float() for name in names])
+        loss = self._loss
+        if self.num_ranks > 1:
+            loss = self.accelerator.reduce(loss, reduction="mean")
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        sums = dict(zip(names, sums.tolist(), strict=True))
+        tokens = sums.pop("tokens")
+        entry = {"loss": loss.item() / self._window_steps, "grad_norm": float(norm), "learning_rate": rate}
+        entry |= {name: value / self._window_steps for name, value in sums.items()}
+        entry["tokens_per_second"] = tokens / (time.monotonic() - self._window_began)
+        entry["peak_memory_gib"] = peak_memory_gib()
+        self._reset_window()
+        self.log(entry)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Adds a line to the log, metrics.jsonl and the trackers, which may fail: training goes on."""
+        entry = entry | {"epoch": self.batches.epochs_after(self.step), "step": self.step}
+        self.progress.history.append(entry)
+        if not self.is_main or self.quiet:
+            return
+        self._metrics.append([entry])
+        names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second", "validation": "eval_loss"}
+        self._shown |= {label: f"{entry[name]:.4g}" for label, name in names.items() if entry.get(name) is not None}
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown)
+        if self._trackers:
+            try:
+                for tracker in self._trackers:
+                    tracker.log({_tracked(name): value for name, value in entry.items()}, step=self.step)
+            except Exception as error:  # each tracker has its own kinds
+                self._trackers = []
+                print(f"warning: the trackers stopped at step {self.step} ({first_line(error)})", file=sys.stderr)
+
+    def start_trackers(self) -> None:
+        """Tells the trackers of --report-to of this run."""
+        if not self.is_main or self.args.report_to == ["none"]:
+            return
+        try:
+            self._trackers = start_trackers(self.args)
+        except Exception as error:
+            print(f"warning: no tracker is told of this run ({first_line(error)})", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def validating(self) -> Iterator[None]:
+        """Inside, the model is validated: no gradients, no dropout; training's random numbers and time stay its own."""
+        started = time.monotonic()
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            self.model.eval()
+            yield
+            self.model.train()
+        self._window_began += time.monotonic() - started
+
+    def agree(self, value: Any) -> Any:
+        """The first rank's value, on all ranks."""
+        if self.num_ranks == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def checkpoint_to_export(self) -> Path | None:
+        """With --keep-best the checkpoint of the best state; the same on all ranks. None: the last state it is."""
+        if not self.args.keep_best:
+            return None
+        found = None
+        if self.is_main:
+            there = checkpoints.complete_checkpoints(self.args.output_dir)
+            found = checkpoints.best_checkpoint(self.progress.history, there)
+        return self.agree(found)
+
+    def mean_loss(self) -> float:
+        """Over all steps, those before an interruption too. Each line of the log has the mean since the one before."""
+        total, step = 0.0, 0
+        for entry in self.progress.history:
+            if "loss" in entry:
+                total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
+        return total / max(step, 1)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, those before an interruption too."""
+        return self._resumed_seconds + time.monotonic() - self._started
+
+    # Checkpoints.
+
+    def save_if_due(self, also: bool = False) -> None:
+        """Writes a checkpoint every --save-steps, at the end, after a signal, and where `also` asks for one."""
+        every = 0 if self.quiet else self.args.save_steps
+        if self._interrupted or also or (every and (self.is_over or self.is_due(every))):
+            self.save()
+
+    def save(self) -> None:
+        """Writes a checkpoint: whole, or not at all with a warning."""
+        self.progress.seconds = self.seconds
+        checkpoints.write_checkpoint(self)
 
 
-def peak_memory_gib() -> float:
-    """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
-    if found:
-        return int(found[1]) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux not less than the starting process had
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def leave(code: int) -> None:
-    """Ends a rank's process at once. In an ordinary exit the threads that its libraries have left running may abort it,
-    and the launcher would then end the other ranks, of which one still writes the model."""
-    if dist.is_initialized() and code != 1:  # with 1 another rank may be lost, and with it what closes the connections
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
-    """`run_script` for a script whose process may be one of several ranks."""
-    code = 0
-    try:
-        run_script(main)
-    except SystemExit as end:
-        code = end.code
-    if "RANK" in os.environ:
-        leave(code)
-    sys.exit(code)
+def _tracked(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

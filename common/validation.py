@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from common.cli import UserError, option, require_positive
 from common.pretrained import resolve_demo
-from common.runs import SAMPLES
+from common.ranks import read_deepspeed
+from common.runs import SAMPLES, JsonLines
 from common.templates import Template
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def check_validation(args: Any) -> None:
             raise UserError("--sample-prompts are answered at validations: add --eval-data or --eval-share")
     if args.sample_prompts is not None:
         read_prompts(args.sample_prompts, args.fields[0])
-        zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {}) if args.deepspeed else {}
-        if zero.get("stage") == 3:
+        if read_deepspeed(args.deepspeed).get("zero_optimization", {}).get("stage") == 3:
             raise UserError("--sample-prompts needs whole weights, and ZeRO-3 splits them: leave it out, or use ZeRO-2")
 
 
@@ -109,30 +109,37 @@ def together(examples: "datasets.Dataset", held_out: "datasets.Dataset | None") 
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def held_out_means(trainer: Any) -> dict[str, float]:
-    """Loss, accuracy and terms over the trainer's `eval_dataset`: means over its valid tokens, of all ranks.
+def held_out_batches(num_examples: int, batch_size: int, rank: int, num_ranks: int) -> Iterator[tuple[range, bool]]:
+    """The rows of each micro-batch that this rank validates on, and whether it counts.
 
     Micro-batches of the training's size in the data's order, shared out among the ranks, so that L_SVDR, which is the
-    spectrum of one, does not depend on their number. Not by a DataLoader: that would draw a random number.
+    spectrum of one, does not depend on their number. Under ZeRO-3 all ranks run equally often: a rank that has none
+    left repeats the last, and does not count it.
     """
-    data, size = trainer.eval_dataset, trainer.args.per_device_train_batch_size
-    rank, num_ranks = trainer.args.process_index, trainer.accelerator.num_processes
-    count = math.ceil(len(data) / size)
-    sums: dict[str, Tensor] = {}
+    count = math.ceil(num_examples / batch_size)
     for first in range(0, count, num_ranks):
-        # Under ZeRO-3 all ranks run equally often: one that has none left repeats the last, and does not count it.
         number = min(first + rank, count - 1)
-        rows = range(number * size, min((number + 1) * size, len(data)))
-        inputs = trainer._prepare_inputs(trainer.data_collator([data[row] for row in rows]))
-        parts = trainer.validation_sums(inputs) | {"tokens": len(inputs["targets"]), "micro_batches": 1}
-        for name, value in parts.items():
+        yield range(number * batch_size, min((number + 1) * batch_size, num_examples)), first + rank < count
+
+
+def held_out_means(training: Any, parts: Iterable[tuple[dict[str, float | Tensor], int, bool]]) -> dict[str, float]:
+    """Loss, accuracy and terms over the held-out examples: means over their valid tokens, of all ranks.
+
+    Args:
+        training: common/training.py's `Training`.
+        parts: of each micro-batch L_SVDR and the other values' sums over tokens, its number of valid tokens, and
+            whether it counts.
+    """
+    sums: dict[str, Tensor] = {}
+    for terms, tokens, counts in parts:
+        for name, value in (terms | {"tokens": tokens, "micro_batches": 1}).items():
             if name.startswith("lambda_"):
                 continue
-            value = torch.as_tensor(value, dtype=torch.float64, device=trainer.args.device)
-            sums[name] = sums.get(name, 0.0) + value * (first + rank < count)
+            value = torch.as_tensor(value, dtype=torch.float64, device=training.device)
+            sums[name] = sums.get(name, 0.0) + value * counts
     totals = torch.stack([sums[name] for name in sorted(sums)])
-    if num_ranks > 1:
-        totals = trainer.accelerator.reduce(totals, reduction="sum")
+    if training.num_ranks > 1:
+        totals = training.accelerator.reduce(totals, reduction="sum")
     means = dict(zip(sorted(sums), totals.tolist(), strict=True))
     tokens, micro_batches = means.pop("tokens"), means.pop("micro_batches")
     means = {name: value / (micro_batches if name == "spectral" else tokens) for name, value in means.items()}
@@ -145,7 +152,7 @@ def held_out_means(trainer: Any) -> dict[str, float]:
 
 
 def losses_by_step(history: Sequence[Mapping[str, float]]) -> dict[int, float]:
-    """The validation loss of every validated step in a Trainer's log, in order."""
+    """The validation loss of every validated step in a run's log, in order."""
     return {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
 
 
@@ -161,7 +168,7 @@ def is_out_of_patience(history: Sequence[Mapping[str, float]], patience: int | N
     return patience is not None and vain_validations(history) >= patience
 
 
-def summary(history: Sequence[Mapping[str, float]], exported: Path | None) -> dict[str, Any] | None:
+def summary(history: Sequence[Mapping[str, float]], last_step: int, exported: Path | None) -> dict[str, Any] | None:
     """For run.json: the last validation, the best, and the step of what is exported; None without any.
 
     Args:
@@ -171,7 +178,7 @@ def summary(history: Sequence[Mapping[str, float]], exported: Path | None) -> di
     if not entries:
         return None
     best = min(entries, key=lambda entry: entry["eval_loss"] if math.isfinite(entry["eval_loss"]) else math.inf)
-    step = history[-1]["step"] if exported is None else int(exported.name.partition("-")[2])
+    step = last_step if exported is None else int(exported.name.partition("-")[2])
     return {"last": entries[-1], "best": best, "exported_step": step}
 
 
@@ -217,7 +224,7 @@ class Sampler:
         max_length: of prompt and answer, in tokens.
     """
 
-    file: Path
+    file: JsonLines
     template: Template
     prompts: list[str]
     encoded: list[list[int]]
@@ -238,7 +245,7 @@ class Sampler:
         for number, ids in enumerate(encoded, 1):
             if len(ids) >= args.max_length:
                 raise UserError(f"--sample-prompts {args.sample_prompts}: prompt {number} fills --max-length")
-        return cls(Path(args.output_dir) / SAMPLES, template, prompts, encoded, args.max_length)
+        return cls(JsonLines(Path(args.output_dir) / SAMPLES), template, prompts, encoded, args.max_length)
 
     @torch.no_grad()
     def write(self, model: transformers.PreTrainedModel, step: int) -> None:
@@ -261,5 +268,4 @@ class Sampler:
                 rows.append({"step": step, "prompt": prompt, "answer": answer})
         finally:
             model.generation_config = own
-        with open(self.file, "a") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.file.append(rows)

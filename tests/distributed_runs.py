@@ -19,25 +19,26 @@ import transformers
 import warm  # noqa: F401
 
 import train
+from common import checkpoints
 from common.cli import run_script
-from common.training import leave
+from common.ranks import leave
 
 
 @contextlib.contextmanager
 def full_disk_once(rank: str | None) -> Iterator[None]:
     """On this rank the first checkpoint of the run cannot be written."""
-    save = train.BALoRATrainer._save_rng_state
+    save = checkpoints.save_file
     is_full = [rank is not None and os.environ.get("RANK") == rank]
 
-    def failing(self, output_dir):
+    def failing(*args):
         if is_full[0]:
             is_full[0] = False
             raise OSError(28, "No space left on device")
-        save(self, output_dir)
+        save(*args)
 
-    train.BALoRATrainer._save_rng_state = failing
+    checkpoints.save_file = failing
     yield
-    train.BALoRATrainer._save_rng_state = save
+    checkpoints.save_file = save
 
 
 def together() -> None:

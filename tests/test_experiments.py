@@ -415,11 +415,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-# What the clock, the machine's memory and the number of starts decide. train_loss of the Trainer's last line is of its
-# last start, that of run.json is not.
+# What the clock, the machine's memory and the number of starts decide.
 OF_THE_CLOCK = {"train_seconds", "seconds", "time", "resumed_from", "peak_memory_gib", "peak_gib", "command"}
 OF_THE_CLOCK |= {"commit"}  # of the moment at which a run was recorded
-OF_THE_CLOCK |= {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+OF_THE_CLOCK |= {"tokens_per_second", "eval_seconds"}
 
 
 def without_the_clock(value):
@@ -452,7 +451,7 @@ def what_is_left(folder: Path) -> dict:
         elif path.suffix == ".json":
             text = without_the_clock(json.loads(text))
             if path.name == "manifest.json":  # the length of the log, which has times in it
-                text["sizes"].pop("trainer_state.json")
+                text["files"].pop("progress.json")
         elif path.name == "summary.md":  # the last columns are minutes and GiB
             text = [line.split("|")[:-3] if line.startswith("|") else line for line in text.splitlines()]
         found[name] = None if path.parent.name == "logs" else text

@@ -1,6 +1,10 @@
 """The data pipeline, the trainer's arithmetic and whole runs, on tiny models; PEFT and transformers are the peers."""
 
+import copy
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import oracle
@@ -16,9 +20,10 @@ import train
 from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.prompts import ALPACA_PROMPT, encode_prompt
+from common.ranks import start_ranks
 from common.tables import load_records
 from common.targets import TARGET_MODULES
-from common.training import training_arguments
+from common.training import MicroBatches, Training, random_order
 
 # ---------------------------------------------------------------------------------------------- data
 
@@ -131,7 +136,30 @@ def test_every_cell_is_text_as_it_is_written(suffix, sep, tmp_path):
 # ---------------------------------------------------------------------------------------------- trainer
 
 
-def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> train.BALoRATrainer:
+@dataclass
+class Trainer:
+    """What `train.fit` takes."""
+
+    arguments: train.Arguments
+    model: train.BALoRAModel
+    train_dataset: datasets.Dataset
+    data_collator: Callable
+
+    def train(self, order=None, watch=None) -> Training:
+        """Trains on this process; `watch` is called before gradients are clipped."""
+        Path(self.arguments.output_dir).mkdir(parents=True, exist_ok=True)
+        count = len(self.train_dataset)
+        order = order or random_order(count, self.arguments.seed)
+        training = Training(
+            self.arguments, start_ranks(self.arguments), self.arguments.gradient_accumulation, count, order
+        )
+        clip = training.clip_gradients
+        training.clip_gradients = lambda: (watch and watch(), clip())[1]
+        train.fit(training, self.model, self.train_dataset, None, self.data_collator)
+        return training
+
+
+def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> Trainer:
     settings = {
         "model": "m",
         "data": "d",
@@ -151,28 +179,29 @@ def make_trainer(model, tokenizer, data_file, output_dir, **overrides) -> train.
     transformers.set_seed(args.seed)
     train.add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
     assert not args.packing or enable_packing(model)
-    return train.BALoRATrainer(
-        arguments=args,
-        model=train.BALoRAModel(model, args.objective_memory),
-        args=training_arguments(args),
-        train_dataset=dataset,
-        data_collator=train.PackingCollator() if args.packing else train.PaddingCollator(tokenizer.pad_token_id),
-    )
+    collator = train.PackingCollator() if args.packing else train.PaddingCollator(tokenizer.pad_token_id)
+    return Trainer(args, train.BALoRAModel(model, args.objective_memory), dataset, collator)
 
 
-def one_step(trainer, examples, sizes) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one optimizer step over `examples`, split into micro-batches of `sizes`."""
-    trainer.model.zero_grad()
-    trainer.state.max_steps = 1
-    rows = iter(examples)
-    batches = [trainer.data_collator([next(rows) for _ in range(size)]) for size in sizes]
-    batches, num_tokens = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
-    loss = sum(trainer.training_step(trainer.model, batch, num_tokens) for batch in batches)
-    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+def one_step(trainer, count, sizes, monkeypatch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """The log and the gradients of one optimizer step over the first examples, in micro-batches of `sizes`; the model
+    stays as it is."""
+    before, gradients = copy.deepcopy(trainer.model.state_dict()), {}
+    rows = iter(range(count))
+    batches = [([next(rows) for _ in range(size)], True) for size in sizes]
+    monkeypatch.setattr(MicroBatches, "of_step", lambda self, step: batches)
+    trainer.arguments.max_steps = 1
+
+    def watch() -> None:
+        gradients.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    training = trainer.train(watch=watch)
+    trainer.model.load_state_dict(before)
+    return training.progress.history[-1], gradients
 
 
 @pytest.mark.parametrize("formulation", ["iclr2026", "arxiv2024"])
-def test_splitting_a_batch_changes_nothing(formulation, tokenizer, data_file, tmp_path):
+def test_splitting_a_batch_changes_nothing(formulation, tokenizer, data_file, tmp_path, monkeypatch):
     """8 sequences at once, as 2 x 4, and as 5 + 3: task, L_CR and L_DR; L_SVDR belongs to a micro-batch."""
     trainer = make_trainer(
         make_model(),
@@ -186,26 +215,25 @@ def test_splitting_a_batch_changes_nothing(formulation, tokenizer, data_file, tm
     )
     for layer in train.adapter_layers(trainer.model.model).values():
         layer.lora_B.data += 0.05  # away from the teacher, so that L_CR has a gradient
-    examples = [trainer.train_dataset[i] for i in range(8)]
-    whole_loss, whole = one_step(trainer, examples, [8])
+    whole_log, whole = one_step(trainer, 8, [8], monkeypatch)
     for sizes in ([4, 4], [5, 3]):
-        loss, gradients = one_step(trainer, examples, sizes)
-        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        log, gradients = one_step(trainer, 8, sizes, monkeypatch)
+        assert log["loss"] == pytest.approx(whole_log["loss"], rel=1e-5)
         for name, gradient in gradients.items():
             assert relative_error(gradient, whole[name]) < 1e-4, name
 
 
-def test_the_spectral_term_is_the_mean_over_micro_batches(tokenizer, data_file, tmp_path):
+def test_the_spectral_term_is_the_mean_over_micro_batches(tokenizer, data_file, tmp_path, monkeypatch):
     trainer = make_trainer(
         make_model(), tokenizer, data_file, tmp_path / "out", lambda_consistency=0.0, lambda_diversity=0.0
     )
     examples = [trainer.train_dataset[i] for i in range(8)]
-    _, _ = one_step(trainer, examples, [4, 4])
+    log, _ = one_step(trainer, 8, [4, 4], monkeypatch)
     expected = 0.0
     for rows in (examples[:4], examples[4:]):
         logits = trainer.model.logits(trainer.data_collator(rows))
         expected += oracle.spectral(logits.detach().double().numpy(), 10, "frobenius")[0] / 2
-    assert trainer._sums["spectral"].item() == pytest.approx(expected, rel=1e-5)
+    assert log["spectral"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("off", ["consistency", "diversity", "spectral"])
@@ -220,19 +248,20 @@ def test_a_term_that_is_off_costs_nothing(off, tokenizer, data_file, tmp_path, m
     if off == "spectral":
         monkeypatch.setattr(train, "head_factor", refuse)
     trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out", **{f"lambda_{off}": 0.0})
-    one_step(trainer, [trainer.train_dataset[i] for i in range(4)], [4])
-    terms = {"consistency", "diversity", "spectral"} - {off}
-    assert set(trainer._sums) == {"task", "tokens"} | terms | {f"lambda_{name}" for name in terms}
+    log, _ = one_step(trainer, 4, [4], monkeypatch)
+    terms = {"consistency", "diversity", "spectral"}
+    on = terms - {off}
+    of_terms = set(log) & (terms | {f"lambda_{name}" for name in terms} | {"task"})
+    assert of_terms == {"task"} | on | {f"lambda_{name}" for name in on}
 
 
-def test_the_terms_on_loras_start(tokenizer, data_file, tmp_path):
+def test_the_terms_on_loras_start(tokenizer, data_file, tmp_path, monkeypatch):
     """LoRA's adapter, of rank r on export, and BA-LoRA's objective: at the start the student is the teacher."""
     trainer = make_trainer(
         make_model(), tokenizer, data_file, tmp_path / "out", method="lora", regularize=True, lambda_consistency=1.0
     )
     examples = [trainer.train_dataset[i] for i in range(8)]
-    loss, _ = one_step(trainer, examples, [8])
-    sums = {name: float(value) for name, value in trainer._sums.items()}
+    sums, _ = one_step(trainer, 8, [8], monkeypatch)
     assert sums["consistency"] == pytest.approx(0.0, abs=1e-6)
     logits = trainer.model.logits(trainer.data_collator(examples)).detach().double().numpy()
     targets = trainer.data_collator(examples)["targets"].numpy()
@@ -243,7 +272,7 @@ def test_the_terms_on_loras_start(tokenizer, data_file, tmp_path):
     }
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value, rel=1e-4), name
-    assert loss == pytest.approx(
+    assert sums["loss"] == pytest.approx(
         expected["task"] + 0.005 * expected["diversity"] + 0.005 * expected["spectral"], rel=1e-4
     )
     assert all(len(layer.stacked_factors()[0]) == 4 for layer in train.adapter_layers(trainer.model.model).values())
@@ -288,11 +317,24 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
             "labels": torch.tensor([pad(e["labels"], -100) for e in examples]),
         }
 
-    args = training_arguments(ours.arguments)
-    args.output_dir = str(tmp_path / "theirs")
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "theirs"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        warmup_steps=1,
+        lr_scheduler_type="cosine",
+        max_steps=5,
+        seed=42,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        save_strategy="no",
+    )
     reference = transformers.Trainer(model=theirs, args=args, train_dataset=ours.train_dataset, data_collator=collate)
     start = {name: layer.merged_weight() for name, layer in train.adapter_layers(ours.model.model).items()}
-    our_loss = ours.train().training_loss
+    our_loss = ours.train().mean_loss()
     transformers.set_seed(args.seed)  # accelerate's order of examples hangs on the last seed of the process
     their_loss = reference.train().training_loss
     assert our_loss == pytest.approx(their_loss, rel=1e-4)

@@ -14,15 +14,16 @@ import oracle
 import pytest
 import torch
 import transformers
+from accelerate import tracking
 from conftest import ROOT, make_model, make_tokenizer, start_script
 from safetensors.torch import load_file
-from transformers.integrations import integration_utils
 
 import train
 from common.packing import enable_packing
 from common.prompts import encode_prompt
+from common.ranks import start_ranks
 from common.tables import load_records
-from common.training import training_arguments
+from common.training import Training, random_order
 from common.validation import is_out_of_patience, vain_validations
 
 STEPS, EVAL_STEPS = 12, 3
@@ -143,9 +144,10 @@ def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packi
     wrapped = train.BALoRAModel(model)
     assert wrapped.is_fused == (head == "tied")
     collator = train.PackingCollator() if packing else train.PaddingCollator(0)
-    data = {"train_dataset": held_out, "eval_dataset": held_out, "data_collator": collator}
-    trainer = train.BALoRATrainer(arguments=args, model=wrapped, args=training_arguments(args), **data)
-    metrics = trainer.evaluate()
+    training = Training(args, start_ranks(args), 1, len(held_out), random_order(len(held_out), 0))
+    training.prepare(wrapped, model)
+    train.validate(training, wrapped, held_out, collator, None)
+    metrics = training.progress.history[-1]
 
     examples = list(held_out)
     logits, targets = logits_of_each(plain, examples)
@@ -162,7 +164,7 @@ def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packi
         assert metrics[name] == pytest.approx(value, rel=1e-4), name
     assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(axis=1) == targets).mean(), abs=1e-9)
     assert expected["eval_consistency"] > 0.01
-    assert metrics.keys() == expected.keys() | {"eval_accuracy"}
+    assert metrics.keys() == expected.keys() | {"eval_accuracy", "eval_seconds", "epoch", "step"}
 
 
 def test_samples_are_the_merged_models_greedy_answers(watched):
@@ -310,23 +312,49 @@ def test_patience_counts_validations_without_a_lower_loss():
 # ---------------------------------------------------------------------------------------------- trackers and the hub
 
 
-class Tracker(transformers.TrainerCallback):
-    """What a tracker of the Trainer's is told."""
+class Tracker:
+    """A tracker of accelerate's, and what it is told."""
 
+    requires_logging_directory = False
     logged: ClassVar[list[dict]] = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logged.append(dict(logs))
+    def __init__(self, project):
+        self.options = None
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, values):
+        self.options = values
+
+    def log(self, values, step):
+        assert self.options["rank"] == 4
+        self.logged.append(dict(values))
+
+
+class BrokenTracker(Tracker):
+    """A tracker on a full disk."""
+
+    def log(self, values, step):
+        raise OSError(28, "No space left on device")
 
 
 def test_a_tracker_that_is_asked_for_is_told_the_validation(folder, monkeypatch, tmp_path):
-    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Tracker)
-    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard", "wandb"])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard", "wandb"])
     options = ("--eval-share", 0.1, "--max-steps", 2, "--report-to", "wandb")
     train.main(arguments(folder, tmp_path / "out", *options))
-    assert any("eval_loss" in logs for logs in Tracker.logged)
-    assert any("task" in logs for logs in Tracker.logged)
+    assert any("eval/loss" in logs for logs in Tracker.logged)
+    assert any("train/task" in logs for logs in Tracker.logged)
     assert not (tmp_path / "out" / "tensorboard").exists()
+
+
+def test_a_tracker_that_fails_costs_a_warning_and_not_the_run(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", BrokenTracker)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    train.main(arguments(folder, tmp_path / "out", "--max-steps", 2, "--report-to", "wandb"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 2
+    assert capsys.readouterr().err.count("the trackers stopped at step 1 ([Errno 28] No space left on device)") == 1
 
 
 def test_a_failed_push_loses_nothing_and_is_made_again_by_resume(folder, monkeypatch, tmp_path):

@@ -1,0 +1,226 @@
+"""The processes of a training: accelerate's ranks, DeepSpeed's configuration, the launchers above, a rank's end."""
+
+import json
+import os
+import re
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from common.cli import RunStopped, UserError, first_line, run_script
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# What a DeepSpeed configuration may say of our options: its key, the option, and how the value follows from `args` and
+# the number of micro-batches per process.
+DEEPSPEED_KEYS: dict[str, tuple[str, Callable[[Any, int, int], Any]]] = {
+    "gradient_clipping": ("--max-grad-norm", lambda args, steps, ranks: args.max_grad_norm),
+    "train_micro_batch_size_per_gpu": ("--batch-size", lambda args, steps, ranks: args.batch_size),
+    "gradient_accumulation_steps": ("--gradient-accumulation", lambda args, steps, ranks: steps),
+    "train_batch_size": (
+        "--batch-size and --gradient-accumulation",
+        lambda args, steps, ranks: args.batch_size * steps * ranks,
+    ),
+}
+
+
+def read_deepspeed(path: str | None) -> dict[str, Any]:
+    """The DeepSpeed configuration in a file, empty without one; what contradicts this program is refused.
+
+    Raises:
+        UserError: no JSON object, no ZeRO stage from 1 to 3, fp16, or an optimizer or a scheduler of its own.
+    """
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"no DeepSpeed configuration in {path}: {first_line(error)}") from error
+    where = f"--deepspeed {path}"
+    if not isinstance(config, dict):
+        raise UserError(f"{where} holds no JSON object: copy configs/ds_zero2.json")
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        found = zero.get("stage") if isinstance(zero, dict) else zero
+        raise UserError(
+            f"{where}: zero_optimization.stage is {found!r}: it must be 1, 2 or 3; without ZeRO use torchrun"
+        )
+    for key, option in (("optimizer", "--learning-rate and --weight-decay"), ("scheduler", "--lr-scheduler")):
+        if config.get(key):
+            raise UserError(f"{where} has a {key} of its own, which {option} decides here: take it out")
+    for key in ("fp16", "amp"):
+        section = config.get(key)
+        if section and (not isinstance(section, dict) or section.get("enabled", key == "amp") not in (False, "auto")):
+            raise UserError(f'{where} switches {key} on: --dtype takes float32 or bfloat16, set bf16 to "auto"')
+    return config
+
+
+def deepspeed_config(args: Any, num_micro_batches: int, mixed: bool, width: int) -> dict[str, Any]:
+    """The configuration of --deepspeed with every "auto" and every missing key filled in from the options.
+
+    Args:
+        num_micro_batches: per optimizer step and process.
+        mixed: whether weights and activations are bf16.
+        width: the model's hidden size; ZeRO's buckets follow from it, as in transformers.
+
+    Raises:
+        UserError: a value that contradicts an option.
+    """
+    config, where = read_deepspeed(args.deepspeed), f"--deepspeed {args.deepspeed}"
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    for key, (option, value_of) in DEEPSPEED_KEYS.items():
+        value = value_of(args, num_micro_batches, ranks)
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(f'{where}: {key} is {config[key]}, and {option} says {value}: set "auto"')
+        config[key] = value
+    bf16 = config.get("bf16") or {}
+    if not isinstance(bf16, dict) or bf16.get("enabled", "auto") not in ("auto", mixed):
+        raise UserError(f'{where}: bf16 is {bf16}, and --dtype makes it {mixed}: set "auto"')
+    config["bf16"] = {**bf16, "enabled": mixed}
+    config.pop("fp16", None)
+    zero = config["zero_optimization"]
+    sizes = {"reduce_bucket_size": width * width}
+    if zero["stage"] == 3:
+        sizes |= {"stage3_prefetch_bucket_size": int(0.9 * width * width)}
+        sizes |= {"stage3_param_persistence_threshold": 10 * width}
+    zero |= {key: size for key, size in sizes.items() if zero.get(key, "auto") == "auto"}
+    return config | {"zero_allow_untested_optimizer": True}
+
+
+def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, width: int = 0) -> "Accelerator":
+    """Makes this process one of a run's ranks, under torchrun or DeepSpeed; alone, the only one.
+
+    Args:
+        num_micro_batches, mixed, width: see `deepspeed_config`; mixed: fp32 masters, passes in bf16.
+
+    Raises:
+        UserError: --deepspeed without its launcher, or with a configuration that contradicts the options.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+
+    settings: dict[str, Any] = {"mixed_precision": "bf16" if mixed else "no"}
+    config = None
+    if getattr(args, "deepspeed", None) is not None:
+        if "RANK" not in os.environ:
+            raise UserError("--deepspeed needs its launcher: deepspeed --no_local_rank --num_gpus N train.py ...")
+        from accelerate import DeepSpeedPlugin
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # ZeRO-3 partitions the weights while they are loaded: transformers looks for this object then.
+        config = HfDeepSpeedConfig(deepspeed_config(args, num_micro_batches, mixed, width))
+        settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
+    # The frozen factors of PiSSA are buffers that no step changes.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)
+    AcceleratorState._reset_state()  # what an earlier training in this process had set
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **settings)
+    accelerator.held_config = config  # transformers keeps a weak reference alone
+    if config is not None:
+        import deepspeed
+
+        deepspeed.init_distributed()  # ZeRO-3 asks how many ranks there are before the first weight is read
+    if torch.cuda.device_count() > 1 and accelerator.num_processes == 1:
+        print(
+            f"note: one of {torch.cuda.device_count()} GPUs is used; torchrun or deepspeed start a run on all of them"
+        )
+    return accelerator
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Launchers
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def launchers() -> list[tuple[int, str]]:
+    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): number, start time."""
+    found, number = [], os.getppid()
+    while "RANK" in os.environ and number > 1:
+        try:
+            command = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace")
+        except OSError:  # no /proc: not Linux
+            break
+        if not re.search(r"deepspeed|torchrun|torch[./]distributed|elastic", command):
+            break
+        found.append((number, start_time(number)))
+        number = int(_status(number)[1])
+    return found
+
+
+def start_time(number: int) -> str:
+    """When a process began, in clock ticks since the machine's start; empty where it is gone or a zombie."""
+    fields = _status(number)
+    return fields[19] if fields and fields[0] != "Z" else ""
+
+
+def _status(number: int) -> list[str]:
+    """The fields of /proc/NUMBER/stat behind the name, which may hold spaces: state, parent, ..."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# This process
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory_gib() -> float:
+    """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
+    if found:
+        return int(found[1]) / 2**20
+    # ru_maxrss begins with the peak of the process that started this one.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def leave(code: int) -> None:
+    """Ends a rank's process at once. In an ordinary exit the threads that its libraries have left running may abort it,
+    and the launcher would then end the other ranks while one still writes the model."""
+    if dist.is_initialized() and code != 1:  # with 1 another rank may be lost, and closing the connections would hang
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error says that another rank is gone: the backends have no exception of their own for it."""
+    several = dist.is_initialized() and dist.get_world_size() > 1 and not isinstance(error, RunStopped)
+    return several and any(name in str(error) for name in ("gloo", "NCCL", "Connection"))
+
+
+def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
+    """`run_script` for a script that may run as one of several ranks. A rank may be lost before the first step, too."""
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except RuntimeError as error:
+            if not is_lost_rank(error):
+                raise
+            rank = os.environ.get("RANK", "0")
+            raise RunStopped(
+                f"rank {rank} lost another rank ({first_line(error)}); --resume goes on from the newest checkpoint"
+            ) from error
+
+    code = 0
+    try:
+        run_script(guarded)
+    except SystemExit as end:
+        code = end.code
+    if "RANK" in os.environ:
+        leave(code)
+    sys.exit(code)
