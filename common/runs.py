@@ -138,13 +138,16 @@ def _size_of(path: Path) -> int:
 
 @contextlib.contextmanager
 def held_alone(output_dir: Path) -> Iterator[None]:
-    """Inside, no other run may write to the folder. The lock is the process's own: a dead run holds none.
+    """Inside, no other run may write to the folder: the first rank holds a lock, and a dead process holds none.
 
     Raises:
         UserError: another run is writing there, or the folder cannot be made.
     """
     import fcntl
 
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     probe = output_dir / f".writable-{os.getpid()}"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
