@@ -143,7 +143,7 @@ def test_the_border_is_exact_where_the_tokenizer_merges_across_it():
     [
         (CHATML.replace("for m in messages", "for m in messages[-1:]"), "drops message 1"),
         (CHATML.replace("<|im_end|>", ""), "ends no turn by a special token"),
-        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "otherwise than its prompt ends"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<aside>{% endif"), "otherwise than its prompt ends"),
         (CHATML.replace("{{ m.role }}", "{{ m.role.nothing() }}"), "the chat template refuses it"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_conversation_is_cut_after_a_whole_turn_or_dropped_and_counted():
         ([{"messages": MESSAGES[1:]}], "message 1: an assistant turn that answers nobody"),
         ([{"messages": MESSAGES[:1]}], "has no assistant turn"),
         ([{"messages": None}, {"messages": MESSAGES}], "messages is no list of messages"),
-        ([{"messages": MESSAGES, "tools": "[{}]"}], "has tools, which are not read"),
+        ([{"messages": MESSAGES, "tools": "[{}]"}], "has no place for tools"),
         ([{"messages": MESSAGES}, {"instruction": "a", "output": "b"}], "has instruction and output, where"),
         ([{"prompt": "a", "completion": "b"}, {"conversations": SHAREGPT}], "has conversations, where"),
         ([{"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}], "drops message 5, of the role tool"),
