@@ -476,9 +476,12 @@ def build_dataset(
                 encoded[name].append(value)
         return encoded
 
-    encoded = records.map(
-        encode, batched=True, with_indices=True, remove_columns=records.column_names, desc="tokenising"
-    )
+    import datasets
+
+    ids = datasets.List(datasets.Value("int64"))  # not inferred: the first thousand examples may all be dropped
+    features = datasets.Features({"input_ids": ids, "labels": ids, "fate": datasets.Value("string")})
+    how = {"batched": True, "with_indices": True, "features": features, "desc": "tokenising"}
+    encoded = records.map(encode, remove_columns=records.column_names, **how)
     fates = encoded["fate"][:]
     encoded = encoded.remove_columns("fate")
     kept = [row for row, fate in enumerate(fates) if fate in ("whole", "cut")]

@@ -280,7 +280,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _as_integer(text: str) -> int | str:
-    number = int(text) if len(text) < 20 else 2**63
+    number = int(text) if len(text) < 21 else 2**63
     return number if str(number) == text and abs(number) < 2**63 else text
 
 
@@ -424,13 +424,13 @@ def _split_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
 def _is_quoted(file: Path) -> bool:
     """Whether a tsv file was written with csv's quoting, as spreadsheets do, and not line by line, as GLUE's are.
 
-    Cells with tabs, line ends or quotation marks inside are quoted, or all are; every row has the header's width.
+    Cells with tabs, line ends or quotation marks inside are quoted, or all are; every row has the first one's width.
     """
     lines = [len(cells) for _, cells in _split_lines(file)]
-    has_need, rows = False, 0
+    has_need, rows, width = False, 0, None
     try:
         for _, cells in _csv_cells(file, "\t"):
-            if len(cells) != lines[0]:
+            if len(cells) != (width := width or len(cells)):
                 return False
             rows += 1
             has_need = has_need or any(re.search(r'[\t\n"]', cell) for cell in cells)

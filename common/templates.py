@@ -303,9 +303,11 @@ class Template:
         for index, message in enumerate(messages):
             marked = [*messages[:index], _marked(message), *messages[index + 1 :]]
             if MARK not in self._render(marked, tools)[0]:
-                what = "the tool calls of" if message.get("tool_calls") else "drops"
-                what = f"drops {what}" if what != "drops" else what
-                raise UserError(f"the chat template {what} message {index + 1}, of the role {message['role']}")
+                what = "the tool calls of " if message.get("tool_calls") else ""
+                raise UserError(
+                    f"the chat template drops {what}message {index + 1}, of the role {message['role']}: take a model "
+                    "with a template that writes them, or write them as text"
+                )
         if tools and self._render(messages, tools)[0] == self._render(messages)[0]:
             raise UserError("the chat template has no place for tools: write them into the system's turn")
 
