@@ -29,7 +29,7 @@ MARK = "Kq7ZxW2v"  # stands for a turn's text: no conversation and no template h
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under which templates look for a thought
 # A template that writes the day writes this one, Llama 3.2's own default: no day of serving is the day of training.
 DAY = time.strptime("2024-07-26", "%Y-%m-%d")
-OPENED_THOUGHT = r"<think>\s*"  # a generation prompt may end so, where a conversation's text does not
+OPENED_THOUGHT = r"<think>\s*$"  # a generation prompt may end so, where a conversation's text does not
 
 Messages = list[dict[str, Any]]
 Pieces = list[tuple[list[int], bool]]  # tokens, and whether they are trained
@@ -128,16 +128,18 @@ class Template:
             served.chat_template = self.jinja
         messages = self._without_borders(messages)
         ids = [token for piece, _ in pieces for token in piece]
-        ends = [sum(len(piece) for piece, _ in pieces[:i]) for i, (_, on) in enumerate(pieces) if on]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for turn in turns[:1] + turns[1:][-1:]:
             calls = {"add_generation_prompt": True, "tools": tools, "return_dict": False}
             prompt = served.apply_chat_template(messages[:turn], **calls)
             if ids[: len(prompt)] == prompt:
                 continue
-            place = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
-            if place in ends and re.fullmatch(OPENED_THOUGHT, served.decode(prompt[place:])):
+            # A thought that the prompt opens is the answer's; tokens inside earlier answers may be cut otherwise.
+            text, written = served.decode(prompt), served.decode(ids)
+            thoughtless = re.sub(OPENED_THOUGHT, "", text)
+            if written.startswith(thoughtless) and (thoughtless != text or turn != turns[0]):
                 continue
+            place = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
             trained_tokens, served_tokens = (
                 served.convert_ids_to_tokens(tokens[max(place - 3, 0) : place + 5]) for tokens in (ids, prompt)
             )
@@ -260,13 +262,14 @@ class Template:
         """The conversation's text, its trained parts, and the ends of the prompts that they answer."""
         text, marks = self._render(messages, tools)
         prompts = [self._render(messages[:turn], tools, prompt=True)[0] for turn in turns]
-        heads = [text[: _shared(text, prompt)] for prompt in prompts]
-        for turn, prompt, head in zip(turns, prompts, heads, strict=True):
-            if not marks and not re.fullmatch(f"(?:{OPENED_THOUGHT})?", prompt[len(head) :]):
-                raise UserError(
-                    f"the chat template begins message {turn + 1} otherwise than its prompt ends: train on the last "
-                    "turn alone (--train-on last), or give the template generation marks"
-                )
+        if not marks:
+            heads = [prompt if text.startswith(prompt) else re.sub(OPENED_THOUGHT, "", prompt) for prompt in prompts]
+            for turn, head in zip(turns, heads, strict=True):
+                if not text.startswith(head):
+                    raise UserError(
+                        f"the chat template begins message {turn + 1} otherwise than its prompt ends: train on the "
+                        "last turn alone (--train-on last), or give the template generation marks"
+                    )
         if marks:
             assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             if turns != assistants:
@@ -381,10 +384,3 @@ def _marked(message: dict[str, Any]) -> dict[str, Any]:
         return message | {"content": MARK}
     *calls, last = message["tool_calls"]
     return message | {"tool_calls": [*calls, last | {"function": last["function"] | {"name": MARK}}]}
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    if one.startswith(other):
-        return len(other)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
