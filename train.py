@@ -56,6 +56,7 @@ from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
 from common.partitioned import device_of, is_partitioned, num_ranks, whole
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
+from common.tables import HubError
 from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.templates import IGNORE_INDEX, Template
@@ -1373,9 +1374,9 @@ def inspect_base(args: Arguments) -> Base:
 def dry_run(args: Arguments, base: Base) -> str:
     """What a run with these arguments would be: configuration, parameters, memory, disk, steps and tokens."""
     screen = ""
-    if base.tokenizer is None:
-        data = UserError("the model has no tokenizer here")
-    else:
+    try:
+        if base.tokenizer is None:
+            raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base, records)
         screen = first_screen(records, dataset) + "\n\n"
@@ -1389,6 +1390,8 @@ def dry_run(args: Arguments, base: Base) -> str:
         if args.packing:
             tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
+    except HubError as error:  # the machine of the run may have it
+        data = error
     return screen + runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
 
 

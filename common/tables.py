@@ -31,6 +31,10 @@ BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # what is held of a file before it is wri
 Row = dict[str, Any]
 
 
+class HubError(UserError):
+    """A data set of the hub that cannot be had from here."""
+
+
 def load_records(
     source: str, split: str = "train", subset: str | None = None, name: str | None = None
 ) -> "datasets.Dataset":
@@ -58,7 +62,7 @@ def load_records(
         try:
             return datasets.load_dataset(source, name, data_dir=subset, split=split)
         except Exception as error:  # the hub's client has dozens of kinds
-            raise UserError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
+            raise HubError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
     kinds = sorted({kind_of(file) for file in files})
     if len({ONE_KIND.get(kind, kind) for kind in kinds}) > 1:
         raise UserError(f"{source} mixes kinds of files ({', '.join(kinds)}): name one file")
