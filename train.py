@@ -47,12 +47,13 @@ from common import checkpoints, cli, estimates, partitioned, pretrained, reporti
 from common.activations import save_activations
 from common.chunks import blocks, chunks, top_k
 from common.cli import UserError, first_line, option, parse_arguments
-from common.conversations import build_dataset, load_training_records, num_valid
+from common.conversations import build_dataset, first_screen, load_training_records, num_valid, read_template_args
 from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
 from common.partitioned import device_of, is_partitioned, num_ranks, whole
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
 from common.ranks import peak_memory_gib, read_deepspeed, run_rank, start_ranks
+from common.tables import HubError
 from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.templates import IGNORE_INDEX, Template
@@ -114,7 +115,9 @@ class DataArguments:
     template: Literal["alpaca", "chat", "raw"] | None = option(
         None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
     )
+    template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
+    skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
     max_examples: int | None = option(None, "use the first N examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
@@ -1401,15 +1404,13 @@ def inspect_base(args: Arguments) -> Base:
 
 def dry_run(args: Arguments, base: Base) -> str:
     """What a run with these arguments would be: configuration, parameters, memory, disk, steps and tokens."""
+    screen = ""
     try:
         if base.tokenizer is None:
-            raise UserError("the model has no tokenizer here")
+            raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
-        dataset, num_dropped = build_dataset(
-            records, base.tokenizer, args.fields, args.max_length, args.template, args.train_on, args.data
-        )
-        if len(dataset) == 0:
-            raise UserError(f"no example has a response token within {args.max_length} tokens")
+        dataset, num_dropped = encoded(args, base, records)
+        screen = first_screen(records, dataset) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1420,9 +1421,9 @@ def dry_run(args: Arguments, base: Base) -> str:
         if args.packing:
             tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
-    except UserError as error:
+    except HubError as error:  # the machine of the run may have it
         data = error
-    return runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
+    return screen + runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
 
 
 def is_mixed(args: Arguments) -> bool:
@@ -1430,23 +1431,34 @@ def is_mixed(args: Arguments) -> bool:
     return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
 
 
+def encoded(args: Arguments, base: Base, records: "datasets.Dataset") -> "tuple[datasets.Dataset, int]":
+    """`build_dataset` of what --data names.
+
+    Raises:
+        UserError: no example is left, or one cannot be trained on.
+    """
+    how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
+    dataset, num_dropped = build_dataset(records, base.tokenizer, *how, read_template_args(args.template_args))
+    if len(dataset) == 0:
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
+        raise UserError(
+            f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
+        )
+    return dataset, num_dropped
+
+
 def encode_records(
     args: Arguments, base: Base, records: "datasets.Dataset", accelerator: "Accelerator"
 ) -> "datasets.Dataset":
-    """`build_dataset` of what --data names, by the first process for all; says what was dropped.
+    """`encoded`, by the first process for all; shows what is trained.
 
     Raises:
         UserError: no example is left, or --teacher-cache has no room for their states.
     """
     with accelerator.main_process_first():
-        dataset, num_dropped = build_dataset(
-            records, base.tokenizer, args.fields, args.max_length, args.template, args.train_on, args.data
-        )
-    if num_dropped and accelerator.is_main_process:
-        why = f"a field is empty, or nothing to train on is within {args.max_length} tokens"
-        print(f"dropped {num_dropped} of {len(records)} examples: {why}")
-    if len(dataset) == 0:
-        raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
+        dataset, _ = encoded(args, base, records)
+    if accelerator.is_main_process:
+        print(first_screen(records, dataset), flush=True)
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
         num_valid_positions = sum(map(num_valid, dataset["labels"]))
@@ -1570,7 +1582,7 @@ def export_model(
     """
     with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
         pretrained.mend_generation_config(model)
-        template = Template(tokenizer, args.template or "alpaca")
+        template = Template(tokenizer, args.template or "alpaca", read_template_args(args.template_args))
         template.end_answers(model.generation_config)
         if args.method != "full":
             layers = adapter_layers(model)

@@ -7,16 +7,23 @@ conversation is written out, and which of its tokens are trained.
     messages                    a list of role and content; a column of another name is named by --fields
     conversations               ShareGPT's: a list of from and value
     prompt, completion          texts, or lists of messages; what stands in the prompt is never trained
+
+Every other column, and every key of a message, is read, refused where it holds something, or announced as not used:
+COLUMNS and KEYS say which.
 """
 
 import itertools
-from dataclasses import dataclass
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.pretrained import resolve_demo
-from common.tables import load_records, require_fields
-from common.templates import IGNORE_INDEX, Messages, Template
+from common.tables import as_text, files_of_split, load_records, require_fields
+from common.templates import IGNORE_INDEX, REASONING, Messages, Template
 
 if TYPE_CHECKING:
     import datasets
@@ -25,10 +32,44 @@ if TYPE_CHECKING:
 DEFAULT_FIELDS = ("instruction", "output")
 FORMATS = (DEFAULT_FIELDS, ("messages",), ("conversations",), ("conversation",), ("prompt", "completion"))
 
+# What happens to columns beside a format's own, by name. A column that is not here is announced as not used.
+COLUMNS = {
+    "input": "read: stands below the instruction",
+    "context": "read: stands below the instruction",
+    "system": "read: the system's turn",
+    "system_prompt": "read: the system's turn",
+    "history": "read: earlier turns, a list of pairs of question and answer",
+    "tools": "read: the tools that the chat template offers",
+    "functions": "read: the tools that the chat template offers, in OpenAI's older form",
+    "weight": "read: 0 leaves the example out, 1 trains it",
+    "train": "read: false leaves the example out, true trains it",
+    "chosen": "refused: preference data is not trained on",
+    "rejected": "refused: preference data is not trained on",
+    "rejected_response": "refused: preference data is not trained on",
+    "label": "refused where it is true or false: preference data is not trained on",
+    "images": "refused: texts alone are trained on",
+    "image": "refused: texts alone are trained on",
+    "audios": "refused: texts alone are trained on",
+    "videos": "refused: texts alone are trained on",
+}
+# The same for the keys of a message. Another key goes to the chat template where the template names it.
+KEYS = {
+    "role": "read",
+    "from": "read: the role",
+    "content": "read: a text, or a list of parts that are texts",
+    "value": "read: the content",
+    "weight": "read: 0 leaves the turn out of the loss, 1 trains it",
+    "train": "read: false leaves the turn out of the loss, true trains it",
+    "tool_calls": "read: written by the chat template, and trained",
+    "function_call": "read: one tool call, in OpenAI's older form",
+    **dict.fromkeys(REASONING, "read where the chat template has a place for it"),
+    "images": "refused: texts alone are trained on",
+}
+
 # What the ecosystem calls the four roles: OpenAI's and Hugging Face's names, and ShareGPT's.
 ROLES = {
-    "system": ("system",),
-    "user": ("user", "human"),
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"),
     "tool": ("tool", "function", "observation", "function_response"),
 }
@@ -40,20 +81,89 @@ ROLE_OF_NAME = {name: role for role, names in ROLES.items() for name in names}
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Notes:
+    """What of the data is not trained on, for the first screen and run.json.
+
+    Attributes:
+        columns, keys: how many examples or messages hold something under a name that is not used.
+        files: data files of the folder that belong to another split.
+        skipped: what is wrong with each example that --skip-bad left out.
+    """
+
+    columns: Counter[str] = field(default_factory=Counter)
+    keys: Counter[str] = field(default_factory=Counter)
+    files: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def lines(self, template: Template | None = None) -> list[str]:
+        """A line for each kind of thing; with a template, without the keys that the template names."""
+        keys = [key for key in self.keys if template is None or not template.names(key)]
+        found = [("columns", list(self.columns)), ("keys of messages", keys), ("files of other splits", self.files)]
+        lines = [f"not used: {kind} {', '.join(map(str, names))}" for kind, names in found if names]
+        if self.skipped:
+            lines.append(f"skipped {len(self.skipped)} examples that cannot be trained on; the first ones:")
+            lines += [f"  {what}" for what in self.skipped[:3]]
+        return lines
+
+
 def load_training_records(args: Any) -> "datasets.Dataset":
     """The examples that --data, --fields and --max-examples name, as they are written; fills in `args.template`.
+
+    What is not used of them is the result's `notes`.
 
     Raises:
         UserError: no such data, none in a known format, or an example that is not in the format of the first.
     """
-    records = load_records(resolve_demo(args.data, "train"), args.split, args.data_subset, args.data_config)
+    source = resolve_demo(args.data, "train")
+    records = load_records(source, args.split, args.data_subset, args.data_config)
     if args.max_examples is not None:
         records = records.select(range(min(args.max_examples, len(records))))
     format = Format.of(records, args.fields, args.data)
     for number, record in enumerate(records, 1):
-        format.read(record, number)
+        try:
+            format.read(record, number)
+        except UserError as error:
+            if not getattr(args, "skip_bad", False):
+                raise
+            format.notes.skipped.append(str(error))
+    if Path(source).is_dir():
+        folder = Path(source) / (args.data_subset or "")
+        format.notes.files = [str(file.relative_to(folder)) for file in files_of_split(folder, args.split)[1]]
+    records.notes = format.notes
     args.template = args.template or format.template
     return records
+
+
+def read_template_args(text: str | None) -> dict[str, Any]:
+    """What --template-args says.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    arguments = _parsed(text or "{}", "--template-args")
+    if not isinstance(arguments, dict) or not all(name.isidentifier() for name in arguments):
+        raise UserError(f'--template-args {text}: not an object of JSON such as {{"enable_thinking": false}}')
+    return arguments
+
+
+@dataclass
+class Conversation:
+    """One example.
+
+    Attributes:
+        first: the place of the first message that may be trained. masked: places that may not.
+        tools: what the chat template offers to the model.
+    """
+
+    messages: Messages
+    first: int
+    masked: set[int]
+    tools: list[dict] | None
+
+    def only_last(self) -> None:
+        """Trains the last assistant turn alone."""
+        self.first = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 
 
 @dataclass
@@ -65,41 +175,39 @@ class Format:
         is_named: whether they are two text fields that --fields names.
         template: what stands around the turns where --template does not say it.
         source: names the data in an error.
+        notes: what was read and is not used.
     """
 
     columns: tuple[str, ...]
     is_named: bool
     template: str
     source: str
+    notes: Notes = field(default_factory=Notes)
 
     @classmethod
     def of(cls, records: "datasets.Dataset", fields: list[str], source: str) -> "Format":
         """The format of --fields, or else the first known one in the first example.
 
         Raises:
-            UserError: there is none, --fields names a column that is not there, or one of two that holds no text.
+            UserError: there is none, or --fields names a column that is not there.
         """
+        first = records[0] if len(records) else {}
+        preference = [name for name in ("chosen", "rejected") if _holds(first.get(name))]
+        if preference:
+            raise UserError(f"{source} has a column {preference[0]!r}: {COLUMNS[preference[0]].partition(': ')[2]}")
         there = [names for names in FORMATS if set(names) <= set(records.column_names)]
         if tuple(fields) == DEFAULT_FIELDS and there:
-            first = records[0] if len(records) else {}
             columns = next((names for names in there if all(first.get(name) is not None for name in names)), there[0])
         else:
             require_fields(records, fields, source, "name two texts, or one that holds conversations, with --fields")
             columns = tuple(fields)
-        kinds = [getattr(records.features[name], "dtype", "list") for name in columns]
-        others = [i for i, kind in enumerate(kinds) if not kind.endswith("string") and not kind.startswith(TEXT_KINDS)]
-        are_texts = not others
+        are_texts = not any(isinstance(first.get(name), list | dict) for name in columns)
         is_named = len(columns) == 2 and columns == tuple(fields)
-        if is_named and not are_texts:
-            name, kind = columns[others[0]], kinds[others[0]]
-            raise UserError(f"{source}: the field {name!r} holds no text but {kind}: write it as text")
         template = "alpaca" if is_named else "raw" if len(columns) == 2 and are_texts else "chat"
         return cls(columns, is_named, template, source)
 
-    def read(self, record: dict[str, Any], number: int) -> tuple[Messages, int] | None:
-        """The messages of the example of this `number`, and the place of the first that may be trained.
-
-        None: a named field is empty.
+    def read(self, record: dict[str, Any], number: int) -> Conversation | None:
+        """The example of this `number`. None: a named field is empty, or the example's weight is 0.
 
         Raises:
             UserError: names the example and says what is wrong with it.
@@ -110,50 +218,184 @@ class Format:
                 if all(record.get(name) is not None for name in names):
                     ours, theirs = " and ".join(self.columns), " and ".join(names)
                     raise UserError(f"{where} has {theirs}, where examples before it have {ours}: split the file")
+        beside = self._beside(record, where)
+        if not _is_trained(beside, where):
+            return None
         if self.is_named:
-            texts = ["" if record[name] is None else str(record[name]) for name in self.columns]
+            for name in self.columns:
+                if isinstance(record[name], list | dict):
+                    kind = type(record[name]).__name__
+                    raise UserError(f"{where}: the field {name!r} holds no text but {kind}: write it as text")
+            texts = ["" if record[name] is None else as_text(record[name]) for name in self.columns]
             if not all(text.strip() for text in texts):
                 return None
-            return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)], 1
-        if record.get("tools"):
-            raise UserError(f"{where} has tools, which are not read: write them as text into the system's turn")
-        parts = [_read_messages(record[name], name, where) for name in self.columns]
-        messages = [message for part in parts for message in part]
-        if isinstance(record.get("system"), str) and record["system"].strip() and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": record["system"]})
+            below = [as_text(beside[name]) for name in ("input", "context") if name in beside]
+            texts[0] = "\n".join([texts[0], *(text for text in below if text != texts[0])])
+            parts = [[{"role": "user", "content": texts[0]}], [{"role": "assistant", "content": texts[1]}]]
+        else:
+            parts = [_read_messages(record[name], name, where, self.notes.keys) for name in self.columns]
+        earlier = _read_history(beside.get("history"), where)
+        system = next((beside[name] for name in ("system", "system_prompt") if name in beside), None)
+        if system is not None and parts[0][0]["role"] != "system":
+            earlier.insert(0, {"role": "system", "content": as_text(system)})
+        messages = [*earlier, *(message for part in parts for message in part)]
+        masked = {i for i, message in enumerate(messages) if not _is_trained(message, f"{where}, message {i + 1}")}
+        messages = [{key: value for key, value in message.items() if key not in _MASKS} for message in messages]
         _check_turns(messages, where)
-        first = len(messages) - len(parts[-1]) if len(parts) > 1 else 0
+        first = len(messages) - len(parts[-1]) if len(parts) > 1 and not self.is_named else 0
         if not any(message["role"] == "assistant" for message in messages[first:]):
             raise UserError(f"{where} has no assistant turn: there is nothing to train on")
-        return messages, first
+        return Conversation(messages, first, masked, _read_tools(beside, where))
+
+    def _beside(self, record: dict[str, Any], where: str) -> dict[str, Any]:
+        """The columns of COLUMNS that are read and hold something; notes the others.
+
+        Raises:
+            UserError: one that is refused holds something.
+        """
+        found = {}
+        for name, cell in record.items():
+            if name in self.columns or not _holds(cell):
+                continue
+            fate = COLUMNS.get(name, "")
+            if fate.startswith("refused:") or (name == "label" and isinstance(cell, bool)):
+                raise UserError(f"{where} has a column {name!r}: {fate.partition(': ')[2]}")
+            if not fate.startswith("read") or (name in ("input", "context") and not self.is_named):
+                self.notes.columns[name] += 1
+            else:
+                found[name] = cell
+        return found
 
 
-TEXT_KINDS = ("int", "uint", "float", "bool", "null")  # beside strings: numbers are written out
+_MASKS = ("weight", "train")
 
 
-def _read_messages(cell: Any, name: str, where: str) -> Messages:
+def _holds(cell: Any) -> bool:
+    """Whether there is something in a cell: not null, nor blank, nor an empty list."""
+    return cell is not None and not (isinstance(cell, str) and cell.strip() in ("", "[]")) and cell not in ([], {})
+
+
+def _is_trained(holder: dict[str, Any], where: str) -> bool:
+    """What `weight` and `train` of an example or a turn say.
+
+    Raises:
+        UserError: a weight between or beyond 0 and 1.
+    """
+    for name in _MASKS:
+        value = holder.get(name)
+        if value is None or value == "":
+            continue
+        known = {"0": False, "false": False, "0.0": False, "1": True, "true": True, "1.0": True}
+        if as_text(value).lower() not in known:
+            raise UserError(f"{where}: its {name} is {as_text(value)}: 0 and 1 alone are read")
+        if not known[as_text(value).lower()]:
+            return False
+    return True
+
+
+def _parsed(cell: Any, what: str) -> Any:
+    """A cell that holds a list or an object, or the JSON of one as text.
+
+    Raises:
+        UserError: a text that is no JSON.
+    """
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError as error:
+        raise UserError(f"{what} is no JSON: {cell[:40]!r}") from error
+
+
+def _read_tools(beside: dict[str, Any], where: str) -> list[dict] | None:
+    for name in ("tools", "functions"):
+        tools = _parsed(beside.get(name), f"{where}: {name}")
+        if tools is None:
+            continue
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise UserError(f"{where}: {name} is no list of tools")
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return None
+
+
+def _read_history(cell: Any, where: str) -> Messages:
+    """Earlier turns: pairs of question and answer."""
+    pairs = _parsed(cell, f"{where}: history") if _holds(cell) else []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(_holds(text) for text in pair) for pair in pairs
+    ):
+        raise UserError(f"{where}: history is no list of pairs of question and answer")
+    return [
+        {"role": role, "content": as_text(text)}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _read_messages(cell: Any, name: str, where: str, others: Counter[str]) -> list[dict[str, Any]]:
     """The messages of one cell: a list of them, or a text, which is the turn that its column's `name` says."""
-    if isinstance(cell, str) and name in ("prompt", "completion"):
+    if name in ("prompt", "completion") and not isinstance(cell, list | dict):
         cell = [{"role": "user" if name == "prompt" else "assistant", "content": cell}]
+    elif isinstance(cell, str) and cell.lstrip().startswith("["):
+        cell = _parsed(cell, f"{where}: {name}")
     if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
         raise UserError(f"{where}: {name} is no list of messages")
-    return [_read_message(message, f"{where}, message {number}") for number, message in enumerate(cell, 1)]
+    return [_read_message(message, f"{where}, message {number}", others) for number, message in enumerate(cell, 1)]
 
 
-def _read_message(message: dict, where: str) -> dict[str, str]:
-    """Role and content under one name each; other texts, such as `reasoning_content`, are left for the template."""
+def _read_message(message: dict, where: str, others: Counter[str]) -> dict[str, Any]:
+    """Role and content under one name each; other keys, such as `reasoning_content`, are left for the template."""
     name = message.get("from") if message.get("role") is None else message["role"]
     content = message.get("value") if message.get("content") is None else message["content"]
-    if name not in ROLE_OF_NAME:
+    role = ROLE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
         raise UserError(f"{where}: nobody knows the role {name!r}; roles are {', '.join(ROLES)}")
-    if message.get("tool_calls"):
-        raise UserError(f"{where} has tool_calls, which are not read: write them as text into its content")
-    if content is not None and not isinstance(content, str):
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise UserError(f"{where}: a part of its content is no text: texts alone are trained on")
+        content = "".join(part["text"] for part in content)
+    if isinstance(content, dict):
         raise UserError(f"{where}: its content is no text")
-    if ROLE_OF_NAME[name] == "assistant" and not (content or "").strip():
-        raise UserError(f"{where}: an assistant turn that is empty")
-    others = {key: value for key, value in message.items() if isinstance(value, str) and key not in ("from", "value")}
-    return others | {"role": ROLE_OF_NAME[name], "content": content or ""}
+    content = "" if content is None else as_text(content)
+    read = {"role": role, "content": content}
+    if calls := _read_calls(message, where):
+        read["tool_calls"] = calls
+    elif not content.strip() and role != "tool":
+        article = "an" if role == "assistant" else "a"
+        raise UserError(f"{where}: {article} {role} turn that is empty; its keys are {', '.join(message)}")
+    for key, value in message.items():
+        fate = KEYS.get(key, "")
+        if not _holds(value) or key in read or key in ("from", "value", "function_call"):
+            continue
+        if fate.startswith("refused"):
+            raise UserError(f"{where} has {key}: {fate.partition(': ')[2]}")
+        read[key] = value
+        if key not in _MASKS:
+            others[key] += 1
+    return read
+
+
+def _read_calls(message: dict, where: str) -> list[dict]:
+    """Tool calls in the form that chat templates read, arguments as an object.
+
+    Raises:
+        UserError: one has no name, or arguments that are none.
+    """
+    calls = _parsed(message.get("tool_calls"), f"{where}: tool_calls") or []
+    if _holds(message.get("function_call")):
+        calls = [*calls, {"function": _parsed(message["function_call"], f"{where}: function_call")}]
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"{where}: a tool call without a function's name")
+        arguments = _parsed(function.get("arguments") or {}, f"{where}: the arguments of {function['name']}")
+        if not isinstance(arguments, dict):
+            raise UserError(f"{where}: the arguments of {function['name']} are no object")
+        found.append({"type": "function"} | call | {"function": {"name": function["name"], "arguments": arguments}})
+        if function is call:
+            found[-1] = {"type": "function", "function": found[-1]["function"]}
+    return found
 
 
 def _check_turns(messages: Messages, where: str) -> None:
@@ -163,7 +405,9 @@ def _check_turns(messages: Messages, where: str) -> None:
         if message["role"] == before == "assistant":
             raise UserError(f"{where}, message {number}: two assistant turns in a row")
         if message["role"] == "assistant" and before in (None, "system"):
-            raise UserError(f"{where}, message {number}: an assistant turn that answers nobody")
+            raise UserError(
+                f"{where}, message {number}: an assistant turn that answers nobody (--skip-bad leaves it out)"
+            )
         before = message["role"]
 
 
@@ -180,45 +424,95 @@ def build_dataset(
     template: str | None = None,
     train_on: str = "all",
     source: str = "the data",
+    skip_bad: bool = False,
+    template_args: dict[str, Any] | None = None,
 ) -> tuple["datasets.Dataset", int]:
     """Tokenises `records`; returns the examples and how many were dropped for having nothing to train on left.
 
     Two named fields are cut after `max_length` tokens. A conversation is cut after its last assistant turn that fits.
-    An example's `index` is its place in what is returned.
+    An example's `index` is its place in what is returned. The result's `fates` counts what became of the records.
 
     Args:
         template: `alpaca`, `chat` or `raw`; None: the format's own. train_on: `all` assistant turns, or the `last`.
-        source: names the data in an error.
+        source: names the data in an error. skip_bad: drop an example that cannot be read, instead of raising.
+        template_args: variables of the chat template.
 
     Raises:
-        UserError: names the example that is not in the format of the first, or that the template cannot take.
+        UserError: names the example that is not in the format of the first, or that the template cannot take; or the
+            prompt that a server makes of an example is not the trained one.
     """
     format = Format.of(records, fields, source)
-    writer = Template(tokenizer, template or format.template)
+    writer = Template(tokenizer, template or format.template, template_args)
+
+    def encode_one(record: dict, number: int) -> tuple[dict[str, list[int]], str]:
+        conversation = format.read(record, number)
+        if conversation is None:
+            return {"input_ids": [], "labels": []}, "dropped: a field is empty, or the weight is 0"
+        if train_on == "last":
+            conversation.only_last()
+        try:
+            pieces = writer.pieces(**vars(conversation))
+            if number <= SERVED_SAMPLE:
+                writer.require_served(conversation.messages, pieces, conversation.tools)
+        except UserError as error:
+            raise UserError(f"{source}, example {number}: {error}") from error
+        whole = sum(len(ids) for ids, _ in pieces)
+        example = encode_pieces(pieces, max_length, whole_turns=not format.is_named)
+        if all(label == IGNORE_INDEX for label in example["labels"][1:]):
+            why = "no turn is to be trained" if not any(on for _, on in pieces) else f"longer than {max_length} tokens"
+            return {"input_ids": [], "labels": []}, f"dropped: {why}"
+        return example, "whole" if whole <= max_length else "cut"
 
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        encoded = {"input_ids": [], "labels": []}
+        encoded = {"input_ids": [], "labels": [], "fate": []}
         for number, *cells in zip(indices, *batch.values(), strict=True):
-            conversation = format.read(dict(zip(batch, cells, strict=True)), number + 1)
-            if conversation is None:
-                continue
-            messages, first = conversation
-            if train_on == "last":
-                first = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
             try:
-                pieces = writer.pieces(messages, first)
-            except UserError as error:
-                raise UserError(f"{source}, example {number + 1}: {error}") from error
-            example = encode_pieces(pieces, max_length, whole_turns=not format.is_named)
-            if any(label != IGNORE_INDEX for label in example["labels"][1:]):
-                for name, ids in example.items():
-                    encoded[name].append(ids)
+                example, fate = encode_one(dict(zip(batch, cells, strict=True)), number + 1)
+            except UserError:
+                if not skip_bad:
+                    raise
+                example, fate = {"input_ids": [], "labels": []}, "skipped: cannot be trained on"
+            for name, value in (*example.items(), ("fate", fate)):
+                encoded[name].append(value)
         return encoded
 
-    encoded = records.map(
-        encode, batched=True, with_indices=True, remove_columns=records.column_names, desc="tokenising"
-    )
-    return encoded.add_column("index", list(range(len(encoded)))), len(records) - len(encoded)
+    import datasets
+
+    ids = datasets.List(datasets.Value("int64"))  # not inferred: the first thousand examples may all be dropped
+    features = datasets.Features({"input_ids": ids, "labels": ids, "fate": datasets.Value("string")})
+    how = {"batched": True, "with_indices": True, "features": features, "desc": "tokenising"}
+    encoded = records.map(encode, remove_columns=records.column_names, **how)
+    fates = encoded["fate"][:]
+    encoded = encoded.remove_columns("fate")
+    kept = [row for row, fate in enumerate(fates) if fate in ("whole", "cut")]
+    if len(kept) < len(encoded):
+        encoded = encoded.select(kept)
+    encoded = encoded.add_column("index", list(range(len(encoded))))
+    encoded.fates, encoded.writer = dict(Counter(fates)), writer
+    return encoded, len(records) - len(encoded)
+
+
+SERVED_SAMPLE = 32  # so many examples' prompts are compared with a server's
+
+
+def first_screen(records: "datasets.Dataset", examples: "datasets.Dataset") -> str:
+    """What is not used, what became of the examples, and one of them as it is trained.
+
+    Args:
+        records: of `load_training_records`. examples: what `build_dataset` made of them.
+    """
+    writer = examples.writer
+    lines = records.notes.lines(writer)
+    lines.append("examples: " + ", ".join(f"{count} {fate}" for fate, count in examples.fates.items()))
+    if len(examples):
+        shown = []
+        pairs = zip(examples[0]["input_ids"], examples[0]["labels"], strict=True)
+        for is_trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+            text = writer.tokenizer.decode([token for token, _ in group])
+            shown.append(f"⟦{text}⟧" if is_trained else text)
+        text = re.sub(r"(?s)^(.{1500}).{100,}(.{500})$", r"\1 [...] \2", "".join(shown))
+        lines += ["the first example; what stands in ⟦ ⟧ is trained:", text]
+    return "\n".join(lines)
 
 
 def encode_pieces(pieces: list[tuple[list[int], bool]], max_length: int, *, whole_turns: bool) -> dict[str, list[int]]:

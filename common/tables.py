@@ -1,19 +1,38 @@
-"""Reading data: a file, a folder of files of one kind, or a data set of the hub."""
+"""Reading data: a file, a folder of files of one kind, or a data set of the hub.
+
+A cell is read as it is written. Text stays text; a number stays a number only where that number is written so again,
+else it is the text (1e17, 1.50, an integer of more than 64 bits). No type is inferred from the cells of a column.
+"""
 
 import csv
-import io
+import datetime
+import gzip
+import hashlib
+import json
+import math
+import os
 import re
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from common.cli import UserError, first_line
 
 if TYPE_CHECKING:
     import datasets
 
-DATA_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+ONE_KIND = {".jsonl": ".json"}
 SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation")
+BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # what is held of a file before it is written to the cache
+
+Row = dict[str, Any]
+
+
+class HubError(UserError):
+    """A data set of the hub that cannot be had from here."""
 
 
 def load_records(
@@ -26,113 +45,42 @@ def load_records(
         name: configuration of a hub data set.
 
     Raises:
-        UserError: nothing there, or nothing readable.
+        UserError: nothing there, or nothing readable; names file and line.
     """
-    import datasets
-
     path = Path(source)
     if path.is_dir():
-        files = files_of_split(path / (subset or ""), split)
+        files = files_of_split(path / (subset or ""), split)[0]
     elif path.is_file():
         files = [path]
-        if path.suffix not in DATA_BUILDERS:
-            raise UserError(f"cannot tell the format of {source}: expected {', '.join(DATA_BUILDERS)}")
-    elif path.suffix in DATA_BUILDERS or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        if kind_of(path) not in KINDS:
+            raise UserError(f"cannot tell the format of {source}: expected {', '.join(KINDS)}, or one of them with .gz")
+    elif kind_of(path) in KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"no such data file or folder: {source}")
     else:
+        import datasets
+
         try:
             return datasets.load_dataset(source, name, data_dir=subset, split=split)
         except Exception as error:  # the hub's client has dozens of kinds
-            raise UserError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
-    suffixes = sorted({file.suffix for file in files})
-    if len({DATA_BUILDERS[suffix] for suffix in suffixes}) > 1:
-        raise UserError(f"{source} mixes kinds of files ({', '.join(suffixes)}): name one file")
-    extra: dict[str, Any] = {}
-    try:
-        if DATA_BUILDERS[files[0].suffix] == "csv":
-            is_tsv = files[0].suffix == ".tsv"
-            quoting = csv.QUOTE_NONE if is_tsv and any(map(quotes_are_text, files)) else csv.QUOTE_MINIMAL
-            extra = {"sep": "\t" if is_tsv else ",", "quoting": quoting, "keep_default_na": False}
-            # Every cell is text as it is written: pandas would make 7 of "007", 2.0 of "2", nothing of "NA".
-            names = {name for file in files for name in header_of(file, extra["sep"], quoting)}
-            extra["converters"] = dict.fromkeys(sorted(names), str)
-        return datasets.load_dataset(
-            DATA_BUILDERS[files[0].suffix], data_files=[str(file) for file in files], split="train", **extra
-        )
-    except Exception as error:  # each format's reader raises its own
-        cause = error.__cause__ or error
-        raise UserError(f"cannot read {source}: {first_line(cause)}") from error
-
-
-def header_of(file: Path, sep: str, quoting: int) -> list[str]:
-    """The column names in the first line of a csv or tsv file."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        return next(csv.reader(stream, delimiter=sep, quoting=quoting), [])
-
-
-def quotes_are_text(file: Path) -> bool:
-    """Whether a tsv file, like GLUE's, was written without quoting: each line is a row, which reading it with quotation
-    marks that enclose line ends would join."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        lines = [line for line in stream.read().split("\n") if line.strip("\r")]
-    if len({line.count("\t") for line in lines}) > 1:
-        return False
-    csv.field_size_limit(2**31 - 1)
-    return sum(1 for row in csv.reader((line + "\n" for line in lines), delimiter="\t") if row) != len(lines)
-
-
-def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The data files below `folder`; where names or folders tell splits apart, those of `split` alone.
-
-    Raises:
-        UserError: there is none.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA_BUILDERS)
-    if not files:
-        raise UserError(f"{folder} holds no {', '.join(DATA_BUILDERS)} file")
-    splits = {}
-    for file in files:
-        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
-        splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
-    known = sorted({found for found in splits.values() if found})
-    if not known:
-        return files
-    chosen = [file for file in files if splits[file] == SPLIT_OF_WORD.get(split, split)]
-    if not chosen:
-        raise UserError(
-            f"{folder} has files of {', '.join(known)} and none of {split!r}: choose by --split, or name one"
-        )
-    return chosen
+            raise HubError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
+    kinds = sorted({kind_of(file) for file in files})
+    if len({ONE_KIND.get(kind, kind) for kind in kinds}) > 1:
+        raise UserError(f"{source} mixes kinds of files ({', '.join(kinds)}): name one file")
+    return _cached(files)
 
 
 def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset":
-    """`load_records`; where all columns are given as numbers, a csv or tsv file without header, read line by line.
+    """`load_records`; where all columns are given as numbers, a csv or tsv file without header.
 
     Raises:
         UserError: nothing readable there, or lines of different width.
     """
-    import datasets
-
     path = Path(source)
-    if not all(name.isdigit() for name in (*fields, label)) or path.suffix not in (".csv", ".tsv"):
+    if not all(name.isdigit() for name in (*fields, label)) or kind_of(path) not in (".csv", ".tsv"):
         return load_records(source)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {source}: {error}") from error
-    if path.suffix == ".tsv":  # a quotation mark is text in a tsv file of GLUE's kind
-        rows = [line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    else:
-        try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-        except csv.Error as error:
-            raise UserError(f"cannot read {source} as csv: {error}") from error
-    width = len(rows[0]) if rows else 0
-    for number, row in enumerate(rows, 1):
-        if len(row) != width:
-            raise UserError(f"{source}, line {number}: {len(row)} columns, where the first line has {width}")
-    return datasets.Dataset.from_dict({str(column): [row[column] for row in rows] for column in range(width)})
+    if not path.is_file():
+        raise UserError(f"cannot read {source}: no such file")
+    return _cached([path], has_header=False)
 
 
 def require_fields(records: "datasets.Dataset", fields: list[str], source: str, remedy: str) -> None:
@@ -141,3 +89,396 @@ def require_fields(records: "datasets.Dataset", fields: list[str], source: str, 
         if name not in records.column_names:
             known = ", ".join(records.column_names)
             raise UserError(f"{source} has no field {name!r}; its fields are {known}: {remedy}")
+
+
+def as_text(cell: Any) -> str:
+    """A cell as it is written: text, or the JSON of what is none."""
+    return cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Which files
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is written, of data.JSONL and data.jsonl.gz too."""
+    return path.with_suffix("" if path.suffix.lower() == ".gz" else path.suffix).suffix.lower()
+
+
+def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """The data files below `folder`, those of `split` and the others. A name without a split's word is of train.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in KINDS)
+    files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    if not files:
+        raise UserError(f"{folder} holds no {', '.join(KINDS)} file")
+    splits = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower().replace("held_out", "heldout"))
+        splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
+    known = sorted({found for found in splits.values() if found})
+    if not known:
+        return files, []
+    unnamed = None if "train" not in known and SPLIT_OF_WORD.get(split, split) == "train" else split
+    chosen = [file for file in files if splits[file] in (SPLIT_OF_WORD.get(split, split), unnamed)]
+    if not chosen:
+        raise UserError(
+            f"{folder} has files of {', '.join(known)} and none of {split!r}: choose by --split, or name one"
+        )
+    return chosen, [file for file in files if file not in chosen]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From rows to a table on the disk
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
+    """The files' rows as a table on the disk, which is read anew when a file's content or this reader has changed."""
+    import datasets
+
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    try:
+        for file in files:
+            with open(file, "rb") as stream:
+                key.update(f"{kind_of(file)} {has_header} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "tables" / key.hexdigest()[:32]
+    table = folder / "rows.arrow"
+    if not table.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        number, being_written = tempfile.mkstemp(dir=folder)
+        os.close(number)
+        try:
+            kinds: dict[str, bool] = {}
+            while not _write(files, has_header, Path(being_written), kinds):
+                pass
+            os.replace(being_written, table)
+        finally:
+            Path(being_written).unlink(missing_ok=True)
+    return datasets.Dataset.from_file(str(table))
+
+
+def _write(files: list[Path], has_header: bool, target: Path, kinds: dict[str, bool]) -> bool:
+    """Writes all rows; False where a later row made `kinds`, which says of each column whether it is text, another.
+
+    Raises:
+        UserError: there is no row, or one that cannot be read.
+    """
+    import datasets
+    import pyarrow as pa
+
+    writer, done, has_rows = None, True, False
+    with pa.OSFile(str(target), "wb") as sink:
+        for file in files:
+            for rows in _batches(_rows_of(file, has_header)):
+                before, has_rows = dict(kinds), True
+                for row in rows:
+                    for name, cell in row.items():
+                        if not (cell is None or isinstance(cell, str)):
+                            kinds[name] = False
+                        elif name not in kinds:
+                            kinds[name] = True
+                done = done and (writer is None or kinds == before)
+                if not done:
+                    continue  # the rest is read for its columns alone
+                if writer is None:
+                    features = {
+                        name: datasets.Value("string") if text else datasets.Json() for name, text in kinds.items()
+                    }
+                    schema = datasets.Features(features).arrow_schema
+                    writer = pa.ipc.new_stream(sink, schema)
+                writer.write_batch(_batch(rows, kinds, schema))
+        if writer is not None:
+            writer.close()
+    if not has_rows:
+        raise UserError(f"cannot read {files[0]}: it holds no row")
+    return done
+
+
+def _batch(rows: list[Row], kinds: dict[str, bool], schema: Any) -> Any:
+    import pyarrow as pa
+
+    columns = []
+    for name, is_text in kinds.items():
+        cells = [row.get(name) for row in rows]
+        if is_text:
+            columns.append(pa.array(cells, pa.string()))
+        else:
+            texts = [None if cell is None else json.dumps(cell, ensure_ascii=False) for cell in cells]
+            columns.append(pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string())))
+    return pa.record_batch(columns, schema=schema)
+
+
+def _batches(rows: Iterable[tuple[Row, int]]) -> Iterator[list[Row]]:
+    """Rows in lists of bounded size; each row comes with how many characters it took."""
+    batch, size = [], 0
+    for row, length in rows:
+        batch.append(row)
+        size += length
+        if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _rows_of(file: Path, has_header: bool) -> Iterator[tuple[Row, int]]:
+    match kind_of(file):
+        case ".parquet":
+            return _parquet_rows(file)
+        case ".csv" | ".tsv" as kind:
+            return _table_rows(file, "\t" if kind == ".tsv" else ",", has_header)
+    return _json_rows(file)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Lines of text
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _unreadable(file: Path, line: int, what: str) -> UserError:
+    return UserError(f"cannot read {file}, line {line}: {what}")
+
+
+def _open(file: Path) -> TextIO:
+    """A file's text, in the encoding that its first bytes name; a byte that is none of it becomes a lone surrogate."""
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    try:
+        with opened(file, "rb") as stream:
+            encoding = json.detect_encoding(stream.read(4))
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    return opened(file, "rt", encoding=encoding, errors="surrogateescape", newline="\n")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends. They end at line feeds alone: texts have other separators in them.
+
+    Raises:
+        UserError: a byte that is no text of the file's encoding, with its line.
+    """
+    number = 0
+    with _open(file) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                if not line.isascii():
+                    line.encode()
+                yield number, line
+        except UnicodeEncodeError as error:
+            byte = ord(error.object[error.start]) & 0xFF
+            what = f"byte {byte:#04x} at character {error.start + 1} is no {stream.encoding}: save the file as UTF-8"
+            raise _unreadable(file, number, what) from error
+        except (UnicodeDecodeError, OSError, EOFError) as error:  # UTF-16 that ends within a character; gzip's own
+            raise _unreadable(file, number + 1, first_line(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# JSON
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _as_integer(text: str) -> int | str:
+    number = int(text) if len(text) < 21 else 2**63
+    return number if str(number) == text and abs(number) < 2**63 else text
+
+
+def _as_float(text: str) -> float | str:
+    from datasets.utils.json import ujson_loads  # by which the table's cells are read again, and which rounds some
+
+    number = float(text)
+    return number if str(number) == text and ujson_loads(text) == number else text
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no value of JSON: write null, or a text")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique,
+    parse_int=_as_integer,
+    parse_float=_as_float,
+    parse_constant=_refuse_constant,
+)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[Row, int]]:
+    """Objects line by line; where the first line is no object, those of a list, or one after the other."""
+    is_by_line = False
+    for number, line in _lines(file):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            row = _DECODER.decode(text)
+        except (ValueError, RecursionError) as error:
+            if not is_by_line and text[0] in "[{" and getattr(error, "pos", 0) >= len(text):
+                yield from _document_rows(file)
+                return
+            raise _unreadable(file, number, _reason(error)) from error
+        if (
+            not is_by_line
+            and isinstance(row, list)
+            and (not row or (isinstance(row[0], dict) and "role" not in row[0]))
+        ):
+            yield from _document_rows(file)
+            return
+        is_by_line = True
+        yield _checked(row, line, file, number), len(line)
+
+
+def _document_rows(file: Path) -> Iterator[tuple[Row, int]]:
+    text, at, number = "".join(line for _, line in _lines(file)), 0, 1
+    space = re.compile(r"\s*")
+    at = start = space.match(text).end()
+    is_list = text[at] == "["
+    at = space.match(text, at + is_list).end()
+    number += text.count("\n", 0, at)
+    while at < len(text) and not (is_list and text[at] == "]"):
+        try:
+            row, end = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            line = number + text.count("\n", at, getattr(error, "pos", at))
+            raise _unreadable(file, line, _reason(error)) from error
+        yield _checked(row, text[at:end], file, number), end - at
+        start, at = at, space.match(text, end).end()
+        if is_list and text[at : at + 1] == ",":
+            at = space.match(text, at + 1).end()
+            if text[at : at + 1] == "]":
+                raise _unreadable(file, number + text.count("\n", start, at), "a comma before the list's end")
+        elif is_list and text[at : at + 1] != "]":
+            line = number + text.count("\n", start, at)
+            raise _unreadable(file, line, "the list of objects ends, or goes on, without a comma or a bracket")
+        number += text.count("\n", start, at)
+    if is_list and text[at + 1 :].strip():
+        raise _unreadable(file, number, "there is more behind the list of objects")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON at character {error.colno}: {error.msg}"
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+
+
+def _checked(row: Any, text: str, file: Path, number: int) -> Row:
+    """The row, which must be an object, without half of a character in it."""
+    if not isinstance(row, dict):
+        raise _unreadable(file, number, f"{as_text(row)[:40]} is no object with the example's fields")
+    if "\\u" in text:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            what = f"\\u{ord(error.object[error.start]):04x} is half of a character"
+            raise _unreadable(file, number, what) from error
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# csv and tsv
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _table_rows(file: Path, sep: str, has_header: bool) -> Iterator[tuple[Row, int]]:
+    """Rows of text; without header, the columns are named by their numbers."""
+    rows = _split_lines(file) if sep == "\t" and not _is_quoted(file) else _csv_cells(file, sep)
+    names = None
+    for number, cells in rows:
+        if names is None:
+            names = cells if has_header else [str(column) for column in range(len(cells))]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise _unreadable(file, number, f"the column {twice!r} comes twice")
+            if has_header:
+                continue
+        if len(cells) != len(names):
+            raise _unreadable(file, number, f"{len(cells)} columns, where the first line has {len(names)}")
+        yield dict(zip(names, cells, strict=True)), sum(map(len, cells))
+
+
+def _csv_cells(file: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in _lines(file)), delimiter=sep, strict=True)
+    first = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield first, cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise _unreadable(file, first, f"not as csv: {error}") from error
+
+
+def _split_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+    return ((number, line.rstrip("\r\n").split("\t")) for number, line in _lines(file) if line.strip("\r\n"))
+
+
+def _is_quoted(file: Path) -> bool:
+    """Whether a tsv file was written with csv's quoting, as spreadsheets do, and not line by line, as GLUE's are.
+
+    Cells with tabs, line ends or quotation marks inside are quoted, or all are; every row has the first one's width.
+    """
+    lines = [len(cells) for _, cells in _split_lines(file)]
+    has_need, rows, width = False, 0, None
+    try:
+        for _, cells in _csv_cells(file, "\t"):
+            if len(cells) != (width := width or len(cells)):
+                return False
+            rows += 1
+            has_need = has_need or any(re.search(r'[\t\n"]', cell) for cell in cells)
+    except UserError:
+        return False
+    if has_need:  # lines of one width that csv would join are lines
+        return len(set(lines)) > 1 or rows == len(lines)
+    return all(re.fullmatch(r'"[^"]*"', cell) for _, row in _split_lines(file) for cell in row)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# parquet
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[Row, int]]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pa.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(BATCH_ROWS):
+                size = max(batch.nbytes // max(len(batch), 1), 1)
+                for row in batch.to_pylist():
+                    yield {name: _plain(cell) for name, cell in row.items()}, size
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _plain(cell: Any) -> Any:
+    """What Arrow holds as what JSON can: dates, decimals and bytes as text; a missing number is none."""
+    match cell:
+        case None | bool() | str():
+            return cell
+        case int():
+            return cell if abs(cell) < 2**63 else str(cell)
+        case float():
+            return cell if math.isfinite(cell) else None
+        case dict():
+            return {name: _plain(value) for name, value in cell.items()}
+        case list() | tuple():
+            return [_plain(value) for value in cell]
+        case bytes():
+            return cell.decode()
+        case datetime.date() | datetime.time():
+            return cell.isoformat()
+    return str(cell)

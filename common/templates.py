@@ -10,9 +10,12 @@ one text, a tokenizer may merge across it.
 
 import copy
 import itertools
+import json
 import re
+import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, first_line
 from common.prompts import ALPACA_PROMPT, encode_opening, encode_response
@@ -23,7 +26,12 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
 MARK = "Kq7ZxW2v"  # stands for a turn's text: no conversation and no template has it
 
-Messages = list[dict[str, str]]
+REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under which templates look for a thought
+# A template that writes the day writes this one, Llama 3.2's own default: no day of serving is the day of training.
+DAY = time.strptime("2024-07-26", "%Y-%m-%d")
+OPENED_THOUGHT = r"<think>\s*$"  # a generation prompt may end so, where a conversation's text does not
+
+Messages = list[dict[str, Any]]
 Pieces = list[tuple[list[int], bool]]  # tokens, and whether they are trained
 
 # Our own templates for a chat endpoint; `generation` marks what is trained.
@@ -54,60 +62,154 @@ class Template:
         UserError: `chat`, and the tokenizer has no chat template, or one that cannot be trained with.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str):
-        self.tokenizer, self.name = tokenizer, name
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str, arguments: dict[str, Any] | None = None):
+        self.tokenizer, self.name, self.arguments = tokenizer, name, arguments or {}
         if name != "chat":
-            opening = tokenizer.decode(encode_opening(tokenizer, ""))  # the start token, where the tokenizer has one
-            self.jinja, self.end_token_id = opening + JINJA[name], tokenizer.eos_token_id
+            if arguments:
+                raise UserError(f"--template-args are the chat template's: --template {name} has none")
+            self._is_marked, self.end_token_id = True, tokenizer.eos_token_id
+            self.opening = self._opening()
+            self.jinja = self.opening + JINJA[name]
             return
         if not tokenizer.chat_template:
             raise UserError("--template chat: the tokenizer has no chat template; take alpaca or raw")
-        self.jinja = tokenizer.get_chat_template()
+        self.jinja = _with_arguments(tokenizer.get_chat_template(), self.arguments)
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
         self._whole: set[tuple[str, ...]] = set()  # sequences of roles that are known to be written out whole
         self.end_token_id = self._end_of_turn()
 
-    def pieces(self, messages: Messages, first: int = 0) -> Pieces:
+    def pieces(
+        self, messages: Messages, first: int = 0, masked: Collection[int] = (), tools: list[dict] | None = None
+    ) -> Pieces:
         """The tokens of a conversation, cut where a trained part begins or ends.
 
         Args:
-            first: the assistant's turns are trained from this message on.
+            first: the assistant's turns are trained from this message on. masked: but not these.
+            tools: what the chat template offers to the model.
 
         Raises:
             UserError: the template refuses the conversation or drops a turn, or what it writes cannot be told apart.
         """
+        messages = self._without_borders(messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = {turn for turn in turns if turn >= first and turn not in masked}
         if self.name != "chat":
-            return self._own_pieces(messages, first)
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._whole:
-            self._require_every_turn(messages)
-            self._whole.add(roles)
-        text, spans, prompts = self._spans(messages, first)
+            self._refuse_tools(messages, tools)
+            return self._own_pieces(messages, trained)
+        roles = tuple((message["role"], *sorted(message)) for message in messages)
+        if (roles, bool(tools)) not in self._whole:
+            self._require_every_turn(messages, tools)
+            self._whole.add((roles, bool(tools)))
+        text, spans, prompts = self._spans(messages, sorted(trained), tools)
         return self._tokenised(text, spans, sorted({*prompts, *(border for span in spans for border in span)}))
+
+    def names(self, key: str) -> bool:
+        """Whether the template has a place for this key of a message."""
+        return self.name == "chat" and re.search(rf"\b{re.escape(str(key))}\b", self.jinja) is not None
+
+    def require_served(
+        self,
+        messages: Messages,
+        pieces: Pieces,
+        tools: list[dict] | None = None,
+        served: "PreTrainedTokenizerBase | None" = None,
+    ) -> None:
+        """Compares the prompts of the trained turns with those that a server makes of the same messages.
+
+        Args:
+            pieces: of these messages. served: the server's tokenizer, such as one of an export; None: this one, with
+                the chat template of training.
+
+        Raises:
+            UserError: they differ; shows both around the first difference.
+        """
+        if served is None:
+            served = copy.copy(self.tokenizer)
+            served.chat_template = self.jinja
+        messages = self._without_borders(messages)
+        ids = [token for piece, _ in pieces for token in piece]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for turn in turns[:1] + turns[1:][-1:]:
+            calls = {"add_generation_prompt": True, "tools": tools, "return_dict": False}
+            prompt = served.apply_chat_template(messages[:turn], **calls)
+            if ids[: len(prompt)] == prompt:
+                continue
+            # A thought that the prompt opens is the answer's; tokens inside earlier answers may be cut otherwise.
+            text, written = served.decode(prompt), served.decode(ids)
+            thoughtless = re.sub(OPENED_THOUGHT, "", text)
+            if written.startswith(thoughtless) and (thoughtless != text or turn != turns[0]):
+                continue
+            place = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
+            trained_tokens, served_tokens = (
+                served.convert_ids_to_tokens(tokens[max(place - 3, 0) : place + 5]) for tokens in (ids, prompt)
+            )
+            raise UserError(
+                f"the prompt of message {turn + 1} is trained otherwise than it is served, from token {place} on: "
+                f"trained {trained_tokens}, served {served_tokens}; take another --template"
+            )
 
     def prompt(self, text: str) -> list[int]:
         """The tokens before the answer to `text`, said by the user: training's, and what a server makes of it."""
         messages = [{"role": "user", "content": text}]
         if self.name == "chat":
             return self._ids(self._render(messages, prompt=True)[0])
-        return self._own_pieces([*messages, {"role": "assistant", "content": ""}], 0)[0][0]
+        return self._own_pieces([*messages, {"role": "assistant", "content": ""}], ())[0][0]
 
-    def _own_pieces(self, messages: Messages, first: int) -> Pieces:
-        """Of `alpaca` and `raw`: each answer is tokenised by itself."""
-        pieces, text = [], ""
+    def _without_borders(self, messages: Messages) -> Messages:
+        """The messages without the begin and end tokens that the template writes around them too."""
+        begin, end = self.tokenizer.bos_token, self.tokenizer.eos_token
+        found = []
+        for index, message in enumerate(messages):
+            content = message["content"]
+            if begin and not index:
+                content = content.removeprefix(begin)
+            if end and message["role"] == "assistant":
+                content = content.removesuffix(end)
+            found.append(message | {"content": content})
+        return found
+
+    # ---- alpaca and raw
+
+    def _opening(self) -> str:
+        """What the server's prompt begins with, so that its tokens are those of `encode_opening`."""
+        start = self.tokenizer.decode(encode_opening(self.tokenizer, ""))  # the start token, where there is one
+        for opening in (start, f"{start} ", ""):
+            if all(self._ids(opening + text) == encode_opening(self.tokenizer, text) for text in (ALPACA_PROMPT, "Hi")):
+                return opening
+        return start
+
+    def _refuse_tools(self, messages: Messages, tools: list[dict] | None) -> None:
+        for number, message in enumerate(messages, 1):
+            if message.get("tool_calls") or (message["role"] == "tool" and self.name == "alpaca"):
+                raise UserError(
+                    f"message {number}: --template {self.name} has no place for tools: take --template chat"
+                )
+        if tools:
+            raise UserError(f"--template {self.name} has no place for tools: take --template chat")
+
+    def _own_pieces(self, messages: Messages, trained: Collection[int]) -> Pieces:
+        """Of `alpaca` and `raw`: one answer is tokenised by itself, several as a server tokenises earlier ones."""
+        texts, text = [], ""
         for index, message in enumerate(messages):
             content = message["content"]
             if message["role"] == "assistant":
-                before = encode_opening(self.tokenizer, text) if not pieces else self._ids(text)
-                pieces += [(before, False), (encode_response(self.tokenizer, content), index >= first)]
+                texts.append((text, content, index in trained))
                 text = ""
             elif self.name == "raw":
                 text += content
-            elif message["role"] == "tool":
-                raise UserError("Alpaca's prompt has no place for a tool's turn: take --template chat")
             else:
                 text += content + "\n\n" if message["role"] == "system" else ALPACA_PROMPT.format(instruction=content)
-        return pieces
+        if len(texts) == 1:
+            before, answer, is_trained = texts[0]
+            opening = encode_opening(self.tokenizer, before)
+            return [(opening, False), (encode_response(self.tokenizer, answer), is_trained)]
+        whole, spans, borders = self.opening, [], set()
+        for before, answer, is_trained in texts:
+            start = len(whole) + len(before)
+            whole += before + answer + self.tokenizer.eos_token
+            borders |= {start, len(whole)}
+            spans += [(start, len(whole))] if is_trained else []
+        return self._tokenised(whole, spans, sorted(borders))
 
     def end_answers(self, generation_config: "GenerationConfig") -> None:
         """Has generation stop at the token that ends a turn, beside those at which it stops already."""
@@ -127,51 +229,69 @@ class Template:
 
     # ---- chat: where in the text the trained parts are
 
-    def _render(self, messages: Messages, *, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def _render(
+        self, messages: Messages, tools: list[dict] | None = None, *, prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
         """A conversation's text, and where its generation marks are; with `prompt`, up to an answer's beginning."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
+        def render(messages: Messages) -> tuple[str, list[tuple[int, int]]]:
             (text,), marks = render_jinja_template(
                 conversations=[messages],
+                tools=tools,
                 chat_template=self.jinja,
                 return_assistant_tokens_mask=self._is_marked,
                 add_generation_prompt=prompt,
                 **self.tokenizer.special_tokens_map,
             )
-        except Exception as error:  # jinja's own, and whatever a template's expressions raise
-            raise UserError(f"the chat template refuses it: {first_line(error)}") from error
-        return text, [tuple(mark) for mark in marks[0]] if marks else []
+            return text, [tuple(mark) for mark in marks[0]] if marks else []
 
-    def _spans(self, messages: Messages, first: int) -> tuple[str, list[tuple[int, int]], list[int]]:
+        try:
+            return render(messages)
+        except Exception as error:  # jinja's own, and whatever a template's expressions raise
+            try:
+                if any(message.get("tool_calls") for message in messages):
+                    return render([_with_arguments_as_text(message) for message in messages])
+            except Exception:  # the first error says more
+                pass
+            raise UserError(f"the chat template refuses it: {first_line(error)}") from error
+
+    def _spans(
+        self, messages: Messages, turns: list[int], tools: list[dict] | None
+    ) -> tuple[str, list[tuple[int, int]], list[int]]:
         """The conversation's text, its trained parts, and the ends of the prompts that they answer."""
-        text, marks = self._render(messages)
-        turns = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-        prompts = [self._render(messages[:turn], prompt=True)[0] for turn in turns]
+        text, marks = self._render(messages, tools)
+        prompts = [self._render(messages[:turn], tools, prompt=True)[0] for turn in turns]
+        if not marks:
+            heads = [prompt if text.startswith(prompt) else re.sub(OPENED_THOUGHT, "", prompt) for prompt in prompts]
+            for turn, head in zip(turns, heads, strict=True):
+                if not text.startswith(head):
+                    raise UserError(
+                        f"the chat template begins message {turn + 1} otherwise than its prompt ends: train on the "
+                        "last turn alone (--train-on last), or give the template generation marks"
+                    )
         if marks:
-            before = len(self._render(messages[: turns[0]])[1])
-            return text, marks[before:], [len(prompt) for prompt in prompts if text.startswith(prompt)]
+            assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if turns != assistants:
+                counts = [(len(self._render(messages[:i], tools)[1]), len(self._render(messages[: i + 1], tools)[1])) for i in turns]  # fmt: skip  # noqa: E501
+                marks = [mark for before, after in counts for mark in marks[before:after]]
+            return text, marks, [len(prompt) for prompt in prompts if text.startswith(prompt)]
         spans = []
-        for turn, prompt in zip(turns, prompts, strict=True):
-            if not text.startswith(prompt):
-                raise UserError(
-                    f"the chat template begins message {turn + 1} otherwise than its prompt ends: train on the last "
-                    "turn alone (--train-on last), or give the template generation marks"
-                )
-            spans.append((len(prompt), self._end(messages, turn, text)))
+        for turn, head in zip(turns, heads, strict=True):
+            spans.append((len(head), self._end(messages, turn, text, tools)))
             if spans[-1][0] >= spans[-1][1]:
                 raise UserError(f"the chat template writes message {turn + 1} where it cannot be found")
         return text, spans, []
 
-    def _end(self, messages: Messages, turn: int, text: str) -> int:
+    def _end(self, messages: Messages, turn: int, text: str, tools: list[dict] | None = None) -> int:
         """Where in `text`, the whole conversation, the assistant's `turn` ends, with what closes it.
 
         With another content in its place, what follows the content is the same: that says where the content ends. How
         much of what follows closes the turn: as much as follows where the conversation ends there.
         """
-        marked = [*messages[:turn], messages[turn] | {"content": MARK}, *messages[turn + 1 :]]
-        after = self._render(marked)[0].rpartition(MARK)[2]
-        closing = self._render(marked[: turn + 1])[0].rpartition(MARK)[2]
+        marked = [*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :]]
+        after = self._render(marked, tools)[0].rpartition(MARK)[2]
+        closing = self._render(marked[: turn + 1], tools)[0].rpartition(MARK)[2]
         if not text.endswith(after):
             raise UserError(f"the chat template writes what follows message {turn + 1} by what it says")
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closing, after, strict=False)))
@@ -181,12 +301,18 @@ class Template:
             raise UserError(f"the chat template does not close message {turn + 1}: a model would never stop")
         return len(text) - len(after) + length
 
-    def _require_every_turn(self, messages: Messages) -> None:
-        """Raises a UserError where the text is the same whatever one of the turns says."""
+    def _require_every_turn(self, messages: Messages, tools: list[dict] | None = None) -> None:
+        """Raises a UserError where the text is the same whatever one of the turns, or the tools, say."""
         for index, message in enumerate(messages):
-            marked = [*messages[:index], message | {"content": MARK}, *messages[index + 1 :]]
-            if MARK not in self._render(marked)[0]:
-                raise UserError(f"the chat template drops message {index + 1}, of the role {message['role']}")
+            marked = [*messages[:index], _marked(message), *messages[index + 1 :]]
+            if MARK not in self._render(marked, tools)[0]:
+                what = "the tool calls of " if message.get("tool_calls") else ""
+                raise UserError(
+                    f"the chat template drops {what}message {index + 1}, of the role {message['role']}: take a model "
+                    "with a template that writes them, or write them as text"
+                )
+        if tools and self._render(messages, tools)[0] == self._render(messages)[0]:
+            raise UserError("the chat template has no place for tools: write them into the system's turn")
 
     def _end_of_turn(self) -> int:
         """The first special token after an assistant's answer.
@@ -229,3 +355,32 @@ class Template:
             pieces = [whole[start:end] for start, end in itertools.pairwise(lengths)]
         trained = [any(start <= cut[0] and cut[1] <= end for start, end in spans) for cut in cuts]
         return list(zip(pieces, trained, strict=True))
+
+
+def _with_arguments(jinja: str, arguments: dict[str, Any]) -> str:
+    """A chat template with its variables set, and with DAY in the place of today."""
+    day = lambda found: repr(time.strftime(found[2], DAY))  # noqa: E731
+    jinja = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", day, jinja)
+    return "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in arguments.items()) + jinja
+
+
+def _literal(value: Any) -> str:
+    """A value in jinja's own writing."""
+    return {None: "none", True: "true", False: "false"}.get(value) or json.dumps(value)
+
+
+def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its tool calls as JSON, as some templates want them."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _marked(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with MARK for what it says: its content, or the name of the function that it calls last."""
+    if not message.get("tool_calls"):
+        return message | {"content": MARK}
+    *calls, last = message["tool_calls"]
+    return message | {"tool_calls": [*calls, last | {"function": last["function"] | {"name": MARK}}]}

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from common.cli import UserError, option, require_positive
+from common.conversations import read_template_args
 from common.pretrained import resolve_demo
 from common.ranks import read_deepspeed
 from common.runs import SAMPLES, JsonLines
@@ -240,7 +241,7 @@ class Sampler:
         if args.sample_prompts is None:
             return None
         prompts = read_prompts(args.sample_prompts, args.fields[0])
-        template = Template(tokenizer, args.template)
+        template = Template(tokenizer, args.template, read_template_args(args.template_args))
         encoded = [template.prompt(prompt) for prompt in prompts]
         for number, ids in enumerate(encoded, 1):
             if len(ids) >= args.max_length:

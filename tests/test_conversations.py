@@ -143,7 +143,7 @@ def test_the_border_is_exact_where_the_tokenizer_merges_across_it():
     [
         (CHATML.replace("for m in messages", "for m in messages[-1:]"), "drops message 1"),
         (CHATML.replace("<|im_end|>", ""), "ends no turn by a special token"),
-        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "otherwise than its prompt ends"),
+        (CHATML.replace("assistant\n{% endif", "assistant\n<aside>{% endif"), "otherwise than its prompt ends"),
         (CHATML.replace("{{ m.role }}", "{{ m.role.nothing() }}"), "the chat template refuses it"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_conversation_is_cut_after_a_whole_turn_or_dropped_and_counted():
         ([{"messages": MESSAGES[1:]}], "message 1: an assistant turn that answers nobody"),
         ([{"messages": MESSAGES[:1]}], "has no assistant turn"),
         ([{"messages": None}, {"messages": MESSAGES}], "messages is no list of messages"),
-        ([{"messages": MESSAGES, "tools": "[{}]"}], "has tools, which are not read"),
+        ([{"messages": MESSAGES, "tools": "[{}]"}], "has no place for tools"),
         ([{"messages": MESSAGES}, {"instruction": "a", "output": "b"}], "has instruction and output, where"),
         ([{"prompt": "a", "completion": "b"}, {"conversations": SHAREGPT}], "has conversations, where"),
         ([{"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}], "drops message 5, of the role tool"),
@@ -298,3 +298,191 @@ def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
     for name in ("task", "consistency", "diversity", "spectral"):
         assert relative_error(terms[name], parts[name]) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- what people write
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome"}}}
+TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}]
+NAMED = {"instruction": "Ask", "output": "Say"}
+
+
+def parts(text: str) -> list[dict[str, str]]:
+    """A content in two parts."""
+    return [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}]
+
+
+def trained_of(row: dict, tokenizer) -> tuple[str, str]:
+    """The text of one example, and what of it is trained."""
+    example = encoded([row], tokenizer, max_length=8192)[0][0]
+    learnt = [label for label in example["labels"] if label != IGNORE_INDEX]
+    return tokenizer.decode(example["input_ids"]), tokenizer.decode(learnt)
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        (NAMED | {"input": "this"}, {"instruction": "Ask\nthis", "output": "Say"}),
+        (NAMED | {"context": "this", "input": " "}, {"instruction": "Ask\nthis", "output": "Say"}),
+        ({"instruction": "1+2", "output": 3}, {"instruction": "1+2", "output": "3"}),
+        ({"messages": MESSAGES, "system_prompt": "Be"}, {"messages": [{"role": "system", "content": "Be"}, *MESSAGES]}),
+        ({"messages": json.dumps(MESSAGES)}, {"messages": MESSAGES}),
+        ({"messages": [m | {"content": parts(m["content"])} for m in MESSAGES]}, {"messages": MESSAGES}),
+    ],
+)  # fmt: skip
+def test_another_way_to_write_the_same(row, same):
+    tokenizer = chat_tokenizer(CHATML)
+    assert trained_of(row, tokenizer) == trained_of(same, tokenizer)
+
+
+def test_history_and_system_beside_an_instruction(tokenizer):
+    row = NAMED | {"system": "Be brief", "history": [["Who?", "Ada"]]}
+    text, trained = trained_of(row, tokenizer)
+    around = [ALPACA_PROMPT.format(instruction=question) for question in ("Who?", "Ask")]
+    end = tokenizer.eos_token
+    assert text.removeprefix(tokenizer.bos_token or "") == f"Be brief\n\n{around[0]}Ada{end}{around[1]}Say{end}"
+    assert trained == f"Ada{end}Say{end}"
+
+
+def test_a_text_that_carries_its_begin_and_end_tokens(tokenizer):
+    plain = trained_of({"prompt": "Ask", "completion": "Say"}, tokenizer)
+    begin, end = tokenizer.bos_token or "", tokenizer.eos_token
+    assert trained_of({"prompt": f"{begin}Ask", "completion": f"Say{end}"}, tokenizer) == plain
+
+
+@pytest.mark.parametrize("name", [None, "qwen3"])
+@pytest.mark.parametrize("mask", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
+def test_a_turn_without_weight_is_not_trained(mask, name):
+    """In the middle and at the end; by generation marks and without."""
+    template = CHATML
+    if name:
+        from trl.chat_template_utils import get_training_chat_template
+
+        template = get_training_chat_template(chat_tokenizer(published(name)))
+    tokenizer = chat_tokenizer(template)
+    for turn in (1, 3):
+        masked = [message | (mask if i == turn else {"weight": 1}) for i, message in enumerate(MESSAGES)]
+        trained = trained_of({"messages": masked}, tokenizer)[1]
+        assert (MESSAGES[turn]["content"] in trained, MESSAGES[4 - turn]["content"] in trained) == (False, True)
+    dataset, dropped = encoded([{"messages": MESSAGES} | mask, {"messages": MESSAGES}], tokenizer)
+    assert (len(dataset), dropped) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "lfm2_2_5"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tool_calls_are_written_by_the_template_and_trained(name, as_text):
+    tokenizer = chat_tokenizer(published(name))
+    call = CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])} if as_text else CALL["function"]
+    calls = [CALL | {"function": call}]
+    talk_ = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps(calls) if as_text else calls},
+        {"role": "tool", "name": "get_time", "content": "12:00"},
+        {"role": "assistant", "content": "Noon"},
+    ]
+    text, trained = trained_of({"messages": talk_, "tools": json.dumps(TOOLS) if as_text else TOOLS}, tokenizer)
+    plain = [message | ({"content": "", "tool_calls": [CALL]} if i == 1 else {}) for i, message in enumerate(talk_)]
+    whole = tokenizer.apply_chat_template(plain, tools=TOOLS, tokenize=False)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert whole.startswith(text)
+    assert "get_time" in trained
+    assert "Rome" in trained
+    assert "Noon" in trained
+    assert "12:00" not in trained
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3", "nemotron_3_nano"])
+def test_a_prompt_that_opens_a_thought(name):
+    tokenizer = chat_tokenizer(published(name))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁sentence｜>"]})
+    messages = talk("Hi", "Hello", "And?", "more")
+    pairs = of_ours(tokenizer, messages)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.decode([token for token, _ in pairs])
+    trained = tokenizer.decode([token for token, on in pairs if on])
+    assert [word for word in ("Hi", "Hello", "And?", "more") if word in trained] == ["Hello", "more"]
+
+
+def test_the_day_in_a_template_is_the_same_on_every_day(tmp_path, monkeypatch):
+    tokenizer = chat_tokenizer('{{ strftime_now("%d %b %Y") }}' + CHATML)
+    template = Template(tokenizer, "chat")
+    template.save(tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
+    assert served.startswith("26 Jul 2024<|im_start|>")
+    template.require_served(MESSAGES, template.pieces(MESSAGES), None, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_template_arguments_are_in_training_and_in_the_exported_template():
+    tokenizer = chat_tokenizer(published("qwen3"))
+    jinja = Template(tokenizer, "chat", {"enable_thinking": False}).jinja
+    expected = tokenizer.apply_chat_template(
+        MESSAGES[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    tokenizer.chat_template = jinja
+    assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True) == expected
+
+
+def test_a_served_prompt_that_differs_is_refused():
+    """Generation marks around something else than the answer to the prompt."""
+    template = CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}!{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}")  # fmt: skip  # noqa: E501
+    with pytest.raises(UserError, match="message 2 is trained otherwise than it is served, from token"):
+        encoded(
+            [{"messages": MESSAGES}], chat_tokenizer(template.replace("assistant\n{% endif", "assistant\n?{% endif"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a", "completion": "b", "label": False}, "has a column 'label': preference data"),
+        ({"prompt": "a", "completion": "b", "rejected": "c"}, "has a column 'rejected': preference data"),
+        ({"messages": MESSAGES, "images": ["x.png"]}, "has a column 'images': texts alone"),
+        ({"messages": [{"role": "user", "content": None}, MESSAGES[1]]}, "message 1: a user turn that is empty"),
+        ({"messages": [{"role": "user", "text": "Hi"}, MESSAGES[1]]}, "its keys are role, text"),
+        ({"messages": [{"role": "system", "content": " "}, *MESSAGES]}, "message 1: a system turn that is empty"),
+        ({"messages": MESSAGES, "weight": 0.5}, "its weight is 0.5: 0 and 1 alone are read"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of its content"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL]}]}, "drops the tool calls of message 2"),
+        (NAMED | {"tools": TOOLS}, "--template alpaca has no place for tools"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(row, expected):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        encoded([row], chat_tokenizer(CHATML))
+
+
+def test_what_is_not_used_is_announced_and_a_bad_example_can_be_skipped(tmp_path, capsys):
+    rows = [
+        {"messages": [*MESSAGES[:3], MESSAGES[3] | {"mood": "x", "thinking": "hm"}], "topic": "sums", "empty": None}
+    ]
+    rows += [{"messages": MESSAGES[1:]}, {"messages": talk("x" * 600, "never")}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "eval.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    make_model(vocab_size=300).save_pretrained(tmp_path / "base")
+    chat_tokenizer(CHATML).save_pretrained(tmp_path / "base")
+    argv = [
+        "--model",
+        tmp_path / "base",
+        "--data",
+        tmp_path / "data",
+        "--output-dir",
+        tmp_path / "out",
+        "--rank",
+        4,
+        "--dry-run",
+    ]
+    with pytest.raises(UserError, match="example 2, message 1: an assistant turn that answers nobody"):
+        train.main([*map(str, argv)])
+    train.main([*map(str, argv), "--skip-bad"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "not used: columns topic",
+        "not used: keys of messages mood, thinking",
+        "not used: files of other splits eval.jsonl",
+    ]
+    assert lines[3].startswith("skipped 1 examples")
+    assert "1 whole" in lines[5]
+    assert "1 dropped: longer than 512 tokens" in lines[5]
+    assert "assistant" in lines[9]
+    assert "⟦It is 2<|im_end|>" in "\n".join(lines)

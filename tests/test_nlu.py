@@ -665,7 +665,7 @@ BAD_DATA = {
     "too long": (GOOD, GOOD, ["--max-length=4000"], "512 positions"),
     "rank": (GOOD, GOOD, ["--rank=17"], "rank 17 is larger"),
     "both texts empty": ([*PAIRS, PAIRS[0] | {"sentence1": "", "sentence2": ""}], PAIRS, ["--task=rte"], "example 21"),
-    "no number": ([row | {"label": float("nan")} for row in GOOD], GOOD, ["--task=stsb"], "no number: nan"),
+    "no number": ([row | {"label": float("nan")} for row in GOOD], GOOD, ["--task=stsb"], "NaN is no value of JSON"),
     "numbers for classes": ([row | {"label": 0.25} for row in GOOD], GOOD, [], "--task stsb learns to predict them"),
     "warm-up": (GOOD, GOOD, ["--warmup-ratio=1"], "--warmup-ratio is 1.0"),
     "the demo's own tests": (GOOD, GOOD, ["--data=demo"], "leave out --task and --eval-data"),

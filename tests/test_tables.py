@@ -1,0 +1,189 @@
+"""The reader of tables: a few lines of json, csv and pyarrow are the peer."""
+
+import codecs
+import csv
+import datetime
+import io
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from common.cli import UserError
+from common.tables import load_records, read_table
+
+
+def read(path):
+    return load_records(str(path)).to_list()
+
+
+ROWS = [{"instruction": "Grüße, \u2028 x", "output": "Schön\n"}, {"instruction": "日本", "output": '"q"\t'}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "pretty.json", "a.csv", "A.JSONL"])
+def test_encodings_that_name_themselves(name, encoding, tmp_path):
+    if name.endswith("csv"):
+        stream = io.StringIO(newline="")
+        csv.writer(stream).writerows([list(ROWS[0]), *(list(row.values()) for row in ROWS)])
+        text = stream.getvalue()
+    elif name == "a.json":
+        text = json.dumps(ROWS, indent=2, ensure_ascii=False)
+    else:
+        indent = 1 if name == "pretty.json" else None
+        text = "\r\n".join(json.dumps(row, ensure_ascii=False, indent=indent) for row in ROWS)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read(tmp_path / name) == ROWS
+
+
+def test_cells_are_as_they_are_written(tmp_path):
+    literals = [
+        "3",
+        "0.5",
+        "1.50",
+        "1e17",
+        "100000000000000001",
+        "1180591620717411303424",
+        "true",
+        '"2021-03-01"',
+        "-0",
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"x": {literal}, "y": [{literal}]}}\n' for literal in literals))
+    for row, literal in zip(read(path), literals, strict=True):
+        for cell in (row["x"], *row["y"]):
+            assert (cell if isinstance(cell, str) else json.dumps(cell)) == literal.strip('"')
+
+
+def test_a_key_that_comes_late_or_changes_its_kind(tmp_path):
+    """Behind the first batch, in a second file, inside a message."""
+    rows = [{"messages": [{"role": "user"}], "n": "a"} for _ in range(2500)]
+    rows += [{"messages": [{"role": "user", "weight": 0}], "n": 7, "late": "x"}]
+    for name, part in (("a.jsonl", rows), ("b.jsonl", [{"later": {"z": [1]}}])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    names = ("messages", "n", "late", "later")
+    assert read(tmp_path) == [{name: row.get(name) for name in names} for row in [*rows, {"later": {"z": [1]}}]]
+
+
+def test_parquet_is_read_as_text_and_plain_values(tmp_path):
+    rows = {
+        "t": [b"a"],
+        "d": [datetime.date(2021, 3, 1)],
+        "n": [2**53 + 1],
+        "f": [float("nan")],
+        "m": [[{"role": "u"}]],
+    }
+    pa.parquet.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [
+        {"t": "a", "d": "2021-03-01", "n": 2**53 + 1, "f": None, "m": [{"role": "u"}]}
+    ]
+
+
+GOOD = '{"a": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", GOOD * 3000 + '{"a": "b",}\n', "line 3001: no JSON at character"),
+        ("a.jsonl", GOOD + "\n" + '{"a": NaN}\n', "line 3: NaN is no value of JSON"),
+        ("a.jsonl", GOOD.strip() + ",\n" + GOOD, "line 1: no JSON at character 11: Extra data"),
+        ("a.jsonl", GOOD + '{"a": "b', "line 2: no JSON"),
+        ("a.jsonl", GOOD + "null\n", "line 2: null is no object"),
+        ("a.jsonl", '"x"\n', "line 1: x is no object"),
+        ("a.jsonl", GOOD + '{"a": 1, "a": 2}\n', "line 2: the key 'a' comes twice"),
+        ("a.jsonl", GOOD + '{"a": "\\ud83d"}\n', r"line 2: \ud83d is half of a character"),
+        ("a.jsonl", GOOD.encode() + b'{"a": "caf\xe9"}\n', "line 2: byte 0xe9 at character 11 is no utf-8"),
+        ("a.jsonl", " \n\n", "it holds no row"),
+        ("a.json", "[\n" + GOOD + ",\n" + '{"a": }\n]', "line 4: no JSON"),
+        ("a.json", '[\n{"a": "b"},\n]', "line 3: a comma before the list's end"),
+        ("a.json", '[\n{"a": "b"}\n', "line 3: the list of objects ends"),
+        ("a.jsonl.gz", GOOD, "Not a gzipped file"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3: 3 columns, where the first line has 2"),
+        ("a.csv", 'a,b\n1,2\n"1,2\n', "line 3: not as csv: unexpected end of data"),
+        ("a.csv", b"a,b\n1,\xff\n", "line 2: byte 0xff at character 3"),
+        ("a.csv", "a,a\n1,2\n", "line 1: the column 'a' comes twice"),
+        ("a.tsv", 'a\tb\n"1\t2\n3\n"4\t5\n', "line 3: 1 columns, where the first line has 2"),
+        ("a.parquet", "PAR1", "cannot read"),
+    ],
+)
+def test_an_error_names_file_and_line(name, content, expected, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_tsv_of_lines_is_text_and_one_of_a_spreadsheet_is_quoted(header, tmp_path):
+    """GLUE's kind has quotation marks that nothing closes; as many rows come out as lines go in."""
+    texts = ['"opens', 'closes"', '"both"', 'in "the" middle', "plain", '""']
+    lines = [f"{text}\t{i % 2}" for i, text in enumerate(texts)]
+    (tmp_path / "lines.tsv").write_text("\n".join((["s\tl"] if header else []) + lines) + "\n")
+    quoted = [["a\tb", "1"], ['say "x"', "0"], ["two\nlines", "1"]]
+    with open(tmp_path / "quoted.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(([["s", "l"]] if header else []) + quoted)
+    names = ("s", "l") if header else ("0", "1")
+    for path, expected in (("lines.tsv", [line.split("\t") for line in lines]), ("quoted.tsv", quoted)):
+        table = read_table(str(tmp_path / path), [names[0]], names[1])
+        assert [[row[name] for name in names] for row in table] == expected
+
+
+def test_held_out_files_are_not_trained(tmp_path):
+    for names, expected in ((("data", "eval"), "data"), (("train", "dev"), "train"), (("train", "held_out"), "train")):
+        folder = tmp_path / "_".join(["x", *expected, names[1][0]])
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.jsonl").write_text(json.dumps({"from": name}) + "\n")
+        assert read(folder) == [{"from": expected}]
+
+
+def random_value(draw: random.Random, depth: int = 0):
+    kinds = ["text", "text", "int", "none", "bool", *(["list", "dict"] if depth < 3 else [])]
+    match draw.choice(kinds):
+        case "text":
+            return "".join(draw.choice('ab "\\\n\t,\u2028é漢😀{}[]') for _ in range(draw.randrange(8)))
+        case "int":
+            return draw.randrange(-(2**62), 2**62)
+        case "none":
+            return None
+        case "bool":
+            return draw.random() < 0.5
+        case "list":
+            return [random_value(draw, depth + 1) for _ in range(draw.randrange(3))]
+    return {draw.choice("abcdé"): random_value(draw, depth + 1) for _ in range(draw.randrange(4))}
+
+
+def fuzz(folder, count: int, seed: int = 0) -> tuple[int, int]:
+    """Random rows come back as json has them; the same bytes cut and flipped come back or are refused in one line."""
+    draw, path, refused = random.Random(seed), folder / "a.jsonl", 0
+    for _ in range(count):
+        rows = [{draw.choice("abcdé"): random_value(draw) for _ in range(1 + draw.randrange(3))} for _ in range(draw.randrange(1, 4))]  # fmt: skip  # noqa: E501
+        ascii_only = draw.random() < 0.5
+        data = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows).encode()
+        path.write_bytes(data)
+        for row, found in zip(rows, read(path), strict=True):
+            assert {name: cell for name, cell in found.items() if cell is not None} == {
+                name: cell for name, cell in row.items() if cell is not None
+            }
+        damaged = bytearray(data[: draw.randrange(1, len(data) + 1)])
+        for _ in range(draw.randrange(3)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            rows = read(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        known = damaged.removeprefix(codecs.BOM_UTF8).decode(json.detect_encoding(bytes(damaged[:4])))
+        assert len(rows) <= known.count("\n") + 1
+    return count, refused
+
+
+def test_whatever_the_bytes_are(tmp_path):
+    count, refused = fuzz(tmp_path, 150)
+    assert 0 < refused < count
