@@ -46,7 +46,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from common import checkpoints, cli, estimates, partitioned, pretrained, reporting, runs, token_kernel, validation
+from common import (
+    checkpoints,
+    cli,
+    estimates,
+    exports,
+    partitioned,
+    pretrained,
+    reporting,
+    runs,
+    token_kernel,
+    validation,
+)
 from common.activations import save_activations
 from common.checkpoints import TRAINED_TENSORS
 from common.chunks import blocks, chunks, top_k
@@ -1547,19 +1558,23 @@ def export_model(
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Raises:
-        RunStopped: the disk does not take them.
+        RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
     with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+        layers = adapter_layers(model)
+        read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
         template = Template(tokenizer, args.template or "alpaca")
         template.end_answers(model.generation_config)
         if args.method != "full":
-            layers = adapter_layers(model)
-            rank = export_adapter(layers, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+            folder, revision = staging / "adapter", args.model_revision
+            rank = export_adapter(layers, folder, model_path, args.target_modules, "CAUSAL_LM", revision=revision)
             (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
             template.save(staging / "adapter", model.generation_config)
-        merge_adapters(model).to(resolve_dtype(args.dtype)).save_pretrained(staging / "merged")
+        exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
+        options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
+        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
 
 
 def export_again(args: Arguments) -> None:

@@ -22,12 +22,15 @@ def export_adapter(
     target_modules: list[str],
     task_type: str,
     modules_to_save: Mapping[str, nn.Module] | None = None,
+    *,
+    revision: str | None = None,
 ) -> int:
     """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; returns its rank, PiSSA's 2r.
 
     Args:
         layers: the adapted layers (train.py's LoRALinear) by name.
         modules_to_save: trained modules by name, such as a classifier, that are stored whole beside the adapters.
+        revision: the base's on the hub.
     """
     tensors = {}
     for name, layer in layers.items():
@@ -45,6 +48,7 @@ def export_adapter(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank,
         "lora_alpha": layer.scaling * rank,
         "target_modules": target_modules,

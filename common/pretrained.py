@@ -88,9 +88,22 @@ def resolve_dtype(name: str) -> "torch.dtype":
     return getattr(torch, name)
 
 
+def export_dtype(name: str, args: Any) -> "torch.dtype":
+    """The type of merged/: the one that --dtype names, else the base's own, else the one of training."""
+    import torch
+    from transformers import AutoConfig
+
+    own = None
+    if args.dtype == "auto":
+        own = AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+        own = own.dtype
+    return own if isinstance(own, torch.dtype) else resolve_dtype(args.dtype)
+
+
 def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
-    """Some published models have settings that transformers reads and does not write: most of sampling, without
-    sampling. These are kept, with sampling; of any others nothing is kept but the special tokens."""
+    """Some published models have sampling values without sampling, which transformers reads, ignores, and does not
+    write. They are taken out: the exported model decodes greedily, as its base does. Of other settings that cannot be
+    written nothing is kept but the special tokens."""
     from transformers import GenerationConfig
 
     config = model.generation_config
@@ -102,8 +115,9 @@ def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
             return False
         return True
 
-    if not can_be_written():
-        config.do_sample = True
+    if not can_be_written() and not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, getattr(GenerationConfig(), name))
     if not can_be_written():
         model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
 
