@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,7 @@ from common import (
     pretrained,
     reporting,
     runs,
+    targets,
     token_kernel,
     validation,
 )
@@ -1328,6 +1330,7 @@ class Base:
         adapter: what --init-adapter names.
         num_adapters: how many layers get an adapter.
         trainable: how many parameters --method trains.
+        coverage: which linear layers get an adapter and which do not; see `targets.coverage`.
     """
 
     path: str
@@ -1337,6 +1340,7 @@ class Base:
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
+    coverage: dict[str, dict[str, int]] | None = None
 
     @property
     def total(self) -> int:
@@ -1354,6 +1358,12 @@ def inspect_base(args: Arguments) -> Base:
     tokenizer, config = pretrained.load_tokenizer_and_config(
         path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
+    pretrained.require_trainable(args.model, config)
+    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
+        args.attn_implementation = "eager"
+        print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
+    if getattr(config, "output_router_logits", False):
+        print("note: the router's loss (output_router_logits) is not part of the objective")
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
@@ -1367,16 +1377,22 @@ def inspect_base(args: Arguments) -> Base:
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
-        args.rank, args.alpha, args.target_modules = adapter.rank, adapter.alpha, adapter.target_modules
+        args.rank, args.alpha = adapter.rank, adapter.alpha
+        adapter.require_fit({name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)})
+        args.target_modules = adapter.target_modules
     if args.method == "full":
         return Base(path, tokenizer, config, skeleton, None, 0, skeleton.num_parameters())
     if args.target_modules is None:
         args.target_modules = default_target_modules(skeleton)
     found = find_target_modules(skeleton, args.target_modules, args.rank)
-    if adapter is not None:
-        adapter.require_fit(found)
+    if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
+        args.target_modules = targets.plain_names(skeleton, found)
+    dense = targets.dense_beside_experts(skeleton, found)
+    if dense:
+        raise UserError(f"PEFT would take the factors of {dense[0]} for those of experts: leave it out of the targets")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
-    return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable)
+    coverage = targets.coverage(skeleton, found)
+    return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
 
 
 def dry_run(args: Arguments, base: Base) -> str:
@@ -1435,6 +1451,7 @@ def encode_records(
         print(f"dropped {num_dropped} of {len(records)} examples: {why}")
     if len(dataset) == 0:
         raise UserError(f"no example of {args.data} has a response token within --max-length {args.max_length}")
+    pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
         num_valid_positions = sum(map(num_valid, dataset["labels"]))
@@ -1471,6 +1488,10 @@ def load_student(
         add_adapters(model, args.method, args.rank, args.alpha, args.target_modules, cache=cache, progress=is_main)
     if args.deepspeed is not None:
         round_factors(model, dtype)
+    pretrained.require_causal(model)
+    if is_main and base.coverage:
+        lines = {what: ", ".join(f"{n} {name}" for name, n in names.items()) for what, names in base.coverage.items()}
+        print(f"adapters on {lines['adapted']}; none on {lines['not_adapted'] or 'no other linear layer'}")
     return model
 
 
@@ -1653,6 +1674,7 @@ def main(argv: list[str]) -> None:
             "examples": len(dataset),
             "held_out_examples": len(held_out or ()),
             "dropped_examples": num_dropped,
+            "linear_layers": base.coverage,
             "trainable_parameters": base.trainable,
             "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
             "steps": trainer.state.global_step,

@@ -347,3 +347,63 @@ def test_a_damaged_export_is_found_and_the_checkpoint_stays(fault, run_folder, t
     assert before == sorted((tmp_path / "out").rglob("*"))
     monkeypatch.undo()
     train.main(["--export-from", str(tmp_path / "out"), "--overwrite"])
+
+
+CHOICES = {  # PEFT's ways to choose layers
+    "layers_to_transform": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    "exclude_modules": {"target_modules": ["q_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    "regular expression": {"target_modules": r".*layers\.0\..*(q|v)_proj"},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_an_adapter_of_some_layers_can_be_gone_on_from(choice, run_folder, tmp_path):
+    base = run_folder / "base"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, **CHOICES[choice])).save_pretrained(tmp_path / "adapter")
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    for start, out in ((tmp_path / "adapter", "first"), (tmp_path / "first" / "adapter", "second")):
+        files = ("--model", base, "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / out)
+        train.main([*map(str, files), "--method", "lora", "--max-steps", "1", "--init-adapter", str(start)])
+        assert load_file(tmp_path / out / "adapter" / "adapter_model.safetensors").keys() == before
+
+
+def test_targets_as_pefts_users_name_them(model):
+    linear = train.find_target_modules(model, ["all-linear"], 4)
+    assert {name.rpartition(".")[2] for name in linear} == set(TARGET_MODULES)
+    assert list(train.find_target_modules(model, [r".*layers\.1\..*(q|v)_proj"], 4)) == [
+        f"model.layers.1.self_attn.{which}_proj" for which in "qv"
+    ]
+
+
+UNTRAINABLE = {
+    "an adapter beside the weights": (lambda base: (base / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    "quantized": (
+        lambda base: edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantized",
+    ),
+    "GPT-2": (lambda base: another(base, transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2)), "Conv1D"),
+    "BERT": (
+        lambda base: another(base, transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+        "sees later tokens",
+    ),
+    "RWKV": (
+        lambda base: another(base, transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=258)),
+        "cannot be trained with adapters",
+    ),
+}
+
+
+def another(base: Path, config: transformers.PretrainedConfig) -> None:
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+
+
+@pytest.mark.parametrize("kind", UNTRAINABLE)
+def test_a_model_that_cannot_be_trained_is_one_line(kind, run_folder, tmp_path):
+    shutil.copytree(run_folder / "base", tmp_path / "base")
+    edit, expected = UNTRAINABLE[kind]
+    edit(tmp_path / "base")
+    files = ("--model", tmp_path / "base", "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / "out")
+    targets = {"BERT": ["query", "value"], "RWKV": ["key", "value"]}.get(kind)
+    with pytest.raises(UserError, match=expected):
+        train.main([*map(str, files), "--rank", "2", *(["--target-modules", *targets] if targets else [])])
