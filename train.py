@@ -1674,7 +1674,6 @@ def main(argv: list[str]) -> None:
             "examples": len(dataset),
             "held_out_examples": len(held_out or ()),
             "dropped_examples": num_dropped,
-            "linear_layers": base.coverage,
             "trainable_parameters": base.trainable,
             "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
             "steps": trainer.state.global_step,
@@ -1685,7 +1684,7 @@ def main(argv: list[str]) -> None:
             "train_seconds": train_seconds,
             "peak_memory_gib": peak_memory_gib(),
         }
-        runs.write_summary(args, run)
+        runs.write_summary(args, run | {"linear_layers": base.coverage})
         reporting.push_adapter(args)
 
 
