@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from common import checkpoints, cli, estimates, partitioned, pretrained, reporting, runs, token_kernel, validation
+from common import (
+    checkpoints,
+    cli,
+    estimates,
+    exports,
+    partitioned,
+    pretrained,
+    reporting,
+    runs,
+    targets,
+    token_kernel,
+    validation,
+)
 from common.activations import save_activations
 from common.chunks import blocks, chunks, top_k
 from common.cli import UserError, first_line, option, parse_arguments
@@ -1351,6 +1364,7 @@ class Base:
         adapter: what --init-adapter names.
         num_adapters: how many layers get an adapter.
         trainable: how many parameters --method trains.
+        coverage: which linear layers get an adapter and which do not; see `targets.coverage`.
     """
 
     path: str
@@ -1360,6 +1374,7 @@ class Base:
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
+    coverage: dict[str, dict[str, int]] | None = None
 
     @property
     def total(self) -> int:
@@ -1377,6 +1392,12 @@ def inspect_base(args: Arguments) -> Base:
     tokenizer, config = pretrained.load_tokenizer_and_config(
         path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
+    pretrained.require_trainable(args.model, config)
+    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
+        args.attn_implementation = "eager"
+        print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
+    if getattr(config, "output_router_logits", False):
+        print("note: the router's loss (output_router_logits) is not part of the objective")
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
@@ -1390,16 +1411,22 @@ def inspect_base(args: Arguments) -> Base:
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
-        args.rank, args.alpha, args.target_modules = adapter.rank, adapter.alpha, adapter.target_modules
+        args.rank, args.alpha = adapter.rank, adapter.alpha
+        adapter.require_fit({name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)})
+        args.target_modules = adapter.target_modules
     if args.method == "full":
         return Base(path, tokenizer, config, skeleton, None, 0, skeleton.num_parameters())
     if args.target_modules is None:
         args.target_modules = default_target_modules(skeleton)
     found = find_target_modules(skeleton, args.target_modules, args.rank)
-    if adapter is not None:
-        adapter.require_fit(found)
+    if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
+        args.target_modules = targets.plain_names(skeleton, found)
+    dense = targets.dense_beside_experts(skeleton, found)
+    if dense:
+        raise UserError(f"PEFT would take the factors of {dense[0]} for those of experts: leave it out of the targets")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
-    return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable)
+    coverage = targets.coverage(skeleton, found)
+    return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
 
 
 def dry_run(args: Arguments, base: Base) -> str:
@@ -1459,6 +1486,7 @@ def encode_records(
         dataset, _ = encoded(args, base, records)
     if accelerator.is_main_process:
         print(first_screen(records, dataset), flush=True)
+    pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
         num_valid_positions = sum(map(num_valid, dataset["labels"]))
@@ -1495,6 +1523,10 @@ def load_student(
         add_adapters(model, args.method, args.rank, args.alpha, args.target_modules, cache=cache, progress=is_main)
     if args.deepspeed is not None:
         round_factors(model, dtype)
+    pretrained.require_causal(model)
+    if is_main and base.coverage:
+        lines = {what: ", ".join(f"{n} {name}" for name, n in names.items()) for what, names in base.coverage.items()}
+        print(f"adapters on {lines['adapted']}; none on {lines['not_adapted'] or 'no other linear layer'}")
     return model
 
 
@@ -1578,19 +1610,23 @@ def export_model(
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Raises:
-        RunStopped: the disk does not take them.
+        RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
     with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+        layers = adapter_layers(model)
+        read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
         template = Template(tokenizer, args.template or "alpaca", read_template_args(args.template_args))
         template.end_answers(model.generation_config)
         if args.method != "full":
-            layers = adapter_layers(model)
-            rank = export_adapter(layers, staging / "adapter", model_path, args.target_modules, "CAUSAL_LM")
+            folder, revision = staging / "adapter", args.model_revision
+            rank = export_adapter(layers, folder, model_path, args.target_modules, "CAUSAL_LM", revision=revision)
             (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
             template.save(staging / "adapter", model.generation_config)
-        merge_adapters(model).to(resolve_dtype(args.dtype)).save_pretrained(staging / "merged")
+        exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
+        options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
+        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
 
 
 def export_again(args: Arguments) -> None:
@@ -1634,7 +1670,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
     dataset = encode_records(args, base, records, accelerator)
-    num_dropped = len(records) - len(dataset)
+    num_dropped, fates = len(records) - len(dataset), dataset.fates
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
     sampler = validation.Sampler.of(args, base.tokenizer)
@@ -1672,6 +1708,9 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "train_loss": training.mean_loss(),
             "train_seconds": training.seconds,
             "peak_memory_gib": peak_memory_gib(),
+            "linear_layers": base.coverage,
+            "columns_and_keys": vars(records.notes),
+            "fates_of_examples": fates,
         }
         runs.write_summary(args, summary)
         reporting.push_adapter(args)

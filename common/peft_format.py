@@ -1,6 +1,7 @@
 """Adapters in PEFT's file format: an ordinary LoRA on the unmodified base, written and read."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,15 @@ def export_adapter(
     target_modules: list[str],
     task_type: str,
     modules_to_save: Mapping[str, nn.Module] | None = None,
+    *,
+    revision: str | None = None,
 ) -> int:
     """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; returns its rank, PiSSA's 2r.
 
     Args:
         layers: the adapted layers (train.py's LoRALinear) by name.
         modules_to_save: trained modules by name, such as a classifier, that are stored whole beside the adapters.
+        revision: the base's on the hub.
     """
     tensors = {}
     for name, layer in layers.items():
@@ -45,6 +49,7 @@ def export_adapter(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank,
         "lora_alpha": layer.scaling * rank,
         "target_modules": target_modules,
@@ -97,6 +102,39 @@ def adapter_card(args: Any, rank: int) -> str:
     )
 
 
+# Fields of PEFT's configurations that leave the forward pass of plain LoRA as it is, or that `read_adapter` looks at.
+# Any other field says something that is not known here, unless it is empty.
+KNOWN_FIELDS = {
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "bias", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "auto_mapping"),
+}
+
+
+def _selects(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT's target_modules, exclude_modules and layers_to_transform choose the layer `name`."""
+
+    def names(targets: str | list[str] | None) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    index = re.search(r"\.(\d+)\.", name)
+    is_wanted = layers is None or (index is not None and int(index[1]) in layers)
+    return is_wanted and names(config.get("target_modules")) and not names(config.get("exclude_modules"))
+
+
 @dataclass
 class InitialAdapter:
     """An adapter in PEFT's format that a run starts from."""
@@ -108,18 +146,18 @@ class InitialAdapter:
     factors: dict[str, tuple[Tensor, Tensor]]  # A (R × in) and B (out × R) by layer name
     principal_rank: int | None  # ours: the first this many of R are trained, the others are PiSSA's start
     is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are those of the weight
+    config: dict[str, Any]  # its adapter_config.json
 
     def require_fit(self, layers: dict[str, nn.Linear]) -> None:
-        """Raises a UserError where the adapter does not fit the model's target layers."""
-        for name, layer in layers.items():
-            if name not in self.factors:
+        """Raises a UserError where the adapter does not fit the model's linear layers."""
+        for name in layers:
+            if name not in self.factors and _selects(self.config, name):
                 raise UserError(f"--init-adapter {self.folder} has no factors for {name}: an adapter of another model")
-            A, B = self.factors[name]
-            if (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
+        for name, (A, B) in self.factors.items():
+            if name not in layers:
+                raise UserError(f"--init-adapter {self.folder} has factors for {name}, which this model lacks")
+            if (B.shape[0], A.shape[1]) != (layers[name].out_features, layers[name].in_features):
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
-        beyond = sorted(self.factors.keys() - layers.keys())
-        if beyond:
-            raise UserError(f"--init-adapter {self.folder} has factors for {beyond[0]}, which this model lacks")
 
     def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """What `trained_tensors` would give for a model that starts from it.
@@ -154,7 +192,7 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
     except Exception as error:  # OSError, JSON's and safetensors' own
         raise UserError(f"--init-adapter {folder} is no adapter in PEFT's format: {first_line(error)}") from error
     start = config.get("init_lora_weights", True)
-    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
@@ -174,5 +212,4 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
         raise UserError(f"--init-adapter {folder} is a PiSSA adapter: go on with --method pissa or ba-lora")
     rank = principal_rank or config["r"]
     alpha = config["lora_alpha"] * rank / config["r"]
-    targets = sorted({name.rpartition(".")[2] for name in factors})
-    return InitialAdapter(folder, rank, alpha, targets, factors, principal_rank, is_pissa)
+    return InitialAdapter(folder, rank, alpha, sorted(factors), factors, principal_rank, is_pissa, config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from common.cli import UserError, first_line
 
 if TYPE_CHECKING:
+    import datasets
     import torch
     import transformers
 
@@ -21,6 +22,8 @@ def check_checkpoint(name: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{name} has no config.json: not a transformers checkpoint")
+    if (folder / "adapter_config.json").is_file():  # transformers would load it too, and write no weights afterwards
+        raise UserError(f"{name} holds an adapter beside the model: move its adapter_*.* away, or merge it first")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{name} has no .safetensors file (pickled weights are not loaded: convert them first)")
@@ -66,6 +69,50 @@ def load_tokenizer_and_config(
     return tokenizer, config
 
 
+def require_trainable(name: str, config: "transformers.PretrainedConfig") -> None:
+    """Raises a UserError where the configuration is of a kind that cannot be trained here."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(f"{name} is quantized ({method}): name the model as it was before; --load-in quantizes it")
+    if config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder with a decoder ({config.model_type}): only decoders can be trained")
+    if config.get_text_config() is not config:
+        raise UserError(f"{name} is more than a text model ({config.model_type}): save its language model by itself")
+
+
+def require_causal(model: "transformers.PreTrainedModel") -> None:
+    """Raises a UserError where the model does not run as it is trained, or a position sees the later ones."""
+    import torch
+
+    from common import partitioned
+
+    training, device = model.training, partitioned.device_of(model.get_input_embeddings().weight)
+    input_ids = torch.arange(16, device=device).view(2, 8) % model.config.vocab_size
+    input_ids[1, :-1] = input_ids[0, :-1]  # the last token alone differs
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), partitioned.gathered_module_by_module(model):
+            model.eval()
+            logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+            model.train()  # Mamba takes another path there; dropout draws from the forked generator
+            model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # noqa: B018
+    except AttributeError as error:  # an adapted layer is asked for its weight, or the decoder gives no states
+        raise UserError(f"{type(model).__name__} cannot be trained with adapters: {first_line(error)}") from error
+    finally:
+        model.train(training)
+    tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
+    if not torch.allclose(logits[0], logits[1], rtol=tolerance, atol=tolerance * float(logits.abs().max())):
+        raise UserError(f"{type(model).__name__} sees later tokens: no causal language model (is_decoder: true?)")
+
+
+def require_embedded(dataset: "datasets.Dataset", model: "transformers.PreTrainedModel", num_tokens: int) -> None:
+    """Raises a UserError where a token of the data is beyond the embedding; `num_tokens`: the tokenizer's."""
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(map(max, dataset["input_ids"])) if num_tokens > rows else 0
+    if largest >= rows:
+        raise UserError(f"token {largest} of the data is beyond the model's {rows} embeddings: enlarge the model's")
+
+
 def resolve_demo(name: str | None, kind: Literal["model", "train", "test"]) -> str | None:
     """The path behind the reserved name `demo`; any other name as it is."""
     if name != "demo":
@@ -88,9 +135,22 @@ def resolve_dtype(name: str) -> "torch.dtype":
     return getattr(torch, name)
 
 
+def export_dtype(name: str, args: Any) -> "torch.dtype":
+    """The type of merged/: the one that --dtype names, else the base's own, else the one of training."""
+    import torch
+    from transformers import AutoConfig
+
+    own = None
+    if args.dtype == "auto":
+        own = AutoConfig.from_pretrained(name, revision=args.model_revision, trust_remote_code=args.trust_remote_code)
+        own = own.dtype
+    return own if isinstance(own, torch.dtype) else resolve_dtype(args.dtype)
+
+
 def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
-    """Some published models have settings that transformers reads and does not write: most of sampling, without
-    sampling. These are kept, with sampling; of any others nothing is kept but the special tokens."""
+    """Some published models have sampling values without sampling, which transformers reads, ignores, and does not
+    write. They are taken out: the exported model decodes greedily, as its base does. Of other settings that cannot be
+    written nothing is kept but the special tokens."""
     from transformers import GenerationConfig
 
     config = model.generation_config
@@ -102,8 +162,9 @@ def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
             return False
         return True
 
-    if not can_be_written():
-        config.do_sample = True
+    if not can_be_written() and not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, name, getattr(GenerationConfig(), name))
     if not can_be_written():
         model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, first_line
+from common.exports import clean_tokenizer_config
 from common.prompts import ALPACA_PROMPT, encode_opening, encode_response
 
 if TYPE_CHECKING:
@@ -218,12 +219,18 @@ class Template:
         if self.end_token_id not in stops:
             generation_config.eos_token_id = [*stops, self.end_token_id] if stops else self.end_token_id
 
+    @property
+    def plain_jinja(self) -> str:
+        """The chat template for other programs: ours without its marks, which only transformers' jinja knows."""
+        return self.jinja if self.name == "chat" else re.sub(r"\{% (end)?generation %\}", "", self.jinja)
+
     def save(self, folder: Path, generation_config: "GenerationConfig | None" = None) -> None:
         """Writes the tokenizer with the chat template of training and its name, as `trained_template`."""
         tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.chat_template = self.jinja
+        tokenizer.chat_template = self.plain_jinja
         tokenizer.init_kwargs["trained_template"] = self.name
         tokenizer.save_pretrained(folder)
+        clean_tokenizer_config(folder / "tokenizer_config.json")
         if generation_config is not None:
             generation_config.save_pretrained(folder)
 

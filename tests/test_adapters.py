@@ -2,16 +2,20 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import PUBLISHED, make_model, relative_error
+from conftest import PUBLISHED, make_model, make_tokenizer, relative_error
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import train
-from common.cli import UserError
+from common import exports
+from common.cli import RunStopped, UserError
 from common.peft_format import export_adapter
 from common.targets import TARGET_MODULES
 from common.tensors import save_tensors
@@ -208,3 +212,198 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
     with safe_open(path, "pt") as file:
         assert file.metadata() == metadata
         assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in tensors)
+
+
+# ---------------------------------------------------------------------------------------------- what goes out
+
+
+@pytest.mark.parametrize(
+    ("rope", "classic"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+        (
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "partial_rotary_factor": 0.5},
+            {
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"rope_type": "yarn", "type": "yarn", "factor": 4.0},
+            },
+        ),
+        (
+            {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "original_max_position_embeddings": 64},
+            {
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0]},
+            },
+        ),
+        (
+            {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 8.0},
+            },
+        ),
+        (None, {}),
+    ],
+)
+def test_rotary_settings_by_the_names_of_transformers_4(rope, classic):
+    """As the configurations of Llama, Phi-3 and Gemma-3 in transformers 4.57 read them."""
+    assert exports.classic_rope({"rope_parameters": rope}) == classic
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run on a tiny Llama with a theta of its own, and its base."""
+    folder = tmp_path_factory.mktemp("exports")
+    model = make_model()
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    model.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    (folder / "data.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1", "output": "2"}) + "\n")
+    files = ("--model", folder / "base", "--data", folder / "data.jsonl", "--output-dir", folder / "out")
+    options = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--model-revision", "v1")
+    train.main([*map(str, files), *map(str, options)])
+    return folder
+
+
+def test_what_goes_out_is_readable_without_transformers_5(run_folder):
+    config = json.loads((run_folder / "out" / "merged" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (500000.0, 500000.0)
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    for name in ("merged", "adapter"):
+        tokenizer = json.loads((run_folder / "out" / name / "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not tokenizer.keys() & {"backend", "is_local", "local_files_only"}
+        assert "generation %}" not in (run_folder / "out" / name / "chat_template.jinja").read_text()
+    assert json.loads((run_folder / "out" / "adapter" / "adapter_config.json").read_text())["revision"] == "v1"
+
+
+def edit_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_tensor(path: Path, name: str, edit: object) -> None:
+    """Puts what `edit` makes of it in the place of a tensor; None takes it out."""
+    tensors = load_file(path)
+    changed = edit(tensors.pop(name).clone())
+    save_file(tensors | ({} if changed is None else {name: changed.contiguous()}), path, metadata={"format": "pt"})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+MERGED, ADAPTER = Path("merged", "model.safetensors"), Path("adapter", "adapter_model.safetensors")
+Q_PROJ, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+A_FACTOR = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+FAULTS = {
+    "a sign in an adapted layer": lambda out: edit_tensor(out / MERGED, Q_PROJ, lambda x: x * (1 - 2 * (x == x[0, 0]))),
+    "a number in another tensor": lambda out: edit_tensor(out / MERGED, NORM, lambda x: x.index_fill(0, INDEX, 1.0001)),
+    "a tensor gone": lambda out: edit_tensor(out / MERGED, NORM, lambda x: None),
+    "another shape": lambda out: edit_tensor(out / MERGED, NORM, lambda x: x[:-1]),
+    "another type": lambda out: edit_tensor(out / MERGED, Q_PROJ, lambda x: x.bfloat16()),
+    "merged weights cut": lambda out: cut(out / MERGED),
+    "adapter cut": lambda out: cut(out / ADAPTER),
+    "a factor": lambda out: edit_tensor(out / ADAPTER, A_FACTOR, lambda x: x * 1.01),
+    "a factor gone": lambda out: edit_tensor(out / ADAPTER, A_FACTOR, lambda x: None),
+    "alpha": lambda out: edit_json(out / "adapter" / "adapter_config.json", lora_alpha=5),
+    "a target left out": lambda out: edit_json(out / "adapter" / "adapter_config.json", target_modules=["q_proj"]),
+    "a wrong base": lambda out: edit_json(
+        out / "adapter" / "adapter_config.json", base_model_name_or_path=str(other_base(out))
+    ),
+    "theta": lambda out: edit_json(
+        out / "merged" / "config.json", rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    ),
+    "the chat template": lambda out: (out / "merged" / "chat_template.jinja").write_text("{{ messages }}"),
+}
+INDEX = torch.tensor([3])
+
+
+def other_base(out: Path) -> Path:
+    folder = out.parents[1] / "another"
+    make_model(seed=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_export_is_found_and_the_checkpoint_stays(fault, run_folder, tmp_path, monkeypatch):
+    """Put in between the writing and the reading back, with --export-from."""
+    require_same = exports.ReadBack.require_same
+
+    def damaged(self, folder, *args):
+        FAULTS[fault](folder)
+        require_same(self, folder, *args)
+
+    shutil.copytree(run_folder / "out", tmp_path / "out")
+    before = sorted((tmp_path / "out").rglob("*"))
+    monkeypatch.setattr(exports.ReadBack, "require_same", damaged)
+    with pytest.raises(RunStopped, match=r"reading back: .*--export-from"):
+        train.main(["--export-from", str(tmp_path / "out"), "--overwrite"])
+    assert before == sorted((tmp_path / "out").rglob("*"))
+    monkeypatch.undo()
+    train.main(["--export-from", str(tmp_path / "out"), "--overwrite"])
+
+
+CHOICES = {  # PEFT's ways to choose layers
+    "layers_to_transform": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]},
+    "exclude_modules": {"target_modules": ["q_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    "regular expression": {"target_modules": r".*layers\.0\..*(q|v)_proj"},
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_an_adapter_of_some_layers_can_be_gone_on_from(choice, run_folder, tmp_path):
+    base = run_folder / "base"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, **CHOICES[choice])).save_pretrained(tmp_path / "adapter")
+    before = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    for start, out in ((tmp_path / "adapter", "first"), (tmp_path / "first" / "adapter", "second")):
+        files = ("--model", base, "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / out)
+        train.main([*map(str, files), "--method", "lora", "--max-steps", "1", "--init-adapter", str(start)])
+        assert load_file(tmp_path / out / "adapter" / "adapter_model.safetensors").keys() == before
+
+
+def test_targets_as_pefts_users_name_them(model):
+    linear = train.find_target_modules(model, ["all-linear"], 4)
+    assert {name.rpartition(".")[2] for name in linear} == set(TARGET_MODULES)
+    assert list(train.find_target_modules(model, [r".*layers\.1\..*(q|v)_proj"], 4)) == [
+        f"model.layers.1.self_attn.{which}_proj" for which in "qv"
+    ]
+
+
+UNTRAINABLE = {
+    "an adapter beside the weights": (lambda base: (base / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    "quantized": (
+        lambda base: edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantized",
+    ),
+    "GPT-2": (lambda base: another(base, transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2)), "Conv1D"),
+    "BERT": (
+        lambda base: another(base, transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+        "sees later tokens",
+    ),
+    "RWKV": (
+        lambda base: another(base, transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=258)),
+        "cannot be trained with adapters",
+    ),
+}
+
+
+def another(base: Path, config: transformers.PretrainedConfig) -> None:
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+
+
+@pytest.mark.parametrize("kind", UNTRAINABLE)
+def test_a_model_that_cannot_be_trained_is_one_line(kind, run_folder, tmp_path):
+    shutil.copytree(run_folder / "base", tmp_path / "base")
+    edit, expected = UNTRAINABLE[kind]
+    edit(tmp_path / "base")
+    files = ("--model", tmp_path / "base", "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / "out")
+    targets = {"BERT": ["query", "value"], "RWKV": ["key", "value"]}.get(kind)
+    with pytest.raises(UserError, match=expected):
+        train.main([*map(str, files), "--rank", "2", *(["--target-modules", *targets] if targets else [])])

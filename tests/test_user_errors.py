@@ -175,6 +175,7 @@ def saved_adapter(folder, **settings):
         ({"init_lora_weights": "olora"}, "olora changed the base's weights"),
         ({"modules_to_save": ["norm"]}, "only factors of linear layers can be gone on with, not base_model.model"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"alora_invocation_tokens": [3]}, "not alora_invocation_tokens"),
     ],
     ids=str,
 )

@@ -1,0 +1,219 @@
+"""What a run leaves for other programs: written for transformers 4 and 5 alike, then opened again and compared."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from common.cli import first_line
+
+if TYPE_CHECKING:
+    import transformers
+
+SAMPLE_SIZE = 2**28  # numbers of adapted weights that are compared bit for bit: all of a small model
+FITTING_GIB = 32  # a larger model is not loaded again
+
+
+def save_merged(model: "transformers.PreTrainedModel", folder: Path, dtype: torch.dtype) -> None:
+    """Writes a plain checkpoint, with the rotary settings under the names of transformers 4 beside those of 5."""
+    model.to(dtype).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config |= classic_rope(config)
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta`, `rope_scaling` and their like, as transformers 4 reads them, of a config.json of transformers 5."""
+    rope = config.get("rope_parameters")
+    if not rope:
+        return {}
+    local = rope.get("sliding_attention") or {}
+    whole = dict(rope.get("full_attention") or local or rope)
+    kind = whole.pop("rope_type", "default")
+    classic = {name: whole.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in whole}
+    if "rope_theta" in local and "full_attention" in rope:
+        classic["rope_local_base_freq"] = local["rope_theta"]
+    if kind == "longrope":  # Phi-3's configuration wants these names and no others
+        length = whole.pop("original_max_position_embeddings", None)
+        classic |= {"original_max_position_embeddings": length} if length is not None else {}
+        classic["rope_scaling"] = {"type": kind} | whole
+    elif kind != "default":
+        classic["rope_scaling"] = {"rope_type": kind, "type": kind} | whole
+    return classic
+
+
+def clean_tokenizer_config(path: Path) -> None:
+    """Takes out of a tokenizer_config.json what only transformers 5 knows, and what its loading call left there."""
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same class, by the name that both know
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def probe_ids(model: nn.Module) -> Tensor:
+    """Two sequences from all over the vocabulary, (2, 12)."""
+    return torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 24).long().view(2, 12)
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module) -> Tensor:
+    """(2, 12, V) on the CPU, in fp32."""
+    training = model.training
+    model.eval()
+    try:
+        device = model.get_input_embeddings().weight.device
+        return model(input_ids=probe_ids(model).to(device), use_cache=False).logits.float().cpu()
+    finally:
+        model.train(training)
+
+
+class ReadBack:
+    """Compares an export's files with the model that was trained. Made before the adapters are merged away.
+
+    Attributes:
+        logits: the trained model's on `probe_ids`.
+        weights: W by name for a sample of the adapted layers, all of them below SAMPLE_SIZE.
+    """
+
+    def __init__(self, model: "transformers.PreTrainedModel", layers: Mapping[str, Any]):
+        self.weights: dict[str, Tensor] = {}
+        size = 0
+        names = list(layers)  # from both ends, so that a sample has early and late layers
+        for name in (name for pair in zip(names, reversed(names), strict=True) for name in pair):
+            weight = layers[name].base.weight
+            if name not in self.weights and (not self.weights or size + weight.numel() <= SAMPLE_SIZE):
+                self.weights[name], size = weight.data, size + weight.numel()
+        self.adapted = set(layers)
+        self.trained_in = next(model.parameters()).dtype
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.fits = num_bytes <= min(FITTING_GIB * 2**30, free / 3)
+        self.logits = probe_logits(model) if self.fits else None
+
+    def require_same(
+        self, folder: Path, model: "transformers.PreTrainedModel", tokenizer: Any, jinja: str, options: dict[str, Any]
+    ) -> None:
+        """Opens `folder`/merged and `folder`/adapter.
+
+        Args:
+            model: the merged one, as it was written.
+            options: of `from_pretrained` for code and attention.
+
+        Raises:
+            ValueError: what differs, in one line.
+        """
+        try:
+            self._require_files(folder, model)
+            for name in ("merged", "adapter"):
+                if (folder / name).is_dir():
+                    _require_tokenizer(folder / name, tokenizer, jinja)
+            if self.fits:
+                self._require_loaded(folder, model, options)
+        except ValueError:
+            raise
+        except Exception as error:  # safetensors', transformers' and PEFT's own
+            raise ValueError(f"reading back: {first_line(error)}") from error
+
+    def _require_files(self, folder: Path, model: "transformers.PreTrainedModel") -> None:
+        """Every tensor is there with its shape and type; W + s·B·A of the adapter's file is the merged weight."""
+        dtype, expected = next(model.parameters()).dtype, model.state_dict()
+        stored = {}
+        for path in sorted((folder / "merged").glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                stored |= dict.fromkeys(file.keys(), path)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        missing = sorted(expected.keys() - stored.keys() - tied)
+        if missing and not stored.keys() - expected.keys():  # else the class has other names in files than in memory
+            raise ValueError(f"reading back: merged/ lacks {missing[0]}")
+        factors, scaling = _factors(folder / "adapter", self.adapted) if self.weights else ({}, 0.0)
+        for name, path in stored.items():
+            layer = name.removesuffix(".weight")
+            with safe_open(path, "pt") as file:
+                part = file.get_slice(name)
+                if name in expected and tuple(part.get_shape()) != tuple(expected[name].shape):
+                    raise ValueError(f"reading back: {name} in merged/ has the shape {part.get_shape()}")
+                if layer not in self.weights or not name.endswith(".weight"):
+                    continue
+                found = file.get_tensor(name)
+            weight = self.weights[layer]
+            A, B = (factor.to(weight.device).float() for factor in factors[layer])
+            sum_ = torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype).to(dtype).cpu()
+            if found.dtype != dtype or not torch.equal(found, sum_):
+                raise ValueError(f"reading back: {name} in merged/ is not W + ΔW of adapter/")
+
+    def _require_loaded(self, folder: Path, model: "transformers.PreTrainedModel", options: dict[str, Any]) -> None:
+        """merged/ and base + adapter/, loaded by transformers and PEFT, have the trained model's tensors and logits."""
+        from transformers import AutoModelForCausalLM
+
+        merged, loading = AutoModelForCausalLM.from_pretrained(
+            folder / "merged", dtype="auto", output_loading_info=True, **options
+        )
+        for what, names in loading.items():
+            if names and what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                raise ValueError(f"reading back: merged/ has {what.replace('_', ' ')}: {sorted(names)[0]}")
+        expected = model.state_dict()
+        for name, tensor in merged.state_dict().items():
+            if name in expected and not (
+                tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name].cpu())
+            ):
+                raise ValueError(f"reading back: {name} in merged/ differs from the trained model's")
+        self._require_logits("merged/", merged)
+        if not self.adapted or importlib.util.find_spec("peft") is None:
+            return
+        import peft
+
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        base = AutoModelForCausalLM.from_pretrained(
+            config["base_model_name_or_path"], revision=config.get("revision"), dtype=self.trained_in, **options
+        )
+        for name, tensor in base.state_dict().items():
+            if name.removesuffix(".weight") not in self.adapted and not torch.equal(
+                tensor.to(expected[name].dtype), expected[name].cpu()
+            ):
+                raise ValueError(f"reading back: {name} of the base differs from the trained model's")
+        self._require_logits("the base with adapter/", peft.PeftModel.from_pretrained(base, folder / "adapter"))
+
+    def _require_logits(self, what: str, model: nn.Module) -> None:
+        """In 16 bits a mixture's router may choose otherwise at a few positions: the median one decides there."""
+        distance = (probe_logits(model) - self.logits).norm(dim=-1) / self.logits.norm(dim=-1).clamp(min=1e-30)
+        is_exact = self.trained_in == next(model.parameters()).dtype == torch.float32
+        found, limit = (distance.max(), 1e-4) if is_exact else (distance.median(), 0.1)
+        if not found <= limit:
+            raise ValueError(f"reading back: the logits of {what} are {float(found):.1e} off the trained model's")
+
+
+def _factors(folder: Path, adapted: set[str]) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """A and B by layer, and s, from an adapter's files."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        keys, prefix = set(file.keys()), "base_model.model."
+        names = {f"{prefix}{layer}.lora_{which}.weight" for layer in adapted for which in "AB"}
+        if keys != names:
+            raise ValueError(f"reading back: adapter/ lacks or adds {sorted(keys ^ names)[0]}")
+        factors = {
+            layer: tuple(file.get_tensor(f"{prefix}{layer}.lora_{which}.weight") for which in "AB") for layer in adapted
+        }
+    return factors, config["lora_alpha"] / config["r"]
+
+
+def _require_tokenizer(folder: Path, tokenizer: Any, jinja: str) -> None:
+    from transformers import AutoTokenizer
+
+    found, text = AutoTokenizer.from_pretrained(folder), "Two 2s are 4, naïve 你好\n"
+    if found.chat_template != jinja:
+        raise ValueError(f"reading back: {folder.name}/ has another chat template")
+    if found(text)["input_ids"] != tokenizer(text)["input_ids"] or found.eos_token_id != tokenizer.eos_token_id:
+        raise ValueError(f"reading back: the tokenizer of {folder.name}/ gives other tokens")
