@@ -526,6 +526,8 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
     tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
+    if getattr(config, "summary_type", None) == "last":
+        raise UserError(f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {args.model} has neither a padding nor an end token: declare its pad_token")
     if tokenizer.pad_token_id is None:
