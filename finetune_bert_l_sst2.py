@@ -67,27 +67,28 @@ from common import cli
 from common.best_state import BestState
 from common.checkpoints import accumulation, checkpoint_to_resume
 from common.classifiers import (
-    INPUTS,
+    Collator,
     Outputs,
     conv1d_for_linear,
+    encode_data,
     final_linear,
     head_modules,
     linear_for_conv1d,
     load_classifier,
+    rescale_outputs,
     run_model,
     set_head,
+    training_examples,
 )
 from common.cli import UserError, option, parse_arguments
-from common.labelled import Data, classes_of, demo_data, set_aside, to_split
-from common.markdown import markdown
-from common.metrics import metric, predictions, score, softmax
+from common.labelled import TASKS, Data, load_data
+from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
-from common.peft_format import export_adapter
+from common.peft_format import classifier_card, export_adapter
 from common.pretrained import check_checkpoint, load_tokenizer_and_config
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
 from common.runs import held_alone, open_output_dir, package_versions, require_output_dir, require_same_run, write_whole
-from common.tables import load_records, read_table, require_fields
 from common.targets import default_target_modules, find_target_modules
 from common.training import Training, generator_of, resolve_shared_arguments
 from train import (
@@ -128,32 +129,12 @@ FORMULATIONS: dict[str, dict[str, float]] = {
     },
 }
 
+# Rates that the study of robustness chose among four by validation, for 600 sentences and MiniLM with a random head.
+LEARNING_RATES = {"full": 5e-5, "lora": 2e-3, "pissa": 5e-4, "ba-lora": 5e-4}
+
 # The linear layers of BERT and RoBERTa, DeBERTa, GPT-2 that get an adapter: attention, its output, the feed-forward.
 TARGET_MODULES = ["query", "key", "value", "query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
 TARGET_MODULES += ["c_attn", "c_fc", "c_proj"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A GLUE task: its texts' columns on the hub, its number of classes (1: a number is predicted), its metrics, of
-    which the first selects the best state, and its evaluation splits."""
-
-    fields: tuple[str, ...]
-    num_classes: int
-    metrics: tuple[str, ...] = ("accuracy",)
-    eval_splits: tuple[str, ...] = ("validation",)
-
-
-TASKS = {
-    "cola": Task(("sentence",), 2, ("matthews", "accuracy")),
-    "sst2": Task(("sentence",), 2),
-    "mrpc": Task(("sentence1", "sentence2"), 2, ("accuracy", "f1")),
-    "qqp": Task(("question1", "question2"), 2, ("accuracy", "f1")),
-    "stsb": Task(("sentence1", "sentence2"), 1, ("pearson", "spearman")),
-    "mnli": Task(("premise", "hypothesis"), 3, eval_splits=("validation_matched", "validation_mismatched")),
-    "qnli": Task(("question", "sentence"), 2),
-    "rte": Task(("sentence1", "sentence2"), 2),
-}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -173,10 +154,16 @@ class DataArguments:
     )
     data: str | None = option(None, "csv, tsv, jsonl or parquet file to train on; 'demo': the embedded movie reviews")
     eval_data: list[str] = option([], "files to evaluate on, one score each; none: a tenth of --data is set aside")
+    validation_data: str | None = option(
+        None, "file to select the best state by; none: a tenth of --data is set aside, of each class in its share"
+    )
     fields: list[str] | None = option(
         None, "the data's one or two columns of text; numbers count the columns of a file without header, from 0"
     )
     label: str = option("label", "the data's column of labels, by name or number")
+    metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = option(
+        None, "what the best state is selected by; none: the task's first metric"
+    )
     max_examples: int | None = option(None, "train on the first N examples")
     max_length: int = option(128, "tokens per example; longer ones are cut")
     output_dir: str = option("output/nlu", "folder for everything this run writes")
@@ -193,7 +180,8 @@ class AdapterArguments(train.AdapterArguments):
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train beside the classifier")
     rank: int = option(8, "adapter rank r")
     teacher_head: Literal["initial", "probe"] = option(
-        "initial", "head that the teacher keeps and training starts from: random (as published), or a fitted probe"
+        "initial",
+        "head that the teacher keeps and training starts from: the checkpoint's, else random; or a fitted probe",
     )
 
 
@@ -218,7 +206,12 @@ class OptimizationArguments(train.OptimizationArguments):
     epochs: float = option(3.0, "passes over the data")
     batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one")
     gradient_accumulation: int = option(1, "micro-batches per optimizer step")
-    learning_rate: float = option(5e-4, "peak learning rate of AdamW")
+    learning_rate: float | None = option(
+        None, "peak learning rate of AdamW; none: the method's, full 5e-5, lora 2e-3, pissa and ba-lora 5e-4"
+    )
+    class_weights: Literal["balanced"] | None = option(
+        None, "balanced: each class's share of L_task is the same, whatever its number of examples"
+    )
     warmup_ratio: float = option(0.06, "part of training over which the learning rate rises")
     lr_scheduler: str = option("linear", "learning-rate schedule after warm-up, a name that transformers knows")
     evals_per_epoch: int = option(1, "validations per epoch; the best state so far is kept")
@@ -239,6 +232,8 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
 ):
     """Everything that a run is told."""
 
+    loss_weights = None  # no option: of each class, as `load_data` counts them for --class-weights
+
 
 def resolve_arguments(argv: list[str]) -> Arguments:
     """Reads the command line, chooses the experiment where it names none, and checks what needs no file.
@@ -257,19 +252,24 @@ def resolve_arguments(argv: list[str]) -> Arguments:
         raise UserError("no --model: a hub name or a folder, or 'demo' for the embedded MiniLM")
     if args.fields is None and args.data != "demo":
         args.fields = list(TASKS[args.task].fields) if args.task else ["sentence"]
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.method]
     resolve_shared_arguments(args, FORMULATIONS)
     cli.require_positive(args, "evals_per_epoch", "patience")
     cli.require_not_negative(args, "weight_decay")
-    if args.data == "demo" and (args.task or args.eval_data):
-        raise UserError("--data demo has its own task and test sets: leave out --task and --eval-data")
+    if args.data == "demo" and (args.task or args.eval_data or args.validation_data):
+        raise UserError(
+            "--data demo has its own task and sets: leave out --task and --eval-data, and --validation-data too"
+        )
     if args.data != "demo" and len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes one or two columns of text, not {len(args.fields)}")
-    if args.eval_data and args.data is None:
-        raise UserError("--eval-data needs --data: without it, --task evaluates on its own validation split")
+    if (args.eval_data or args.validation_data) and args.data is None:
+        option_name = "--eval-data" if args.eval_data else "--validation-data"
+        raise UserError(f"{option_name} needs --data: without it, --task reads its own splits")
     if (args.skip_done or args.resume) and not args.overwrite:
         leave_if_done(args)
         args.overwrite = not args.resume and is_unfinished(Path(args.output_dir))
-    inputs = (args.config, args.model, args.data, *args.eval_data)
+    inputs = (args.config, args.model, args.data, args.validation_data, *args.eval_data)
     remedy = "name another one, go on with --resume, or use --overwrite"
     require_output_dir(args, args.overwrite or args.resume, remedy, *inputs)
     return args
@@ -311,108 +311,6 @@ def default_experiment() -> tuple[Path, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Data
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def load_data(args: Arguments) -> Data:
-    """Reads, checks and splits the data that `args` names.
-
-    Raises:
-        UserError: a missing column, an empty text, a label that training does not know, fewer than two classes.
-    """
-    if args.data == "demo":
-        return demo_data(args.max_examples)
-    task = TASKS.get(args.task, Task((), 0))
-    if args.data is None:
-        training = load_records("nyu-mll/glue", "train", name=args.task)
-        tests = {name: load_records("nyu-mll/glue", name, name=args.task) for name in task.eval_splits}
-        source = f"nyu-mll/glue, {args.task}"
-    else:
-        training, source = read_table(args.data, args.fields, args.label), args.data
-        tests = {}
-        for path in args.eval_data:
-            name = Path(path).stem if Path(path).stem not in tests else path
-            tests[name] = read_table(path, args.fields, args.label)
-    remedy = "name the columns with --fields and --label"
-    for records, name in ((training, source), *((records, name) for name, records in tests.items())):
-        require_fields(records, [*args.fields, args.label], name, remedy)
-    if args.max_examples is not None:
-        training = training.select(range(min(args.max_examples, len(training))))
-    if task.num_classes == 1:
-        names = []
-    elif task.num_classes:
-        names = [str(number) for number in range(task.num_classes)]
-    else:
-        names = classes_of(training[args.label], source, args.label)
-    class_names = None if task.num_classes == 1 else names
-    training = to_split(training, args.fields, args.label, class_names, source)
-    tests = {name: to_split(records, args.fields, args.label, class_names, name) for name, records in tests.items()}
-    if not tests:
-        training, tests["held out"] = set_aside(training, source)
-    training, validation = set_aside(training, source)
-    for number, name in enumerate(names):
-        if number not in training.labels:
-            raise UserError(f"{source}: no training example of class {name!r} is left among {len(training)}: add some")
-    return Data(training, validation, tests, names, task.metrics)
-
-
-def encode(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    config: transformers.PretrainedConfig,
-    texts: list[tuple[str, ...]],
-    max_length: int,
-) -> list[dict[str, list[int]]]:
-    """The model's inputs of each example, without padding."""
-    encoded = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=max_length)
-    names = [name for name in INPUTS if name in encoded]
-    if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
-        names.remove("token_type_ids")  # some tokenizers give them to models that know none
-    return [dict(zip(names, row, strict=True)) for row in zip(*(encoded[name] for name in names), strict=True)]
-
-
-def encode_data(
-    data: Data,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    config: transformers.PretrainedConfig,
-    max_length: int,
-) -> None:
-    """`encode` for every split, which gets its `examples`."""
-    for split in (data.train, data.validation, *data.tests.values()):
-        split.examples = encode(tokenizer, config, split.texts, max_length)
-
-
-def training_examples(
-    examples: list[dict[str, list[int]]], labels: list[int | float], teacher_logits: np.ndarray | None
-) -> list[dict[str, Any]]:
-    """What `fit` trains on: inputs, label, and for BA-LoRA the teacher's logits, (N, D)."""
-    if teacher_logits is None:
-        return [example | {"labels": label} for example, label in zip(examples, labels, strict=True)]
-    return [
-        example | {"labels": label, "teacher_logits": teacher}
-        for example, label, teacher in zip(examples, labels, teacher_logits, strict=True)
-    ]
-
-
-@dataclass
-class Collator:
-    """Pads a batch to its longest example, on the right."""
-
-    pad_token_id: int
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = max(len(example["input_ids"]) for example in examples)
-        batch = {}
-        for name in examples[0]:
-            values = [example[name] for example in examples]
-            if name in INPUTS:
-                fill = self.pad_token_id if name == "input_ids" else 0
-                values = [row + [fill] * (length - len(row)) for row in values]
-            batch[name] = torch.tensor(np.array(values))
-        return batch
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Adapters and objective
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -445,7 +343,11 @@ def nlu_objective(
         progress: the fraction of training done, for the schedules.
     """
     regression = logits.shape[1] == 1
-    task = F.mse_loss(logits[:, 0], labels.to(logits.dtype)) if regression else F.cross_entropy(logits, labels)
+    if regression:
+        task = F.mse_loss(logits[:, 0], labels.to(logits.dtype))
+    else:
+        weights = None if args.loss_weights is None else logits.new_tensor(args.loss_weights)
+        task = F.cross_entropy(logits, labels, weights, reduction="sum") / len(labels)
     terms = {"task": task}
     if teacher_logits is None:
         return task, terms
@@ -486,10 +388,18 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
             "note: L_SVDR is the constant -1 with every k: a probe's logits on two classes are each other's negative, "
             "and training keeps them so; with --teacher-head initial --spectral-k 1 it acts"
         )
-    if args.lambda_spectral > 0 and args.spectral_k >= min(num_classes, args.batch_size):
+    # Centred as a probe's are, the logits of D classes have rank D − 1: k = D − 1 takes in all of it.
+    rank = min(num_classes - (args.teacher_head == "probe"), args.batch_size)
+    if args.lambda_spectral > 0 and args.spectral_k >= rank:
+        from_probe = args.spectral_k < min(num_classes, args.batch_size)
+        is_constant = (
+            "starts as the constant -1, since a probe's logits add up to 0"
+            if from_probe
+            else ("is the constant -1 and has no gradient")
+        )
         return (
-            f"note: L_SVDR with k = {args.spectral_k} on {num_classes} classes is the constant -1 and has no gradient; "
-            f"--spectral-k {min(num_classes, args.batch_size) - 1} or less acts"
+            f"note: L_SVDR with k = {args.spectral_k} on {num_classes} classes {is_constant}; "
+            f"--spectral-k {rank - 1} or less acts"
         )
     return None
 
@@ -600,6 +510,10 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
     tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
+    if getattr(config, "summary_type", None) == "last":
+        raise UserError(f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {args.model} has neither a padding nor an end token: declare its pad_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
@@ -609,7 +523,8 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
             skeleton = AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
-    longest = getattr(config, "max_position_embeddings", args.max_length)
+    longest = getattr(config, "max_position_embeddings", None) or 0
+    longest = longest if longest > 0 else args.max_length  # XLNet says -1 and T5 nothing: no limit
     for name, module in skeleton.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest -= module.padding_idx + 1  # RoBERTa counts positions from there
@@ -632,32 +547,45 @@ class Base:
     path: str
     tokenizer: transformers.PreTrainedTokenizerBase
     config: transformers.PretrainedConfig
+    shift: float = 0.0  # of the numbers to predict; see Data
+    unit: float = 1.0
 
 
 def inspect_base(args: Arguments, data: Data) -> Base:
-    """What --model names, with a classifier for `data`; see `load_tokenizer`."""
+    """What --model names, with a classifier for `data`, which gets the scale that it is trained in; see
+    `load_tokenizer`."""
     path = model_path(args)
     tokenizer, config = load_tokenizer(args, path, data.num_outputs)
-    if not data.is_regression:
+    if data.is_regression:
+        with torch.device("meta"):
+            layer = final_linear(AutoModelForSequenceClassification.from_config(config))
+        data.standardize(centre=layer.bias is not None)  # without bias the layer cannot give the mean back
+    else:
         config.id2label = dict(enumerate(data.class_names))
         config.label2id = {name: number for number, name in enumerate(data.class_names)}
-    return Base(path, tokenizer, config)
+    return Base(path, tokenizer, config, data.shift, data.unit)
 
 
 def load_pretrained(args: Arguments, base: Base, device: torch.device) -> transformers.PreTrainedModel:
     """The model before training, on its device: the teacher, and what the linear probes read."""
     model = load_classifier(base.path, base.config, args.seed, args.model_revision)
     model.to(device)
-    if model.new_modules:
-        print(f"note: {args.model} has no {', '.join(model.new_modules)}: random, and trained with the classifier")
+    if model.has_trained_head:  # it gives the units of the file
+        rescale_outputs(model, -base.shift / base.unit, 1 / base.unit)
+    if num_ranks() == 1 or dist.get_rank() == 0:
+        if model.new_modules:
+            print(f"note: {args.model} has no {', '.join(model.new_modules)}: random, and trained with the classifier")
+        if model.head_note:
+            print(model.head_note)
     return model
 
 
 def sizes(args: Arguments, data: Data) -> str:
-    """What the run is, in a line."""
+    """What the run is: its examples, its classes, and what may not be meant."""
     counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
     train_size, select_size = len(data.train), len(data.validation)
-    return f"{args.model}: {train_size} examples to train on, {select_size} to select by; to test: {counts}"
+    line = f"{args.model}: {train_size} examples to train on, {select_size} to select by; to test: {counts}"
+    return "\n".join([line, data.counts(), *data.notes])
 
 
 Scores = dict[str, dict[str, Any]]  # of each test set, by what is scored
@@ -682,7 +610,7 @@ def probe_encoder(
         probes[kind] = fit_probe(*fitted_on, regression=data.is_regression, bias=bias)
     scores: Scores = {}
     for name, split in data.tests.items():
-        logits = {kind: apply_probe(probe, getattr(tests[name], kind)) for kind, probe in probes.items()}
+        logits = {kind: data.in_units(apply_probe(probe, getattr(tests[name], kind))) for kind, probe in probes.items()}
         of_kind = {kind: score(row, split.labels, data.metrics, data.class_names) for kind, row in logits.items()}
         scores[name] = {"probe": of_kind["features"], "probe_mean_states": of_kind["mean_states"]}
     return outputs, probes["features"], scores
@@ -707,9 +635,11 @@ def count_parameters(model: transformers.PreTrainedModel) -> tuple[int, int]:
 
 
 def validation_score(model: transformers.PreTrainedModel, data: Data, collator: Collator) -> float:
-    """The task's first metric; −∞ where a logit is NaN or Inf."""
+    """The first metric; −∞ where a logit is NaN or Inf, and where all examples are given the same number."""
     logits = run_model(model, data.validation.examples, collator).logits
     if not np.isfinite(logits).all():
+        return -math.inf
+    if data.is_regression and np.ptp(logits) < 1e-6:  # of standardized labels: a correlation with noise
         return -math.inf
     return metric(data.metrics[0], predictions(logits), np.asarray(data.validation.labels))
 
@@ -720,44 +650,27 @@ def evaluate(
     """Adds the trained model's scores to those of the probes, and writes predictions.jsonl."""
     rows = []
     for name, split in data.tests.items():
-        logits = run_model(model, split.examples, collator, title=name).logits
+        logits = data.in_units(run_model(model, split.examples, collator, title=name).logits)
         scores[name][args.method] = score(logits, split.labels, data.metrics, data.class_names)
-        rows += prediction_rows(name, logits, split.labels, data)
+        rows += prediction_rows(name, logits, split.labels, data.class_names)
     if num_ranks() == 1 or dist.get_rank() == 0:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
 
 
-def prediction_rows(name: str, logits: np.ndarray, labels: list[int | float], data: Data) -> list[dict[str, Any]]:
-    """One dictionary per example for predictions.jsonl."""
-    if data.is_regression:
-        predicted = predictions(logits).tolist()
-        return [
-            {"data": name, "index": index, "label": label, "predicted": value}
-            for index, (label, value) in enumerate(zip(labels, predicted, strict=True))
-        ]
-    return [
-        {
-            "data": name,
-            "index": index,
-            "label": data.class_names[label],
-            "predicted": data.class_names[int(row.argmax())],
-            "confidence": round(float(row.max()), 6),
-        }
-        for index, (label, row) in enumerate(zip(labels, softmax(logits), strict=True))
-    ]
-
-
 def export(model: transformers.PreTrainedModel, args: Arguments, base: Base, conv1d: list[str]) -> None:
-    """Writes adapter/ and merged/; the adapters are merged away in `model`.
+    """Writes adapter/ and merged/, which predict in the units of the file; the adapters are merged away in `model`.
 
     Args:
         conv1d: the layers that `linear_for_conv1d` has replaced.
     """
     output_dir = Path(args.output_dir)
+    rescale_outputs(model, base.shift, base.unit)
     if args.method != "full":
         layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
-        export_adapter(layers, output_dir / "adapter", base.path, args.target_modules, "SEQ_CLS", head)
+        rank = export_adapter(layers, output_dir / "adapter", base.path, args.target_modules, "SEQ_CLS", head)
+        card = classifier_card(args, rank, model.config)
+        (output_dir / "adapter" / "README.md").write_text(card)
         base.tokenizer.save_pretrained(output_dir / "adapter")
     merge_adapters(model)
     conv1d_for_linear(model, conv1d)
@@ -767,19 +680,13 @@ def export(model: transformers.PreTrainedModel, args: Arguments, base: Base, con
 
 def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
     """The summary for the terminal: a row per evaluation set and metric, then what lies behind the first set's."""
-    header = ["test set", "examples", "metric", "linear probe", "probe, mean states", args.method]
-    table = [header]
-    for name, result in summary["results"].items():
-        for metric_name in (*data.metrics, *(() if data.is_regression else ("macro_f1", "auc"))):
-            cells = [result[kind][metric_name] for kind in ("probe", "probe_mean_states", args.method)]
-            texts = [
-                "none"  # AUC without an example of each class
-                if cell["value"] is None
-                else f"{100 * cell['value']:.1f} [{', '.join(f'{100 * bound:.1f}' for bound in cell['interval_95'])}]"
-                for cell in cells
-            ]
-            table.append([name, str(cells[0]["of"]), metric_name, *texts])
-    lines = ["", markdown(table), "", "(in percent, with 95 % intervals; both probes read the frozen encoder)"]
+    table = score_table(summary["results"], args.method, data.metrics, data.class_names)
+    lines = [
+        "",
+        table,
+        "",
+        "(in percent, errors in the labels' units; with 95 % intervals; both probes read the frozen encoder)",
+    ]
     name, result = next(iter(summary["results"].items()))
     if not data.is_regression:
         result = result[args.method]

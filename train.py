@@ -336,6 +336,11 @@ class LoRALinear(nn.Module):
             self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **factory))
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    @property
+    def weight(self) -> Tensor:
+        """W, for models that read a layer's weight itself: T5 asks its feed-forward layer for the type."""
+        return self.base.weight
+
     def stacked_factors(self) -> tuple[Tensor, Tensor]:
         """A' (R × in) and B' (out × R) with ΔW = s·B'A'. PiSSA: [A; A₀] and [B, −B₀], R = 2r. LoRA: A and B, R = r."""
         return _stack(self.lora_A, self.lora_B, self.initial_A, self.initial_B)

@@ -1,5 +1,6 @@
 """A pre-trained encoder with a classifier on top: loading it, its head, GPT-2's layers, what it says of examples."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,27 +12,37 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
+from common.labelled import Data
 from common.partitioned import num_ranks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int, revision: str | None = None) -> Any:
-    """The pre-trained model with a head that is random where the checkpoint has none: the same for the same seed.
+    """The pre-trained model with a classifier for the classes of `config`. A trained classifier's rows are taken by the
+    classes' names; where they do not match, or there is none, the final layer is random: the same for the same seed.
 
-    What the checkpoint lacks of the encoder itself becomes its attribute `new_modules`: see `head_modules`.
+    Attributes of the model that tell what was found:
+        new_modules: what the checkpoint lacks of the encoder itself; see `head_modules`.
+        has_trained_head: whether the final layer is the checkpoint's.
+        head_note: a line for the user on a trained classifier of other or otherwise ordered classes; or None.
     """
     transformers.set_seed(seed)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
+    loaded = copy.deepcopy(config)
     try:
+        own = AutoConfig.from_pretrained(path, revision=revision)
+        rows = rows_by_name(own, config)
+        if rows is not None:
+            loaded.num_labels = own.num_labels
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
-            config=config,
+            config=loaded,
             revision=revision,
             dtype=torch.float32,
             use_safetensors=True,
@@ -46,7 +57,56 @@ def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int,
     mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
     lacking = [name for name in (*info["missing_keys"], *mismatched) if not name.startswith(head)]
     model.new_modules = sorted({name.rpartition(".")[0] for name in lacking})
+    layer = final_linear(model)
+    weight = next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
+    was_trained = weight not in info["missing_keys"]
+    model.has_trained_head, model.head_note = was_trained and rows is not None, None
+    theirs, ours = (", ".join(map(str, this.id2label.values())) for this in (own, config))
+    if rows is not None:
+        if rows != list(range(own.num_labels)):
+            _take_rows(layer, rows)
+            model.head_note = f"note: the classifier of {path} has {theirs}: its rows are taken by name, {ours}"
+    elif was_trained:
+        if weight not in mismatched:
+            layer.weight.data.normal_(0, getattr(config, "initializer_range", 0.02))
+            if layer.bias is not None:
+                layer.bias.data.zero_()
+        model.head_note = f"note: the classifier of {path} has {theirs}, not {ours}: its final layer is started anew"
+    model.num_labels = config.num_labels
+    model.config.id2label, model.config.label2id = config.id2label, config.label2id
     return model
+
+
+def rows_by_name(own: transformers.PretrainedConfig, config: transformers.PretrainedConfig) -> list[int] | None:
+    """Which of the classes of a checkpoint's configuration `own` each class of `config` is, without regard to case;
+    None where one has no like. LABEL_3, which transformers writes where no name is known, is class 3."""
+    if config.num_labels == 1 or own.num_labels == 1:
+        return [0] if own.num_labels == config.num_labels else None
+    theirs, ours = (
+        [str(this.id2label[row]).strip().casefold().removeprefix("label_") for row in range(this.num_labels)]
+        for this in (own, config)
+    )
+    # A number is the name of another class in another task: some numbers of more say nothing.
+    is_part_of_numbers = len(theirs) != len(ours) and all(name.isdecimal() for name in ours)
+    if is_part_of_numbers or len(set(theirs)) < len(theirs) or not set(ours) <= set(theirs):
+        return None
+    return [theirs.index(name) for name in ours]
+
+
+def _take_rows(layer: nn.Linear, rows: list[int]) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach()[rows].clone())
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach()[rows].clone())
+    layer.out_features = len(rows)
+
+
+@torch.no_grad()
+def rescale_outputs(model: transformers.PreTrainedModel, shift: float, unit: float) -> None:
+    """Makes the final layer give unit·y + shift where it gave y, in place; without bias, `shift` must be 0."""
+    layer = final_linear(model)
+    layer.weight.mul_(unit)
+    if layer.bias is not None:
+        layer.bias.mul_(unit).add_(shift)
 
 
 def head_modules(model: transformers.PreTrainedModel) -> list[str]:
@@ -98,6 +158,61 @@ def _with(layer: nn.Module, source: nn.Module) -> nn.Module:
     layer.weight = nn.Parameter(source.weight.detach().T.contiguous())
     layer.bias = nn.Parameter(source.bias.detach())
     return layer
+
+
+def encode(
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    config: transformers.PretrainedConfig,
+    texts: list[tuple[str, ...]],
+    max_length: int,
+) -> list[dict[str, list[int]]]:
+    """The model's inputs of each example, without padding."""
+    encoded = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=max_length)
+    names = [name for name in INPUTS if name in encoded]
+    if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
+        names.remove("token_type_ids")  # some tokenizers give them to models that know none
+    return [dict(zip(names, row, strict=True)) for row in zip(*(encoded[name] for name in names), strict=True)]
+
+
+def encode_data(
+    data: Data,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    config: transformers.PretrainedConfig,
+    max_length: int,
+) -> None:
+    """`encode` for every split, which gets its `examples`."""
+    for split in (data.train, data.validation, *data.tests.values()):
+        split.examples = encode(tokenizer, config, split.texts, max_length)
+
+
+def training_examples(
+    examples: list[dict[str, list[int]]], labels: list[int | float], teacher_logits: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """What `fit` trains on: inputs, label, and for BA-LoRA the teacher's logits, (N, D)."""
+    if teacher_logits is None:
+        return [example | {"labels": label} for example, label in zip(examples, labels, strict=True)]
+    return [
+        example | {"labels": label, "teacher_logits": teacher}
+        for example, label, teacher in zip(examples, labels, teacher_logits, strict=True)
+    ]
+
+
+@dataclass
+class Collator:
+    """Pads a batch to its longest example, on the right."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(example["input_ids"]) for example in examples)
+        batch = {}
+        for name in examples[0]:
+            values = [example[name] for example in examples]
+            if name in INPUTS:
+                fill = self.pad_token_id if name == "input_ids" else 0
+                values = [row + [fill] * (length - len(row)) for row in values]
+            batch[name] = torch.tensor(np.array(values))
+        return batch
 
 
 @dataclass

@@ -3,13 +3,46 @@
 import json
 import math
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.cli import UserError
+from common.tables import load_records, read_table, require_fields
 
 if TYPE_CHECKING:
     import datasets
+
+
+@dataclass(frozen=True)
+class Task:
+    """A GLUE task: its texts' columns on the hub, its classes in the hub's order (none: a number is predicted), its
+    metrics, of which the first selects the best state, and its evaluation splits."""
+
+    fields: tuple[str, ...]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    eval_splits: tuple[str, ...] = ("validation",)
+
+
+TASKS = {
+    "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy")),
+    "sst2": Task(("sentence",), ("negative", "positive")),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": Task(("sentence1", "sentence2"), (), ("pearson", "spearman")),
+    "mnli": Task(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        eval_splits=("validation_matched", "validation_mismatched"),
+    ),
+    "qnli": Task(("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment")),
+}
 
 
 @dataclass
@@ -33,13 +66,21 @@ class Split:
 
 @dataclass
 class Data:
-    """What a run reads: the state is selected on `validation`; `tests` are scored once, at the end, by name."""
+    """What a run reads: the state is selected on `validation`; `tests` are scored once, at the end, by name.
+
+    Attributes:
+        shift, unit: a number y to predict is (y − shift) / unit in `train` and `validation`, and y itself in `tests`.
+        notes: lines for the user on labels that may not mean what they seem to.
+    """
 
     train: Split
     validation: Split
     tests: dict[str, Split]
     class_names: list[str]  # empty: a number is predicted
     metrics: tuple[str, ...]
+    shift: float = 0.0
+    unit: float = 1.0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_regression(self) -> bool:
@@ -49,6 +90,26 @@ class Data:
     def num_outputs(self) -> int:
         """Columns of the logits, D."""
         return len(self.class_names) or 1
+
+    def standardize(self, *, centre: bool) -> None:
+        """Gives the training labels mean 0 (with `centre`) and mean square 1, and the validation labels the scale."""
+        labels = np.asarray(self.train.labels)
+        self.shift = float(labels.mean()) if centre else 0.0
+        self.unit = float(np.sqrt(np.mean((labels - self.shift) ** 2)))
+        for split in (self.train, self.validation):
+            split.labels = [(label - self.shift) / self.unit for label in split.labels]
+
+    def in_units(self, values: np.ndarray) -> np.ndarray:
+        """Predicted numbers, or standardized labels, in the units of the file; logits of classes as they are."""
+        return values * self.unit + self.shift if self.is_regression else values
+
+    def counts(self) -> str:
+        """How many training examples each class has, or the numbers' range."""
+        if self.is_regression:
+            labels = self.in_units(np.asarray(self.train.labels))
+            return f"numbers from {labels.min():g} to {labels.max():g}, mean {labels.mean():g}"
+        of_class = Counter(self.train.labels)
+        return "classes: " + ", ".join(f"{name} {of_class[row]}" for row, name in enumerate(self.class_names))
 
 
 def demo_data(max_examples: int | None = None) -> Data:
@@ -73,17 +134,103 @@ def demo_data(max_examples: int | None = None) -> Data:
     return Data(train, read("validation"), tests, names, ("accuracy",))
 
 
+def load_data(args: Any) -> Data:
+    """Reads, checks and splits the data that the script's `args` name, and gives them the `loss_weights`.
+
+    Raises:
+        UserError: a missing column, an empty text, a label that training does not know, fewer than two classes, a
+            metric or class weights that do not fit.
+    """
+    data = demo_data(args.max_examples) if args.data == "demo" else _read_data(args)
+    if args.metric is not None:
+        fitting = ("pearson", "spearman") if data.is_regression else ("accuracy", "macro_f1", "matthews")
+        if len(data.class_names) == 2:
+            fitting += ("f1",)
+        if args.metric not in fitting:
+            raise UserError(f"--metric {args.metric} does not fit these labels: choose among {', '.join(fitting)}")
+        data.metrics = tuple(dict.fromkeys((args.metric, *data.metrics)))
+    if args.class_weights is not None:
+        if data.is_regression:
+            raise UserError("--class-weights needs classes, and here numbers are predicted: leave it out")
+        counts = np.bincount(data.train.labels, minlength=data.num_outputs)
+        args.loss_weights = (len(data.train) / (data.num_outputs * counts)).tolist()
+    return data
+
+
+def _read_data(args: Any) -> Data:
+    task = TASKS.get(args.task)
+    if args.data is None:
+        source = f"nyu-mll/glue, {args.task}"
+        records = {source: load_records("nyu-mll/glue", "train", name=args.task)}
+        tests = {name: load_records("nyu-mll/glue", name, name=args.task) for name in task.eval_splits}
+    else:
+        source, tests = args.data, {}
+        records = {path: read_table(path, args.fields, args.label) for path in (source, args.validation_data) if path}
+        for path in args.eval_data:
+            name = Path(path).stem if Path(path).stem not in tests else path
+            tests[name] = read_table(path, args.fields, args.label)
+    for name, table in (*records.items(), *tests.items()):
+        require_fields(table, [*args.fields, args.label], name, "name the columns with --fields and --label")
+    training, notes = records[source], []
+    if args.max_examples is not None:
+        training = training.select(range(min(args.max_examples, len(training))))
+        source += f", first {len(training)} examples"
+    names: list[str] | None = None
+    if task is None:
+        names = classes_of(training[args.label], source, args.label)
+        if "-1" in names:
+            notes.append("note: -1 is trained as a class here; GLUE's files write it where the label is not known")
+    elif task.classes:
+        names = list(task.classes)
+
+    def split(table: Any, name: str) -> Split:
+        return to_split(table, args.fields, args.label, names, name, notes, numbered=task is not None)
+
+    train = split(training, source)
+    tests = {name: split(table, name) for name, table in tests.items()}
+    if not tests:
+        train, tests["held out"] = set_aside(train, source)
+    if args.validation_data:
+        validation = split(records[args.validation_data], args.validation_data)
+    else:
+        train, validation = set_aside(train, source)
+    for number, name in enumerate(names or ()):
+        if number not in train.labels:
+            raise UserError(f"{source}: no training example of class {name!r} is left among {len(train)}: add some")
+    for part, of in (("training", train), ("validation", validation)):
+        if names is None and len(set(of.labels)) < 2:
+            raise UserError(f"{source}: the {part} examples have one number alone in {args.label!r}: add others")
+    return Data(train, validation, tests, names or [], task.metrics if task else ("accuracy",), notes=notes)
+
+
+def label_text(label: Any) -> str:
+    """A label as a class's name: without spaces around it; the number 1.0 and the text "1.0" are class 1."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip())
+
+
+def _require_one(label: Any, where: str) -> None:
+    if isinstance(label, list | tuple | dict):
+        raise UserError(f"{where} is a list: an example has one label here, not several")
+
+
 def classes_of(labels: list[Any], source: str, label_field: str) -> list[str]:
     """The names of the classes, numbers in their order.
 
     Raises:
-        UserError: labels are numbers to predict, or of fewer than two classes.
+        UserError: labels are lists, numbers to predict, of fewer than two classes, or differ in case alone.
     """
+    for number, label in enumerate(labels, 1):
+        _require_one(label, f"{source}, example {number}: {label_field!r}")
     if any(map(_is_fraction, labels)):
         raise UserError(f"{source} has numbers in {label_field!r}, not classes: --task stsb learns to predict them")
-    names = sorted({str(label) for label in labels if label not in (None, "")}, key=_natural)
+    names = sorted({label_text(label) for label in labels if label is not None} - {""}, key=_natural)
     if len(names) < 2:
         raise UserError(f"{source} has {len(names)} class in {label_field!r}: classification needs two or more")
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{source}: the labels {other!r} and {name!r} differ in case alone: write them alike")
     return names
 
 
@@ -95,50 +242,79 @@ def _is_fraction(label: Any) -> bool:
 
 
 def _natural(name: str) -> tuple[int, int | str]:
-    return (0, int(name)) if name.isdecimal() else (1, name)
+    return (0, int(name)) if re.fullmatch(r"-?[0-9]+", name) else (1, name)
 
 
 def to_split(
-    records: "datasets.Dataset", fields: list[str], label_field: str, class_names: list[str] | None, source: str
+    records: "datasets.Dataset",
+    fields: list[str],
+    label_field: str,
+    class_names: list[str] | None,
+    source: str,
+    notes: list[str] | None = None,
+    *,
+    numbered: bool = False,
 ) -> Split:
     """Checks every row.
 
     Args:
         fields: of the texts, one or two. class_names: None: labels are numbers to predict. source: for the message.
+        notes: is told how many labels have spaces around them. numbered: a label may be its class's number too.
 
     Raises:
         UserError: an empty text, a label that is none.
     """
     if len(records) == 0:
         raise UserError(f"{source} holds no example")
+    numbers = {name: number for number, name in enumerate(class_names or ())}
+    if numbered:
+        numbers |= {str(number): number for number in range(len(numbers))}
     columns = [records[name] for name in fields]
-    texts, labels = list(zip(*columns, strict=True)), []
+    texts, labels, spaced = list(zip(*columns, strict=True)), [], 0
     for number, (row, label) in enumerate(zip(texts, records[label_field], strict=True), 1):
+        where = f"{source}, example {number}"
         for name, text in zip(fields, row, strict=True):
             # One text of two may be empty: QQP has such questions.
             if not isinstance(text, str) or not any(map(str.strip, row)):
-                raise UserError(f"{source}, example {number}: {name!r} is empty or no text: {text!r}")
+                raise UserError(f"{where}: {name!r} is empty or no text: {text!r}")
+        _require_one(label, f"{where}: {label_field!r}")
         if class_names is None:
             try:
                 labels.append(float(label))
                 if not math.isfinite(labels[-1]):
                     raise ValueError
             except (TypeError, ValueError) as error:
-                raise UserError(f"{source}, example {number}: {label_field!r} is no number: {label!r}") from error
-        elif str(label) in class_names:
-            labels.append(class_names.index(str(label)))
+                raise UserError(f"{where}: {label_field!r} is no number: {label!r}") from error
+        elif label_text(label) in numbers:
+            labels.append(numbers[label_text(label)])
+            spaced += isinstance(label, str) and label != label.strip()
         else:
-            raise UserError(
-                f"{source}, example {number}: label {label!r} is none of the training classes {', '.join(class_names)}"
-            )
+            raise UserError(f"{where}: {_unknown(label, class_names)}")
+    if spaced and notes is not None:
+        notes.append(f"note: {spaced} labels of {source} have spaces around them, which are left out")
     return Split(texts, labels)
 
 
+def _unknown(label: Any, class_names: list[str]) -> str:
+    text = f"label {label!r} is none of the training classes {', '.join(class_names)}"
+    if label_text(label) == "-1":
+        return f"{text}: it stands for a label that is not known, as in GLUE's test files; leave those examples out"
+    alike = [name for name in class_names if name.casefold() == label_text(label).casefold()]
+    return f"{text}: {alike[0]!r} is written otherwise" if alike else text
+
+
 def set_aside(split: Split, source: str) -> tuple[Split, Split]:
-    """A fixed random tenth, at most 2,000 examples, taken out: what is left, and the tenth."""
+    """A fixed random tenth, at most 2,000 examples, of each class in its share: what is left, and the tenth."""
     rows = list(range(len(split)))
     random.Random(0).shuffle(rows)
     count = min(max(len(rows) // 10, 1), 2000)
     if len(rows) <= count:
         raise UserError(f"{source} has {len(rows)} example: too few to set some aside")
+    if all(isinstance(label, int) for label in split.labels):
+        sizes, taken, place = Counter(split.labels), Counter(), {}
+        for row in rows:  # the first tenth of each class comes before the second tenth of any
+            label = split.labels[row]
+            place[row] = (taken[label] + 0.5) / sizes[label]
+            taken[label] += 1
+        rows.sort(key=place.__getitem__)
     return split.select(sorted(rows[count:])), split.select(sorted(rows[:count]))

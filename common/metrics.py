@@ -9,18 +9,26 @@ import torch
 import torch.nn.functional as F
 
 from common.intervals import proportion
+from common.markdown import markdown
 
 BOOTSTRAP_SAMPLES = 500
+ERRORS = ("rmse", "mae")  # in the units of the labels
 
 
 def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of GLUE, both (N,). A correlation with what never changes, or is no number, is 0."""
+    """A metric of GLUE, or an error, both (N,). A correlation with what never changes, or is no number, is 0. Macro F1
+    is the mean over the classes that are labelled or predicted."""
     if name == "accuracy":
         return float(np.mean(predicted == labels))
-    if name == "f1":
+    if name == "rmse":
+        return float(np.sqrt(np.mean((predicted - labels) ** 2)))
+    if name == "mae":
+        return float(np.mean(np.abs(predicted - labels)))
+    if name in ("f1", "macro_f1"):
         from sklearn.metrics import f1_score
 
-        return float(f1_score(labels, predicted, zero_division=0.0))
+        average = "macro" if name == "macro_f1" else "binary"
+        return float(f1_score(labels, predicted, average=average, zero_division=0.0))
     if name == "matthews":
         from sklearn.metrics import matthews_corrcoef
 
@@ -82,8 +90,9 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15
 def score(
     logits: np.ndarray, labels: list[int | float], metrics: tuple[str, ...], class_names: list[str]
 ) -> dict[str, Any]:
-    """Every metric with its 95 % interval (accuracy: Wilson's, others: bootstrap over the examples); for classes also
-    macro F1, AUC, the confusion matrix (rows: labels), the accuracy on each class, and the calibration error.
+    """Every metric with its 95 % interval (accuracy: Wilson's, others: bootstrap over the examples). Numbers get
+    their errors too. Classes get macro F1, AUC, the confusion matrix (rows: labels), the accuracy on each class, and
+    the calibration error.
 
     Args:
         logits: (N, D).
@@ -91,7 +100,7 @@ def score(
     """
     labels, predicted = np.asarray(labels), predictions(logits)
     result: dict[str, Any] = {}
-    for name in metrics:
+    for name in (*metrics, *(() if class_names else ERRORS)):
         if name == "accuracy":
             result[name] = proportion(int((predicted == labels).sum()), len(labels))
         else:
@@ -120,3 +129,43 @@ def _with_interval(value: Callable[[np.ndarray], float], labels: np.ndarray) -> 
         "of": len(labels),
         "interval_95": None if math.isnan(whole) else np.quantile(defined, (0.025, 0.975)).tolist(),
     }
+
+
+def prediction_rows(
+    name: str, logits: np.ndarray, labels: list[int | float], class_names: list[str]
+) -> list[dict[str, Any]]:
+    """One dictionary per example for predictions.jsonl."""
+    if not class_names:
+        predicted = predictions(logits).tolist()
+        return [
+            {"data": name, "index": index, "label": label, "predicted": value}
+            for index, (label, value) in enumerate(zip(labels, predicted, strict=True))
+        ]
+    return [
+        {
+            "data": name,
+            "index": index,
+            "label": class_names[label],
+            "predicted": class_names[int(row.argmax())],
+            "confidence": round(float(row.max()), 6),
+        }
+        for index, (label, row) in enumerate(zip(labels, softmax(logits), strict=True))
+    ]
+
+
+def score_table(results: dict[str, Any], method: str, metrics: tuple[str, ...], class_names: list[str]) -> str:
+    """A row per evaluation set and metric: both probes and the trained model, with intervals."""
+    table = [["test set", "examples", "metric", "linear probe", "probe, mean states", method]]
+    for name, result in results.items():
+        for metric_name in dict.fromkeys((*metrics, *(("macro_f1", "auc") if class_names else ERRORS))):
+            cells = [result[kind][metric_name] for kind in ("probe", "probe_mean_states", method)]
+            factor, digits = (1, 3) if metric_name in ERRORS else (100, 1)
+            texts = [
+                "none"  # AUC without an example of each class
+                if cell["value"] is None
+                else f"{factor * cell['value']:.{digits}f} "
+                f"[{', '.join(f'{factor * bound:.{digits}f}' for bound in cell['interval_95'])}]"
+                for cell in cells
+            ]
+            table.append([name, str(cells[0]["of"]), metric_name, *texts])
+    return markdown(table)

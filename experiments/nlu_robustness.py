@@ -43,7 +43,7 @@ import torch
 import transformers
 
 import finetune_bert_l_sst2 as nlu
-from common.classifiers import final_linear, load_classifier, run_model, set_head
+from common.classifiers import encode, final_linear, load_classifier, run_model, set_head
 from common.cli import UserError, option, parse_arguments, run_script
 from common.labelled import demo_data
 from common.markdown import markdown
@@ -113,7 +113,7 @@ def prepare(num_threads: int = 1) -> None:
     model = load_classifier(path, config, seed=0)
     sizes = {"train": None, "validation": NUM_VALIDATION} | dict.fromkeys(data.tests, NUM_DOMAIN) | {"movies": NUM_TEST}
     for name, split in {"train": data.train, "validation": data.validation, **data.tests}.items():
-        examples = nlu.encode(tokenizer, config, split.texts, MAX_TOKENS + 1)
+        examples = encode(tokenizer, config, split.texts, MAX_TOKENS + 1)
         labels = np.array(split.labels)
         short = np.array([len(example["input_ids"]) <= MAX_TOKENS for example in examples])
         # As many of each class, the first in the file: their order is that of the source, or of a hash.

@@ -3,7 +3,8 @@
 
     python experiments/tiny_models.py tiny-llama FOLDER      also tiny-mistral, tiny-gemma, tiny-roberta, tiny-t5
 
-Their shapes are in data/shapes/. The tokenizer knows bytes; the end-of-sequence token is the padding token too.
+Their shapes are in data/shapes/. The tokenizer knows bytes; except T5's, its end-of-sequence token is
+the padding token too.
 """
 
 import json
@@ -19,19 +20,22 @@ from common.cli import UserError, run_script
 ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ("tiny-llama", "tiny-mistral", "tiny-gemma", "tiny-roberta", "tiny-t5")
-EOS = "<|end|>"
+EOS, PAD = "<|end|>", "<|pad|>"
 
 
 def make_tokenizer(*, closes: bool) -> PreTrainedTokenizerFast:
-    """A token per byte. `closes`: every text ends with the end-of-sequence token, as T5's do."""
+    """A token per byte. `closes`: every text ends with the end-of-sequence token, as T5's do, and padding is another
+    token, since T5's classifier looks for the last end of a text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*alphabet, EOS])}
+    vocab = {token: index for index, token in enumerate([*alphabet, EOS, *([PAD] if closes else [])])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     if closes:
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, vocab[EOS])])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, vocab[EOS])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD if closes else EOS)
 
 
 def make(name: str, folder: Path, seed: int = 0) -> None:
@@ -39,6 +43,8 @@ def make(name: str, folder: Path, seed: int = 0) -> None:
     tokenizer = make_tokenizer(closes=name == "tiny-t5")
     settings = json.loads((ROOT / "data" / "shapes" / f"{name}.json").read_text())
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    if name == "tiny-t5":
+        end["decoder_start_token_id"] = tokenizer.pad_token_id
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, **end)
     torch.manual_seed(seed)
     kind = AutoModelForCausalLM if "architectures" in settings else AutoModel

@@ -1,6 +1,7 @@
 """finetune_bert_l_sst2.py on tiny random models of each architecture, with a word-level tokenizer made here."""
 
 import csv
+import itertools
 import json
 import re
 import time
@@ -22,9 +23,9 @@ import finetune_bert_l_sst2 as nlu
 import train
 from common import probe
 from common.checkpoints import complete_checkpoints
-from common.classifiers import final_linear, load_classifier, run_model
+from common.classifiers import encode, final_linear, load_classifier, run_model
 from common.cli import UserError, run_script
-from common.labelled import demo_data, to_split
+from common.labelled import Split, demo_data, set_aside, to_split
 from common.metrics import calibration_error, score, softmax
 from common.probe import apply_probe, fit_probe
 from common.runs import config_text
@@ -32,7 +33,7 @@ from common.tables import read_table
 from data import sentiment
 from eval import report
 from experiments import nlu_robustness as robustness
-from experiments import study
+from experiments import runs, study, tiny_models
 
 WORDS = ["a", "the", "film", "is", "good", "bad", "great", "poor", "not", "very", "dull", "bright", "it", "was", "and"]
 WORDS += ["but", "or", "plot", "cast", "end"]
@@ -310,7 +311,7 @@ def test_features_are_what_the_final_layer_turns_into_logits(encoders, kind):
     tokenizer, config = nlu.load_tokenizer(args, args.model, 3)
     model = load_classifier(args.model, config, seed=1)
     rng = np.random.default_rng(3)
-    examples = nlu.encode(tokenizer, config, [(sentence(rng), sentence(rng)) for _ in range(9)], 128)
+    examples = encode(tokenizer, config, [(sentence(rng), sentence(rng)) for _ in range(9)], 128)
     outputs = run_model(model, examples, nlu.Collator(tokenizer.pad_token_id), batch_size=4)
     layer = final_linear(model)
     bias = torch.zeros(3) if layer.bias is None else layer.bias.detach()
@@ -394,7 +395,7 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
         fixture("validation", 12),
     )  # fmt: skip
     metrics = {"cola": {"matthews", "accuracy"}, "mrpc": {"accuracy", "f1"}, "qqp": {"accuracy", "f1"}}
-    expected = metrics.get(task, {"pearson", "spearman"} if classes == 1 else {"accuracy"})
+    expected = metrics.get(task, {"pearson", "spearman", "rmse", "mae"} if classes == 1 else {"accuracy"})
     details = {"confusion_matrix", "class_accuracy", "calibration_error", "macro_f1", "auc"} if classes > 1 else set()
     scores = summary["results"]["validation"]["ba-lora"]
     assert set(scores) == expected | details
@@ -714,6 +715,249 @@ def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monk
     assert summary["steps"] == 4 * steps_per_epoch
     logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["validation"] for row in logged if "validation" in row] == [0.5, 0.9, 0.4, 0.3]
+
+
+# ---------------------------------------------------------------------------------------------- labels by name
+
+ORDERS = list(itertools.permutations(("entailment", "neutral", "contradiction")))
+
+
+def trained_classifier(folder: Path, kind: str, names: tuple[str, ...]) -> Path:
+    """A checkpoint with a classifier of `names`, in this order, that tells sentences apart."""
+    torch.manual_seed(1)
+    config = CONFIGS[kind]()
+    config.num_labels, config.pad_token_id = len(names), 1 if kind == "gpt2" else 0
+    if len(names) > 1:
+        config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
+    model = AutoModelForSequenceClassification.from_config(config)
+    final_linear(model).weight.data.normal_(0, 2)
+    model.save_pretrained(folder)
+    make_tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def plain_logits(folder: Path, examples: list[dict]) -> tuple[np.ndarray, list[str]]:
+    """What transformers alone makes of each example, and its classes."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        rows = [model(**{name: torch.tensor([row]) for name, row in one.items()}).logits[0] for one in examples]
+    return torch.stack(rows).numpy(), list(model.config.id2label.values())
+
+
+def loaded(folder: Path, data: nlu.Data, **settings) -> tuple[transformers.PreTrainedModel, nlu.Base]:
+    args = nlu.Arguments(model=str(folder), **settings)
+    base = nlu.inspect_base(args, data)
+    return nlu.load_pretrained(args, base, torch.device("cpu")), base
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_trained_classifier_scores_as_plain_transformers_in_every_order_of_its_labels(tmp_path, kind, capsys):
+    rng = np.random.default_rng(5)
+    rows = [{"premise": sentence(rng), "hypothesis": sentence(rng), "label": ORDERS[0][i % 3]} for i in range(40)]
+    file = write_jsonl(tmp_path / "data.jsonl", rows)
+    data = nlu.load_data(nlu.Arguments(task="mnli", data=str(file), fields=["premise", "hypothesis"]))
+    for number, order in enumerate(ORDERS):
+        order = tuple(name.upper() for name in order) if number % 2 else order
+        folder = trained_classifier(tmp_path / str(number), kind, order)
+        model, base = loaded(folder, data)
+        examples = encode(base.tokenizer, base.config, data.train.texts, 128)
+        expected, names = plain_logits(folder, examples)
+        assert np.ptp(expected) > 0.5
+        ours = run_model(model, examples, nlu.Collator(base.tokenizer.pad_token_id)).logits
+        places = [[name.lower() for name in names].index(name) for name in data.class_names]
+        assert np.abs(ours - expected[:, places]).max() < 1e-4
+        assert ("taken by name" in capsys.readouterr().out) == (number > 0)
+        assert list(model.config.id2label.values()) == list(ORDERS[0])
+    # The last order through a whole run without a change, and out again.
+    run(tmp_path, "--model", folder, "--task=mnli", "--data", file, "--eval-data", file, "--learning-rate=1e-12")
+    predicted = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    for source in (folder, tmp_path / "out" / "merged"):
+        examples = encode(base.tokenizer, base.config, [(row["premise"], row["hypothesis"]) for row in rows], 128)
+        expected, names = plain_logits(source, examples)
+        assert [row["predicted"] for row in predicted] == [names[row.argmax()].lower() for row in expected]
+        assert [row["confidence"] for row in predicted] == pytest.approx(
+            softmax(expected).max(axis=1).tolist(), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "rows"),
+    [
+        (("positive", "negative"), ("negative", "positive"), [1, 0]),
+        (("neg", "neutral", "pos"), ("neg", "pos"), [0, 2]),  # a part of them
+        (("LABEL_0", "LABEL_1"), ("0", "1"), [0, 1]),
+        (("LABEL_0", "LABEL_1"), ("negative", "positive"), None),  # which is which, nobody says
+        (("0", "1", "2"), ("0", "1"), None),
+        (("good", "bad"), ("yes", "no"), None),
+        (("neg", "pos"), ("neg", "neutral", "pos"), None),
+    ],
+)
+def test_a_head_whose_names_do_not_match_is_started_anew_and_said_so(tmp_path, theirs, ours, rows, capsys):
+    folder = trained_classifier(tmp_path / "model", "bert", theirs)
+    before = load_file(folder / "model.safetensors")["classifier.weight"]
+    split = Split([("a film",)], [0])
+    model, _ = loaded(folder, nlu.Data(split, split, {}, list(ours), ("accuracy",)))
+    after = final_linear(model).weight.detach()
+    assert after.shape[0] == model.config.num_labels == model.num_labels == len(ours)
+    printed = capsys.readouterr().out
+    if rows is None:
+        assert "started anew" in printed
+        assert not any(torch.equal(one, other) for one in after for other in before)
+    else:
+        assert torch.equal(after, before[rows])
+        assert "started anew" not in printed
+
+
+def test_labels_of_every_kind_are_read_or_named(tmp_path):
+    def data(*labels, **settings):
+        rows = [{"sentence": f"a {word} film", "label": labels[i % len(labels)]} for i, word in enumerate(WORDS * 2)]
+        path = write_jsonl(tmp_path / "data.jsonl", rows)
+        return nlu.load_data(nlu.Arguments(data=str(path), fields=["sentence"], **settings))
+
+    assert data(1.0, 0.0).class_names == ["0", "1"]
+    assert data("negative", "positive", task="sst2").train.labels == data(0, 1, task="sst2").train.labels
+    assert data("1.0", "0.0", task="rte").class_names == ["entailment", "not_entailment"]
+    spaced = data("neg", "pos ", " pos")
+    assert (spaced.class_names, spaced.notes[0].split(" of ")[0]) == (["neg", "pos"], "note: 26 labels")
+    assert "-1 is trained as a class" in data(-1, 0, 1).notes[0]
+    counts = {name: data("a", "b", "b", "b").train.labels.count(row) for row, name in enumerate("ab")}
+    assert data("a", "b", "b", "b").counts() == f"classes: a {counts['a']}, b {counts['b']}"
+    for labels, settings, message in (
+        (([0], [1]), {}, "example 1: 'label' is a list"),
+        (([0], [1]), {"task": "sst2"}, "example 1: 'label' is a list"),
+        (("Pos", "pos", "neg"), {}, "'Pos' and 'pos' differ in case alone"),
+        (("negative", "Positive"), {"task": "sst2"}, "'positive' is written otherwise"),
+        ((0, -1), {"task": "sst2"}, "a label that is not known"),
+        ((0, 1), {"metric": "pearson"}, "choose among accuracy, macro_f1, matthews, f1"),
+        ((0, 1, 2), {"metric": "f1"}, "does not fit"),
+        ((0.5, 0.7), {"task": "stsb", "class_weights": "balanced"}, "--class-weights needs classes"),
+        ((2.5,), {"task": "stsb"}, "one number alone"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            data(*labels, **settings)
+
+
+def test_every_class_has_its_share_of_what_is_held_out():
+    labels = [0] * 700 + [1] * 250 + [2] * 49 + [3]
+    rest, held = set_aside(Split([(str(i),) for i in range(1000)], labels), "data")
+    assert [held.labels.count(label) for label in range(4)] == [70, 25, 5, 0]
+    assert {*rest.texts, *held.texts} == {(str(i),) for i in range(1000)}
+
+
+def test_a_state_is_selected_on_the_validation_file_by_the_metric_asked_for(tmp_path, encoders):
+    from sklearn.metrics import f1_score
+
+    data, other = reviews(tmp_path / "train.jsonl"), reviews(tmp_path / "other.jsonl", 23)
+    argv = ["--model", encoders["bert"], "--data", data, "--validation-data", other, "--eval-data", other]
+    summary = run(tmp_path, *argv, "--metric=macro_f1", "--class-weights=balanced", "--evals-per-epoch=2")
+    assert summary["examples"] == {"train": 60, "validation": 23}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    labels, predicted = zip(*((row["label"], row["predicted"]) for row in rows), strict=True)
+    assert summary["validation"]["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def test_balanced_class_weights_are_scikit_learns(tmp_path):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    rows = [{"sentence": f"{word} film", "label": int(i % 5 == 0)} for i, word in enumerate(WORDS * 4)]
+    args = nlu.Arguments(
+        data=str(write_jsonl(tmp_path / "data.jsonl", rows)), fields=["sentence"], class_weights="balanced"
+    )
+    labels = np.array(nlu.load_data(args).train.labels)
+    expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels)
+    assert args.loss_weights == pytest.approx(expected.tolist())
+    z, y = torch.randn(len(labels), 2, dtype=torch.double), torch.tensor(labels)
+    loss, _ = nlu.nlu_objective(z, None, y, args, 0.0)
+    per_example = -torch.log_softmax(z, dim=1)[torch.arange(len(y)), y].numpy()
+    assert loss.item() == pytest.approx(np.mean(expected[labels] * per_example))
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])  # GPT-2's head has no bias
+def test_numbers_come_out_in_the_units_they_came_in(tmp_path, encoders, kind):
+    rng = np.random.default_rng(7)
+    rows = [{"a": " ".join(["good"] * (i % 9 + 1)), "b": "it", "label": 1000 + 50 * (i % 9)} for i in range(90)]
+    data = write_jsonl(tmp_path / "data.jsonl", [rows[i] for i in rng.permutation(90)])
+    argv = ["--task=stsb", "--fields", "a", "b", "--data", data, "--eval-data", data]
+    summary = run(tmp_path, "--model", encoders[kind], *argv, "--epochs=6", "--method=full", "--learning-rate=3e-3")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    texts, labels = [(row["a"], row["b"]) for row in rows], np.array([row["label"] for row in rows])
+    tokenizer, config = nlu.load_tokenizer(nlu.Arguments(model=str(encoders[kind])), str(encoders[kind]), 1)
+    plain = plain_logits(tmp_path / "out" / "merged", encode(tokenizer, config, texts, 128))[0][:, 0]
+    scores = summary["results"]["data"]["full"]
+    assert scores["rmse"]["value"] == pytest.approx(np.sqrt(np.mean((plain - labels) ** 2)), rel=1e-3)
+    assert scores["mae"]["value"] == pytest.approx(np.mean(np.abs(plain - labels)), rel=1e-3)
+    assert scores["rmse"]["value"] < 400  # of 1,200: from a head near 0 without a scale, 54 steps come nowhere near
+    # A trained head that goes on is read in its own units.
+    unchanged = ("--learning-rate=1e-12", "--method=full")
+    run(tmp_path, "--model", tmp_path / "out" / "merged", *argv, *unchanged, output="again")
+    again = [json.loads(line)["predicted"] for line in (tmp_path / "again" / "predictions.jsonl").open()]
+    assert again == pytest.approx(plain.tolist(), rel=1e-4)
+
+
+def test_a_constant_prediction_is_no_best_state(encoders):
+    split = Split([("a good film",), ("a bad plot",), ("it was dull",)], [1.0, 2.0, 4.0])
+    data = nlu.Data(split, split, {}, [], ("pearson",))
+    model, base = loaded(encoders["bert"], data)
+    split.examples = encode(base.tokenizer, base.config, split.texts, 128)
+    collator = nlu.Collator(base.tokenizer.pad_token_id)
+    assert np.isfinite(nlu.validation_score(model, data, collator))
+    final_linear(model).weight.data.zero_()
+    assert nlu.validation_score(model, data, collator) == -np.inf
+
+
+# ---------------------------------------------------------------------------------------------- published experiments
+
+TWINS = {"deberta-v3-base": "deberta-v3", "roberta-large": "roberta", "roberta-base": "roberta"}
+TWINS |= {"bert-large": "bert", "gpt2-xl": "gpt2"}
+
+
+@pytest.mark.parametrize("experiment", ["glue", "glue-imbalance", "glue-noise"])
+def test_a_tiny_twin_of_every_run_of_glue_takes_a_step(tmp_path, encoders, experiment):
+    """Every model and method of the experiment, with its own options, on a small model of its architecture."""
+    tiny_models.make("tiny-t5", tmp_path / "t5")
+    three = [{"premise": "it is", "hypothesis": f"a {word} film", "label": i % 3} for i, word in enumerate(WORDS)]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", three)
+    seen = set()
+    for planned in runs.expand(experiment).runs:
+        key = (planned.labels.get("model", "deberta-v3-base"), planned.labels["method"])
+        if key in seen or planned.settings["task"] != "mnli":
+            continue
+        seen.add(key)
+        model = tmp_path / "t5" if key[0] == "t5-base" else encoders[TWINS[key[0]]]
+        argv = [*runs.as_words(planned.settings), "--model", model, "--data", pairs, "--eval-data", pairs, "--rank=2"]
+        argv += ["--batch-size=20", "--epochs=1", "--max-length=32", "--output-dir", tmp_path / "-".join(key)]
+        nlu.main([str(word) for word in argv])
+        summary = json.loads((tmp_path / "-".join(key) / "results.json").read_text())
+        assert (summary["steps"], summary["class_names"][0]) == (1, "entailment")
+    assert len(seen) == 4 * len({model for model, _ in seen})
+
+
+def test_a_model_without_padding_or_end_token_is_refused(tmp_path):
+    folder = make_encoder(tmp_path / "model", "gpt2")
+    tokenizer = make_tokenizer("gpt2")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="neither a padding nor an end token"):
+        nlu.load_tokenizer(nlu.Arguments(), str(folder), 2)
+
+
+def test_a_probes_logits_add_up_to_0_and_k_is_dead_one_earlier():
+    rng = np.random.default_rng(0)
+    for count in (3, 5):
+        labels = [i % count for i in range(90)]
+        features = (rng.normal(size=(90, 7)) + np.eye(7)[labels]).astype(np.float32)
+        z = torch.tensor(apply_probe(fit_probe(features, labels, features, labels), features), requires_grad=True)
+        assert z.sum(dim=1).abs().max() < 1e-4
+        assert oracle.spectral(z.detach().double().numpy(), count - 1, "nuclear")[0] == pytest.approx(-1, abs=1e-5)
+        assert oracle.spectral(z.detach().double().numpy(), count - 2, "nuclear")[0] > -0.99
+        note = nlu.note_on_regularizers(arguments(spectral_k=count - 1, teacher_head="probe"), count)
+        assert f"k = {count - 1} on {count} classes starts as the constant -1" in note
+        assert f"--spectral-k {count - 2} or less acts" in note
+        assert nlu.note_on_regularizers(arguments(spectral_k=count - 2, teacher_head="probe"), count) is None
+        assert nlu.note_on_regularizers(arguments(spectral_k=count - 1), count) is None
 
 
 # ---------------------------------------------------------------------------------------------- scores
