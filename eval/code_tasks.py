@@ -163,6 +163,7 @@ def defines(code: str, names: tuple[str, ...]) -> bool:
 
 def as_body(code: str) -> str:
     """The code, indented as the body of a function, whether or not the model or its tokenizer left that out."""
+    code = re.sub(r"^ {3}(?=\S)", "    ", code)  # a tokenizer may drop one space
     lines = code.split("\n")
     if lines[0][:1] in (" ", "\t"):
         return code
