@@ -4,7 +4,7 @@ Protects, where the kernel has namespaces (Linux 5.12 or newer; as root, or as a
 are allowed):
 - files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own;
 - the network, other processes, this process's environment and memory: none is reachable; no process can be started;
-- memory, CPU time, disk, output and wall-clock time are limited; at the deadline the program ends with all its threads;
+- memory, CPU time, waiting, disk and output are limited; at the limit the program ends with all its threads;
 - the verdict: tests run in a process of their own, which talks to the program by plain data only (`sandbox_inside.py`).
 Inside a container without namespaces, Landlock and a system-call filter give the same with three exceptions: a program
 can fill the disk that holds the temporary folder, can see whether a file exists (not what it holds), and as root can
@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cli import RunStopped, UserError
-from eval.sandbox_inside import receive, send
+from common.cores import available_cores
+from eval.sandbox_inside import PATIENCE, receive, send
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it
@@ -54,7 +55,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    timeout: float = 10.0  # seconds of wall-clock time, and of CPU time
+    timeout: float = 10.0  # seconds of CPU time; and of waiting (see `Clock` in sandbox_inside.py)
     memory_mib: int = 1024  # address space
     disk_mib: int = 64  # /tmp, all files together (with Landlock: not limited)
     file_mib: int = 16  # one file, and the output
@@ -147,7 +148,7 @@ def run_programs(
     """Yields one verdict per program, in order, as they come.
 
     Args:
-        workers: programs at a time; None: as many as there are CPU cores.
+        workers: programs at a time; None: as many as this process has cores.
 
     Raises:
         UserError: see `require_isolation`.
@@ -156,7 +157,7 @@ def run_programs(
     limits, found = limits or Limits(), require_isolation(unsafe)
     waiting: list[_Starter] = []
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(workers or available_cores()) as pool:
             futures = [pool.submit(_run, program, limits, found, waiting) for program in programs]
             try:
                 for future in futures:
@@ -224,7 +225,7 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
         settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
         settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
         try:
-            messages = starter.run(settings, program, limits.timeout + GRACE)
+            messages = starter.run(settings, program, PATIENCE * limits.timeout + GRACE)
         except TimeoutError:
             return Verdict("timed out", f"after {limits.timeout:g} s", "")
         is_whole = len(messages) == 3

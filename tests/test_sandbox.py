@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hostile_programs import PROGRAMS, TESTS
 
+from common import cores
 from common.cli import UserError
 from eval import sandbox, sandbox_inside
 from eval.sandbox import Isolation, Limits, Program, Verdict, run_programs
@@ -300,6 +301,50 @@ def test_output_is_kept_and_cut(level):
 def test_the_deadline_is_named(level):
     verdict = run("while True: pass", "", timeout=0.5)
     assert (verdict.verdict, verdict.detail) == ("timed out", "after 0.5 s")
+
+
+@pytest.mark.parametrize("needs", ["CPU time", "patience"])
+def test_a_busy_machine_changes_no_verdict(needs, level):
+    """Four at a time on one core: each takes longer than its limit by the clock on the wall."""
+    work = "end = time.process_time() + 0.6\n    while time.process_time() < end: pass"
+    source = f"import time\ndef f():\n    {work if needs == 'CPU time' else 'time.sleep(0.6)'}\n    return 1"
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        programs = [Program(source, "assert f() == 1", ("f",))] * 4
+        within = list(run_programs(programs, Limits(timeout=1.2), workers=4))
+        over = list(run_programs(programs, Limits(timeout=0.4), workers=4))
+    finally:
+        os.sched_setaffinity(0, before)
+    assert [verdict.verdict for verdict in within] == ["passed"] * 4
+    assert [verdict.verdict for verdict in over] == ["timed out"] * 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 6),
+        ("0::/\n", {"cpu.max": "max 100000"}, 6),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        (
+            "1:cpuset:/\n2:cpu,cpuacct:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        ("2:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        ("0::/\n", {"cpu.max": "900000 100000"}, 6),
+    ],
+)
+def test_workers_are_the_cores_that_a_container_leaves(groups, files, expected, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(cores, "OWN_GROUPS", own)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert cores.available_cores() == expected
 
 
 def test_verdicts_come_in_order_and_repeat(level):
