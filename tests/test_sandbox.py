@@ -6,12 +6,15 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hostile_programs import PROGRAMS, TESTS
 
 from common import cores
@@ -390,6 +393,97 @@ def test_random_inputs_are_the_same_in_every_run(level):
     assert re.fullmatch(r"0\.\d+\n", outputs.pop())
 
 
+HEADER = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+REFUSED = {  # family: the names of its calls, after the kernel's header
+    "System V and POSIX memory, queues and semaphores": r"shm\w+|sem\w+|msg(get|snd|rcv|ctl)|mq_\w+|memfd_\w+",
+    "keys": r"add_key|request_key|keyctl",
+    "asynchronous I/O": r"io_\w+",
+    "sockets with a name": r"socket|connect|bind|listen|accept4?|sendm?msg|recvm?msg",
+    "locks and watches": r"flock|inotify_\w+|fanotify_\w+",
+    "what a file has beside its content": r"\w*xattr|f?chmod(at)?|[fl]?chown(at)?|\w*utimes?(at)?|utimensat|mknod(at)?",
+    "where a link leads": r"readlink(at)?",
+    "processes": r"v?fork|execve(at)?|t?g?kill|\w+sigqueueinfo|pidfd_\w+|ptrace|process_\w+|kcmp|set[ps]\w*id",
+    "namespaces and mounts": r"unshare|setns|mount\w*|umount2|\w+_root|chroot|open_tree|move_mount|fs(open|mount|pick)",
+    "the kernel's corners": r"bpf|perf_event_open|userfaultfd|seccomp|landlock_\w+|timer(fd)?_\w+|signalfd4?|openat2",
+}
+# The system call with arguments of which only these matter; all others are -1.
+ARGUMENTS = {
+    "locks, leases, watches and owners of descriptors": [
+        (72, -1, c) for c in (5, 6, 7, 8, 10, 15, 36, 37, 38, 1024, 1026)
+    ],
+    "seals and sizes": [(72, -1, 1031), (72, -1, 1033)],
+    "datagrams": [(53, 1, kind) for kind in (2, 3, 5, 2 | 0x80000)] + [(53, 2, 1), (44, -1, -1, -1, -1, -1)],
+    "devices, and flags of files": [(16, -1, code) for code in (0x40086602, 0x8901, 0x8902, 0x5412)],
+    "other processes' limits": [(302, 1)],
+    "who ends with whom": [(157, 1), (157, 4), (157, 22)],
+}
+
+
+@pytest.mark.skipif(not HEADER.is_file(), reason="no kernel headers of x86_64")
+@pytest.mark.parametrize("family", [*REFUSED, *ARGUMENTS])
+def test_families_of_system_calls_are_refused(family, level):
+    """By EPERM, where one that got through would fail with EBADF, EFAULT or EINVAL: no argument means anything."""
+    if family in REFUSED:
+        found = re.findall(r"^#define __NR_(\w+)\s+(\d+)$", HEADER.read_text(), re.MULTILINE)
+        calls = [(int(number),) for name, number in found if re.fullmatch(REFUSED[family], name)]
+    else:
+        calls = ARGUMENTS[family]
+    assert calls
+    source = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def f(call):
+    arguments = [ctypes.c_long(value) for value in (*call, *[-1] * (7 - len(call)))]
+    return libc.syscall(*arguments), ctypes.get_errno()
+"""
+    verdict = run(source, f"for call in {calls}:\n    assert f(call) == (-1, 1), call")
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "seen_by"),
+    [
+        ("os.path.getsize({canary!r}) == 7", {"landlock"}),
+        ("os.stat({canary!r}).st_mode & 0o777 == 0o666", {"landlock"}),
+        ("os.uname().nodename == {host!r}", {"landlock"}),
+        ("open({canary!r}).read() == 'hunter2'", set()),
+        ("os.readlink({link!r}) == {canary!r}", set()),
+        ("os.listdir(os.path.dirname({canary!r}))", set()),
+        ("os.getppid() == {pid}", set()),
+        ("os.statvfs('.').f_blocks * os.statvfs('.').f_frsize > 2**27", {"landlock"}),
+    ],
+)
+def test_each_level_keeps_out_what_it_says(source, seen_by, level, tmp_path):
+    """The header of sandbox.py, the page and `describe`: Landlock's exceptions, and no others."""
+    (tmp_path / "canary").write_text(SECRET)
+    (tmp_path / "canary").chmod(0o666)
+    (tmp_path / "link").symlink_to(tmp_path / "canary")
+    told = {"canary": str(tmp_path / "canary"), "link": str(tmp_path / "link")}
+    told |= {"host": os.uname().nodename, "pid": os.getpid()}
+    verdict = run(f"import os\ndef f(): return bool({source.format(**told)})", "assert f()")
+    assert verdict.passed == (level in seen_by), verdict
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root ignores permissions")
+def test_a_folder_is_cleared_whatever_rights_are_left(level, tmp_path):
+    """As an ordinary user, to whom rights mean something."""
+    tmp_path.chmod(0o777)
+    script = f"""
+import os, sys, tempfile
+tempfile.tempdir = {str(tmp_path)!r}
+from eval import sandbox
+found = sandbox.Isolation({level!r}, True, ())
+source = "import os\\nos.makedirs('a/b')\\nos.mkdir('a/b/d', 0)\\nos.umask(0o777)\\nos.mkdir('a/e')\\ndef f(): return 1"
+print(sandbox._run(sandbox.Program(source, "assert f() == 1", ("f",)), sandbox.Limits(), found).verdict)
+print(os.listdir(tempfile.tempdir))
+"""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.getuid() == 0 else []
+    done = subprocess.run([*user, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    if "Permission denied" in done.stderr or "SandboxError" in done.stderr:
+        pytest.skip("an ordinary user cannot run this here")
+    assert done.stdout.split("\n")[:2] == ["passed", "[]"], done.stderr
+
+
 def test_nothing_runs_without_isolation_unless_asked(monkeypatch):
     monkeypatch.setattr(sandbox, "isolation", lambda: Isolation("none", True, ("namespaces: not allowed",)))
     with pytest.raises(UserError, match=r"--unsafe \(namespaces: not allowed\)"):
@@ -435,7 +529,8 @@ def test_what_cannot_be_isolated_is_no_verdict(monkeypatch):
 @pytest.mark.skipif(not Path("/usr/include").is_dir(), reason="no kernel headers")
 def test_system_call_numbers_are_the_kernels():
     headers = [Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h")]
-    known = sandbox_inside.DENIED | {"clone": sandbox_inside.CLONE, "clone3": sandbox_inside.CLONE3}
+    known = sandbox_inside.ALLOWED | {"clone": sandbox_inside.CLONE, "clone3": sandbox_inside.CLONE3}
+    known["pivot_root"] = sandbox_inside.PIVOT_ROOT
     known |= {name: rule[0] for name, rule in sandbox_inside.CONDITIONAL.items()}
     compared = 0
     for column, header in enumerate(headers):
