@@ -27,3 +27,18 @@ def encode_opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]
 def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
     """The response's tokens and the end-of-sequence token."""
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], tokens: list[int]) -> str:
+    """What `tokens` add to the text of `prompt`, to the character, without special tokens.
+
+    Decoded alone they may lose a space: LlamaTokenizer drops the one that a text begins with, and others "clean up"
+    spaces before punctuation.
+    """
+    before, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (prompt, [*prompt, *tokens])
+    )
+    if not whole.startswith(before):
+        before = before.rstrip("\ufffd")  # half a character, which the tokens make whole
+    return whole.removeprefix(before)

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.cli import UserError, option, require_positive
 from common.conversations import read_template_args
 from common.pretrained import resolve_demo
+from common.prompts import decode_response
 from common.ranks import read_deepspeed
 from common.runs import SAMPLES, JsonLines
 from common.templates import Template
@@ -265,7 +266,7 @@ class Sampler:
                 most = min(SAMPLE_TOKENS, self.max_length - len(ids))
                 config = transformers.GenerationConfig(max_new_tokens=most, **settings)
                 output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
-                answer = self.template.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+                answer = decode_response(self.template.tokenizer, ids, output[0, len(ids) :].tolist())
                 rows.append({"step": step, "prompt": prompt, "answer": answer})
         finally:
             model.generation_config = own

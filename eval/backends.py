@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from common.cli import UserError
 from common.pretrained import resolve_dtype
+from common.prompts import decode_response
 from eval.generation import Completion, Sampling, batches, with_bar
 from eval.quiet import quiet_vllm
 
@@ -63,6 +71,22 @@ def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return (text[: min(ends)], True) if ends else (text, False)
 
 
+class _Stop(StoppingCriteria):
+    """Ends a row whose completion has a stop string; transformers' own looks for it in the prompt's end too."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, stop: tuple[str, ...]):
+        self.tokenizer, self.width, self.stop = tokenizer, width, stop
+        self.most = max(len(string.encode()) for string in stop) + 1  # tokens; each is a byte or more
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        start = max(self.width, input_ids.shape[1] - self.most)
+        ended = [
+            _cut(decode_response(self.tokenizer, row[:1], row[1:]), self.stop)[1]
+            for row in input_ids[:, start - 1 :].tolist()
+        ]
+        return torch.tensor(ended, device=input_ids.device)
+
+
 class TransformersBackend:
     """Padded on the left, so that every completion starts at the same place."""
 
@@ -98,8 +122,6 @@ class TransformersBackend:
         if sampling.temperature > 0:
             settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             torch.manual_seed(_seed_of(seeds))
-        if sampling.stop:
-            settings |= {"stop_strings": list(sampling.stop)}
         config = GenerationConfig(
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.eos_token_ids[0],
@@ -108,17 +130,18 @@ class TransformersBackend:
             **settings,
         )
         input_ids, attention_mask = _left_padded(prompts, self.eos_token_ids[0], self.device)
+        stopping = [_Stop(self.tokenizer, input_ids.shape[1], sampling.stop)] if sampling.stop else []
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            tokenizer=self.tokenizer if sampling.stop else None,
+            stopping_criteria=StoppingCriteriaList(stopping),
         )
         completions = []
-        for row in output[:, input_ids.shape[1] :].tolist():
+        for prompt, row in zip(prompts, output[:, input_ids.shape[1] :].tolist(), strict=True):
             length = next((n for n, token in enumerate(row) if token in self.eos_token_ids), None)
             tokens = row[:length]
-            text, stopped = _cut(self.tokenizer.decode(tokens, skip_special_tokens=True), sampling.stop)
+            text, stopped = _cut(decode_response(self.tokenizer, prompt, tokens), sampling.stop)
             completions.append(Completion(text, len(tokens), finished=length is not None or stopped))
         return completions
 
@@ -236,9 +259,9 @@ class VLLMBackend:
             lora_request=self.lora,
         )
         completions = []
-        for output in outputs:
+        for prompt, output in zip(prompts, outputs, strict=True):
             tokens = [token for token in output.outputs[0].token_ids if token not in self.eos_token_ids]
-            text, _ = _cut(self.tokenizer.decode(tokens, skip_special_tokens=True), sampling.stop)
+            text, _ = _cut(decode_response(self.tokenizer, prompt, tokens), sampling.stop)
             completions.append(Completion(text, len(tokens), finished=output.outputs[0].finish_reason == "stop"))
         return completions
 

@@ -21,9 +21,9 @@ class ProgramArguments:
     """How programs are run and counted."""
 
     k: list[int] = option([1], "the k of pass@k; none may be above --samples")
-    timeout: float = option(Limits.timeout, "seconds for one program with its tests")
+    timeout: float = option(Limits.timeout, "seconds of CPU time, and of waiting, for one program with its tests")
     memory_mib: int = option(Limits.memory_mib, "memory for one program")
-    workers: int | None = option(None, "programs that run at the same time; None: one per CPU core")
+    workers: int | None = option(None, "programs that run at the same time; None: one per core of this process")
     unsafe: bool = option(False, "run the model's programs even where nothing isolates them from this machine")
 
 
@@ -163,6 +163,7 @@ def defines(code: str, names: tuple[str, ...]) -> bool:
 
 def as_body(code: str) -> str:
     """The code, indented as the body of a function, whether or not the model or its tokenizer left that out."""
+    code = re.sub(r"^ {3}(?=\S)", "    ", code)  # a tokenizer may drop one space
     lines = code.split("\n")
     if lines[0][:1] in (" ", "\t"):
         return code

@@ -5,7 +5,7 @@ text after some normalisation, and MetaMath, PiSSA and BA-LoRA took that over. I
 \\frac14 to it. `same_value` asks math-verify, which parses both with sympy.
 
 A model's answer may be 10^{10^{10}}: what sympy makes of it can take forever, or all memory. So each pair is compared
-in a process of its own, which is killed at its time limit. `Grader` keeps servers from which these processes are
+in a process of its own, which is killed at its limit of CPU time. `Grader` keeps servers from which these processes are
 forked, so that none of them has to import sympy again; a server is this file, run as a script.
 """
 
@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SECONDS = 5.0  # per pair
+SECONDS = 5.0  # of CPU time, per pair
+PATIENCE = 10  # the wall-clock time that a pair gets, in times of its CPU time: others may need the machine too
 MEMORY = 2 * 2**30  # bytes of address space that a comparison may add
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -137,7 +138,9 @@ class Grader:
 
     def __init__(self, seconds: float = SECONDS, servers: int | None = None):
         self.seconds = seconds
-        self.idle = [self._start() for _ in range(servers or min(8, len(os.sched_getaffinity(0))))]
+        from common.cores import available_cores  # here: a server is not run from the project's folder
+
+        self.idle = [self._start() for _ in range(servers or min(8, available_cores()))]
 
     def _start(self) -> subprocess.Popen:
         command = [sys.executable, __file__, str(self.seconds)]
@@ -199,13 +202,15 @@ def _compare_apart(answer: str, gold: str, seconds: float) -> dict[str, Any]:
     if child == 0:
         _compare_here(answer, gold, writing)
     os.close(writing)
-    deadline, received = time.monotonic() + seconds, b""
-    while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        more = os.read(reading, 16)
-        received += more
-        if not more:
-            break
-    late = not received.endswith(b".") and time.monotonic() >= deadline
+    deadline, received, late = time.monotonic() + PATIENCE * seconds, b"", False
+    while not (late or received.endswith(b".")):
+        if select.select([reading], [], [], seconds / 50)[0]:
+            more = os.read(reading, 16)
+            received += more
+            if not more:
+                break
+        used = time.clock_gettime(~child << 3 | 2)  # of the child's CPU time, by the kernel's name for it
+        late = not received.endswith(b".") and (used >= seconds or time.monotonic() >= deadline)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

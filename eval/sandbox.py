@@ -2,13 +2,18 @@
 
 Protects, where the kernel has namespaces (Linux 5.12 or newer; as root, or as a user where unprivileged user namespaces
 are allowed):
-- files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own;
-- the network, other processes, this process's environment and memory: none is reachable; no process can be started;
-- memory, CPU time, disk, output and wall-clock time are limited; at the deadline the program ends with all its threads;
+- files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own; it can
+  lock or watch none of them;
+- the network, other processes, this process's environment, number and memory: none is reachable; no process can be
+  started;
+- what the kernel keeps apart from files (System V memory, queues and semaphores, keys, asynchronous I/O, sockets with
+  a name, the host's name): none is reachable. A list names the system calls that are allowed, and no other is;
+- memory, CPU time, waiting, disk and output are limited; at the limit the program ends with all its threads;
 - the verdict: tests run in a process of their own, which talks to the program by plain data only (`sandbox_inside.py`).
-Inside a container without namespaces, Landlock and a system-call filter give the same with three exceptions: a program
-can fill the disk that holds the temporary folder, can see whether a file exists (not what it holds), and as root can
-start as many threads as its memory holds.
+Inside a container without namespaces, Landlock and the same list give the same with these exceptions: a program can
+fill the disk that holds the temporary folder, which is cleared afterwards whatever rights the program took from it; can
+see whether a file exists, with its size, owner, rights and times (not what it holds, nor where a link leads); sees the
+host's name and its judge's process number; and as root can start as many threads as its memory holds.
 
 Does not protect against: a hole in the kernel; reading what the CPU's caches leak; slowing this machine down within the
 limits. The tests themselves are trusted not to forge their own verdict. It is made for code by models that err, and for
@@ -36,7 +41,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cli import RunStopped, UserError
-from eval.sandbox_inside import receive, send
+from common.cores import available_cores
+from eval.sandbox_inside import PATIENCE, receive, send
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it
@@ -54,7 +60,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    timeout: float = 10.0  # seconds of wall-clock time, and of CPU time
+    timeout: float = 10.0  # seconds of CPU time; and of waiting (see `Clock` in sandbox_inside.py)
     memory_mib: int = 1024  # address space
     disk_mib: int = 64  # /tmp, all files together (with Landlock: not limited)
     file_mib: int = 16  # one file, and the output
@@ -83,15 +89,16 @@ class Isolation:
     def describe(self) -> str:
         """For the user, at the start of a run."""
         if self.level == "namespaces":
-            text = "namespaces" + (" and a system-call filter" if self.filter else ", no system-call filter")
+            text = "namespaces" + (" and a list of allowed system calls" if self.filter else ", no system-call filter")
             text += (
                 ": programs see Python's library and an empty /tmp, have no network, no other processes and none of"
                 " this environment; not isolated: the kernel itself"
             )
         elif self.level == "landlock":
             text = (
-                "Landlock and a system-call filter: programs see Python's library and an empty folder, have no network"
-                " and start no processes; not isolated: the kernel itself, free disk space, whether a file exists"
+                "Landlock and a list of allowed system calls: programs see Python's library and an empty folder, have"
+                " no network and start no processes; not isolated: the kernel itself, free disk space, whether a file"
+                " exists, with its size, owner, rights and times, the host's name"
             )
         else:
             text = "NONE: programs can read and change whatever this user can" + (
@@ -147,7 +154,7 @@ def run_programs(
     """Yields one verdict per program, in order, as they come.
 
     Args:
-        workers: programs at a time; None: as many as there are CPU cores.
+        workers: programs at a time; None: as many as this process has cores.
 
     Raises:
         UserError: see `require_isolation`.
@@ -156,7 +163,7 @@ def run_programs(
     limits, found = limits or Limits(), require_isolation(unsafe)
     waiting: list[_Starter] = []
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(workers or available_cores()) as pool:
             futures = [pool.submit(_run, program, limits, found, waiting) for program in programs]
             try:
                 for future in futures:
@@ -222,9 +229,9 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
     starter = waiting.pop() if waiting else _Starter()
     with _folder(found) as folder:
         settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
-        settings |= {"parent": os.getpid(), "visible": _visible_folders(), "hidden": _package_folders()}
+        settings |= {"visible": _visible_folders(), "hidden": _package_folders()}
         try:
-            messages = starter.run(settings, program, limits.timeout + GRACE)
+            messages = starter.run(settings, program, PATIENCE * limits.timeout + GRACE)
         except TimeoutError:
             return Verdict("timed out", f"after {limits.timeout:g} s", "")
         is_whole = len(messages) == 3
@@ -249,7 +256,10 @@ def _folder(found: Isolation) -> Iterator[str]:
     try:
         yield folder
     finally:  # not shutil.rmtree: folders nested deep enough take it down
-        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
+        # The second time with what a program took from its folders: the right to list and change them.
+        for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            if os.path.exists(folder):
+                subprocess.run([*command, folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def _interpreter() -> str:

