@@ -168,9 +168,12 @@ def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns 
     return encode_opening(tokenizer, text + openings[-1])
 
 
-def stop_strings(template: str, shots: int) -> tuple[str, ...]:
-    """What a model writes that goes on with an example of its own after its answer, as solved examples teach it."""
-    return ("### Instruction:", "Below is an instruction") if shots and template.startswith("alpaca") else ()
+BEGINNINGS = ("### Instruction:", "Below is an instruction")  # of the template's next example
+
+
+def stop_strings(template: str) -> tuple[str, ...]:
+    """What a model writes that goes on with an example of its own after its answer, with solved examples or without."""
+    return BEGINNINGS if template.startswith("alpaca") else ()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -498,7 +501,7 @@ class Run(Results):
 
         Args:
             shots: solved examples, instruction and response.
-            stop: strings that end a completion; None: what ends one of the template's own with `shots`.
+            stop: strings that end a completion; None: the template's own beginnings.
 
         Returns:
             One dict per completion, ordered by index (of the instruction) and sample, with instruction, prompt,
@@ -513,7 +516,7 @@ class Run(Results):
             return [item for item in self.rescored if item["index"] < len(instructions)]
         prompts = [self.encode(text, shots) for text in instructions]
         if stop is None:
-            stop = stop_strings(args.prompt, len(shots))
+            stop = stop_strings(args.prompt)
         sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, stop)
         of_prompts = self.generate(prompts, sampling, args.samples)
         return [

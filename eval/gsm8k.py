@@ -51,18 +51,33 @@ class Arguments(LossArguments, benchmark.Arguments):
 
 NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
 # What may stand between "####" and its number.
-DECORATION = re.compile(r"(?:[\s*:+]|(?:the )?(?:final )?answer(?: is)?\b|\\boxed\{)*", re.IGNORECASE)
+DECORATION = re.compile(r"(?:[\s*:+=`$€£]|(?:the )?(?:final )?answer(?: is)?\b|\\boxed\{)*", re.IGNORECASE)
 MOST_DIGITS = 100  # of a number; what a model repeats for ever is none
 
 
 def extract_answer(text: str) -> Fraction | None:
     """The first number after the last "The answer is:"; without one, the number right after the last "####", which is a
     heading in Markdown too. None where there is neither."""
-    _, marker, answer = text.rpartition("The answer is:")
-    if marker:
-        return _number(NUMBER.search(answer))
-    _, marker, answer = text.rpartition("####")
-    return _number(NUMBER.match(answer, DECORATION.match(answer).end())) if marker else None
+    text = _plain(re.split("|".join(benchmark.BEGINNINGS), text)[0])
+    _, *answers = re.split("the answer is:", text, flags=re.IGNORECASE)
+    if answers:
+        found = next(filter(None, (NUMBER.search(EQUATION.sub("", answer)) for answer in reversed(answers))), None)
+    else:
+        headings = reversed(text.split("####")[1:])
+        found = next(filter(None, (NUMBER.match(part, DECORATION.match(part).end()) for part in headings)), None)
+    return None if found is None or NO_END.match(found.string, found.end()) else _number(found)
+
+
+EQUATION = re.compile(r"\A[^=\n]*\d\s*[-+*/×÷][^=\n]*=(?=[^=\n]*\d)")  # "18 + 24 =": the sum comes after it
+NO_END = re.compile(r"[:–-]\d|[²³]")  # a time, a range, a power: no number ends before it
+MIXED = re.compile(r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?!\d)")
+
+
+def _plain(text: str) -> str:
+    """LaTeX's thousands and fractions, mixed numbers and the minus sign as NUMBER reads them."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text.replace("\N{MINUS SIGN}", "-"))
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
+    return MIXED.sub(lambda mixed: f"{int(mixed[1]) * int(mixed[3]) + int(mixed[2])}/{mixed[3]}", text)
 
 
 PUBLISHED_NUMBER = re.compile(r"([-+]?\d*)([.,/]?)(\d+)")

@@ -124,7 +124,8 @@ def same_value(answer: str, gold: str) -> bool:
 
 
 def _delimited(text: str) -> str:
-    """As math-verify looks for formulas: in \\boxed{}, or between dollar signs."""
+    """As math-verify looks for formulas: in \\boxed{}, or between dollar signs; without Markdown's bold around it."""
+    text = re.sub(r"\A\s*\*\*(?!\*)([^*]+)\*\*\s*\Z", r"\1", text)
     return text if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", text) else f"${text}$"
 
 

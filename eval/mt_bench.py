@@ -131,7 +131,7 @@ def answer(run: Run, questions: list[dict]) -> list[dict[str, Any]]:
                 )
                 for i in chosen
             ]
-            sampling = Sampling(args.max_new_tokens, temperature, args.top_p, stop_strings(args.prompt, turn))
+            sampling = Sampling(args.max_new_tokens, temperature, args.top_p, stop_strings(args.prompt))
             for i, prompt, (completion,) in zip(chosen, prompts, run.generate(prompts, sampling), strict=True):
                 answers[i].append(completion.text.strip())
                 items.append(
@@ -359,12 +359,12 @@ def prompt_name(with_reference: bool, turn: int) -> str:
 
 
 def rating(text: str | None) -> float | None:
-    """The first [[rating]], or else [rating], from 1 to 10; None where there is none, or none in that range."""
+    """The first [[rating]], or else [rating], from 0 to 10, as FastChat has it; None where none is in that range."""
     matches = list(RATING.finditer(text or ""))
     double = [match for match in matches if match[1] is not None]
     chosen = (double or matches)[:1]
     value = float(chosen[0][1] or chosen[0][2]) if chosen else None
-    return value if value is not None and 1 <= value <= 10 else None
+    return value if value is not None and value <= 10 else None
 
 
 # ------------------------------------------------------------------------------------------------------------------

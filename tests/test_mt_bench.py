@@ -116,7 +116,7 @@ def run(files, checkpoint):
         ("see [1]. Rating: [[8]]", 8),
         ("Rating: 8", None),
         ("Rating: [[11]]", None),
-        ("Rating: [[0]]", None),
+        ("Rating: [[0]]", 0),
         ("Rating: [[ten]]", None),
         ("", None),
         (None, None),
