@@ -62,7 +62,7 @@ from common.chunks import blocks, chunks, top_k
 from common.cli import UserError, first_line, option, parse_arguments
 from common.conversations import build_dataset, first_screen, load_training_records, num_valid, read_template_args
 from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
-from common.partitioned import device_of, is_partitioned, num_ranks, whole
+from common.partitioned import device_of, is_partitioned, num_ranks
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
 from common.ranks import peak_memory_gib, read_deepspeed, run_rank, start_ranks
@@ -349,6 +349,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
+        if type(self.base) is not nn.Linear:  # bitsandbytes gives views of its own functions, which nothing may change
+            y = y.clone()
         factors = (self.lora_A, self.lora_B, self.initial_A, self.initial_B)
         return _AddLowRank.apply(y, x, *factors, self.scaling, self.stacked)
 
@@ -1520,7 +1522,9 @@ def load_student(
     elif base.adapter is not None:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
-            return principal_factors(whole(model.get_submodule(name).weight), args.rank, args.alpha / args.rank)
+            weight = model.get_submodule(name).weight
+            with partitioned.gathered([weight]):
+                return principal_factors(partitioned.dequantized(weight), args.rank, args.alpha / args.rank)
 
         attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:

@@ -44,14 +44,14 @@ def attend_per_sequence(
         )
         return output.transpose(1, 2), None
     held = [lengths[0], *(length - shared_length for length in lengths[1:])]
+    # Once: the gradient of each slice is as large as the whole tensor.
+    beginnings = [x[:, :, :shared_length] for x in (query, key, value)]
     outputs = []
     for index, states in enumerate(zip(*(x.split(held, dim=2) for x in (query, key, value)), strict=True)):
         missing = shared_length if index > 0 else 0
         if missing:
             # Queries too: is_causal wants a square, and the beginning is short.
-            states = [
-                torch.cat([x[:, :, :missing], own], dim=2) for x, own in zip((query, key, value), states, strict=True)
-            ]
+            states = [torch.cat(pair, dim=2) for pair in zip(beginnings, states, strict=True)]
         q, k, v = states
         output = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
