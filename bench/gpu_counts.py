@@ -15,7 +15,7 @@ from gpu_fast import Counted
 from torch import Tensor
 
 import train
-from common import chunks, token_kernel
+from common import chunked, chunks, token_kernel
 
 CARD = 80 * 2**30  # bytes of the GPU that is counted for
 
@@ -52,7 +52,7 @@ def token_terms(shape: tuple[int, int, int], fused: bool, memory_mib: float | No
         for module, name, value in replaced:
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(counted)
-        train._token_sums(hidden, teacher, head, targets, cases.ICLR, True, memory_mib)
+        chunked.token_sums(hidden, teacher, head, targets, cases.ICLR, True, memory_mib)
     return {"chunks": count, **figures(counted)}
 
 
@@ -75,7 +75,7 @@ def iteration(shape: tuple[int, int], on_gpu: bool) -> dict[str, Any]:
     """L_SVDR's subspace iteration, run on this machine; singular values that fall as i^-0.7, about as a model's do."""
     Y = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[1] + 1) ** -0.7
     with Counted() as counted:
-        train._leading_by_iteration(Y, 10, on_gpu)
+        chunked.leading_by_iteration(Y, 10, on_gpu)
     # The decomposition of a small matrix reads its verdict, and so does the look at the residual.
     return figures(counted)
 

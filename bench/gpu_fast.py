@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from common import chunked
 from common.activations import save_activations
 from common.targets import TARGET_MODULES, find_target_modules
 
@@ -280,7 +281,7 @@ def profile(options: Options, deadline: float) -> Iterator[dict]:
     longest = 32 if options.small else 512
     batch = cases.packed(cases.examples(4, config.vocab_size, longest, exactly=True), options)
     head, hidden_of = model.get_output_embeddings().weight, wrapper.hidden_states
-    factor = train.head_factor(head)
+    factor = chunked.head_factor(head)
     given: dict[str, Any] = {}
 
     def teacher() -> None:

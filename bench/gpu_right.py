@@ -18,6 +18,7 @@ from gpu_cases import Checks, Options, relative_error
 from torch import Tensor, nn
 
 import train
+from common import chunked
 from common.activations import save_activations
 from common.packing import enable_packing, model_inputs
 from common.targets import TARGET_MODULES
@@ -56,7 +57,7 @@ def objective(options: Options) -> list[dict]:
         hidden, teacher = (torch.randn(num_tokens, width, **made).to(dtype) for _ in range(2))
         head = (torch.randn(vocabulary, width, **made) * 3 / width**0.5).to(dtype)
         targets = torch.randint(vocabulary, (num_tokens,), **made)
-        factor = train.head_factor(head)
+        factor = chunked.head_factor(head)
         z, z_teacher = (states.double() @ head.double().T for states in (hidden, teacher))
         # bf16: a logit of size z is off by up to z·2⁻⁹.
         limits = (1e-5, 1e-4) if dtype == torch.float32 else (2e-3, 2e-2)
@@ -82,7 +83,7 @@ def spectral(options: Options) -> list[dict]:
         generator = torch.Generator(options.device).manual_seed(0)
         Y = torch.randn(*shape, generator=generator, device=options.device)
         Y *= torch.arange(1, shape[1] + 1, device=options.device) ** -decay
-        value, gradient = train.spectral_value_and_gradient(Y, 10, "frobenius")
+        value, gradient = chunked.spectral_value_and_gradient(Y, 10, "frobenius")
         exact = Y.double()
         eigenvalues, U = torch.linalg.eigh(exact @ exact.T)
         sigma, U = eigenvalues.clamp(min=0).sqrt().flip(0), U.flip(1)[:, :10]

@@ -1,7 +1,7 @@
 """The objective's token terms in two Triton kernels: two readings of a chunk's logits in place of about twenty.
 
 In place, in the type that the head gives, bf16 say: what the plain form makes of the logits in fp32 it never holds.
-train.py's `_token_terms` is the plain form, the fallback, and what a trial compares with.
+common/chunked.py's `plain_token_terms` is the plain form, the fallback, and what a trial compares with.
 """
 
 import functools
@@ -118,7 +118,7 @@ if triton is not None:
 def token_terms(
     z: Tensor, teacher: Tensor | None, targets: Tensor, regularizers: Any, sums: Tensor, needs_gradient: bool
 ) -> None:
-    """train.py's `_token_terms`, whatever floating type `z` and `teacher` have; `teacher` stays as it is."""
+    """`plain_token_terms`, whatever floating type `z` and `teacher` have; `teacher` stays as it is."""
     entropy = NONE
     if regularizers is not None and regularizers.lambda_diversity is not None:
         entropy = ALL if regularizers.entropy_top_k is None else TOP_K

@@ -68,7 +68,8 @@ def extract_answer(text: str) -> Fraction | None:
     return None if found is None or NO_END.match(found.string, found.end()) else _number(found)
 
 
-EQUATION = re.compile(r"\A[^=\n]*\d\s*[-+*/×÷][^=\n]*=(?=[^=\n]*\d)")  # "18 + 24 =": the sum comes after it
+# "18 + 24 = 42": the value comes after the last equals sign of the sentence.
+EQUATION = re.compile(r"\A(?:(?!\.\s).)*\d\s*[-+*/×÷](?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)")
 NO_END = re.compile(r"[:–-]\d|[²³]")  # a time, a range, a power: no number ends before it
 MIXED = re.compile(r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?!\d)")
 

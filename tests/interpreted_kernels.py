@@ -6,8 +6,7 @@ import torch
 from conftest import relative_error
 from test_objective import ICLR, SETTINGS, definition, fused, make_inputs
 
-import train
-from common import token_kernel
+from common import chunked, token_kernel
 
 
 @pytest.fixture
@@ -54,16 +53,16 @@ def test_a_trial_decides_whether_the_kernels_serve(monkeypatch, capsys):
     head = torch.zeros(2, 2, dtype=torch.bfloat16)
 
     def other(z, teacher, targets, settings, sums, needs_gradient):
-        train._token_terms(z, teacher, targets, settings, sums, needs_gradient)
+        chunked.plain_token_terms(z, teacher, targets, settings, sums, needs_gradient)
         z *= 1.05
 
-    assert token_kernel.is_usable(head, train._token_terms)
+    assert token_kernel.is_usable(head, chunked.plain_token_terms)
     assert capsys.readouterr().out == ""
     assert not token_kernel.is_usable(head, other)
     assert "its numbers are others" in capsys.readouterr().out
     monkeypatch.setattr(token_kernel, "_read", None)
     token_kernel._agrees.cache_clear()
-    assert not token_kernel.is_usable(head, train._token_terms)
+    assert not token_kernel.is_usable(head, chunked.plain_token_terms)
     assert "do not serve here" in capsys.readouterr().out
     monkeypatch.setattr(token_kernel, "enabled", False)
-    assert not token_kernel.is_usable(head, train._token_terms)
+    assert not token_kernel.is_usable(head, chunked.plain_token_terms)

@@ -14,7 +14,7 @@ from test_training import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunks, token_kernel
+from common import chunked, chunks, token_kernel
 from common.targets import TARGET_MODULES
 
 
@@ -28,7 +28,7 @@ def test_the_kernels_by_tritons_interpreter():
 
 
 def test_on_a_cpu_the_plain_form_serves():
-    assert not token_kernel.is_usable(torch.zeros(2, 2), train._token_terms)
+    assert not token_kernel.is_usable(torch.zeros(2, 2), chunked.plain_token_terms)
 
 
 @pytest.mark.parametrize("gib", [24, 80])
@@ -116,10 +116,10 @@ def test_a_gpus_iteration_looks_seldom_and_agrees():
         looks = []
         for on_gpu in (False, True):
             with Counted() as counted:
-                train._leading_by_iteration(Y, 10, on_gpu)
+                chunked.leading_by_iteration(Y, 10, on_gpu)
             looks.append(counted.counts["_linalg_eigh"])
         assert looks[1] < looks[0]
-        sigma, polar = train._leading_by_iteration(Y, 10, True)
-        expected_sigma, expected_polar = train._leading_by_eigh(Y, 10)
+        sigma, polar = chunked.leading_by_iteration(Y, 10, True)
+        expected_sigma, expected_polar = chunked.leading_by_eigh(Y, 10)
         assert relative_error(sigma, expected_sigma[:10]) < 1e-6
         assert relative_error(polar, expected_polar) < 1e-3

@@ -14,7 +14,7 @@ from conftest import encode_turn, make_model, relative_error
 from test_training import make_trainer
 
 import train
-from common import chunks
+from common import chunked, chunks
 from common.activations import save_activations
 from common.cli import UserError
 from common.conversations import build_dataset, num_valid
@@ -61,7 +61,7 @@ def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
     hidden, teacher, head, targets = inputs
     teacher = teacher if settings and settings.lambda_consistency else None
     count = num_tokens or 2 * len(targets) + 1
-    factor = None if settings is None else train.head_factor(head)
+    factor = None if settings is None else chunked.head_factor(head)
     return evaluate(train.objective_from_hidden, hidden, teacher, head, factor, targets, settings, count, 2, memory_mib)
 
 
@@ -110,8 +110,8 @@ def test_the_spectral_term_in_hidden_space(norm, shape):
     """Value within 1e-5 and gradient within 1e-3 of the float64 SVD of the logits; the largest shape iterates."""
     hidden, _, head, _ = make_inputs(shape)
     hidden = hidden * torch.linspace(1, 0.05, shape[2])  # a spectrum that decays, as real hidden states' does
-    factor = train.head_factor(head)
-    value, gradient = train.spectral_value_and_gradient(hidden @ factor, 10, norm)
+    factor = chunked.head_factor(head)
+    value, gradient = chunked.spectral_value_and_gradient(hidden @ factor, 10, norm)
     z = (hidden.double() @ head.double().T).requires_grad_()
     expected = train.spectral_loss(z, 10, norm)
     expected.backward()
@@ -126,8 +126,8 @@ def test_the_iteration_agrees_with_the_eigendecomposition():
     generator = torch.Generator().manual_seed(0)
     for decay in (0.3, 1.0):
         Y = torch.randn(600, 550, generator=generator) * torch.arange(1, 551) ** -decay
-        sigma, polar = train._leading_by_iteration(Y, 10)
-        expected_sigma, expected_polar = train._leading_by_eigh(Y, 10)
+        sigma, polar = chunked.leading_by_iteration(Y, 10)
+        expected_sigma, expected_polar = chunked.leading_by_eigh(Y, 10)
         assert relative_error(sigma, expected_sigma[:10]) < 1e-6
         assert relative_error(polar, expected_polar) < 1e-3
 
@@ -135,7 +135,7 @@ def test_the_iteration_agrees_with_the_eigendecomposition():
 def test_repeated_singular_values_and_rank_deficiency():
     """σ_k = σ_{k+1}: the value is defined; what comes is a subgradient (norm-one directions of the right number)."""
     Y = torch.eye(12, 20)
-    value, gradient = train.spectral_value_and_gradient(Y, 5, "frobenius")
+    value, gradient = chunked.spectral_value_and_gradient(Y, 5, "frobenius")
     assert value.item() == pytest.approx(-5 / math.sqrt(12))
     polar = -(gradient * math.sqrt(12)) + Y * 5 / 12
     assert torch.linalg.svdvals(polar.double()) == pytest.approx([1.0] * 5 + [0.0] * 7, abs=1e-5)
@@ -143,10 +143,10 @@ def test_repeated_singular_values_and_rank_deficiency():
     left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((30, 3), (3, 25)))
     for norm in ("frobenius", "nuclear"):
         expected, expected_gradient = oracle.spectral((left @ right).numpy(), 10, norm)  # k above the rank
-        value, gradient = train.spectral_value_and_gradient((left @ right).float(), 10, norm)
+        value, gradient = chunked.spectral_value_and_gradient((left @ right).float(), 10, norm)
         assert value.item() == pytest.approx(expected, rel=1e-5)
         assert (gradient - torch.tensor(expected_gradient)).norm() < 1e-5
-    value, gradient = train.spectral_value_and_gradient(torch.zeros(4, 5), 3, "frobenius")
+    value, gradient = chunked.spectral_value_and_gradient(torch.zeros(4, 5), 3, "frobenius")
     assert value == 0
     assert not gradient.any()
 
@@ -158,7 +158,7 @@ def test_nan_and_inf_come_out_as_nan(norm, rows, value):
     """The guard of the training step sees them; an eigendecomposition would raise an error, or not."""
     Y = torch.randn(rows, 700, generator=torch.Generator().manual_seed(0))
     Y[1, 2] = value
-    for loss, gradient in [train.spectral_value_and_gradient(Y, 2, norm)]:
+    for loss, gradient in [chunked.spectral_value_and_gradient(Y, 2, norm)]:
         assert loss.isnan()
         assert gradient.isnan().all()
     assert train.spectral_loss(Y, 2, norm).isnan()
@@ -167,7 +167,7 @@ def test_nan_and_inf_come_out_as_nan(norm, rows, value):
 def test_a_head_with_dependent_columns():
     hidden, _, head, _ = make_inputs((20, 60, 12))
     head[:, 3] = head[:, 5]
-    factor = train.head_factor(head)
+    factor = chunked.head_factor(head)
     sigma = torch.linalg.svdvals(hidden @ factor)
     assert relative_error(sigma, torch.linalg.svdvals(hidden @ head.T)[:12]) < 1e-5
 
@@ -198,7 +198,7 @@ def test_bfloat16_inputs(name):
 @pytest.mark.parametrize("name", ["iclr2026", "arxiv2024", "task_alone"])
 def test_gradcheck(name):
     hidden, teacher, head, targets = make_inputs((6, 40, 5), dtype=torch.float64)
-    factor = train.head_factor(head)
+    factor = chunked.head_factor(head)
     settings = SETTINGS[name] and dataclasses.replace(SETTINGS[name], entropy_top_k=3, spectral_k=2)
 
     def loss(h):

@@ -17,6 +17,7 @@ from conftest import MERGED, encode_turn, make_model, make_tokenizer, relative_e
 from safetensors.torch import load_file
 
 import train
+from common import chunked
 from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.prompts import ALPACA_PROMPT, encode_prompt
@@ -243,7 +244,7 @@ def test_a_term_that_is_off_costs_nothing(off, tokenizer, data_file, tmp_path, m
     def refuse(*args, **kwargs):
         raise AssertionError(f"{off} is off")
 
-    costs = {"consistency": (train.BALoRAModel, "of_teacher"), "diversity": (train, "top_k")}
+    costs = {"consistency": (train.BALoRAModel, "of_teacher"), "diversity": (chunked, "top_k")}
     monkeypatch.setattr(*costs.get(off, (train, "spectral_value_and_gradient")), refuse)
     if off == "spectral":
         monkeypatch.setattr(train, "head_factor", refuse)
