@@ -81,11 +81,11 @@ from common.classifiers import (
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
-from common.labelled import TASKS, Data, load_data
+from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
 from common.peft_format import classifier_card, export_adapter
-from common.pretrained import check_checkpoint, load_tokenizer_and_config
+from common.pretrained import check_checkpoint, load_tokenizer_and_config, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
 from common.runs import held_alone, open_output_dir, package_versions, require_output_dir, require_same_run, write_whole
@@ -223,7 +223,7 @@ class OptimizationArguments(train.OptimizationArguments):
 class InterruptionArguments(train.InterruptionArguments):
     """What is kept of a run that does not end; a run that ends deletes its checkpoints."""
 
-    save_steps: int = option(500, "optimizer steps between two checkpoints; 0: none, except on SIGTERM and SIGINT")
+    save_steps: int = option(500, "optimizer steps between two checkpoints; 0: none, except after a signal")
 
 
 @dataclass
@@ -418,6 +418,7 @@ def fit(
     quiet: bool = False,
     checkpoint: Path | None = None,
     accelerator: "Accelerator | None" = None,
+    contents: dict[str, str] | None = None,
 ) -> tuple[Training, BestState]:
     """Trains `model` (see `add_trainable`) in place.
 
@@ -429,7 +430,7 @@ def fit(
     """
     accelerator, steps = accelerator or start_ranks(args), accumulation(args, checkpoint)
     order = partial(by_length, examples, args.batch_size * steps * accelerator.num_processes, args.seed)
-    training = Training(args, accelerator, steps, len(examples), order, quiet)
+    training = Training(args, accelerator, steps, len(examples), order, quiet, contents)
     best = BestState(args.patience)
     training.extra = best.for_checkpoint
     training.prepare(model, model)
@@ -737,7 +738,8 @@ def run(args: Arguments, data: Data, started: float) -> None:
     adapter_parameters, head_parameters = count_parameters(model)
     say(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
     validate = partial(validation_score, model, data, collator)
-    training, best = fit(model, examples, collator, args, validate, checkpoint=checkpoint, accelerator=accelerator)
+    contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
+    training, best = fit(model, examples, collator, args, validate, False, checkpoint, accelerator, contents)
 
     evaluate(model, data, collator, args, scores)
     if not is_main:

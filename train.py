@@ -210,7 +210,8 @@ class InterruptionArguments:
         False,
         "go on from the newest complete checkpoint in --output-dir, or start where none is; a finished run stays",
     )
-    save_steps: int = option(100, "optimizer steps between two checkpoints; 0: none, except on SIGTERM and SIGINT")
+    accept_changes: bool = option(False, "resume although the data or the base model changed since the checkpoint")
+    save_steps: int = option(100, "optimizer steps between two checkpoints; 0: none, except after a signal")
     keep_checkpoints: int = option(2, "how many checkpoints are kept")
     on_nonfinite: Literal["stop", "skip"] = option("stop", "what a NaN or Inf in loss or gradients does to the run")
 
@@ -1484,7 +1485,12 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    training = Training(args, accelerator, accumulation, len(dataset), random_order(len(dataset), args.seed))
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)} | (
+        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    )
+    order = random_order(len(dataset), args.seed)
+    training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from common.cli import UserError, first_line
 from common.runs import INCOMPLETE, NOT_IDENTITY, first_difference
 from common.validation import is_out_of_patience, losses_by_step
+
+if TYPE_CHECKING:
+    import datasets
 
 TRAINED_TENSORS = "trained.safetensors"
 PROGRESS = "progress.json"
@@ -222,13 +225,44 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+# What these options name may be moved. What is there must stay the same: `require_same_contents` compares it.
+NAMES_OF_CONTENTS = {"model", "data", "eval_data", "validation_data"}
+
+
+def contents_of(examples: "datasets.Dataset") -> str:
+    """A digest of tokenised examples: their `input_ids` and `labels`, in order."""
+    digest = hashlib.sha256()
+    for table in examples.with_format("arrow").iter(batch_size=1000):
+        for name in ("input_ids", "labels"):
+            column = table.column(name).combine_chunks()
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def require_same_contents(checkpoint: Path, contents: Mapping[str, str], accept_changes: bool) -> None:
+    """Raises a UserError where the data or the base model are not those that the checkpoint was trained with.
+
+    Args:
+        contents: digests by what they are of. accept_changes: the user insists.
+    """
+    made = json.loads((checkpoint / MANIFEST).read_text())["identity"].get("contents", {})
+    changed = [name for name, digest in contents.items() if made.get(name) != digest]
+    if changed and not accept_changes:
+        raise UserError(
+            f"--resume: the {' and the '.join(changed)} changed since {checkpoint} was written: put the old content "
+            "back, or insist with --accept-changes"
+        )
+
+
 def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint, and the FOLLOWING.
 
     Args:
         micro_batches: how many an optimizer step has on all processes together.
     """
-    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_IDENTITY}
+    left_out = NOT_IDENTITY | NAMES_OF_CONTENTS
+    identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
     return identity | {"micro_batches": micro_batches}
 
 

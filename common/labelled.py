@@ -1,5 +1,6 @@
 """Labelled texts: what a classifier is trained, selected and scored on, checked row by row."""
 
+import hashlib
 import json
 import math
 import random
@@ -110,6 +111,12 @@ class Data:
             return f"numbers from {labels.min():g} to {labels.max():g}, mean {labels.mean():g}"
         of_class = Counter(self.train.labels)
         return "classes: " + ", ".join(f"{name} {of_class[row]}" for row, name in enumerate(self.class_names))
+
+
+def contents_of(data: Data) -> str:
+    """A digest of the texts and labels that are trained and selected on."""
+    rows = [(split.texts, split.labels) for split in (data.train, data.validation)]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def demo_data(max_examples: int | None = None) -> Data:

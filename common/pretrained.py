@@ -1,6 +1,7 @@
 """Pre-trained checkpoints: whether a name can be one, its tokenizer and configuration, the embedded demo."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     import datasets
     import torch
     import transformers
+
+DIGEST_BLOCK = 2**18  # a file up to 64 MiB is read whole
 
 
 def check_checkpoint(name: str) -> None:
@@ -111,6 +114,22 @@ def require_embedded(dataset: "datasets.Dataset", model: "transformers.PreTraine
     largest = max(map(max, dataset["input_ids"])) if num_tokens > rows else 0
     if largest >= rows:
         raise UserError(f"token {largest} of the data is beyond the model's {rows} embeddings: enlarge the model's")
+
+
+def weights_digest(path: str, config: Any) -> str:
+    """What tells one base model's weights from another's: a local folder's files, by name, size and blocks of bytes
+    throughout them; on the hub, the commit."""
+    digest = hashlib.sha256()
+    if not Path(path).is_dir():
+        return str(getattr(config, "_commit_hash", None) or path)
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for place in range(0, size, max(size // 256, DIGEST_BLOCK)):
+                stream.seek(place)
+                digest.update(stream.read(DIGEST_BLOCK))
+    return digest.hexdigest()
 
 
 def resolve_demo(name: str | None, kind: Literal["model", "train", "test"]) -> str | None:

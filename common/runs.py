@@ -46,7 +46,7 @@ NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
 NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done"}
-NOT_IDENTITY |= {"sample_prompts", "report_to", "push_to_hub"}
+NOT_IDENTITY |= {"sample_prompts", "report_to", "push_to_hub", "accept_changes"}
 
 
 def first_difference(
@@ -148,7 +148,7 @@ def held_alone(output_dir: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    probe = output_dir / f".writable-{os.getpid()}"
+    probe, is_new = output_dir / f".writable-{os.getpid()}", not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -166,6 +166,9 @@ def held_alone(output_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+        with contextlib.suppress(OSError):  # a run that wrote nothing leaves no folder
+            if is_new:
+                output_dir.rmdir()
 
 
 @contextlib.contextmanager

@@ -195,6 +195,7 @@ class Training:
         accumulation: see `checkpoints.accumulation`.
         order: gives an epoch's order of the examples.
         quiet: neither a bar nor a log nor checkpoints: a fit within a study.
+        contents: digests of the data and the base model, which a resumed run must find again.
 
     Attributes:
         progress: steps taken, the log, seconds: what a checkpoint has of it.
@@ -211,6 +212,7 @@ class Training:
         num_examples: int,
         order: Callable[[int], list[int]],
         quiet: bool = False,
+        contents: Mapping[str, str] | None = None,
     ):
         self.args, self.accelerator, self.quiet = args, accelerator, quiet
         self.rank, self.num_ranks, self.device = (
@@ -222,7 +224,9 @@ class Training:
         self.batches = MicroBatches(order, num_examples, args.batch_size, accumulation, self.rank, self.num_ranks)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * self.batches.steps_per_epoch)
         self.progress = Progress(max_steps=steps)
-        self.identity = checkpoints.checkpoint_identity(args, accumulation * self.num_ranks)
+        self.contents = dict(contents or {})
+        identity = checkpoints.checkpoint_identity(args, accumulation * self.num_ranks)
+        self.identity = identity | {"contents": self.contents}
         self.interruption = Interruption()
         self.is_over = self._interrupted = False
         self.extra: Callable[[], dict[str, tuple[dict[str, Tensor], dict[str, str]]]] = dict
@@ -269,6 +273,7 @@ class Training:
         """Puts a checkpoint's parameters, optimizer, log and place in the data back; nothing where there is none."""
         if checkpoint is None:
             return
+        checkpoints.require_same_contents(checkpoint, self.contents, self.args.accept_changes)
         # The log's intervals and the length are those of this start: another --max-steps is another run.
         self.progress = checkpoints.load_progress(checkpoint)
         self._resumed_seconds = self.progress.seconds

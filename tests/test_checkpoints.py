@@ -6,13 +6,15 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from conftest import make_model, make_tokenizer, start_script
+from conftest import ROOT, make_model, make_tokenizer, start_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +22,7 @@ import train
 from common.checkpoints import MANIFEST, TRAINED_TENSORS, complete_checkpoints, newest_checkpoint
 from common.cli import UserError
 from common.peft_format import read_adapter
-from common.runs import INCOMPLETE
+from common.runs import INCOMPLETE, JsonLines
 from common.targets import find_target_modules
 
 SAVE_STEPS = 4
@@ -109,7 +111,9 @@ def test_kill_9_at_any_moment_and_resume_is_an_uninterrupted_run(trial, folder, 
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_signal_finishes_the_step_saves_and_loses_nothing(number, code, folder, uninterrupted):
     output = folder / f"signal-{number}"
     log = folder / f"signal-{number}.log"
@@ -125,6 +129,129 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(number, code, folder
     assert f"interrupted after step {stopped_at}" in log.read_text()
     assert not (output / "adapter").exists()
     assert run(folder, output, "--resume")[0] == 0
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+LAUNCHER = """
+import os, subprocess, sys
+environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+subprocess.run([sys.executable, *sys.argv[2:]], env=environment)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_do_not_outlive_their_launcher(number, folder, uninterrupted):
+    """Whatever ends the launcher, which passes nothing on: the rank saves and ends as after SIGTERM."""
+    output, port = folder / f"launched-{number}", 29600 + os.getpid() % 300 + number
+    launcher = folder / "deepspeed.py"  # a launcher is known by its command
+    launcher.write_text(LAUNCHER)
+    words = [ROOT / "train.py", *arguments(folder, output, "--max-steps", 4000, "--save-steps", 4000)]
+    with open(folder / f"launched-{number}.log", "w") as log:
+        process = subprocess.Popen([sys.executable, launcher, str(port), *map(str, words)], stdout=log, stderr=log)
+    while steps_done(output) < 6:
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait(30)
+    deadline = time.monotonic() + 60
+    while newest_checkpoint(output) is None:
+        assert time.monotonic() < deadline, (folder / f"launched-{number}.log").read_text()[-2000:]
+        time.sleep(0.05)
+    time.sleep(1)
+    assert steps_done(output) == saved_step(output), "it trains on"
+
+
+def test_one_run_at_a_time_writes_to_a_folder(folder):
+    output = folder / "shared"
+    first = start_script("train", arguments(folder, output, "--max-steps", 4000), folder / "shared.log")
+    while steps_done(output) < 1:
+        time.sleep(0.01)
+    before = (output / "config.yaml").stat().st_mtime_ns
+    code, text = run(folder, output, "--resume", "--max-steps", 4000)
+    assert code == 2
+    assert f"another run is writing to {output}" in text.strip().splitlines()[-1]
+    assert first.is_alive()
+    assert (output / "config.yaml").stat().st_mtime_ns == before
+    first.kill()
+    first.join()
+
+
+def test_a_run_of_one_step_trains(folder):
+    """Its warm-up would be the whole of it."""
+    output = folder / "one-step"
+    assert run(folder, output, "--max-steps", 1)[0] == 0
+    trained = load_file(output / "checkpoints" / "checkpoint-1" / TRAINED_TENSORS)
+    name = next(name for name in trained if name.endswith(".lora_B"))
+    assert not torch.equal(trained[name], trained[name.replace("lora_B", "initial_B")])
+
+
+def test_settings_of_the_resumed_start_act(folder, uninterrupted):
+    """How often it logs and saves is this start's, not the checkpoint's."""
+    output = folder / "other-intervals"
+    shutil.copytree(uninterrupted, output)
+    (output / "run.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    code, text = run(folder, output, "--resume", "--logging-steps", 2, "--save-steps", 1, "--keep-checkpoints", 9)
+    assert code == 0, text
+    lines = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [*range(1, 21), 22, 24]
+    steps = [int(path.name.partition("-")[2]) for path in complete_checkpoints(output)]
+    assert steps == [24, 23, 22, 21, 20]
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_data_and_base_are_known_by_their_content(folder, uninterrupted, tmp_path):
+    """Changed in place they are refused, moved they are the same, and the user may insist."""
+    output = tmp_path / "out"
+    shutil.copytree(uninterrupted, output)
+    (output / "run.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    shutil.copytree(folder / "base", tmp_path / "moved")
+    rows = (folder / "data.jsonl").read_text()
+    (tmp_path / "moved.jsonl").write_text(rows.replace("Add 63 and 1", "Add 63 and 2"))
+    options = ("--resume", "--model", tmp_path / "moved", "--data", tmp_path / "moved.jsonl")
+    code, text = run(folder, output, *options)
+    assert code == 2
+    assert "the data changed since" in text.strip().splitlines()[-1]
+    (tmp_path / "moved.jsonl").write_text(rows)
+    weights = tmp_path / "moved" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-2] + b"\x00\x01")
+    code, text = run(folder, output, *options)
+    assert code == 2
+    assert "the base model changed since" in text.strip().splitlines()[-1]
+    weights.write_bytes(before)
+    code, text = run(folder, output, *options)
+    assert code == 0, text
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_lines_that_a_disk_does_not_take_follow_later(tmp_path, capsys):
+    """A folder that is not there stands for a full disk; half a line of a failed attempt goes."""
+    lines = JsonLines(tmp_path / "gone" / "metrics.jsonl")
+    lines.append([{"step": 1}])
+    lines.append([{"step": 2}])
+    assert capsys.readouterr().err.count("training goes on") == 1
+    lines.path.parent.mkdir()
+    lines.append([{"step": 3}])
+    with open(lines.path, "a") as file:
+        file.write('{"st')
+    lines.append([{"step": 4}])
+    assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_damaged_lines_and_records_are_named_and_passed_over(folder, uninterrupted):
+    output = folder / "damaged-records"
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    (output / "run.json").write_text('{"steps": 2')
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text("".join([*lines[:20], "\0\0\0\n", *lines[20:]]))
+    code, text = run(folder, output, "--resume")
+    assert code == 0, text
+    assert "run.json is damaged and passed over" in text
+    assert "metrics.jsonl: 1 damaged lines are left out" in text
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
@@ -251,9 +378,14 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
     shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-22")
     manifest = output / "checkpoints" / "checkpoint-22" / MANIFEST
     manifest.write_text(manifest.read_text().replace('"rank": 8', '"rank": 16'))
+    shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-21")
+    with open(output / "checkpoints" / "checkpoint-21" / TRAINED_TENSORS, "r+b") as file:  # of the right size
+        file.seek(-400, os.SEEK_END)
+        file.write(bytes(400))
     code, text = run(folder, output, "--resume")
     assert code == 0, text
     assert "checkpoint-24 is passed over: exp_avg.safetensors is cut short" in text
+    assert f"checkpoint-21 is passed over: {TRAINED_TENSORS} is damaged" in text
     assert "checkpoint-22 is passed over: it belongs to a run with rank = 16, not 8" in text
     assert "going on from" in text
     assert "checkpoint-20" in text.partition("going on from")[2].splitlines()[0]

@@ -12,7 +12,8 @@ import transformers
 from conftest import ROOT, make_model
 
 import train
-from common.cli import parse_arguments, run_script
+from common import ranks
+from common.cli import UserError, parse_arguments, run_script
 from common.peft_format import export_adapter
 from common.targets import TARGET_MODULES
 from eval import gsm8k, report
@@ -75,6 +76,14 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--max-length", "8"], "no example of"),
         (["--max-examples", "0"], "--max-examples"),
         (["--deepspeed", "nowhere.json"], "nowhere.json"),
+        *((["--learning-rate", value], f"--learning-rate is {value}") for value in ("nan", "inf", "-1.0")),
+        *((["--max-grad-norm", value], f"--max-grad-norm is {value}") for value in ("nan", "-1.0")),
+        *((["--weight-decay", value], f"--weight-decay is {value}") for value in ("nan", "-0.1")),
+        *(
+            ([f"--{name}", "nan"], f"--{name} is nan")
+            for name in ("epochs", "temperature", "lambda-diversity", "alpha")
+        ),
+        (["--seed", "-1"], "--seed is -1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--resume", "--overwrite"], "--resume goes on with what --overwrite deletes"),
         (["--save-steps", "-1"], "--save-steps"),
@@ -394,3 +403,39 @@ def test_a_wrong_method_of_the_shell_script():
     )
     assert result.returncode == 2
     assert b"METHOD=dora" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ([1], "no JSON object"),
+        ({}, "zero_optimization.stage is None"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2'"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
+        ({"fp16": {"enabled": True}}, "switches fp16 on"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer of its own"),
+        ({"scheduler": {"type": "WarmupDecayLR"}}, "a scheduler of its own"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, and --max-grad-norm says 1.0"),
+        ({"train_micro_batch_size_per_gpu": 8}, "and --batch-size says 4"),
+        ({"gradient_accumulation_steps": 3}, "and --gradient-accumulation says 2"),
+        ({"train_batch_size": 9}, "train_batch_size is 9, and --batch-size and --gradient-accumulation says 8"),
+        ({"bf16": {"enabled": True}}, "and --dtype makes it False"),
+    ],
+)
+def test_a_deepspeed_configuration_contradicts_no_option(change, expected, tmp_path):
+    path = tmp_path / "ds.json"
+    config = json.loads((ROOT / "configs" / "ds_zero2.json").read_text())
+    path.write_text(json.dumps(config | change if change and isinstance(change, dict) else change))
+    args = train.Arguments(model="m", data="d", deepspeed=str(path))
+    with pytest.raises(UserError) as error:
+        ranks.deepspeed_config(args, 2, False, 64)
+    assert expected in str(error.value)
+
+
+def test_what_a_deepspeed_configuration_leaves_out_follows_from_the_options(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"}')
+    args = train.Arguments(model="m", data="d", deepspeed=str(tmp_path / "ds.json"))
+    config = ranks.deepspeed_config(args, 2, True, 64)
+    assert (config["gradient_clipping"], config["train_batch_size"], config["bf16"]["enabled"]) == (1.0, 8, True)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 64 * 64
+    assert "auto" not in json.dumps(config)
