@@ -1307,8 +1307,7 @@ def load_student(
     # The masters that full fine-tuning needs; with adapters the base is frozen and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
     model = pretrained.load_model(args, base.path, load_dtype)
-    partitioned = any(is_partitioned(parameter) for parameter in model.parameters())
-    if not partitioned and args.load_in is None:
+    if args.load_in is None and not any(is_partitioned(parameter) for parameter in model.parameters()):
         model.to(accelerator.device)  # so that the decompositions run where they are fast
     if checkpoint is not None:
         attach_adapters(model, args, checkpoints.load_tensors(checkpoint))
@@ -1494,6 +1493,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)
+    seconds, peak = training.seconds, peak_memory_gib()
 
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
@@ -1513,8 +1513,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "validation": validation.summary(progress.history, progress.step, best),
             "resumed_from": str(checkpoint) if checkpoint else None,
             "train_loss": training.mean_loss(),
-            "train_seconds": training.seconds,
-            "peak_memory_gib": peak_memory_gib(),
+            "train_seconds": seconds,
+            "peak_memory_gib": peak,
             "linear_layers": base.coverage,
             "columns_and_keys": vars(records.notes),
             "fates_of_examples": fates,

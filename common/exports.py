@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.cli import first_line
+from common.tensors import same_bits
 
 if TYPE_CHECKING:
     import transformers
@@ -151,7 +152,7 @@ class ReadBack:
             weight = self.weights[layer]
             A, B = (factor.to(weight.device).float() for factor in factors[layer])
             sum_ = torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype).to(dtype).cpu()
-            if found.dtype != dtype or not torch.equal(found, sum_):
+            if not same_bits(found, sum_):
                 raise ValueError(f"reading back: {name} in merged/ is not W + ΔW of adapter/")
 
     def _require_loaded(self, folder: Path, model: "transformers.PreTrainedModel", options: dict[str, Any]) -> None:
@@ -166,9 +167,7 @@ class ReadBack:
                 raise ValueError(f"reading back: merged/ has {what.replace('_', ' ')}: {sorted(names)[0]}")
         expected = model.state_dict()
         for name, tensor in merged.state_dict().items():
-            if name in expected and not (
-                tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name].cpu())
-            ):
+            if name in expected and not same_bits(tensor, expected[name]):
                 raise ValueError(f"reading back: {name} in merged/ differs from the trained model's")
         self._require_logits("merged/", merged)
         if not self.adapted or importlib.util.find_spec("peft") is None:
@@ -180,9 +179,8 @@ class ReadBack:
             config["base_model_name_or_path"], revision=config.get("revision"), dtype=self.trained_in, **options
         )
         for name, tensor in base.state_dict().items():
-            if name.removesuffix(".weight") not in self.adapted and not torch.equal(
-                tensor.to(expected[name].dtype), expected[name].cpu()
-            ):
+            of_base = tensor.to(expected[name].dtype)
+            if name.removesuffix(".weight") not in self.adapted and not same_bits(of_base, expected[name]):
                 raise ValueError(f"reading back: {name} of the base differs from the trained model's")
         self._require_logits("the base with adapter/", peft.PeftModel.from_pretrained(base, folder / "adapter"))
 

@@ -21,6 +21,13 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes, NaN included."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    return torch.equal(*(tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (ours, theirs)))
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file: the same tensors and metadata, the same bytes.
 

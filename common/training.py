@@ -163,9 +163,9 @@ class Interruption:
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
         """Inside, the signals are taken this way."""
-        # `nohup` has SIGHUP ignored, and it stays so.
-        taken = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        handlers = {number: signal.signal(number, self._receive) for number in taken}
+        handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        if handlers[signal.SIGHUP] == signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
         finally:

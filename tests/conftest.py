@@ -5,6 +5,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from multiprocessing import forkserver
@@ -173,6 +174,7 @@ def forking() -> multiprocessing.context.ForkServerContext:
 
 def _run_script(script: str, argv: list[str], log: str, file_size: int | None, environment: dict[str, str]) -> None:
     assert "warm" in sys.modules
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
     os.environ |= environment
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
