@@ -46,7 +46,7 @@ def token_terms(shape: tuple[int, int, int], fused: bool, memory_mib: float | No
     slices = [slice(num_tokens * i // count, num_tokens * (i + 1) // count) for i in range(count)]
     counted = Counted()
     with contextlib.ExitStack() as stack:
-        replaced = [(train, "chunks", lambda *_, **__: slices), (train, "blocks", lambda z: [slice(None)])]
+        replaced = [(chunked, "chunks", lambda *_, **__: slices), (chunked, "blocks", lambda z: [slice(None)])]
         replaced += [(token_kernel, "is_usable", lambda *_: fused)]
         replaced += [(token_kernel, f"_{name}", Kernel(counted, name == "write")) for name in ("read", "write")]
         for module, name, value in replaced:

@@ -105,7 +105,7 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
 
     settings: dict[str, Any] = {"mixed_precision": "bf16" if mixed else "no"}
     config = None
@@ -121,7 +121,10 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     # The frozen factors of PiSSA are buffers that no step changes.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)
     AcceleratorState._reset_state()  # what an earlier training in this process had set
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp], **settings)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    on_cpu = not torch.cuda.is_available()
+    PartialState(cpu=on_cpu)  # first: with a DeepSpeed plugin, accelerate takes cpu=True for no DeepSpeed
+    accelerator = Accelerator(cpu=on_cpu and config is None, kwargs_handlers=[ddp], **settings)
     accelerator.held_config = config  # transformers keeps a weak reference alone
     if config is not None:
         import deepspeed

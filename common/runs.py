@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -148,11 +149,11 @@ def held_alone(output_dir: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    probe, is_new = output_dir / f".writable-{os.getpid()}", not output_dir.exists()
+    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission, or a read-only file system")
         folder = os.open(output_dir, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir} cannot be written to: {error.strerror}") from error
