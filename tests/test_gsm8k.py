@@ -49,6 +49,8 @@ from eval.generation import Sampling, batches, load_backend, response_loss
         (r"The answer is: 3\frac{1}{2}", Fraction(7, 2)),
         ("The answer is: \N{MINUS SIGN}5", -5),
         ("The answer is: 18 + 24 = 42", 42),
+        ("The answer is: 1 + 2 + 3 = 3 + 3 = 6", 6),
+        ("The answer is: 7. So the larger one, 5 + 7 = 12, is it.", 7),
         ("The answer is: 97 = 42", 97),
         ("The answer is: 2:30", None),
         ("The answer is: 18-20", None),
