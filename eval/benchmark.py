@@ -18,7 +18,6 @@ Files, in --output-dir
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import sys
 import threading
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from common.cli import UserError, option, require_not_negative, require_positive, require_share
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.prompts import ALPACA_PROMPT, encode_opening
-from common.runs import first_difference, package_versions
+from common.runs import first_difference, package_versions, write_whole
 from common.tables import load_records, require_fields
 from eval.generation import (
     Backend,
@@ -260,13 +259,6 @@ def read_jsonl(path: Path) -> list[Any]:
         OSError, ValueError: no such file, or a line that is no JSON.
     """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 FAILURES = "failures.json"  # what eval/suite.py could not do, and why

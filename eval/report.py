@@ -37,8 +37,8 @@ import yaml
 from common.cli import UserError, option, parse_arguments, run_script
 from common.markdown import markdown
 from common.run_records import holds_records, load_records
-from common.runs import NOT_IDENTITY, first_difference
-from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl, write_whole
+from common.runs import NOT_IDENTITY, first_difference, write_whole
+from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl
 from eval.html_report import require_writable, write_html
 from eval.published import PublishedTable, published_rows, published_tables
 

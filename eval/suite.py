@@ -32,8 +32,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 from common.cli import UserError, first_line, option, option_name, parse_arguments, run_script
+from common.runs import write_whole
 from eval import benchmark, gsm8k, hendrycks_math, humaneval, mbpp, mt_bench
-from eval.benchmark import FAILURES, read_failures, write_whole
+from eval.benchmark import FAILURES, read_failures
 from eval.generation import Backend, LoadBackend, load_backend
 
 SCRIPTS: dict[str, ModuleType] = {
