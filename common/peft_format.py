@@ -88,8 +88,8 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
         "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
     }
     if args.has_terms:
-        names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
-        settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
+        weights = [f"{name[7:]} {value:g}" for name, value in vars(args).items() if name.startswith("lambda_")]
+        settings["weights λ of the terms"] = ", ".join(weights) + (", without the target" if args.mask_target else "")
     if about and about["scale"] != 1:
         why = f": {about['why']}, on {about['held_out_examples']} held-out examples" if "why" in about else ""
         settings["scaled after training"] = f"ΔW times {about['scale']:g}{why}; lora_alpha holds it"
