@@ -89,7 +89,15 @@ from common.peft_format import classifier_card, export_adapter
 from common.pretrained import check_checkpoint, load_tokenizer_and_config, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
-from common.runs import held_alone, open_output_dir, package_versions, require_output_dir, require_same_run, write_whole
+from common.runs import (
+    commit,
+    held_alone,
+    open_output_dir,
+    package_versions,
+    require_output_dir,
+    require_same_run,
+    write_whole,
+)
 from common.targets import default_target_modules, find_target_modules
 from common.training import Training, generator_of, resolve_shared_arguments
 from train import (
@@ -758,6 +766,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
         "examples": {"train": len(data.train), "validation": len(data.validation)},
         "arguments": asdict(args),
         "versions": package_versions(),
+        "commit": commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "seconds": round(time.time() - started, 1),
     }

@@ -84,8 +84,8 @@ def adapter_card(args: Any, rank: int) -> str:
         "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
     }
     if args.has_terms:
-        names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
-        settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
+        weights = [f"{name[7:]} {value:g}" for name, value in vars(args).items() if name.startswith("lambda_")]
+        settings["weights λ of the terms"] = ", ".join(weights) + (", without the target" if args.mask_target else "")
     rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
     prompt = "It was trained with the chat template in chat_template.jinja, which a chat endpoint takes.\n\n"
     if args.template == "alpaca":

@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -211,9 +213,27 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
+def commit() -> str | None:
+    """This repository's commit, with + where files are changed; None outside a repository.
+
+    Asked for when a training starts, and kept: the repository may move on while it runs.
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def open_output_dir(args: Any, checkpoint: Path | None) -> None:
     """Makes or clears --output-dir, and writes the configuration there."""
     output_dir = Path(args.output_dir)
+    commit()
     if args.overwrite:
         clear_folder(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -279,6 +299,7 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "seed": args.seed,
         "versions": package_versions(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     } | run
     write_whole(output_dir / "run.json", json.dumps(run, indent=2) + "\n")

@@ -295,8 +295,9 @@ def sums_of(base: "torch.Tensor", tuned: "torch.Tensor", token_ids: "torch.Tenso
     size = max(1, CHUNK * (1 if base.device.type == "cpu" else 32) // base.shape[-1])
     for start in range(0, len(token_ids) - 1, size):
         predicted = token_ids[start + 1 : start + 1 + size, None]  # (n, 1)
-        logits = [whole[start : start + len(predicted)].double() for whole in (base, tuned)]
-        before, after = (chunk.log_softmax(dim=-1) for chunk in logits)  # (n, V)
+        chunks = [whole[start : start + len(predicted)] for whole in (base, tuned)[: 1 if base is tuned else 2]]
+        before, *others = (chunk.double().log_softmax(dim=-1) for chunk in chunks)  # (n, V)
+        after = others[0] if others else before
         # Σ p ln p, Σ p ln q, Σ q ln q, Σ q ln p: equal models give equal numbers, so their KL is exactly 0.
         p, q = before.exp().flatten(), after.exp().flatten()
         pp, pq, qq, qp = (x @ y.flatten() for x, y in ((p, before), (p, after), (q, after), (q, before)))
