@@ -81,6 +81,7 @@ from common.classifiers import (
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
+from common.devices import announce_device, choose_device
 from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
@@ -307,7 +308,7 @@ def is_unfinished(folder: Path) -> bool:
 
 def default_experiment() -> tuple[Path, str]:
     """The experiment of a command line that names none, and why it is that one."""
-    if not torch.cuda.is_available():
+    if choose_device().type == "cpu":
         return DEMO_EXPERIMENT, "no CUDA GPU, so the demo instead of BERT-large on SST-2"
     from huggingface_hub import HfApi
 
@@ -779,6 +780,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
 def main(argv: list[str]) -> None:
     started = time.time()
     args = resolve_arguments(argv)
+    announce_device()
     data = load_data(args)
     with held_alone(Path(args.output_dir)):
         run(args, data, started)

@@ -63,6 +63,7 @@ from common.chunked import FUSED_TERMS, fused_terms, head_factor, logits_of
 from common.chunks import chunks
 from common.cli import UserError, first_line, option, parse_arguments
 from common.conversations import build_dataset, first_screen, load_training_records, num_valid, read_template_args
+from common.devices import announce_device
 from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
 from common.partitioned import device_of, is_partitioned, num_ranks
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
@@ -1639,6 +1640,8 @@ def main(argv: list[str]) -> None:
         export_again(args)
         return
     args = resolve_arguments(args)
+    if not args.dry_run:
+        announce_device()
     base = inspect_base(args)
     if args.dry_run:
         print(dry_run(args, base))

@@ -240,10 +240,11 @@ class Pair:
 
 
 def load_pair(base: str, ckpt: str | None, adapter: str | None, dtype: "torch.dtype") -> Pair:
-    import torch
     from transformers import AutoModelForCausalLM
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from common.devices import choose_device
+
+    device = choose_device()
     models = []
     for name in filter(None, (base, ckpt)):
         try:
