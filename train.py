@@ -133,7 +133,7 @@ class DataArguments:
     template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
-    max_examples: int | None = option(None, "use the first N examples")
+    limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
@@ -283,7 +283,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    inputs += (args.teacher_cache, args.eval_data, args.sample_prompts)
+    inputs += (args.teacher_cache, args.validation_data, args.sample_prompts)
     runs.require_output_dir(args, may_hold, remedy, *inputs)
     validation.check_validation(args)
     reporting.check_reporting(args)
@@ -1532,7 +1532,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     """A whole run: data, model, training, export. --output-dir is this run's alone."""
     records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    eval_args = validation.arguments_of_eval_data(args)
+    eval_args = validation.arguments_of_validation_data(args)
     eval_records = eval_args and load_training_records(eval_args)
     accumulation = checkpoints.accumulation(args, checkpoint)
     width = base.skeleton.get_input_embeddings().weight.shape[1]

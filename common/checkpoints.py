@@ -226,7 +226,7 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
 
 
 # What these options name may be moved. What is there must stay the same: `require_same_contents` compares it.
-NAMES_OF_CONTENTS = {"model", "data", "eval_data", "validation_data"}
+NAMES_OF_CONTENTS = {"model", "data", "validation_data", "test_data"}
 
 
 def contents_of(examples: "datasets.Dataset") -> str:
