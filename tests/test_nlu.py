@@ -1238,3 +1238,23 @@ def test_every_combination_of_terms_is_run_once_at_one_rate_and_starts_with_the_
         found = (args.lambda_consistency, args.lambda_diversity, args.lambda_spectral)
         names = cell.terms.split("+")
         assert found == (0.15 * ("CR" in names), 0.03 * ("DR" in names), 0.03 * ("SVDR" in names))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_dry_run_says_what_the_run_then_is(method, tmp_path, encoders, capsys):
+    """Parameters, steps, examples and classes as the run itself counts them; nothing is written."""
+    data = reviews(tmp_path / "train.jsonl")
+    argv = ["--model", str(encoders["bert"]), "--data", str(data), "--fields", "sentence", "--method", method]
+    argv += ["--rank=2", "--batch-size=7", "--epochs=1.5", "--output-dir", str(tmp_path / "out")]
+    nlu.main([*argv, "--dry-run"])
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    nlu.main(argv)
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (
+        f"parameters: {summary['adapter_parameters']:,} trained and {summary['head_parameters']:,} of the head" in said
+    )
+    assert f"steps: {summary['steps']} of 7 examples" in said
+    assert (
+        f"{summary['examples']['train']} examples to train on, {summary['examples']['validation']} to select by" in said
+    )
