@@ -81,6 +81,7 @@ from common.classifiers import (
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
+from common.devices import announce_device, choose_device
 from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
@@ -88,7 +89,15 @@ from common.peft_format import classifier_card, export_adapter
 from common.pretrained import check_checkpoint, load_tokenizer_and_config, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
-from common.runs import held_alone, open_output_dir, package_versions, require_output_dir, require_same_run, write_whole
+from common.runs import (
+    commit,
+    held_alone,
+    open_output_dir,
+    package_versions,
+    require_output_dir,
+    require_same_run,
+    write_whole,
+)
 from common.targets import default_target_modules, find_target_modules
 from common.training import Training, generator_of, resolve_shared_arguments
 from train import (
@@ -299,7 +308,7 @@ def is_unfinished(folder: Path) -> bool:
 
 def default_experiment() -> tuple[Path, str]:
     """The experiment of a command line that names none, and why it is that one."""
-    if not torch.cuda.is_available():
+    if choose_device().type == "cpu":
         return DEMO_EXPERIMENT, "no CUDA GPU, so the demo instead of BERT-large on SST-2"
     from huggingface_hub import HfApi
 
@@ -757,6 +766,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
         "examples": {"train": len(data.train), "validation": len(data.validation)},
         "arguments": asdict(args),
         "versions": package_versions(),
+        "commit": commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "seconds": round(time.time() - started, 1),
     }
@@ -770,6 +780,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
 def main(argv: list[str]) -> None:
     started = time.time()
     args = resolve_arguments(argv)
+    announce_device()
     data = load_data(args)
     with held_alone(Path(args.output_dir)):
         run(args, data, started)

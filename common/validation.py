@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,13 +124,15 @@ def held_out_batches(num_examples: int, batch_size: int, rank: int, num_ranks: i
         yield range(number * batch_size, min((number + 1) * batch_size, num_examples)), first + rank < count
 
 
-def held_out_means(training: Any, parts: Iterable[tuple[dict[str, float | Tensor], int, bool]]) -> dict[str, float]:
+def held_out_means(
+    training: Any, parts: Iterable[tuple[dict[str, float | Tensor], int, bool]], per_micro_batch: Collection[str] = ()
+) -> dict[str, float]:
     """Loss, accuracy and terms over the held-out examples: means over their valid tokens, of all ranks.
 
     Args:
         training: common/training.py's `Training`.
-        parts: of each micro-batch L_SVDR and the other values' sums over tokens, its number of valid tokens, and
-            whether it counts.
+        parts: of each micro-batch the values, its number of valid tokens, and whether it counts.
+        per_micro_batch: the values that are means over micro-batches. The others are sums over tokens.
     """
     sums: dict[str, Tensor] = {}
     for terms, tokens, counts in parts:
@@ -144,7 +146,7 @@ def held_out_means(training: Any, parts: Iterable[tuple[dict[str, float | Tensor
         totals = training.accelerator.reduce(totals, reduction="sum")
     means = dict(zip(sorted(sums), totals.tolist(), strict=True))
     tokens, micro_batches = means.pop("tokens"), means.pop("micro_batches")
-    means = {name: value / (micro_batches if name == "spectral" else tokens) for name, value in means.items()}
+    means = {name: value / (micro_batches if name in per_micro_batch else tokens) for name, value in means.items()}
     return {"eval_loss": means.pop("task")} | {f"eval_{name}": value for name, value in means.items()}
 
 

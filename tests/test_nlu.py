@@ -1213,3 +1213,28 @@ def test_a_line_that_was_cut_short_costs_one_run(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(lines)[:-9])
     assert list(robustness.read_results(path)) == cells[:2]
+
+
+def test_every_combination_of_terms_is_run_once_at_one_rate_and_starts_with_the_others_off(tmp_path, monkeypatch):
+    rates = {
+        (method, head): 1e-3 if head == "probe" else 5e-4 for method in robustness.METHODS for head in robustness.HEADS
+    }
+    cells = robustness.terms_cells(rates)
+    assert len(set(cells)) == len(cells) == 8 * 5 * 2 + (4 * 5 + 4) * 2 + 4 * 5
+    at_random = [cell for cell in cells if (cell.phase, cell.head) == ("terms", "initial")]
+    assert {cell.learning_rate for cell in at_random} == {5e-4}
+    assert len({cell.terms for cell in at_random}) == 8
+    for name, value in {"path": "", "config": None, "targets": ["query"]}.items():
+        monkeypatch.setitem(robustness.PARTS, name, value)
+    pool = robustness.Pool([{"input_ids": [1]}] * 4, np.array([0, 1, 0, 1]), np.zeros((4, 3), np.float32))
+    monkeypatch.setitem(robustness.POOLS, "train", pool)
+    monkeypatch.setattr(
+        robustness, "load_classifier", lambda *_: torch.nn.ModuleDict({"classifier": torch.nn.Linear(3, 2)})
+    )
+    monkeypatch.setattr(robustness, "final_linear", lambda model: model["classifier"])
+    monkeypatch.setattr(nlu, "add_trainable", lambda model, _: model)
+    for cell in at_random[:8]:
+        _, _, args = robustness.start(cell, np.arange(4), pool.labels, str(tmp_path))
+        found = (args.lambda_consistency, args.lambda_diversity, args.lambda_spectral)
+        names = cell.terms.split("+")
+        assert found == (0.15 * ("CR" in names), 0.03 * ("DR" in names), 0.03 * ("SVDR" in names))
