@@ -30,7 +30,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ from common import (
     pretrained,
     reporting,
     runs,
+    scaling,
     targets,
     token_kernel,
     validation,
@@ -249,6 +250,7 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
     reporting.ReportArguments,
     InterruptionArguments,
     validation.ValidationArguments,
+    scaling.ScaleArguments,
     OptimizationArguments,
     BatchArguments,
     TermArguments,
@@ -275,6 +277,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
+    scaling.read_scale(args)
     cli.require_positive(args, "logging_steps", "objective_memory")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
@@ -1292,7 +1295,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         if base.tokenizer is None:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
-        dataset, num_dropped = encoded(args, base, records)
+        dataset, num_dropped = encoded(args, base.tokenizer, records)
         screen = first_screen(records, dataset) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
@@ -1314,14 +1317,16 @@ def is_mixed(args: Arguments) -> bool:
     return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
 
 
-def encoded(args: Arguments, base: Base, records: "datasets.Dataset") -> "tuple[datasets.Dataset, int]":
+def encoded(
+    args: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, records: "datasets.Dataset"
+) -> "tuple[datasets.Dataset, int]":
     """`build_dataset` of what --data names.
 
     Raises:
         UserError: no example is left, or one cannot be trained on.
     """
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
-    dataset, num_dropped = build_dataset(records, base.tokenizer, *how, read_template_args(args.template_args))
+    dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
         counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
         raise UserError(
@@ -1339,7 +1344,7 @@ def encode_records(
         UserError: no example is left, or --teacher-cache has no room for their states.
     """
     with accelerator.main_process_first():
-        dataset, _ = encoded(args, base, records)
+        dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
         print(first_screen(records, dataset), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
@@ -1477,8 +1482,12 @@ def export_model(
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
+
+    Args:
+        about: the scale of ΔW, which `model` acts with already, and where it comes from.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
@@ -1492,7 +1501,7 @@ def export_model(
         if args.method != "full":
             folder, revision = staging / "adapter", args.model_revision
             rank = export_adapter(layers, folder, model_path, args.target_modules, "CAUSAL_LM", revision=revision)
-            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
+            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank, about))
             template.save(staging / "adapter", model.generation_config)
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
@@ -1500,9 +1509,32 @@ def export_model(
         read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
 
 
+def held_out_examples(
+    args: Arguments, run: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, checkpoint: Path
+) -> "datasets.Dataset":
+    """For --scale auto: those of --eval-data, or else those that the run held out.
+
+    Raises:
+        UserError: there are none, or the run's --data changed, so that others would be held out than before.
+    """
+    if args.eval_data is not None:
+        run = dataclasses.replace(run, eval_data=args.eval_data, eval_share=None)
+    if run.eval_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples, and the run has none: name some by --eval-data")
+    source = validation.arguments_of_eval_data(run) or run
+    examples, _ = encoded(source, tokenizer, load_training_records(source))
+    if run.eval_share is None:
+        return examples
+    trained, held_out = validation.hold_out(run, examples, None)
+    parts = {"data": trained, "evaluation data": held_out}
+    contents = {name: checkpoints.contents_of(part) for name, part in parts.items()}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
+    return held_out
+
+
 def export_again(args: Arguments) -> None:
-    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint."""
-    source = Path(args.export_from)
+    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint, with ΔW at --scale."""
+    source, alpha = Path(args.export_from), scaling.read_scale(args)
     if not (source / "config.yaml").is_file():
         raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
     output_dir = source if args.output_dir == Arguments.output_dir else Path(args.output_dir)
@@ -1518,8 +1550,16 @@ def export_again(args: Arguments) -> None:
         checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
+    held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
-    export_model(model, tokenizer, run, path, output_dir)
+    is_whole = run.method == "full" and alpha != 1
+    base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
+    scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
+    about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    scaled.set(about["scale"])
+    export_model(model, tokenizer, run, path, output_dir, about)
+    if args.scale is not None:
+        runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
     print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
 
 

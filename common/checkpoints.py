@@ -250,7 +250,7 @@ def require_same_contents(checkpoint: Path, contents: Mapping[str, str], accept_
     changed = [name for name, digest in contents.items() if made.get(name) != digest]
     if changed and not accept_changes:
         raise UserError(
-            f"--resume: the {' and the '.join(changed)} changed since {checkpoint} was written: put the old content "
+            f"the {' and the '.join(changed)} changed since {checkpoint} was written: put the old content "
             "back, or insist with --accept-changes"
         )
 

@@ -210,6 +210,12 @@ def require_not_negative(args: Any, *names: str) -> None:
             raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must not be negative")
 
 
+def require_scales(scales: list[float]) -> None:
+    """Raises a UserError where --scales are not different numbers above 0 and up to 1."""
+    if len(set(scales)) < max(len(scales), 1) or not all(0 < scale <= 1 for scale in scales):
+        raise UserError(f"--scales {' '.join(map(str, scales))}: give different ones, above 0 and up to 1")
+
+
 def require_share(args: Any, *names: str) -> None:
     """Raises a UserError where one of these arguments is no part of a whole."""
     for name in names:
