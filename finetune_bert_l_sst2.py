@@ -59,8 +59,6 @@ import torch.nn.functional as F
 import transformers
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import train
 from common import cli
@@ -337,7 +335,7 @@ def default_targets(model: nn.Module) -> list[str]:
     return found or default_target_modules(model)
 
 
-def add_trainable(model: transformers.PreTrainedModel, args: Arguments) -> transformers.PreTrainedModel:
+def add_trainable(model: "transformers.PreTrainedModel", args: Arguments) -> "transformers.PreTrainedModel":
     """Makes `model` ready to train by --method, in place: adapters in the encoder, the head as it is."""
     add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
     for name in head_modules(model):
@@ -425,7 +423,7 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
 
 
 def fit(
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     examples: list[dict[str, Any]],
     collate: Collator,
     args: Arguments,
@@ -488,6 +486,8 @@ def fit(
 def by_length(examples: list[dict[str, Any]], size: int, seed: int, epoch: int) -> list[int]:
     """An epoch's order: examples of like length together, within `size` of a step the longest first."""
     lengths = [len(example["input_ids"]) for example in examples]
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
     return list(LengthGroupedSampler(size, lengths=lengths, generator=generator_of(seed, epoch)))
 
 
@@ -515,7 +515,7 @@ def model_path(args: Arguments) -> str:
         raise UserError(f"cannot make the demo's encoder: {error}") from error
 
 
-def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, transformers.PretrainedConfig]:
+def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, transformers.PretrainedConfig]":
     """The tokenizer, and the configuration of the model with a head of `num_classes`; reads no weights.
 
     Raises:
@@ -536,7 +536,7 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
     config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
     try:
         with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
-            skeleton = AutoModelForSequenceClassification.from_config(config)
+            skeleton = transformers.AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
     longest = getattr(config, "max_position_embeddings", None) or 0
@@ -561,8 +561,8 @@ class Base:
     """The pre-trained model before its weights are read."""
 
     path: str
-    tokenizer: transformers.PreTrainedTokenizerBase
-    config: transformers.PretrainedConfig
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    config: "transformers.PretrainedConfig"
     shift: float = 0.0  # of the numbers to predict; see Data
     unit: float = 1.0
 
@@ -574,7 +574,7 @@ def inspect_base(args: Arguments, data: Data) -> Base:
     tokenizer, config = load_tokenizer(args, path, data.num_outputs)
     if data.is_regression:
         with torch.device("meta"):
-            layer = final_linear(AutoModelForSequenceClassification.from_config(config))
+            layer = final_linear(transformers.AutoModelForSequenceClassification.from_config(config))
         data.standardize(centre=layer.bias is not None)  # without bias the layer cannot give the mean back
     else:
         config.id2label = dict(enumerate(data.class_names))
@@ -582,7 +582,7 @@ def inspect_base(args: Arguments, data: Data) -> Base:
     return Base(path, tokenizer, config, data.shift, data.unit)
 
 
-def load_pretrained(args: Arguments, base: Base, device: torch.device) -> transformers.PreTrainedModel:
+def load_pretrained(args: Arguments, base: Base, device: torch.device) -> "transformers.PreTrainedModel":
     """The model before training, on its device: the teacher, and what the linear probes read."""
     model = load_classifier(base.path, base.config, args.seed, args.model_revision)
     model.to(device)
@@ -608,7 +608,7 @@ Scores = dict[str, dict[str, Any]]  # of each test set, by what is scored
 
 
 def probe_encoder(
-    model: transformers.PreTrainedModel, data: Data, collator: Collator
+    model: "transformers.PreTrainedModel", data: Data, collator: Collator
 ) -> tuple[Outputs, tuple[Tensor, Tensor], Scores]:
     """What the frozen encoder knows already: two linear probes, fitted on the training examples.
 
@@ -633,7 +633,7 @@ def probe_encoder(
 
 
 def start_head(
-    model: transformers.PreTrainedModel, args: Arguments, probe: tuple[Tensor, Tensor], outputs: Outputs
+    model: "transformers.PreTrainedModel", args: Arguments, probe: tuple[Tensor, Tensor], outputs: Outputs
 ) -> np.ndarray:
     """Gives `model` the head that --teacher-head names, in place; the teacher's logits of the training examples."""
     if args.teacher_head == "initial":
@@ -642,7 +642,7 @@ def start_head(
     return apply_probe(probe, outputs.features)
 
 
-def count_parameters(model: transformers.PreTrainedModel) -> tuple[int, int]:
+def count_parameters(model: "transformers.PreTrainedModel") -> tuple[int, int]:
     """How many are trained outside of the head, and how many the head has."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     modules = map(model.get_submodule, head_modules(model))
@@ -650,7 +650,7 @@ def count_parameters(model: transformers.PreTrainedModel) -> tuple[int, int]:
     return trained - head, head
 
 
-def validation_score(model: transformers.PreTrainedModel, data: Data, collator: Collator) -> float:
+def validation_score(model: "transformers.PreTrainedModel", data: Data, collator: Collator) -> float:
     """The first metric; −∞ where a logit is NaN or Inf, and where all examples are given the same number."""
     logits = run_model(model, data.validation.examples, collator).logits
     if not np.isfinite(logits).all():
@@ -661,7 +661,7 @@ def validation_score(model: transformers.PreTrainedModel, data: Data, collator: 
 
 
 def evaluate(
-    model: transformers.PreTrainedModel, data: Data, collator: Collator, args: Arguments, scores: Scores
+    model: "transformers.PreTrainedModel", data: Data, collator: Collator, args: Arguments, scores: Scores
 ) -> None:
     """Adds the trained model's scores to those of the probes, and writes predictions.jsonl."""
     rows = []
@@ -674,7 +674,7 @@ def evaluate(
         (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
 
 
-def export(model: transformers.PreTrainedModel, args: Arguments, base: Base, conv1d: list[str]) -> None:
+def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, conv1d: list[str]) -> None:
     """Writes adapter/ and merged/, which predict in the units of the file; the adapters are merged away in `model`.
 
     Args:
@@ -791,7 +791,7 @@ def dry_run(args: Arguments, data: Data) -> str:
     lengths = [len(example["input_ids"]) for example in examples]
     num_cut = sum(length > args.max_length for length in lengths)
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(base.config)
+        model = transformers.AutoModelForSequenceClassification.from_config(base.config)
     if args.method != "full":
         linear_for_conv1d(model)
     trained, head = count_parameters(model)

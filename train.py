@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from common import (
     checkpoints,
@@ -1015,7 +1014,7 @@ class BALoRAModel(nn.Module):
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         objective_memory: float | None = None,
         teacher_cache: TeacherCache | None = None,
     ):
@@ -1227,9 +1226,9 @@ class Base:
     """
 
     path: str
-    tokenizer: transformers.PreTrainedTokenizerBase | None
-    config: transformers.PretrainedConfig
-    skeleton: transformers.PreTrainedModel
+    tokenizer: "transformers.PreTrainedTokenizerBase | None"
+    config: "transformers.PretrainedConfig"
+    skeleton: "transformers.PreTrainedModel"
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
@@ -1260,7 +1259,7 @@ def inspect_base(args: Arguments) -> Base:
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
@@ -1318,7 +1317,7 @@ def is_mixed(args: Arguments) -> bool:
 
 
 def encoded(
-    args: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, records: "datasets.Dataset"
+    args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
 ) -> "tuple[datasets.Dataset, int]":
     """`build_dataset` of what --data names.
 
@@ -1361,7 +1360,7 @@ def needs_teacher_cache(args: Arguments) -> bool:
 
 def load_student(
     args: Arguments, base: Base, accelerator: "Accelerator", checkpoint: Path | None
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
@@ -1395,7 +1394,7 @@ def load_student(
 def make_ready(
     args: Arguments,
     base: Base,
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     dataset: "datasets.Dataset",
     held_out: "datasets.Dataset | None",
     is_main: bool = True,
@@ -1447,7 +1446,7 @@ def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
 
 def trained_model(
     args: Arguments, base: Base, training: Training, finished: Path | None
-) -> transformers.PreTrainedModel | None:
+) -> "transformers.PreTrainedModel | None":
     """The model to export, on the first process; None on the others. Every rank has a part to give.
 
     From the published weights, where the trained model holds parts of them or rounded ones.
@@ -1467,7 +1466,7 @@ def trained_model(
 
 def rebuilt_model(
     args: Arguments, model_path: str, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The trained model on the CPU, from the published weights and `trained_tensors`."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
     args = dataclasses.replace(args, load_in=None, attn_implementation=None)
@@ -1477,8 +1476,8 @@ def rebuilt_model(
 
 
 def export_model(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
     args: Arguments,
     model_path: str,
     output_dir: Path,
@@ -1510,7 +1509,7 @@ def export_model(
 
 
 def held_out_examples(
-    args: Arguments, run: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, checkpoint: Path
+    args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
 ) -> "datasets.Dataset":
     """For --scale auto: those of --eval-data, or else those that the run held out.
 

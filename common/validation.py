@@ -237,7 +237,7 @@ class Sampler:
     max_length: int
 
     @classmethod
-    def of(cls, args: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> "Sampler | None":
+    def of(cls, args: Any, tokenizer: "transformers.PreTrainedTokenizerBase") -> "Sampler | None":
         """What --sample-prompts asks for; None without.
 
         Raises:
@@ -254,7 +254,7 @@ class Sampler:
         return cls(JsonLines(Path(args.output_dir) / SAMPLES), template, prompts, encoded, args.max_length)
 
     @torch.no_grad()
-    def write(self, model: transformers.PreTrainedModel, step: int) -> None:
+    def write(self, model: "transformers.PreTrainedModel", step: int) -> None:
         """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
         own = model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

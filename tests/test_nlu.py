@@ -1159,6 +1159,7 @@ def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no
     assert (args.model, args.data, args.method) == ("demo", "demo", "lora")
     assert "no CUDA GPU" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # HF_HUB_OFFLINE is set: the hub does not answer
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert nlu.resolve_arguments(["--output-dir", str(tmp_path / "out")]).data == "demo"
     assert "hub cannot be reached" in capsys.readouterr().out
 
