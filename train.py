@@ -1208,6 +1208,8 @@ def inspect_base(args: Arguments) -> Base:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
+    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+        pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -1237,7 +1239,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base, records)
-        screen = first_screen(records, dataset) + "\n\n"
+        screen = first_screen(records, dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1285,7 +1287,7 @@ def encode_records(
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base, records)
     if accelerator.is_main_process:
-        print(first_screen(records, dataset), flush=True)
+        print(first_screen(records, dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
@@ -1407,13 +1409,18 @@ def export_model(
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    remedy: str,
+    unfinished: str | None = None,
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
+
+    Args:
+        remedy: how they are written again where this fails. unfinished: how far a training is that has not ended.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
-    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+    with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
         read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
@@ -1422,7 +1429,7 @@ def export_model(
         if args.method != "full":
             folder, revision = staging / "adapter", args.model_revision
             rank = export_adapter(layers, folder, model_path, args.target_modules, "CAUSAL_LM", revision=revision)
-            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
+            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank, unfinished))
             template.save(staging / "adapter", model.generation_config)
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
@@ -1443,14 +1450,21 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    unfinished, progress = None, checkpoints.load_progress(checkpoint)
+    if not checkpoints.is_complete(checkpoint, run.patience):
+        unfinished = f"step {progress.step} of {progress.max_steps}"
     if run.keep_best:
-        history = checkpoints.load_progress(checkpoint).history
-        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
+        there = checkpoints.complete_checkpoints(source)
+        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
-    export_model(model, tokenizer, run, path, output_dir)
-    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+    export_model(model, tokenizer, run, path, output_dir, "give this command again", unfinished)
+    print(
+        f"exported {checkpoint} to {output_dir}: merged/"
+        + (", adapter/" if run.method != "full" else "")
+        + (f"; the training has not ended: {unfinished}" if unfinished else "")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1474,6 +1488,10 @@ def run(args: Arguments, base: Base, started: float) -> None:
     num_dropped, fates = len(records) - len(dataset), dataset.fates
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)}
+    contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
@@ -1484,10 +1502,6 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
-    contents |= {"data": checkpoints.contents_of(dataset)} | (
-        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    )
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
     training.start_trackers()
@@ -1498,7 +1512,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        remedy = checkpoints.way_to_export(args)
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,

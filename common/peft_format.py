@@ -67,8 +67,12 @@ def export_adapter(
     return rank
 
 
-def adapter_card(args: Any, rank: int) -> str:
-    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded."""
+def adapter_card(args: Any, rank: int, unfinished: str | None = None) -> str:
+    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded.
+
+    Args:
+        unfinished: how far its training is, where that has not ended.
+    """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
         del front["base_model"]
@@ -86,6 +90,8 @@ def adapter_card(args: Any, rank: int) -> str:
     if args.has_terms:
         names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
         settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
+    if unfinished:
+        settings["not trained to the end"] = unfinished
     rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
     prompt = "It was trained with the chat template in chat_template.jinja, which a chat endpoint takes.\n\n"
     if args.template == "alpaca":
