@@ -161,7 +161,7 @@ def test_a_table_of_positions_bounds_the_length_and_rotary_ones_are_told(train_e
     (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"instruction": "x", "output": "y"}\n' * 2)
-    train.main(["--model", str(checkpoint), "--data", str(twice), "--eval-share", "0.5", "--dry-run"])
+    train.main(["--model", str(checkpoint), "--data", str(twice), "--eval-share", "0.5", "--rank", "4", "--dry-run"])
     printed = capsys.readouterr().out
     length = len(ALPACA_PROMPT.format(instruction="x")) + len("y") + 1  # a token a byte, and the end
     assert f"the longest example has {length} tokens, the model 64 positions" in printed
