@@ -105,7 +105,7 @@ if triton is not None:
         HAS_TEACHER: tl.constexpr, MASKED: tl.constexpr, ADAPTIVE: tl.constexpr, ENTROPY: tl.constexpr,
         WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """One row's gradient in place of its logits, by what `_read` found; `consistency`: λ₁, a pointer where ADAPTIVE."""
+        """One row's gradient in place of its logits, by what `_read` found; `consistency`: λ₁, pointer if ADAPTIVE."""
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * V
         teacher_ptr += row * V
