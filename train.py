@@ -30,7 +30,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from common import (
     checkpoints,
@@ -53,6 +52,7 @@ from common import (
     pretrained,
     reporting,
     runs,
+    scaling,
     targets,
     token_kernel,
     validation,
@@ -133,7 +133,7 @@ class DataArguments:
     template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
-    max_examples: int | None = option(None, "use the first N examples")
+    limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
@@ -249,6 +249,7 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
     reporting.ReportArguments,
     InterruptionArguments,
     validation.ValidationArguments,
+    scaling.ScaleArguments,
     OptimizationArguments,
     BatchArguments,
     TermArguments,
@@ -275,6 +276,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
+    scaling.read_scale(args)
     cli.require_positive(args, "logging_steps", "objective_memory")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
@@ -283,7 +285,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    inputs += (args.teacher_cache, args.eval_data, args.sample_prompts)
+    inputs += (args.teacher_cache, args.validation_data, args.sample_prompts)
     runs.require_output_dir(args, may_hold, remedy, *inputs)
     validation.check_validation(args)
     reporting.check_reporting(args)
@@ -1010,7 +1012,7 @@ class BALoRAModel(nn.Module):
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         objective_memory: float | None = None,
         teacher_cache: TeacherCache | None = None,
     ):
@@ -1222,9 +1224,9 @@ class Base:
     """
 
     path: str
-    tokenizer: transformers.PreTrainedTokenizerBase | None
-    config: transformers.PretrainedConfig
-    skeleton: transformers.PreTrainedModel
+    tokenizer: "transformers.PreTrainedTokenizerBase | None"
+    config: "transformers.PretrainedConfig"
+    skeleton: "transformers.PreTrainedModel"
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
@@ -1255,7 +1257,7 @@ def inspect_base(args: Arguments) -> Base:
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
@@ -1290,7 +1292,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         if base.tokenizer is None:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
-        dataset, num_dropped = encoded(args, base, records)
+        dataset, num_dropped = encoded(args, base.tokenizer, records)
         screen = first_screen(records, dataset) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
@@ -1312,14 +1314,16 @@ def is_mixed(args: Arguments) -> bool:
     return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
 
 
-def encoded(args: Arguments, base: Base, records: "datasets.Dataset") -> "tuple[datasets.Dataset, int]":
+def encoded(
+    args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
+) -> "tuple[datasets.Dataset, int]":
     """`build_dataset` of what --data names.
 
     Raises:
         UserError: no example is left, or one cannot be trained on.
     """
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
-    dataset, num_dropped = build_dataset(records, base.tokenizer, *how, read_template_args(args.template_args))
+    dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
         counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
         raise UserError(
@@ -1337,7 +1341,7 @@ def encode_records(
         UserError: no example is left, or --teacher-cache has no room for their states.
     """
     with accelerator.main_process_first():
-        dataset, _ = encoded(args, base, records)
+        dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
         print(first_screen(records, dataset), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
@@ -1354,7 +1358,7 @@ def needs_teacher_cache(args: Arguments) -> bool:
 
 def load_student(
     args: Arguments, base: Base, accelerator: "Accelerator", checkpoint: Path | None
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
@@ -1388,7 +1392,7 @@ def load_student(
 def make_ready(
     args: Arguments,
     base: Base,
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     dataset: "datasets.Dataset",
     held_out: "datasets.Dataset | None",
     is_main: bool = True,
@@ -1440,7 +1444,7 @@ def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
 
 def trained_model(
     args: Arguments, base: Base, training: Training, finished: Path | None
-) -> transformers.PreTrainedModel | None:
+) -> "transformers.PreTrainedModel | None":
     """The model to export, on the first process; None on the others. Every rank has a part to give.
 
     From the published weights, where the trained model holds parts of them or rounded ones.
@@ -1460,7 +1464,7 @@ def trained_model(
 
 def rebuilt_model(
     args: Arguments, model_path: str, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The trained model on the CPU, from the published weights and `trained_tensors`."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
     args = dataclasses.replace(args, load_in=None, attn_implementation=None)
@@ -1470,13 +1474,17 @@ def rebuilt_model(
 
 
 def export_model(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
+
+    Args:
+        about: the scale of ΔW, which `model` acts with already, and where it comes from.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
@@ -1490,7 +1498,7 @@ def export_model(
         if args.method != "full":
             folder, revision = staging / "adapter", args.model_revision
             rank = export_adapter(layers, folder, model_path, args.target_modules, "CAUSAL_LM", revision=revision)
-            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
+            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank, about))
             template.save(staging / "adapter", model.generation_config)
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
@@ -1498,9 +1506,32 @@ def export_model(
         read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
 
 
+def held_out_examples(
+    args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
+) -> "datasets.Dataset":
+    """For --scale auto: those of --eval-data, or else those that the run held out.
+
+    Raises:
+        UserError: there are none, or the run's --data changed, so that others would be held out than before.
+    """
+    if args.eval_data is not None:
+        run = dataclasses.replace(run, eval_data=args.eval_data, eval_share=None)
+    if run.eval_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples, and the run has none: name some by --eval-data")
+    source = validation.arguments_of_eval_data(run) or run
+    examples, _ = encoded(source, tokenizer, load_training_records(source))
+    if run.eval_share is None:
+        return examples
+    trained, held_out = validation.hold_out(run, examples, None)
+    parts = {"data": trained, "evaluation data": held_out}
+    contents = {name: checkpoints.contents_of(part) for name, part in parts.items()}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
+    return held_out
+
+
 def export_again(args: Arguments) -> None:
-    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint."""
-    source = Path(args.export_from)
+    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint, with ΔW at --scale."""
+    source, alpha = Path(args.export_from), scaling.read_scale(args)
     if not (source / "config.yaml").is_file():
         raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
     output_dir = source if args.output_dir == Arguments.output_dir else Path(args.output_dir)
@@ -1516,8 +1547,16 @@ def export_again(args: Arguments) -> None:
         checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
+    held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
-    export_model(model, tokenizer, run, path, output_dir)
+    is_whole = run.method == "full" and alpha != 1
+    base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
+    scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
+    about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    scaled.set(about["scale"])
+    export_model(model, tokenizer, run, path, output_dir, about)
+    if args.scale is not None:
+        runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
     print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
 
 
@@ -1530,7 +1569,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     """A whole run: data, model, training, export. --output-dir is this run's alone."""
     records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    eval_args = validation.arguments_of_eval_data(args)
+    eval_args = validation.arguments_of_validation_data(args)
     eval_records = eval_args and load_training_records(eval_args)
     accumulation = checkpoints.accumulation(args, checkpoint)
     width = base.skeleton.get_input_embeddings().weight.shape[1]

@@ -50,7 +50,7 @@ def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
     assert (args.method, args.seed, args.model, args.rank) == (method, 7, "meta-llama/Llama-2-7b-hf", 128)
     assert args.batch_size * args.gradient_accumulation * num_gpus == 128
     assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
-    assert (args.max_length, args.max_examples, args.data_subset) == (512, 100_000, "metamath")
+    assert (args.max_length, args.limit, args.data_subset) == (512, 100_000, "metamath")
     for ckpt in ("meta-llama/Llama-2-7b-hf", "out/merged"):
         assert f"eval/suite.py --benchmarks gsm8k hendrycks_math --ckpt {ckpt} " in printed
     assert "eval/report.py" in printed
