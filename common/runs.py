@@ -48,7 +48,7 @@ def clear_folder(folder: Path) -> None:
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
-NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done"}
+NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done", "scale", "scale_tolerance"}
 NOT_IDENTITY |= {"sample_prompts", "report_to", "push_to_hub", "accept_changes"}
 
 
@@ -69,7 +69,7 @@ def first_difference(
 
 def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
-    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from")
+    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
     return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
         entries, sort_keys=False
@@ -325,3 +325,15 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
     ]
     print("\n".join(lines))
+
+
+def note_export(source: Path, output_dir: Path, about: Mapping[str, Any]) -> None:
+    """Says in run.json what --export-from wrote into `output_dir`, beside all that the run's own says.
+
+    A run that is not finished has none, and gets none: it would be taken for finished.
+    """
+    made = source / "run.json"
+    if not made.is_file() and output_dir.resolve() == source.resolve():
+        return
+    run = json.loads(made.read_text()) if made.is_file() else {}
+    write_whole(output_dir / "run.json", json.dumps(run | {"export": dict(about)}, indent=2) + "\n")

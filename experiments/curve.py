@@ -24,7 +24,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.cli import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
+from common.cli import (
+    UserError,
+    option,
+    parse_arguments,
+    require_not_negative,
+    require_positive,
+    require_scales,
+    run_script,
+)
 from common.intervals import mean, ratio, score_line
 from eval.benchmark import Results
 from eval.forgetting import Sums, sums_of
@@ -247,8 +255,8 @@ def check_arguments(args: Arguments) -> Path:
         raise UserError("give --ckpt, --data and --texts")
     require_positive(args, "limit", "text_limit", "samples", "temperature", "max_new_tokens", "batch_size")
     require_not_negative(args, "questions")
-    if not all(0 < scale <= 1 for scale in args.scales):
-        raise UserError(f"--scales {' '.join(map(str, args.scales))}: each is above 0 and at most 1")
+    if args.scales:
+        require_scales(args.scales)
     run = Path(args.ckpt).parent
     if not (run / "config.yaml").is_file():
         raise UserError(f"--ckpt {args.ckpt}: no config.yaml beside it, so it is not merged/ of a run of train.py")

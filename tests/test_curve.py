@@ -151,7 +151,7 @@ def test_bad_input(checkpoint, data_file, texts, tmp_path, monkeypatch, capsys):
 
     assert "no config.yaml beside it" in error()
     assert "--limit is 0" in error("--limit", 0)
-    assert "--scales 0.5 0.0: each is above 0" in error("--scales", 0.5, 0)
+    assert "--scales 0.5 0.0: give different ones, above 0" in error("--scales", 0.5, 0)
     assert "give --ckpt, --data and --texts" in error("--texts")
     (tmp_path / "config.yaml").write_text(f"model: {checkpoint}\ndata: {data_file}\n")
     assert "has no complete checkpoint" in error()
