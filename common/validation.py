@@ -97,9 +97,7 @@ def hold_out(
     if held_out is not None:
         trained, watched = row_digests(examples), row_digests(held_out)
         if args.validation_data is not None and set(trained) == set(watched):
-            raise UserError(
-                f"--validation-data {args.validation_data} holds the examples that are trained on: name others"
-            )
+            raise UserError(f"--validation-data {args.validation_data} holds what is trained on: name other examples")
         note = note_on_overlap(trained, watched, "what is held out")
         if note and os.environ.get("RANK", "0") == "0":
             print(note, flush=True)
