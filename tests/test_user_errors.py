@@ -146,9 +146,7 @@ def test_held_out_data_that_does_not_serve(train_error, tmp_path, monkeypatch):
         assert expected in train_error("--eval-share", 0.5, "--sample-prompts", prompts)
     rows = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
     held_out.write_text("".join(reversed(rows)))  # the training data in another order
-    assert f"--validation-data {held_out} holds the examples that are trained on" in train_error(
-        "--eval-data", held_out
-    )
+    assert f"{held_out} holds what is trained on" in train_error("--validation-data", held_out)
     prompts.write_text('{"prompt": "one"}\n')
     zero3 = ("--deepspeed", ROOT / "configs" / "ds_zero3.json")
     assert "ZeRO-3 splits them" in train_error("--eval-share", 0.5, "--sample-prompts", prompts, *zero3)
