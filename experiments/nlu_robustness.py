@@ -60,6 +60,7 @@ LEARNING_RATES |= {"pissa": (2e-4, 5e-4, 1e-3, 2e-3), "ba-lora": (2e-4, 5e-4, 1e
 MAX_TOKENS, NUM_TRAIN, NUM_TEST, NUM_DOMAIN, NUM_VALIDATION = 24, 600, 600, 300, 300
 SETTINGS = {"epochs": 3, "batch_size": 16, "rank": 8, "spectral_k": 1, "warmup_ratio": 0.06, "lr_scheduler": "linear"}
 PROBE_PENALTY = 0.01
+TERMS = {"CR": "lambda_consistency", "DR": "lambda_diversity", "SVDR": "lambda_spectral"}
 
 
 @dataclass
@@ -79,12 +80,13 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Cell:
-    phase: str  # tuning, study
+    phase: str  # tuning, study, terms, auc
     seed: int
     condition: str
     method: str
     head: str
     learning_rate: float
+    terms: str = "CR+DR+SVDR"  # those of BA-LoRA that are on; rows of before they could be off lack it
 
 
 @dataclass
@@ -144,7 +146,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Trains once; the row for the results file. A cell of method `probe` trains nothing: the probe itself."""
     started = time.monotonic()
     rows, labels = training_set(cell.condition, cell.seed)
-    names = ["validation"] if cell.phase == "tuning" else list(PARTS["data"].tests)
+    names = {"tuning": ["validation"], "study": list(PARTS["data"].tests)}.get(cell.phase, ["movies"])
     if cell.method == "probe":
         probe = probe_of(rows, labels)
         logits = {name: apply_probe(probe, POOLS[name].features) for name in names}
@@ -158,6 +160,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             "accuracy": found["accuracy"]["value"],
             "class_accuracy": [share["value"] for share in found["class_accuracy"].values()],
             "calibration_error": round(found["calibration_error"], 5),
+            "auc": found["auc"]["value"],
+            "margin": float(np.abs(logits[name][:, 1] - logits[name][:, 0]).mean()),  # |z₂ − z₁|, the mean
         }
     settings = SETTINGS | {"num_train": NUM_TRAIN, "max_tokens": MAX_TOKENS}
     return cell.__dict__ | {"scores": scores, "settings": settings, "seconds": round(time.monotonic() - started, 1)}
@@ -183,6 +187,9 @@ def start(cell: Cell, rows: np.ndarray, labels: np.ndarray, folder: str) -> tupl
         **nlu.FORMULATIONS["iclr2026"],
         **SETTINGS,
     )
+    for term, weight in TERMS.items():
+        if term not in cell.terms.split("+"):
+            setattr(args, weight, 0.0)
     model = load_classifier(PARTS["path"], PARTS["config"], cell.seed)
     if cell.head == "probe":
         set_head(model, probe_of(rows, labels))
@@ -227,6 +234,28 @@ def study_cells(chosen: dict[tuple[str, str], float]) -> list[Cell]:
     return cells
 
 
+def terms_cells(chosen: dict[tuple[str, str], float]) -> list[Cell]:
+    """Every combination of BA-LoRA's terms at BA-LoRA's rate; and AUC where accuracy says nothing.
+
+    From the probe head L_SVDR is constant on two classes. There its four combinations without it are run with one seed,
+    which shows that they are the same.
+    """
+    combinations = ["+".join(names) or "none" for count in range(4) for names in itertools.combinations(TERMS, count)]
+
+    def cells(head: str) -> list[Cell]:
+        return [
+            Cell("terms", seed, condition, "ba-lora", head, chosen["ba-lora", head], terms)
+            for seed, condition, terms in itertools.product(SEEDS, ("noise 0", "noise 20"), combinations)
+            if head == "initial" or seed == SEEDS[0] or "SVDR" in terms
+        ]
+
+    again = [
+        Cell("auc", seed, "imbalance 50", method, "probe", chosen[method, "probe"])
+        for seed, method in itertools.product(SEEDS, METHODS)
+    ]
+    return [*cells("probe"), *again, *cells("initial")]
+
+
 def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
     return study.read_results(path, Cell)
 
@@ -247,7 +276,7 @@ def select(rows: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
 def describe(row: dict[str, Any]) -> str:
     """A run in a few words, for the terminal."""
     accuracy = next(iter(row["scores"].values()))["accuracy"]
-    name = f"{row['seed']} {row['condition']} {row['method']}/{row['head']} {row['learning_rate']:g}"
+    name = f"{row['seed']} {row['condition']} {row['method']}/{row['head']} {row['learning_rate']:g} {row['terms']}"
     return f"{name}: {accuracy:.3f}, {row['seconds']:.0f} s"
 
 
@@ -418,7 +447,9 @@ def main(argv: list[str]) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
         path.parent.mkdir(parents=True, exist_ok=True)
         run_all(tuning_cells(), path, args.processes)
-        run_all(study_cells(select(read_results(path))), path, args.processes)
+        chosen = select(read_results(path))
+        run_all(study_cells(chosen), path, args.processes)
+        run_all(terms_cells(chosen), path, args.processes)
     rows = read_results(path)
     if not any(cell.phase == "study" for cell in rows):
         raise UserError(f"{path} has no run of the study yet: leave out --report")
