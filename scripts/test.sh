@@ -21,6 +21,7 @@ if uses "demo|sentiment"; then
     say "fetching the demo's weights and problems"
     { python data/demo.py && python data/sentiment.py; } >/dev/null &
 fi
+if uses trl; then install trl packages .venv --no-deps trl==1.16.0; fi
 if uses harness; then setup_harness; fi
 wait
 say "ruff"

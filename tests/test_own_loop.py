@@ -1,9 +1,11 @@
 """docs/own-loop.md: the bare loop and TRL's, run as they stand there, train the same adapter; the trap is one."""
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -15,8 +17,6 @@ from conftest import ROOT, make_model, relative_error
 import train
 from common.targets import TARGET_MODULES
 
-# TRL is in the environment of the peers that tests compare with.
-HARNESS = ROOT / ".venv-harness" / "bin" / "python"
 BARE, TRL = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own-loop.md").read_text(), re.DOTALL)
 
 
@@ -26,15 +26,15 @@ def lora_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.skipif(not HARNESS.exists(), reason="no TRL: sh scripts/test.sh installs it")
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="no TRL: sh scripts/test.sh installs it")
 def test_both_loops_train_the_same_adapter_and_peft_loads_it(checkpoint, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = ({"prompt": f"Add {i} and 1: ", "completion": f"it is {i + 1}{'!' * (i % 5)}"} for i in range(16))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}  # the peers' environment does not have this project installed
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
     for name, script in (("bare", BARE), ("trl", TRL)):
         (tmp_path / f"loop_{name}.py").write_text(script)
-        command = [HARNESS, tmp_path / f"loop_{name}.py", checkpoint, data, tmp_path / name]
+        command = [sys.executable, tmp_path / f"loop_{name}.py", checkpoint, data, tmp_path / name]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stderr[-3000:]
     bare, trl = lora_weights(tmp_path / "bare"), lora_weights(tmp_path / "trl")
