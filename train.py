@@ -1610,6 +1610,9 @@ def run(args: Arguments, base: Base, started: float) -> None:
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
+    if is_main:
+        for note in estimates.notes_on_defaults(args, training.progress.max_steps, base.total):
+            print(note, flush=True)
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)

@@ -289,6 +289,16 @@ def is_trained_already(args: Any) -> bool:
     return True
 
 
+def question_command(merged: Path) -> str:
+    """A command that asks a merged model something, in the prompt of its training."""
+    code = (
+        "import sys, transformers; ask = transformers.pipeline('text-generation', sys.argv[1]); "
+        "chat = [{'role': 'user', 'content': sys.argv[2]}]; "
+        "print(ask(chat, max_new_tokens=200, do_sample=False)[0]['generated_text'][-1]['content'])"
+    )
+    return f'python -c "{code}" {shlex.quote(str(merged))} "What is 3 and 4?"'
+
+
 def write_summary(args: Any, run: dict[str, Any]) -> None:
     """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
     import torch
@@ -321,8 +331,10 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
+        f"score it: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
         + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
+        f"serve it: sh scripts/serve.sh {output_dir / 'merged'}",
+        f"ask it:   {question_command(output_dir / 'merged')}",
     ]
     print("\n".join(lines))
 
