@@ -84,7 +84,7 @@ from common.cli import UserError, option, parse_arguments
 from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
-from common.peft_format import classifier_card, export_adapter
+from common.peft_format import classifier_card, export_adapter, link_base
 from common.pretrained import check_checkpoint, load_tokenizer_and_config, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
@@ -669,10 +669,14 @@ def export(model: transformers.PreTrainedModel, args: Arguments, base: Base, con
     rescale_outputs(model, base.shift, base.unit)
     if args.method != "full":
         layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
-        rank = export_adapter(layers, output_dir / "adapter", base.path, args.target_modules, "SEQ_CLS", head)
-        card = classifier_card(args, rank, model.config)
-        (output_dir / "adapter" / "README.md").write_text(card)
-        base.tokenizer.save_pretrained(output_dir / "adapter")
+        folder, source = output_dir / "adapter", base.path
+        if Path(base.path).is_dir():
+            source = str((folder / "base").resolve())
+            link_base(folder / "base", Path(base.path), model.config)
+        named = {"revision": args.model_revision}
+        rank = export_adapter(layers, folder, source, args.target_modules, "SEQ_CLS", head, **named)
+        (folder / "README.md").write_text(classifier_card(args, rank, model.config))
+        base.tokenizer.save_pretrained(folder)
     merge_adapters(model)
     conv1d_for_linear(model, conv1d)
     model.save_pretrained(output_dir / "merged")

@@ -268,6 +268,29 @@ def test_peft_restores_adapter_and_head_on_the_untouched_encoder(tmp_path, encod
     assert (before - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("kind", "labels"), [("bert", "cab"), ("gpt2", "cab"), ("roberta", range(20))])
+def test_autopeft_needs_the_adapters_folder_alone(tmp_path, encoders, kind, labels):
+    """A trained head of other names and another order included: the classes' names are the adapter's."""
+    import peft
+
+    torch.manual_seed(1)
+    config = CONFIGS[kind]()
+    config.id2label, config.pad_token_id = dict(enumerate("bcx")), 0
+    base = tmp_path / "base"
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+    make_tokenizer(kind).save_pretrained(base)
+    rng = np.random.default_rng(1)
+    data = [{"sentence": sentence(rng), "label": labels[i % len(labels)]} for i in range(60)]
+    task = [] if labels == "cab" else ["--task=stsb", "--fields=sentence"]
+    run(tmp_path, "--model", base, "--data", write_jsonl(tmp_path / "data.jsonl", data), "--max-length=16", *task)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged").eval()
+    loaded = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out" / "adapter")
+    batch = {"input_ids": torch.randint(4, 24, (5, 9)), "attention_mask": torch.ones(5, 9, dtype=torch.long)}
+    with torch.no_grad():
+        assert (loaded.eval()(**batch).logits - merged(**batch).logits).abs().max() < 1e-5
+    assert list(loaded.config.id2label.values()) == (list("abc") if labels == "cab" else ["LABEL_0"])
+
+
 def test_the_script_predicts_what_its_merged_checkpoint_predicts(tmp_path, encoders):
     data = reviews(tmp_path / "reviews.jsonl")
     run(tmp_path, "--model", encoders["gpt2"], "--data", data, "--eval-data", data)
