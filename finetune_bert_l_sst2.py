@@ -675,7 +675,7 @@ def export(model: transformers.PreTrainedModel, args: Arguments, base: Base, con
             link_base(folder / "base", Path(base.path), model.config)
         named = {"revision": args.model_revision}
         rank = export_adapter(layers, folder, source, args.target_modules, "SEQ_CLS", head, **named)
-        (folder / "README.md").write_text(classifier_card(args, rank, model.config))
+        (folder / "README.md").write_text(classifier_card(args, rank, model.config, model.replaces_head))
         base.tokenizer.save_pretrained(folder)
     merge_adapters(model)
     conv1d_for_linear(model, conv1d)

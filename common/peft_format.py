@@ -135,8 +135,12 @@ def _selects(config: Mapping[str, Any], name: str) -> bool:
     return is_wanted and names(config.get("target_modules")) and not names(config.get("exclude_modules"))
 
 
-def classifier_card(args: Any, rank: int, config: Any) -> str:
-    """README.md of a classifier's adapter, stored with `rank`: what it is, on which base, its classes, how loaded."""
+def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -> str:
+    """README.md of a classifier's adapter, stored with `rank`: what it is, on which base, its classes, how loaded.
+
+    Args:
+        is_of_other_size: the base has a trained classifier with another number of classes.
+    """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     is_local = args.model == "demo" or Path(args.model).is_dir()
     if is_local:  # the hub refuses a card whose base_model is no repository
@@ -145,6 +149,7 @@ def classifier_card(args: Any, rank: int, config: Any) -> str:
     # PEFT reads the base's own configuration, which knows neither the classes nor their names.
     classes = f"id2label={config.id2label}" if config.num_labels > 1 else "num_labels=1"
     options = "" if is_local else f", {classes}, pad_token_id={config.pad_token_id}"
+    options += ", ignore_mismatched_sizes=True" if is_of_other_size else ""
     moved = "\nElsewhere, correct the base's folder in adapter_config.json.\n" if is_local else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} classifier on {args.model}\n\n"
