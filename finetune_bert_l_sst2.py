@@ -424,7 +424,8 @@ def fit(
 
     Args:
         examples: encoded, with `labels`, and for BA-LoRA `teacher_logits`.
-        validate: gives the score of the model as it is; the model ends in its best state. None: in its last.
+        validate: gives the score of the model as it is; the model ends in its best state, which may be that before
+            training. None: in its last.
         quiet: neither a bar nor a log nor checkpoints.
         checkpoint: the one to go on from.
     """
@@ -432,6 +433,13 @@ def fit(
     order = partial(by_length, examples, args.batch_size * steps * accelerator.num_processes, args.seed)
     training = Training(args, accelerator, steps, len(examples), order, quiet, contents)
     best = BestState(args.patience)
+
+    def select() -> None:
+        score = validate()
+        training.log({"validation": score if math.isfinite(score) else None})
+        best.update(score, training.step, model)
+        training.is_over |= best.is_vain
+
     training.extra = best.for_checkpoint
     training.prepare(model, model)
     training.resume(checkpoint)
@@ -439,6 +447,8 @@ def fit(
         best.load(checkpoint)
     with training.underway():
         training.is_over |= best.is_vain
+        if validate is not None and checkpoint is None:
+            select()
         while not training.is_over:
             rows = training.batches.of_step(training.step)
             batches = [(collate([examples[row] for row in of_batch]), counts) for of_batch, counts in rows]
@@ -460,10 +470,7 @@ def fit(
             training.end_step(norm, LOGGING_STEPS)
 
             if validate is not None and is_validation_due(training, args.evals_per_epoch):
-                score = validate()
-                training.log({"validation": score if math.isfinite(score) else None})
-                best.update(score, training.step, model)
-                training.is_over |= best.is_vain
+                select()
             training.save_if_due()
     if validate is not None:
         best.put_back(model)
@@ -512,7 +519,10 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> tuple[Any, t
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
     if getattr(config, "summary_type", None) == "last":
-        raise UserError(f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here")
+        raise UserError(
+            f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here: take "
+            "a model that classifies by its first, or by its last token"
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {args.model} has neither a padding nor an end token: declare its pad_token")
     if tokenizer.pad_token_id is None:
@@ -703,6 +713,14 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
             lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
     output_dir = Path(args.output_dir)
     best, name = summary["validation"], data.metrics[0]
+    scores = {
+        test: [of[kind][name]["value"] for kind in (args.method, "probe")] for test, of in summary["results"].items()
+    }
+    if below := [test for test, (ours, probe) in scores.items() if ours < probe]:
+        lines.append(
+            f"note: {args.method} ends below the linear probe of the untouched encoder on {', '.join(below)}: train "
+            "longer, or with another --learning-rate"
+        )
     lines += [
         f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
         f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"
