@@ -226,7 +226,7 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
 
 
 # What these options name may be moved. What is there must stay the same: `require_same_contents` compares it.
-NAMES_OF_CONTENTS = {"model", "data", "eval_data", "validation_data"}
+NAMES_OF_CONTENTS = {"model", "data", "validation_data", "test_data"}
 
 
 def contents_of(examples: "datasets.Dataset") -> str:
@@ -250,7 +250,7 @@ def require_same_contents(checkpoint: Path, contents: Mapping[str, str], accept_
     changed = [name for name, digest in contents.items() if made.get(name) != digest]
     if changed and not accept_changes:
         raise UserError(
-            f"--resume: the {' and the '.join(changed)} changed since {checkpoint} was written: put the old content "
+            f"the {' and the '.join(changed)} changed since {checkpoint} was written: put the old content "
             "back, or insist with --accept-changes"
         )
 

@@ -108,7 +108,7 @@ class Notes:
 
 
 def load_training_records(args: Any) -> "datasets.Dataset":
-    """The examples that --data, --fields and --max-examples name, as they are written; fills in `args.template`.
+    """The examples that --data, --fields and --limit name, as they are written; fills in `args.template`.
 
     What is not used of them is the result's `notes`.
 
@@ -117,8 +117,8 @@ def load_training_records(args: Any) -> "datasets.Dataset":
     """
     source = resolve_demo(args.data, "train")
     records = load_records(source, args.split, args.data_subset, args.data_config)
-    if args.max_examples is not None:
-        records = records.select(range(min(args.max_examples, len(records))))
+    if args.limit is not None:
+        records = records.select(range(min(args.limit, len(records))))
     format = Format.of(records, args.fields, args.data)
     for number, record in enumerate(records, 1):
         try:

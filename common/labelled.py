@@ -119,7 +119,7 @@ def contents_of(data: Data) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def demo_data(max_examples: int | None = None) -> Data:
+def demo_data(limit: int | None = None) -> Data:
     """The embedded movie reviews, with their own validation split, and three other domains to test on."""
     from data import sentiment
 
@@ -136,8 +136,8 @@ def demo_data(max_examples: int | None = None) -> Data:
     first, *others = sentiment.DOMAINS
     tests = {first: read("test")} | {domain: read(domain) for domain in others}
     train = read("train")
-    if max_examples is not None:
-        train = train.select(list(range(min(max_examples, len(train)))))
+    if limit is not None:
+        train = train.select(list(range(min(limit, len(train)))))
     return Data(train, read("validation"), tests, names, ("accuracy",))
 
 
@@ -148,7 +148,7 @@ def load_data(args: Any) -> Data:
         UserError: a missing column, an empty text, a label that training does not know, fewer than two classes, a
             metric or class weights that do not fit.
     """
-    data = demo_data(args.max_examples) if args.data == "demo" else _read_data(args)
+    data = demo_data(args.limit) if args.data == "demo" else _read_data(args)
     if args.metric is not None:
         fitting = ("pearson", "spearman") if data.is_regression else ("accuracy", "macro_f1", "matthews")
         if len(data.class_names) == 2:
@@ -173,14 +173,14 @@ def _read_data(args: Any) -> Data:
     else:
         source, tests = args.data, {}
         records = {path: read_table(path, args.fields, args.label) for path in (source, args.validation_data) if path}
-        for path in args.eval_data:
+        for path in args.test_data:
             name = Path(path).stem if Path(path).stem not in tests else path
             tests[name] = read_table(path, args.fields, args.label)
     for name, table in (*records.items(), *tests.items()):
         require_fields(table, [*args.fields, args.label], name, "name the columns with --fields and --label")
     training, notes = records[source], []
-    if args.max_examples is not None:
-        training = training.select(range(min(args.max_examples, len(training))))
+    if args.limit is not None:
+        training = training.select(range(min(args.limit, len(training))))
         source += f", first {len(training)} examples"
     names: list[str] | None = None
     if task is None:

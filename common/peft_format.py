@@ -67,8 +67,12 @@ def export_adapter(
     return rank
 
 
-def adapter_card(args: Any, rank: int) -> str:
-    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded."""
+def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -> str:
+    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded.
+
+    Args:
+        about: `scale` of ΔW where it was set after training, and `why`.
+    """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
         del front["base_model"]
@@ -84,8 +88,11 @@ def adapter_card(args: Any, rank: int) -> str:
         "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
     }
     if args.has_terms:
-        names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
-        settings["λ₁, λ₂, λ₃"] = ", ".join(f"{getattr(args, name):g}" for name in names)
+        weights = [f"{name[7:]} {value:g}" for name, value in vars(args).items() if name.startswith("lambda_")]
+        settings["weights λ of the terms"] = ", ".join(weights) + (", without the target" if args.mask_target else "")
+    if about and about["scale"] != 1:
+        why = f": {about['why']}, on {about['held_out_examples']} held-out examples" if "why" in about else ""
+        settings["scaled after training"] = f"ΔW times {about['scale']:g}{why}; lora_alpha holds it"
     rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
     prompt = "It was trained with the chat template in chat_template.jinja, which a chat endpoint takes.\n\n"
     if args.template == "alpaca":

@@ -28,7 +28,7 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: Path, model: transformers.PreTrainedModel, dataset: "datasets.Dataset", counts: list[int]
+        self, folder: Path, model: "transformers.PreTrainedModel", dataset: "datasets.Dataset", counts: list[int]
     ):
         """Opens or makes the cache of the base weights in `model` (adapters aside) and the tokenised `dataset`.
 

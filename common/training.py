@@ -58,9 +58,9 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
     require_finite(args)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
     positive += ("gradient_accumulation", "keep_checkpoints")
-    require_positive(args, *positive, "max_examples")
-    require_not_negative(args, "lambda_consistency", "lambda_diversity", "lambda_spectral", "save_steps")
-    require_not_negative(args, "weight_decay", "max_grad_norm", "seed")
+    require_positive(args, *positive, "limit")
+    lambdas = [name for name in vars(args) if name.startswith("lambda_")]
+    require_not_negative(args, *lambdas, "save_steps", "weight_decay", "max_grad_norm", "seed")
     require_share(args, "warmup_fraction")
     require_below_one(args, "warmup_ratio")
     if args.lr_scheduler not in LR_SCHEDULERS:

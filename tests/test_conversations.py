@@ -290,7 +290,9 @@ def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
     batch = (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
     assert batch["targets"].tolist() == targets
     assert not packed or batch["shared_length"] > 0
-    regularizers = train.Regularizers(0.5, 0.4, 0.3, 2.0, 20, 10, "frobenius")
+    regularizers = train.Regularizers(
+        {"consistency": 0.5, "diversity": 0.4, "spectral": 0.3}, train.Arguments(**train.FORMULATIONS["iclr2026"])
+    )
     loss, terms = train.BALoRAModel(model)(batch, regularizers, len(targets), 1)
     exact, parts = train.objective(
         torch.cat(students), torch.cat(teachers), torch.tensor(targets), regularizers, len(targets), 1

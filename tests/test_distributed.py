@@ -91,7 +91,7 @@ def poisoned(folder: Path) -> Path:
 
 def kept(folder: Path) -> tuple:
     """Options of checkpoints at steps 3 and 5, and of validations at 2, 4 and 5."""
-    return ("--save-steps", 3, "--eval-data", folder / "held_out.jsonl", "--eval-steps", 2)
+    return ("--save-steps", 3, "--validation-data", folder / "held_out.jsonl", "--eval-steps", 2)
 
 
 @pytest.fixture(scope="module")

@@ -160,12 +160,16 @@ def test_a_model_without_bias_has_no_gap_and_one_with_a_known_bias_has_that():
 def test_regularizers_are_the_published_ones_at_every_step():
     arm = study.MAIN["BA-LoRA"]
     early, late = arm.regularizers(0.1), arm.regularizers(0.5)
-    assert (early.lambda_diversity, early.lambda_spectral) == (0, 0)
-    assert (late.lambda_diversity, late.lambda_spectral) == (0.005, 0.005)
-    assert late.lambda_consistency == pytest.approx(0.025 * (0.1 + 0.45))
-    assert (late.temperature, late.entropy_top_k, late.spectral_k) == (2.0, 20, 10)
+    assert (early.weights["diversity"], early.weights["spectral"]) == (0, 0)
+    assert (late.weights["diversity"], late.weights["spectral"]) == (0.005, 0.005)
+    assert late.weights["consistency"] == pytest.approx(0.025 * (0.1 + 0.45))
+    assert (late.settings.temperature, late.settings.entropy_top_k, late.settings.spectral_k) == (2.0, 20, 10)
     # k and K act: k < min(M, d), K < V, and the two-phase schedule has its 100 steps.
-    assert late.spectral_k < min(2 * T.BATCH, 64) and late.entropy_top_k < len(W.VOCABULARY) and T.STEPS >= 100
+    assert (
+        late.settings.spectral_k < min(2 * T.BATCH, 64)
+        and late.settings.entropy_top_k < len(W.VOCABULARY)
+        and T.STEPS >= 100
+    )
 
 
 def test_a_teacher_that_is_contradicted_has_no_part_in_the_loss():

@@ -297,7 +297,7 @@ def test_autopeft_needs_the_adapters_folder_alone(tmp_path, encoders, kind, labe
 
 def test_the_script_predicts_what_its_merged_checkpoint_predicts(tmp_path, encoders):
     data = reviews(tmp_path / "reviews.jsonl")
-    run(tmp_path, "--model", encoders["gpt2"], "--data", data, "--eval-data", data)
+    run(tmp_path, "--model", encoders["gpt2"], "--data", data, "--test-data", data)
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     classify = transformers.pipeline("text-classification", str(tmp_path / "out" / "merged"), device="cpu")
     texts = [json.loads(line)["sentence"] for line in data.read_text().splitlines()]
@@ -418,7 +418,7 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
         return write_jsonl(tmp_path / f"{name}.jsonl", rows)
 
     summary = run(
-        tmp_path, "--task", task, "--model", encoders["bert"], "--data", fixture("train", 40), "--eval-data",
+        tmp_path, "--task", task, "--model", encoders["bert"], "--data", fixture("train", 40), "--test-data",
         fixture("validation", 12),
     )  # fmt: skip
     metrics = {"cola": {"matthews", "accuracy"}, "mrpc": {"accuracy", "f1"}, "qqp": {"accuracy", "f1"}}
@@ -459,7 +459,7 @@ def test_every_format_gives_the_same_data(tmp_path, suffix):
             writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
-    args = nlu.Arguments(data=str(path), fields=["text", "about"], label="verdict", eval_data=[str(path)])
+    args = nlu.Arguments(data=str(path), fields=["text", "about"], label="verdict", test_data=[str(path)])
     data = nlu.load_data(args)
     assert data.class_names == ["no", "yes"]
     assert data.tests["data"].texts == [(row["text"], row["about"]) for row in rows]
@@ -470,7 +470,7 @@ def test_every_format_gives_the_same_data(tmp_path, suffix):
 
 
 def test_the_configuration_repeats_the_run(tmp_path, encoders):
-    """config.yaml of a run without --eval-data, whose list of files is empty."""
+    """config.yaml of a run without --test-data, whose list of files is empty."""
     data = reviews(tmp_path / "train.jsonl")
     first = run(tmp_path, "--model", encoders["bert"], "--data", data)
     again = tmp_path / "again"
@@ -509,7 +509,7 @@ def test_a_test_file_named_like_the_training_data_stays_a_test_file(tmp_path, mo
     (tmp_path / "other").mkdir()
     reviews(tmp_path / "other" / "train.jsonl", count=20)
     monkeypatch.chdir(tmp_path)
-    data = nlu.load_data(nlu.Arguments(data="train", eval_data=["other/train.jsonl"], fields=["sentence"]))
+    data = nlu.load_data(nlu.Arguments(data="train", test_data=["other/train.jsonl"], fields=["sentence"]))
     assert len(data.train) + len(data.validation) == 40
     assert {name: len(split) for name, split in data.tests.items()} == {"train": 20}
 
@@ -600,7 +600,7 @@ def test_a_checkpoint_of_other_classes_gets_a_new_head(tmp_path, encoders):
     """As in going on from MNLI to a task of two classes."""
     rows = [{"sentence": f"a {word} film", "label": i % 3} for i, word in enumerate(WORDS)]
     data = write_jsonl(tmp_path / "three.jsonl", rows)
-    run(tmp_path, "--model", encoders["deberta-v3"], "--data", data, "--eval-data", data, output="three")
+    run(tmp_path, "--model", encoders["deberta-v3"], "--data", data, "--test-data", data, output="three")
     two = reviews(tmp_path / "two.jsonl")
     run(tmp_path, "--model", tmp_path / "three" / "merged", "--data", two, output="two")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "two" / "merged")
@@ -641,7 +641,7 @@ def test_training_that_diverges_ends_in_one_line(tmp_path, encoders, monkeypatch
 def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
     """54 examples by 8: 7 steps per epoch, 11 in an epoch and a half; four validations per epoch and one at the end."""
     data = reviews(tmp_path / "reviews.jsonl")
-    run(tmp_path, "--model", encoders["bert"], "--data", data, "--eval-data", data, "--epochs=1.5",
+    run(tmp_path, "--model", encoders["bert"], "--data", data, "--test-data", data, "--epochs=1.5",
         "--evals-per-epoch=4")  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "validation" in line]
@@ -661,7 +661,7 @@ def test_a_rare_class_is_among_the_probes_examples(monkeypatch):
 def test_sst2_without_header(tmp_path, encoders, shared_data):
     args = nlu.Arguments(
         data=str(shared_data / "sst2_train.tsv"),
-        eval_data=[str(shared_data / "sst2_dev.tsv")],
+        test_data=[str(shared_data / "sst2_dev.tsv")],
         fields=["0"],
         label="1",
     )
@@ -670,8 +670,8 @@ def test_sst2_without_header(tmp_path, encoders, shared_data):
     assert sum(data.train.labels) + sum(data.validation.labels) == 3610
     assert data.tests["sst2_dev"].texts[0] == ("one long string of cliches",)
     summary = run(
-        tmp_path, "--model", encoders["bert"], "--data", args.data, "--eval-data", *args.eval_data, "--fields", "0",
-        "--label", "1", "--max-examples", "100",
+        tmp_path, "--model", encoders["bert"], "--data", args.data, "--test-data", *args.test_data, "--fields", "0",
+        "--label", "1", "--limit", "100",
     )  # fmt: skip
     assert summary["results"]["sst2_dev"]["ba-lora"]["accuracy"]["of"] == 872
 
@@ -696,7 +696,7 @@ BAD_DATA = {
     "no number": ([row | {"label": float("nan")} for row in GOOD], GOOD, ["--task=stsb"], "NaN is no value of JSON"),
     "numbers for classes": ([row | {"label": 0.25} for row in GOOD], GOOD, [], "--task stsb learns to predict them"),
     "warm-up": (GOOD, GOOD, ["--warmup-ratio=1"], "--warmup-ratio is 1.0"),
-    "the demo's own tests": (GOOD, GOOD, ["--data=demo"], "leave out --task and --eval-data"),
+    "the demo's own tests": (GOOD, GOOD, ["--data=demo"], "leave out --task and --test-data"),
     "positions": (GOOD, GOOD, ["--max-length=130", "--model=roberta"], "129 positions"),
     "a target in the head": (GOOD, GOOD, ["--target-modules=dense", "--model=roberta"], "classifier.dense too"),
 }
@@ -707,7 +707,7 @@ def test_bad_data_is_named_in_the_last_line_before_any_weight_is_read(tmp_path, 
     rows, eval_rows, extra, message = BAD_DATA[case]
     monkeypatch.setattr(nlu, "load_classifier", lambda *_: pytest.fail("a weight was read"))
     files = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "dev.jsonl", eval_rows)
-    argv = ["--model", encoders["bert"], "--data", files[0], "--eval-data", files[1], "--output-dir", tmp_path / "out"]
+    argv = ["--model", encoders["bert"], "--data", files[0], "--test-data", files[1], "--output-dir", tmp_path / "out"]
     if "--task=stsb" in extra:
         extra = [*extra, "--fields", "sentence"]
     extra = [word.replace("=roberta", f"={encoders['roberta']}") for word in extra]
@@ -735,7 +735,7 @@ def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monk
     monkeypatch.setattr(nlu, "metric", metric)
     data = reviews(tmp_path / "reviews.jsonl")
     summary = run(
-        tmp_path, "--model", encoders["bert"], "--data", data, "--eval-data", data, "--epochs=20", "--patience=2"
+        tmp_path, "--model", encoders["bert"], "--data", data, "--test-data", data, "--epochs=20", "--patience=2"
     )
     steps_per_epoch = -(-54 // 8)
     assert summary["validation"]["step"] == 2 * steps_per_epoch
@@ -824,7 +824,7 @@ def test_a_trained_classifier_scores_as_plain_transformers_in_every_order_of_its
         assert ("taken by name" in capsys.readouterr().out) == (number > 0)
         assert list(model.config.id2label.values()) == list(ORDERS[0])
     # The last order through a whole run without a change, and out again.
-    run(tmp_path, "--model", folder, "--task=mnli", "--data", file, "--eval-data", file, "--learning-rate=1e-12")
+    run(tmp_path, "--model", folder, "--task=mnli", "--data", file, "--test-data", file, "--learning-rate=1e-12")
     predicted = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     for source in (folder, tmp_path / "out" / "merged"):
         examples = encode(base.tokenizer, base.config, [(row["premise"], row["hypothesis"]) for row in rows], 128)
@@ -903,7 +903,7 @@ def test_a_state_is_selected_on_the_validation_file_by_the_metric_asked_for(tmp_
     from sklearn.metrics import f1_score
 
     data, other = reviews(tmp_path / "train.jsonl"), reviews(tmp_path / "other.jsonl", 23)
-    argv = ["--model", encoders["bert"], "--data", data, "--validation-data", other, "--eval-data", other]
+    argv = ["--model", encoders["bert"], "--data", data, "--validation-data", other, "--test-data", other]
     summary = run(tmp_path, *argv, "--metric=macro_f1", "--class-weights=balanced", "--evals-per-epoch=2")
     assert summary["examples"] == {"train": 60, "validation": 23}
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
@@ -935,7 +935,7 @@ def test_numbers_come_out_in_the_units_they_came_in(tmp_path, encoders, kind):
     rng = np.random.default_rng(7)
     rows = [{"a": " ".join(["good"] * (i % 9 + 1)), "b": "it", "label": 1000 + 50 * (i % 9)} for i in range(90)]
     data = write_jsonl(tmp_path / "data.jsonl", [rows[i] for i in rng.permutation(90)])
-    argv = ["--task=stsb", "--fields", "a", "b", "--data", data, "--eval-data", data]
+    argv = ["--task=stsb", "--fields", "a", "b", "--data", data, "--test-data", data]
     summary = run(tmp_path, "--model", encoders[kind], *argv, "--epochs=6", "--method=full", "--learning-rate=3e-3")
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     texts, labels = [(row["a"], row["b"]) for row in rows], np.array([row["label"] for row in rows])
@@ -982,7 +982,7 @@ def test_a_tiny_twin_of_every_run_of_glue_takes_a_step(tmp_path, encoders, exper
             continue
         seen.add(key)
         model = tmp_path / "t5" if key[0] == "t5-base" else encoders[TWINS[key[0]]]
-        argv = [*runs.as_words(planned.settings), "--model", model, "--data", pairs, "--eval-data", pairs, "--rank=2"]
+        argv = [*runs.as_words(planned.settings), "--model", model, "--data", pairs, "--test-data", pairs, "--rank=2"]
         argv += ["--batch-size=20", "--epochs=1", "--max-length=32", "--output-dir", tmp_path / "-".join(key)]
         nlu.main([str(word) for word in argv])
         summary = json.loads((tmp_path / "-".join(key) / "results.json").read_text())
@@ -1222,6 +1222,7 @@ def test_a_command_line_that_names_no_experiment_runs_the_demo_where_there_is_no
     assert (args.model, args.data, args.method) == ("demo", "demo", "lora")
     assert "no CUDA GPU" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # HF_HUB_OFFLINE is set: the hub does not answer
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert nlu.resolve_arguments(["--output-dir", str(tmp_path / "out")]).data == "demo"
     assert "hub cannot be reached" in capsys.readouterr().out
 
@@ -1301,3 +1302,23 @@ def test_every_combination_of_terms_is_run_once_at_one_rate_and_starts_with_the_
         found = (args.lambda_consistency, args.lambda_diversity, args.lambda_spectral)
         names = cell.terms.split("+")
         assert found == (0.15 * ("CR" in names), 0.03 * ("DR" in names), 0.03 * ("SVDR" in names))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_dry_run_says_what_the_run_then_is(method, tmp_path, encoders, capsys):
+    """Parameters, steps, examples and classes as the run itself counts them; nothing is written."""
+    data = reviews(tmp_path / "train.jsonl")
+    argv = ["--model", str(encoders["bert"]), "--data", str(data), "--fields", "sentence", "--method", method]
+    argv += ["--rank=2", "--batch-size=7", "--epochs=1.5", "--output-dir", str(tmp_path / "out")]
+    nlu.main([*argv, "--dry-run"])
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    nlu.main(argv)
+    summary = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (
+        f"parameters: {summary['adapter_parameters']:,} trained and {summary['head_parameters']:,} of the head" in said
+    )
+    assert f"steps: {summary['steps']} of 7 examples" in said
+    assert (
+        f"{summary['examples']['train']} examples to train on, {summary['examples']['validation']} to select by" in said
+    )

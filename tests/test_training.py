@@ -245,7 +245,7 @@ def test_a_term_that_is_off_costs_nothing(off, tokenizer, data_file, tmp_path, m
         raise AssertionError(f"{off} is off")
 
     costs = {"consistency": (train.BALoRAModel, "of_teacher"), "diversity": (chunked, "top_k")}
-    monkeypatch.setattr(*costs.get(off, (train, "spectral_value_and_gradient")), refuse)
+    monkeypatch.setattr(*costs.get(off, (chunked, "spectral_value_and_gradient")), refuse)
     if off == "spectral":
         monkeypatch.setattr(train, "head_factor", refuse)
     trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out", **{f"lambda_{off}": 0.0})
