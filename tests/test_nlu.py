@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import transformers
-from conftest import on_ranks, relative_error, start_script
+from conftest import ROOT, on_ranks, relative_error, start_script
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -1322,3 +1322,67 @@ def test_a_dry_run_says_what_the_run_then_is(method, tmp_path, encoders, capsys)
     assert (
         f"{summary['examples']['train']} examples to train on, {summary['examples']['validation']} to select by" in said
     )
+
+
+@pytest.fixture(scope="module")
+def kept_rows() -> dict:
+    return robustness.read_results(ROOT / robustness.Arguments.results)
+
+
+def test_the_page_is_printed_from_the_committed_rows(kept_rows):
+    page = (ROOT / robustness.Arguments.page).read_text()
+    assert page == robustness.page_text(kept_rows)
+    assert not re.search(r"\{\w+\}", page)
+
+
+def test_effects_of_terms_and_losses_are_those_of_the_rows():
+    """A made-up calibration error, 1·CR + 2·DR + 4·SVDR + 8·CR·DR in percent, and a seed that lacks a run."""
+    rows = {}
+    for head, seed in itertools.product(robustness.HEADS, range(3)):
+        for names in itertools.chain.from_iterable(itertools.combinations(robustness.TERMS, n) for n in range(4)):
+            c, d, s = (name in names for name in robustness.TERMS)
+            cell = robustness.Cell("terms", seed, "noise 20", "ba-lora", head, 1e-3, "+".join(names) or "none")
+            value = (seed + c + 2 * d + 4 * s + 8 * c * d) / 100
+            if (seed, names) != (2, ("CR", "SVDR")):
+                rows[cell] = {"scores": {"movies": {"calibration_error": value}}}
+    found = {
+        (head, term, given): robustness.effect(rows, "calibration_error", head, "noise 20", term, given)
+        for head, term, given in itertools.product(robustness.HEADS, ("CR", "DR"), (None, "CR", "DR"))
+        if term != given
+    }
+    for head in robustness.HEADS:
+        assert found[head, "CR", None] == pytest.approx({0: 5, 1: 5})
+        assert found[head, "DR", None] == pytest.approx({0: 6, 1: 6})
+        assert found[head, "DR", "CR"] == pytest.approx({0: 10, 1: 10} | ({2: 10} if head == "initial" else {}))
+        assert found[head, "CR", "DR"] == pytest.approx({0: 9, 1: 9, 2: 9})
+    assert robustness.effect(rows, "calibration_error", "initial", "noise 20", "SVDR") == pytest.approx({0: 4, 1: 4})
+    rows = {
+        robustness.Cell("study", seed, condition, "lora", "probe", 1e-3): {"scores": {"movies": {"accuracy": value}}}
+        for seed in range(2)
+        for condition, value in zip(robustness.CONDITIONS, (0.9 + 0.01 * seed, 0.8, 0.7, 0.6, 0.5, 0.5), strict=True)
+    }
+    pooled = robustness.losses(rows, "lora", "probe", robustness.LEVELS["noise 10, 20, 40"])
+    assert pooled == pytest.approx({0: 20, 1: 21})
+
+
+def test_what_the_page_says_of_holm_s_correction_is_so(kept_rows):
+    """Of the 36 comparisons of accuracy: how many differ at all, and which three remain."""
+    from scipy import stats
+
+    found = {}
+    for head, other, condition in itertools.product(robustness.HEADS, robustness.METHODS[:-1], robustness.CONDITIONS):
+        ours, theirs = (
+            robustness.values(kept_rows, condition, method, head, "accuracy", "movies") for method in ("ba-lora", other)
+        )
+        differences = [ours[seed] - theirs[seed] for seed in ours]
+        if len(set(differences)) > 1:
+            found[head, other, condition] = stats.ttest_1samp(differences, 0).pvalue
+    ranked = sorted(found, key=found.get)
+    remaining = {arm for place, arm in enumerate(ranked) if all(
+        found[ranked[before]] * (len(ranked) - before) < 0.05 for before in range(place + 1)
+    )}  # fmt: skip
+    assert remaining == {
+        ("probe", "lora", "imbalance 10"),
+        ("probe", "lora", "noise 20"),
+        ("probe", "full", "imbalance 10"),
+    }
