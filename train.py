@@ -441,12 +441,11 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
 
 def _principal_factors_of_all(
-    weights: dict[str, Tensor], rank: int, scaling: float, cache: Path | None
+    layers: list[nn.Linear], rank: int, scaling: float, cache: Path | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`principal_factors` of each weight in order: shared out among the ranks, or one thread per core."""
+    """`principal_factors` of each layer's weight in order: shared out among the ranks, or one thread per core."""
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = partitioned.dequantized(weight)
         if cache is None:
             return principal_factors(weight, rank, scaling)
         # Under the weight's own content: a stale entry cannot be met.
@@ -454,15 +453,15 @@ def _principal_factors_of_all(
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
     if num_ranks() > 1:
-        yield from partitioned.shared_among_ranks(list(weights.values()), factors, rank)
+        yield from partitioned.shared_among_ranks(layers, factors, rank)
         return
     num_threads = torch.get_num_threads()
     # One decomposition alone cannot use all cores.
-    workers = num_threads if all(weight.device.type == "cpu" for weight in weights.values()) else 1
+    workers = num_threads if all(layer.weight.device.type == "cpu" for layer in layers) else 1
     try:
         torch.set_num_threads(num_threads // workers)
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(factors, weights.values())
+            yield from pool.map(lambda layer: factors(partitioned.dequantized(layer)), layers)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -501,8 +500,7 @@ def add_adapters(
     if method != "lora" and initial is not None:
         factors = [initial[name] for name in found]
     elif method != "lora":
-        weights = {name: module.weight for name, module in found.items()}
-        factors = _principal_factors_of_all(weights, rank, alpha / rank, cache)
+        factors = _principal_factors_of_all(list(found.values()), rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
     # `factors` first: zip then runs it to its end, where it gives the threads back.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
@@ -1374,9 +1372,9 @@ def load_student(
     elif base.adapter is not None:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
-            weight = model.get_submodule(name).weight
-            with partitioned.gathered([weight]):
-                return principal_factors(partitioned.dequantized(weight), args.rank, args.alpha / args.rank)
+            layer = model.get_submodule(name)
+            with partitioned.gathered([layer.weight]):
+                return principal_factors(partitioned.dequantized(layer), args.rank, args.alpha / args.rank)
 
         attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:
