@@ -514,8 +514,8 @@ def table_of_auc(rows: dict[Cell, dict[str, Any]]) -> str:
     for method in METHODS:
         found = [row["scores"]["movies"] for cell, row in rows.items() if (cell.phase, cell.method) == ("auc", method)]
         cells = [study.mean_and_deviation([100 * one[name] for one in found]) for name in ("accuracy", "auc")]
-        body.append([f"{method}, probe head", *cells])
-    return markdown([["", "accuracy", "AUC"], *body])
+        body.append([f"{method}, probe head", str(len(found)), *cells])
+    return markdown([["", "seeds", "accuracy", "AUC"], *body])
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; each method has a marker of its own as well.
