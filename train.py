@@ -1293,7 +1293,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
-        screen = first_screen(records, dataset) + "\n\n"
+        screen = first_screen(dataset) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1325,7 +1325,7 @@ def encoded(
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
     dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
-        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
         raise UserError(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
@@ -1343,7 +1343,7 @@ def encode_records(
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
-        print(first_screen(records, dataset), flush=True)
+        print(first_screen(dataset), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
@@ -1480,11 +1480,13 @@ def export_model(
     model_path: str,
     output_dir: Path,
     about: Mapping[str, Any] | None = None,
+    sample: Iterable[Any] = (),
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Args:
         about: the scale of ΔW, which `model` acts with already, and where it comes from.
+        sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
@@ -1503,7 +1505,7 @@ def export_model(
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
         options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
-        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
+        read_back.require_same(staging, model, template, sample, options)
 
 
 def held_out_examples(
@@ -1578,7 +1580,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
     dataset = encode_records(args, base, records, accelerator)
-    num_dropped, fates = len(records) - len(dataset), dataset.fates
+    num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
     sampler = validation.Sampler.of(args, base.tokenizer)
@@ -1605,7 +1607,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), sample=sample)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,
@@ -1623,8 +1625,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,
-            "columns_and_keys": vars(records.notes),
-            "fates_of_examples": fates,
+            "data_read": vars(notes),
         }
         runs.write_summary(args, summary)
         reporting.push_adapter(args)
