@@ -63,7 +63,7 @@ from torch import Tensor, nn
 import train
 from common import cli
 from common.best_state import BestState
-from common.checkpoints import accumulation, checkpoint_to_resume
+from common.checkpoints import accumulation, checkpoint_to_resume, require_same_contents
 from common.classifiers import (
     Collator,
     Outputs,
@@ -85,7 +85,7 @@ from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
 from common.peft_format import classifier_card, export_adapter, link_base
-from common.pretrained import check_checkpoint, load_tokenizer_and_config, weights_digest
+from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
 from common.runs import (
@@ -97,6 +97,7 @@ from common.runs import (
     require_output_dir,
     require_same_run,
     write_whole,
+    written_whole,
 )
 from common.targets import default_target_modules, find_target_modules
 from common.training import Training, generator_of, resolve_shared_arguments
@@ -549,13 +550,7 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, 
             skeleton = transformers.AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
-    longest = getattr(config, "max_position_embeddings", None) or 0
-    longest = longest if longest > 0 else args.max_length  # XLNet says -1 and T5 nothing: no limit
-    for name, module in skeleton.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= module.padding_idx + 1  # RoBERTa counts positions from there
-    if args.max_length > longest:
-        raise UserError(f"--max-length is {args.max_length}, and {args.model} has {longest} positions")
+    require_positions(args.model, skeleton, args.max_length)
     if args.method != "full":
         linear_for_conv1d(skeleton)
         if args.target_modules is None:
@@ -680,32 +675,36 @@ def evaluate(
         scores[name][args.method] = score(logits, split.labels, data.metrics, data.class_names)
         rows += prediction_rows(name, logits, split.labels, data.class_names)
     if num_ranks() == 1 or dist.get_rank() == 0:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
+        write_whole(Path(args.output_dir) / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, conv1d: list[str]) -> None:
-    """Writes adapter/ and merged/, which predict in the units of the file; the adapters are merged away in `model`.
+    """Writes adapter/ and merged/, whole or not at all. They predict in the units of the file; the adapters are merged
+    away in `model`.
 
     Args:
         conv1d: the layers that `linear_for_conv1d` has replaced.
+
+    Raises:
+        RunStopped: the disk does not take them.
     """
-    output_dir = Path(args.output_dir)
     rescale_outputs(model, base.shift, base.unit)
-    if args.method != "full":
-        layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
-        folder, source = output_dir / "adapter", base.path
-        if Path(base.path).is_dir():
-            source = str((folder / "base").resolve())
-            link_base(folder / "base", Path(base.path), model.config)
-        named = {"revision": args.model_revision}
-        rank = export_adapter(layers, folder, source, args.target_modules, "SEQ_CLS", head, **named)
-        (folder / "README.md").write_text(classifier_card(args, rank, model.config, model.replaces_head))
-        base.tokenizer.save_pretrained(folder)
-    merge_adapters(model)
-    conv1d_for_linear(model, conv1d)
-    model.save_pretrained(output_dir / "merged")
-    base.tokenizer.save_pretrained(output_dir / "merged")
+    output_dir, source = Path(args.output_dir), base.path
+    with written_whole(output_dir, "give the same command with --resume") as folder:
+        if args.method != "full":
+            layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
+            if Path(base.path).is_dir():
+                source = str((output_dir / "adapter" / "base").resolve())
+                link_base(folder / "adapter" / "base", Path(base.path), model.config)
+            target = (folder / "adapter", source, args.target_modules, "SEQ_CLS", head)
+            rank = export_adapter(layers, *target, revision=args.model_revision)
+            card = classifier_card(args, rank, model.config, model.replaces_head)
+            (folder / "adapter" / "README.md").write_text(card)
+            base.tokenizer.save_pretrained(folder / "adapter")
+        merge_adapters(model)
+        conv1d_for_linear(model, conv1d)
+        model.save_pretrained(folder / "merged")
+        base.tokenizer.save_pretrained(folder / "merged")
 
 
 def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
@@ -753,6 +752,8 @@ def run(args: Arguments, data: Data, started: float) -> None:
     """A whole run: probes, training, evaluation, export. --output-dir is this run's alone."""
     base = inspect_base(args, data)
     checkpoint = checkpoint_to_resume(args)
+    contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
+    require_same_contents(checkpoint, contents, args.accept_changes)
     accelerator = start_ranks(args)
     is_main = accelerator.is_main_process
     say = print if is_main else lambda *_, **__: None
@@ -775,7 +776,6 @@ def run(args: Arguments, data: Data, started: float) -> None:
     adapter_parameters, head_parameters = count_parameters(model)
     say(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
     validate = partial(validation_score, model, data, collator)
-    contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
     training, best = fit(model, examples, collator, args, validate, False, checkpoint, accelerator, contents)
 
     evaluate(model, data, collator, args, scores)

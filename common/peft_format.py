@@ -71,7 +71,7 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
     """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded.
 
     Args:
-        about: `scale` of ΔW where it was set after training, and `why`.
+        about: `scale` of ΔW where it was set after training, and `why`; `unfinished`: how far the training was.
     """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
@@ -90,6 +90,8 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
     if args.has_terms:
         weights = [f"{name[7:]} {value:g}" for name, value in vars(args).items() if name.startswith("lambda_")]
         settings["weights λ of the terms"] = ", ".join(weights) + (", without the target" if args.mask_target else "")
+    if about and about.get("unfinished"):
+        settings["not trained to the end"] = about["unfinished"]
     if about and about["scale"] != 1:
         why = f": {about['why']}, on {about['held_out_examples']} held-out examples" if "why" in about else ""
         settings["scaled after training"] = f"ΔW times {about['scale']:g}{why}; lora_alpha holds it"

@@ -177,7 +177,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
     """Gives a folder to write folders to, which take their places in `output_dir` at the end, or not at all.
 
     Args:
-        remedy: the command that writes them again.
+        remedy: how they are written again.
 
     Raises:
         RunStopped: the disk does not take them.
@@ -193,8 +193,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
             folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({first_line(error)}); "
-            f"{remedy} writes it again from the newest checkpoint"
+            f"cannot write the trained model to {output_dir} ({first_line(error)}): make room, then {remedy}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -899,12 +899,14 @@ def test_every_class_has_its_share_of_what_is_held_out():
     assert {*rest.texts, *held.texts} == {(str(i),) for i in range(1000)}
 
 
-def test_a_state_is_selected_on_the_validation_file_by_the_metric_asked_for(tmp_path, encoders):
+def test_a_state_is_selected_on_the_validation_file_by_the_metric_asked_for(tmp_path, encoders, capsys):
     from sklearn.metrics import f1_score
 
     data, other = reviews(tmp_path / "train.jsonl"), reviews(tmp_path / "other.jsonl", 23)
     argv = ["--model", encoders["bert"], "--data", data, "--validation-data", other, "--test-data", other]
     summary = run(tmp_path, *argv, "--metric=macro_f1", "--class-weights=balanced", "--evals-per-epoch=2")
+    shared = "23 of the 23 examples of validation are trained on too"  # the same reviews, fewer of them
+    assert shared in capsys.readouterr().out
     assert summary["examples"] == {"train": 60, "validation": 23}
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     labels, predicted = zip(*((row["label"], row["predicted"]) for row in rows), strict=True)
