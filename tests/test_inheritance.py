@@ -270,7 +270,7 @@ study.run_jobs([runs[::2], runs[1::2]], Path(sys.argv[1]), Path(sys.argv[2]))
     return start
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="minutes: SLOW=1")
+@pytest.mark.slow
 def test_a_study_killed_three_times_ends_with_the_same_rows(small_study, tmp_path):
     def rows(name: str) -> list[str]:
         timed = study.read_rows(tmp_path / f"{name}.jsonl")
