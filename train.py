@@ -1264,6 +1264,8 @@ def inspect_base(args: Arguments) -> Base:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
+    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+        pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -1293,7 +1295,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
-        screen = first_screen(records, dataset) + "\n\n"
+        screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1325,7 +1327,7 @@ def encoded(
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
     dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
-        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
         raise UserError(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
@@ -1343,7 +1345,7 @@ def encode_records(
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
-        print(first_screen(records, dataset), flush=True)
+        print(first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
@@ -1479,17 +1481,22 @@ def export_model(
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    remedy: str,
     about: Mapping[str, Any] | None = None,
+    sample: Iterable[Any] = (),
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Args:
-        about: the scale of ΔW, which `model` acts with already, and where it comes from.
+        remedy: how they are written again where this fails.
+        about: the scale of ΔW, which `model` acts with already, and where it comes from; how far the
+            training is, where it has not ended.
+        sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
-    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+    with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
         read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
@@ -1503,22 +1510,22 @@ def export_model(
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
         options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
-        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
+        read_back.require_same(staging, model, template, sample, options)
 
 
 def held_out_examples(
     args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
 ) -> "datasets.Dataset":
-    """For --scale auto: those of --eval-data, or else those that the run held out.
+    """For --scale auto: those of --validation-data, or else those that the run held out.
 
     Raises:
         UserError: there are none, or the run's --data changed, so that others would be held out than before.
     """
-    if args.eval_data is not None:
-        run = dataclasses.replace(run, eval_data=args.eval_data, eval_share=None)
-    if run.eval_data is None and run.eval_share is None:
-        raise UserError("--scale auto chooses on held-out examples, and the run has none: name some by --eval-data")
-    source = validation.arguments_of_eval_data(run) or run
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
     examples, _ = encoded(source, tokenizer, load_training_records(source))
     if run.eval_share is None:
         return examples
@@ -1542,9 +1549,12 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    unfinished, progress = None, checkpoints.load_progress(checkpoint)
+    if not checkpoints.is_complete(checkpoint, run.patience):
+        unfinished = f"step {progress.step} of {progress.max_steps}"
     if run.keep_best:
-        history = checkpoints.load_progress(checkpoint).history
-        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
+        there = checkpoints.complete_checkpoints(source)
+        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
@@ -1553,11 +1563,14 @@ def export_again(args: Arguments) -> None:
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
     scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
     about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    about = about | {"unfinished": unfinished}
     scaled.set(about["scale"])
-    export_model(model, tokenizer, run, path, output_dir, about)
+    export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
     if args.scale is not None:
         runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
-    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+    named = "merged/" + (", adapter/" if run.method != "full" else "")
+    state = f"; the training has not ended: {unfinished}" if unfinished else ""
+    print(f"exported {checkpoint} to {output_dir}: {named}{state}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1578,9 +1591,13 @@ def run(args: Arguments, base: Base, started: float) -> None:
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
     dataset = encode_records(args, base, records, accelerator)
-    num_dropped, fates = len(records) - len(dataset), dataset.fates
+    num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)}
+    contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
@@ -1591,10 +1608,6 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
-    contents |= {"data": checkpoints.contents_of(dataset)} | (
-        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    )
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
     training.start_trackers()
@@ -1605,7 +1618,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        remedy = checkpoints.way_to_export(args)
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,
@@ -1623,8 +1637,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,
-            "columns_and_keys": vars(records.notes),
-            "fates_of_examples": fates,
+            "data_read": vars(notes),
         }
         runs.write_summary(args, summary)
         reporting.push_adapter(args)

@@ -7,6 +7,7 @@ the options; nothing here imports more than it.
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import select
@@ -33,7 +34,8 @@ def first_line(error: Exception) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2, and a disk that takes
+    or gives no file one line and exit code 1."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -49,6 +51,12 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if not _nobody_reads_stdout():
             raise  # another pipe, a worker's say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: stopped: {error.strerror}{where}", file=sys.stderr)
         sys.exit(1)
 
 

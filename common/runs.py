@@ -71,9 +71,7 @@ def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
     once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
-    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
-        entries, sort_keys=False
-    )
+    return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
 
 def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
@@ -179,7 +177,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
     """Gives a folder to write folders to, which take their places in `output_dir` at the end, or not at all.
 
     Args:
-        remedy: the command that writes them again.
+        remedy: how they are written again.
 
     Raises:
         RunStopped: the disk does not take them.
@@ -195,8 +193,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
             folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({first_line(error)}); "
-            f"{remedy} writes it again from the newest checkpoint"
+            f"cannot write the trained model to {output_dir} ({first_line(error)}): make room, then {remedy}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
