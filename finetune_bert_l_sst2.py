@@ -84,7 +84,7 @@ from common.devices import announce_device, choose_device
 from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
-from common.peft_format import classifier_card, export_adapter
+from common.peft_format import classifier_card, export_adapter, link_base
 from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
@@ -438,7 +438,8 @@ def fit(
 
     Args:
         examples: encoded, with `labels`, and for BA-LoRA `teacher_logits`.
-        validate: gives the score of the model as it is; the model ends in its best state. None: in its last.
+        validate: gives the score of the model as it is; the model ends in its best state, which may be that before
+            training. None: in its last.
         quiet: neither a bar nor a log nor checkpoints.
         checkpoint: the one to go on from.
     """
@@ -446,6 +447,13 @@ def fit(
     order = partial(by_length, examples, args.batch_size * steps * accelerator.num_processes, args.seed)
     training = Training(args, accelerator, steps, len(examples), order, quiet, contents)
     best = BestState(args.patience)
+
+    def select() -> None:
+        score = validate()
+        training.log({"validation": score if math.isfinite(score) else None})
+        best.update(score, training.step, model)
+        training.is_over |= best.is_vain
+
     training.extra = best.for_checkpoint
     training.prepare(model, model)
     training.resume(checkpoint)
@@ -453,6 +461,8 @@ def fit(
         best.load(checkpoint)
     with training.underway():
         training.is_over |= best.is_vain
+        if validate is not None and checkpoint is None:
+            select()
         while not training.is_over:
             rows = training.batches.of_step(training.step)
             batches = [(collate([examples[row] for row in of_batch]), counts) for of_batch, counts in rows]
@@ -474,10 +484,7 @@ def fit(
             training.end_step(norm, LOGGING_STEPS)
 
             if validate is not None and is_validation_due(training, args.evals_per_epoch):
-                score = validate()
-                training.log({"validation": score if math.isfinite(score) else None})
-                best.update(score, training.step, model)
-                training.is_over |= best.is_vain
+                select()
             training.save_if_due()
     if validate is not None:
         best.put_back(model)
@@ -528,7 +535,10 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, 
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
     if getattr(config, "summary_type", None) == "last":
-        raise UserError(f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here")
+        raise UserError(
+            f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here: take "
+            "a model that classifies by its first, or by its last token"
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {args.model} has neither a padding nor an end token: declare its pad_token")
     if tokenizer.pad_token_id is None:
@@ -679,11 +689,17 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
         RunStopped: the disk does not take them.
     """
     rescale_outputs(model, base.shift, base.unit)
-    with written_whole(Path(args.output_dir), "give the same command with --resume") as folder:
+    output_dir, source = Path(args.output_dir), base.path
+    with written_whole(output_dir, "give the same command with --resume") as folder:
         if args.method != "full":
             layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
-            rank = export_adapter(layers, folder / "adapter", base.path, args.target_modules, "SEQ_CLS", head)
-            (folder / "adapter" / "README.md").write_text(classifier_card(args, rank, model.config))
+            if Path(base.path).is_dir():
+                source = str((output_dir / "adapter" / "base").resolve())
+                link_base(folder / "adapter" / "base", Path(base.path), model.config)
+            target = (folder / "adapter", source, args.target_modules, "SEQ_CLS", head)
+            rank = export_adapter(layers, *target, revision=args.model_revision)
+            card = classifier_card(args, rank, model.config, model.replaces_head)
+            (folder / "adapter" / "README.md").write_text(card)
             base.tokenizer.save_pretrained(folder / "adapter")
         merge_adapters(model)
         conv1d_for_linear(model, conv1d)
@@ -711,6 +727,14 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
             lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
     output_dir = Path(args.output_dir)
     best, name = summary["validation"], data.metrics[0]
+    scores = {
+        test: [of[kind][name]["value"] for kind in (args.method, "probe")] for test, of in summary["results"].items()
+    }
+    if below := [test for test, (ours, probe) in scores.items() if ours < probe]:
+        lines.append(
+            f"note: {args.method} ends below the linear probe of the untouched encoder on {', '.join(below)}: train "
+            "longer, or with another --learning-rate"
+        )
     lines += [
         f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
         f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"

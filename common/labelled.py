@@ -306,6 +306,8 @@ def to_split(
 
 
 def _unknown(label: Any, class_names: list[str]) -> str:
+    if label is None or not label_text(label):
+        return "it has no label: fill it in, or leave the example out"
     text = f"label {label!r} is none of the training classes {', '.join(class_names)}"
     if label_text(label) == "-1":
         return f"{text}: it stands for a label that is not known, as in GLUE's test files; leave those examples out"

@@ -71,9 +71,7 @@ def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
     once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
-    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
-        entries, sort_keys=False
-    )
+    return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
 
 def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:

@@ -48,7 +48,6 @@ def snapshots(method: str, head: str, learning_rate: float) -> list[Outputs]:
             taken.append(run_model(model, robustness.POOLS["movies"].examples, robustness.PARTS["collator"]))
             return float(len(taken))  # rises: the last state is the best
 
-        take()
         nlu.fit(model, examples, robustness.PARTS["collator"], args, take, quiet=True)
     return taken
 
