@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from common import (
     checkpoints,
@@ -134,7 +133,7 @@ class DataArguments:
     template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
-    max_examples: int | None = option(None, "use the first N examples")
+    limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
@@ -286,7 +285,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    inputs += (args.teacher_cache, args.eval_data, args.sample_prompts)
+    inputs += (args.teacher_cache, args.validation_data, args.sample_prompts)
     runs.require_output_dir(args, may_hold, remedy, *inputs)
     validation.check_validation(args)
     reporting.check_reporting(args)
@@ -442,12 +441,11 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
 
 def _principal_factors_of_all(
-    weights: dict[str, Tensor], rank: int, scaling: float, cache: Path | None
+    layers: list[nn.Linear], rank: int, scaling: float, cache: Path | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`principal_factors` of each weight in order: shared out among the ranks, or one thread per core."""
+    """`principal_factors` of each layer's weight in order: shared out among the ranks, or one thread per core."""
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = partitioned.dequantized(weight)
         if cache is None:
             return principal_factors(weight, rank, scaling)
         # Under the weight's own content: a stale entry cannot be met.
@@ -455,15 +453,15 @@ def _principal_factors_of_all(
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
     if num_ranks() > 1:
-        yield from partitioned.shared_among_ranks(list(weights.values()), factors, rank)
+        yield from partitioned.shared_among_ranks(layers, factors, rank)
         return
     num_threads = torch.get_num_threads()
     # One decomposition alone cannot use all cores.
-    workers = num_threads if all(weight.device.type == "cpu" for weight in weights.values()) else 1
+    workers = num_threads if all(layer.weight.device.type == "cpu" for layer in layers) else 1
     try:
         torch.set_num_threads(num_threads // workers)
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(factors, weights.values())
+            yield from pool.map(lambda layer: factors(partitioned.dequantized(layer)), layers)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -502,8 +500,7 @@ def add_adapters(
     if method != "lora" and initial is not None:
         factors = [initial[name] for name in found]
     elif method != "lora":
-        weights = {name: module.weight for name, module in found.items()}
-        factors = _principal_factors_of_all(weights, rank, alpha / rank, cache)
+        factors = _principal_factors_of_all(list(found.values()), rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
     # `factors` first: zip then runs it to its end, where it gives the threads back.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
@@ -1015,7 +1012,7 @@ class BALoRAModel(nn.Module):
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         objective_memory: float | None = None,
         teacher_cache: TeacherCache | None = None,
     ):
@@ -1227,9 +1224,9 @@ class Base:
     """
 
     path: str
-    tokenizer: transformers.PreTrainedTokenizerBase | None
-    config: transformers.PretrainedConfig
-    skeleton: transformers.PreTrainedModel
+    tokenizer: "transformers.PreTrainedTokenizerBase | None"
+    config: "transformers.PretrainedConfig"
+    skeleton: "transformers.PreTrainedModel"
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
@@ -1260,13 +1257,15 @@ def inspect_base(args: Arguments) -> Base:
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
+    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+        pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -1296,7 +1295,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
-        screen = first_screen(records, dataset) + "\n\n"
+        screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1318,7 +1317,7 @@ def is_mixed(args: Arguments) -> bool:
 
 
 def encoded(
-    args: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, records: "datasets.Dataset"
+    args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
 ) -> "tuple[datasets.Dataset, int]":
     """`build_dataset` of what --data names.
 
@@ -1328,7 +1327,7 @@ def encoded(
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
     dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
-        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
         raise UserError(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
@@ -1346,7 +1345,7 @@ def encode_records(
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
-        print(first_screen(records, dataset), flush=True)
+        print(first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
@@ -1361,7 +1360,7 @@ def needs_teacher_cache(args: Arguments) -> bool:
 
 def load_student(
     args: Arguments, base: Base, accelerator: "Accelerator", checkpoint: Path | None
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
@@ -1375,9 +1374,9 @@ def load_student(
     elif base.adapter is not None:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
-            weight = model.get_submodule(name).weight
-            with partitioned.gathered([weight]):
-                return principal_factors(partitioned.dequantized(weight), args.rank, args.alpha / args.rank)
+            layer = model.get_submodule(name)
+            with partitioned.gathered([layer.weight]):
+                return principal_factors(partitioned.dequantized(layer), args.rank, args.alpha / args.rank)
 
         attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:
@@ -1395,7 +1394,7 @@ def load_student(
 def make_ready(
     args: Arguments,
     base: Base,
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     dataset: "datasets.Dataset",
     held_out: "datasets.Dataset | None",
     is_main: bool = True,
@@ -1447,7 +1446,7 @@ def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
 
 def trained_model(
     args: Arguments, base: Base, training: Training, finished: Path | None
-) -> transformers.PreTrainedModel | None:
+) -> "transformers.PreTrainedModel | None":
     """The model to export, on the first process; None on the others. Every rank has a part to give.
 
     From the published weights, where the trained model holds parts of them or rounded ones.
@@ -1467,7 +1466,7 @@ def trained_model(
 
 def rebuilt_model(
     args: Arguments, model_path: str, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The trained model on the CPU, from the published weights and `trained_tensors`."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
     args = dataclasses.replace(args, load_in=None, attn_implementation=None)
@@ -1477,22 +1476,27 @@ def rebuilt_model(
 
 
 def export_model(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    remedy: str,
     about: Mapping[str, Any] | None = None,
+    sample: Iterable[Any] = (),
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Args:
-        about: the scale of ΔW, which `model` acts with already, and where it comes from.
+        remedy: how they are written again where this fails.
+        about: the scale of ΔW, which `model` acts with already, and where it comes from; how far the
+            training is, where it has not ended.
+        sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
-    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+    with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
         read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
@@ -1506,22 +1510,22 @@ def export_model(
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
         options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
-        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
+        read_back.require_same(staging, model, template, sample, options)
 
 
 def held_out_examples(
-    args: Arguments, run: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, checkpoint: Path
+    args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
 ) -> "datasets.Dataset":
-    """For --scale auto: those of --eval-data, or else those that the run held out.
+    """For --scale auto: those of --validation-data, or else those that the run held out.
 
     Raises:
         UserError: there are none, or the run's --data changed, so that others would be held out than before.
     """
-    if args.eval_data is not None:
-        run = dataclasses.replace(run, eval_data=args.eval_data, eval_share=None)
-    if run.eval_data is None and run.eval_share is None:
-        raise UserError("--scale auto chooses on held-out examples, and the run has none: name some by --eval-data")
-    source = validation.arguments_of_eval_data(run) or run
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
     examples, _ = encoded(source, tokenizer, load_training_records(source))
     if run.eval_share is None:
         return examples
@@ -1545,9 +1549,12 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    unfinished, progress = None, checkpoints.load_progress(checkpoint)
+    if not checkpoints.is_complete(checkpoint, run.patience):
+        unfinished = f"step {progress.step} of {progress.max_steps}"
     if run.keep_best:
-        history = checkpoints.load_progress(checkpoint).history
-        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
+        there = checkpoints.complete_checkpoints(source)
+        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
@@ -1556,11 +1563,14 @@ def export_again(args: Arguments) -> None:
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
     scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
     about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    about = about | {"unfinished": unfinished}
     scaled.set(about["scale"])
-    export_model(model, tokenizer, run, path, output_dir, about)
+    export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
     if args.scale is not None:
         runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
-    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+    named = "merged/" + (", adapter/" if run.method != "full" else "")
+    state = f"; the training has not ended: {unfinished}" if unfinished else ""
+    print(f"exported {checkpoint} to {output_dir}: {named}{state}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1572,7 +1582,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     """A whole run: data, model, training, export. --output-dir is this run's alone."""
     records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    eval_args = validation.arguments_of_eval_data(args)
+    eval_args = validation.arguments_of_validation_data(args)
     eval_records = eval_args and load_training_records(eval_args)
     accumulation = checkpoints.accumulation(args, checkpoint)
     width = base.skeleton.get_input_embeddings().weight.shape[1]
@@ -1581,9 +1591,13 @@ def run(args: Arguments, base: Base, started: float) -> None:
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
     dataset = encode_records(args, base, records, accelerator)
-    num_dropped, fates = len(records) - len(dataset), dataset.fates
+    num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)}
+    contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
@@ -1594,12 +1608,11 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
-    contents |= {"data": checkpoints.contents_of(dataset)} | (
-        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    )
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
+    if is_main:
+        for note in estimates.notes_on_defaults(args, training.progress.max_steps, base.total):
+            print(note, flush=True)
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)
@@ -1608,7 +1621,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        remedy = checkpoints.way_to_export(args)
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,
@@ -1626,8 +1640,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,
-            "columns_and_keys": vars(records.notes),
-            "fates_of_examples": fates,
+            "data_read": vars(notes),
         }
         runs.write_summary(args, summary)
         reporting.push_adapter(args)

@@ -99,7 +99,8 @@ setup_experiments() {
     install experiments packages .venv-experiments -r requirements-experiments.txt
 }
 
-# The peer of tests/test_crows_pairs.py. Its environment takes from .venv what is there, and holds what is not.
+# What tests alone compare with or run on: a peer, and bitsandbytes, which every import of PEFT would import too. Their
+# environment takes from .venv what is there, and holds what is not.
 setup_harness() {
     if [ ! -x .venv-harness/bin/python ]; then
         .venv/bin/python -m venv --without-pip .venv-harness
