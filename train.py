@@ -138,6 +138,7 @@ class DataArguments:
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
+    dry_run_gpu: float | None = option(None, "GiB of a GPU that --dry-run estimates for, such as 80, on any machine")
     export_from: str | None = option(
         None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
     )
@@ -277,7 +278,9 @@ def resolve_arguments(args: Arguments) -> Arguments:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
     scaling.read_scale(args)
-    cli.require_positive(args, "logging_steps", "objective_memory")
+    cli.require_positive(args, "logging_steps", "objective_memory", "dry_run_gpu")
+    if args.dry_run_gpu is not None and not args.dry_run:
+        raise UserError("--dry-run-gpu names the GPU that --dry-run estimates for: add --dry-run")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes instruction and response, or one name, not {len(args.fields)}")
