@@ -1221,9 +1221,9 @@ def inspect_base(args: Arguments) -> Base:
     found = find_target_modules(skeleton, args.target_modules, args.rank)
     if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
         args.target_modules = targets.plain_names(skeleton, found)
-    dense = targets.dense_beside_experts(skeleton, found)
-    if dense:
-        raise UserError(f"PEFT would take the factors of {dense[0]} for those of experts: leave it out of the targets")
+    obstacle = targets.obstacle_to_adapters(skeleton, found)
+    if obstacle:
+        raise UserError(f"no adapter on {', '.join(args.target_modules)}: {obstacle}; name other --target-modules")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
     coverage = targets.coverage(skeleton, found)
     return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
@@ -1262,7 +1262,7 @@ def encoded(args: Arguments, base: Base, records: "datasets.Dataset") -> "tuple[
     """`build_dataset` of what --data names.
 
     Raises:
-        UserError: no example is left, or one cannot be trained on.
+        UserError: no example is left, or one cannot be trained on, such as a token that the model lacks.
     """
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
     dataset, num_dropped = build_dataset(records, base.tokenizer, *how, read_template_args(args.template_args))
@@ -1271,6 +1271,7 @@ def encoded(args: Arguments, base: Base, records: "datasets.Dataset") -> "tuple[
         raise UserError(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
+    pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     return dataset, num_dropped
 
 
@@ -1286,7 +1287,6 @@ def encode_records(
         dataset, _ = encoded(args, base, records)
     if accelerator.is_main_process:
         print(first_screen(records, dataset), flush=True)
-    pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
         num_valid_positions = sum(map(num_valid, dataset["labels"]))
@@ -1366,8 +1366,7 @@ def make_ready(
     if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
         return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
-    pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-    return wrapped, PaddingCollator(end if pad is None else pad)
+    return wrapped, PaddingCollator(base.tokenizer.eos_token_id)  # an added padding token may have no embedding
 
 
 def trained_model(
