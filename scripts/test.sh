@@ -11,7 +11,9 @@ wait "$experiments"
 say "fetching the demo's weights and problems"
 { python data/demo.py && python data/sentiment.py; } >/dev/null &
 demo=$!
-setup_harness
+setup_peer harness
+setup_peer transformers4
+setup_llama_cpp
 wait "$demo"
 say "ruff"
 ruff check .

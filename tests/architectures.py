@@ -38,8 +38,11 @@ HYBRID = LINEAR | {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 PER_LAYER = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 258, "hidden_size_per_layer_input": 8}
 WIDE = {"head_dim": 8}
+BERT = SMALL | {"intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 KEYED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
+# Without dropout or noise, so that the first loss can be compared.
 # Name: model type, what differs from SHAPE, or the whole configuration where it has other names, --target-modules.
 ARCHITECTURES = {
     "Llama": ("llama", {}, None),
@@ -77,7 +80,7 @@ ARCHITECTURES = {
     "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, None),
     "Phi": ("phi", {}, None),
     "Phi-3": ("phi3", {}, None),
-    "PhiMoE": ("phimoe", LOCAL, None),
+    "PhiMoE": ("phimoe", LOCAL | {"router_jitter_noise": 0.0}, None),
     "GPT-2": ("gpt2", GPT, None),
     "GPT-NeoX": ("gpt_neox", {}, KEYED),
     "GPT-J": ("gptj", GPT | {"rotary_dim": 8}, None),
@@ -86,7 +89,11 @@ ARCHITECTURES = {
         SMALL | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
         None,
     ),
-    "GPTBigCode": ("gpt_bigcode", GPT, ["c_attn", "c_proj", "c_fc"]),
+    "GPTBigCode": (
+        "gpt_bigcode",
+        GPT | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        ["c_attn", "c_proj", "c_fc"],
+    ),
     "gpt-oss": ("gpt_oss", WIDE | LOCAL | {"sliding_window": 512}, None),
     "OPT": ("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}, None),
     "BLOOM": ("bloom", HEAD | {"hidden_size": 32, "n_layer": 2, "n_head": 4}, KEYED),
@@ -112,7 +119,7 @@ ARCHITECTURES = {
     "MiniCPM-3": ("minicpm3", LATENT, None),
     "Llama-4": ("llama4_text", WIDE | LOCAL | {"intermediate_size_mlp": 48, "num_experts_per_tok": 1}, None),
     "SmolLM3": ("smollm3", {}, None),
-    "Seed-OSS": ("seed_oss", WIDE, None),
+    "Seed-OSS": ("seed_oss", WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0}, None),
     "EXAONE-4": ("exaone4", {"sliding_window": 512, "sliding_window_pattern": 2}, None),
     "GLM": ("glm", WIDE, None),
     "GLM-4": ("glm4", WIDE, None),
@@ -149,8 +156,8 @@ ARCHITECTURES = {
         None,
     ),
     "RWKV": ("rwkv", SMALL | {"attention_hidden_size": 32, "intermediate_size": 48}, ["key", "value", "receptance"]),
-    "BERT": ("bert", SMALL | {"intermediate_size": 48}, ["query", "value"]),
-    "BERT, is_decoder": ("bert", SMALL | {"intermediate_size": 48, "is_decoder": True}, ["query", "value"]),
+    "BERT": ("bert", BERT, ["query", "value"]),
+    "BERT, is_decoder": ("bert", BERT | {"is_decoder": True}, ["query", "value"]),
     "T5": ("t5", {"vocab_size": 258, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, None),
     "ERNIE-4.5-MoE": (
         "ernie4_5_moe",
@@ -165,7 +172,7 @@ ARCHITECTURES = {
     "DiffLlama": ("diffllama", {}, None),
     "XGLM": (
         "xglm",
-        HEAD | {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "dropout": 0.0},
+        HEAD | {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4} | NO_DROPOUT,
         None,
     ),
 }
