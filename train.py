@@ -30,7 +30,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from common import (
     checkpoints,
@@ -53,15 +52,17 @@ from common import (
     pretrained,
     reporting,
     runs,
+    scaling,
     targets,
     token_kernel,
     validation,
 )
 from common.activations import save_activations
-from common.chunked import WithGradient, head_factor, logits_of, spectral_value_and_gradient, token_sums
+from common.chunked import FUSED_TERMS, fused_terms, head_factor, logits_of
 from common.chunks import chunks
 from common.cli import UserError, first_line, option, parse_arguments
 from common.conversations import build_dataset, first_screen, load_training_records, num_valid, read_template_args
+from common.devices import announce_device
 from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
 from common.partitioned import device_of, is_partitioned, num_ranks
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
@@ -132,7 +133,7 @@ class DataArguments:
     template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
-    max_examples: int | None = option(None, "use the first N examples")
+    limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
     output_dir: str = option("output/ba-lora", "folder for everything this run writes")
     overwrite: bool = option(False, "replace an output folder that already holds something")
@@ -176,6 +177,7 @@ class TermArguments:
     """What the terms have for language models alone; None: the formulation's published value."""
 
     regularize: bool = option(False, "add the terms to --method lora or pissa; ba-lora is pissa with them")
+    mask_target: bool = option(False, "L_CR without the target token: both distributions over the others, renormalised")
     entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
     spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "what L_SVDR divides by")
 
@@ -247,6 +249,7 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
     reporting.ReportArguments,
     InterruptionArguments,
     validation.ValidationArguments,
+    scaling.ScaleArguments,
     OptimizationArguments,
     BatchArguments,
     TermArguments,
@@ -273,6 +276,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
+    scaling.read_scale(args)
     cli.require_positive(args, "logging_steps", "objective_memory")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
@@ -281,7 +285,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    inputs += (args.teacher_cache, args.eval_data, args.sample_prompts)
+    inputs += (args.teacher_cache, args.validation_data, args.sample_prompts)
     runs.require_output_dir(args, may_hold, remedy, *inputs)
     validation.check_validation(args)
     reporting.check_reporting(args)
@@ -437,12 +441,11 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
 
 def _principal_factors_of_all(
-    weights: dict[str, Tensor], rank: int, scaling: float, cache: Path | None
+    layers: list[nn.Linear], rank: int, scaling: float, cache: Path | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`principal_factors` of each weight in order: shared out among the ranks, or one thread per core."""
+    """`principal_factors` of each layer's weight in order: shared out among the ranks, or one thread per core."""
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = partitioned.dequantized(weight)
         if cache is None:
             return principal_factors(weight, rank, scaling)
         # Under the weight's own content: a stale entry cannot be met.
@@ -450,15 +453,15 @@ def _principal_factors_of_all(
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
     if num_ranks() > 1:
-        yield from partitioned.shared_among_ranks(list(weights.values()), factors, rank)
+        yield from partitioned.shared_among_ranks(layers, factors, rank)
         return
     num_threads = torch.get_num_threads()
     # One decomposition alone cannot use all cores.
-    workers = num_threads if all(weight.device.type == "cpu" for weight in weights.values()) else 1
+    workers = num_threads if all(layer.weight.device.type == "cpu" for layer in layers) else 1
     try:
         torch.set_num_threads(num_threads // workers)
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(factors, weights.values())
+            yield from pool.map(lambda layer: factors(partitioned.dequantized(layer)), layers)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -497,8 +500,7 @@ def add_adapters(
     if method != "lora" and initial is not None:
         factors = [initial[name] for name in found]
     elif method != "lora":
-        weights = {name: module.weight for name, module in found.items()}
-        factors = _principal_factors_of_all(weights, rank, alpha / rank, cache)
+        factors = _principal_factors_of_all(list(found.values()), rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
     # `factors` first: zip then runs it to its end, where it gives the threads back.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
@@ -565,14 +567,20 @@ def round_factors(model: nn.Module, dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def consistency_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def consistency_loss(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, left_out: Tensor | None = None
+) -> Tensor:
     """L_CR = T² · mean over rows of KL( softmax(Z_P / T) ‖ softmax(Z_F / T) ); `arxiv2024`: T = 1.
 
     Args:
         student_logits, teacher_logits: Z_F and Z_P, (M, V).
+        left_out: one token of each row, (M,), that is taken out of both distributions, which are then renormalised;
+            with --mask-target the target. None: no token, as published.
     """
-    student = F.log_softmax(_at_least_fp32(student_logits) / temperature, dim=-1)
-    teacher = F.log_softmax(_at_least_fp32(teacher_logits) / temperature, dim=-1)
+    student, teacher = (_at_least_fp32(logits) / temperature for logits in (student_logits, teacher_logits))
+    if left_out is not None:  # a finite number, because the divergence of two infinite logits is NaN
+        student, teacher = (logits.scatter(1, left_out[:, None], -1e30) for logits in (student, teacher))
+    student, teacher = (F.log_softmax(logits, dim=-1) for logits in (student, teacher))
     divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)  # (M,)
     return temperature**2 * _mean(divergence)
 
@@ -621,7 +629,7 @@ def spectral_loss(logits: Tensor, k: int, norm: str) -> Tensor:
     logits = _at_least_fp32(logits)
     if logits.numel() == 0:
         return logits.sum() * 0.0
-    if not torch.isfinite(logits).all():  # of which the decomposition may raise an error
+    if not torch.isfinite(logits).all():  # the decomposition may raise an error for them
         return logits.sum() * math.nan
     sigma = torch.linalg.svdvals(logits)  # (min(M, V),)
     noise = 4 * len(sigma) ** 0.5 * torch.finfo(sigma.dtype).eps * sigma[0].detach()
@@ -653,7 +661,7 @@ def schedule_factor(schedule: str, progress: float, warmup_fraction: float) -> f
     linear_warmup, quadratic_warmup: rises over `warmup_fraction`. adaptive depends on the teacher: see `objective`.
     """
     match schedule:
-        case "constant":
+        case "constant" | "adaptive":
             return 1.0
         case "cosine":
             return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -682,44 +690,102 @@ def teacher_confidence(teacher_logits: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Regularizers:
-    """The regularizers' settings at one step of training; `Arguments` names and explains them.
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective: L = L_task + Σ λ·term.
 
-    A weight of None switches its term off: neither computed nor reported. With 0, which a schedule may give, the term
-    is reported, without its gradient.
+    Attributes:
+        function: its value from Z_F (M, V), Z_P (M, V) or None, the targets (M,) and the options of `Arguments`: a
+            mean over rows; where `per_token` is False a value of the whole micro-batch.
+        schedule: the option that names the schedule of its weight.
+        needs_teacher: it is left out where there is no Z_P.
     """
 
-    lambda_consistency: float | Tensor | None
-    lambda_diversity: float | None
-    lambda_spectral: float | None
-    temperature: float
-    entropy_top_k: int | None
-    spectral_k: int
-    spectral_norm: str
-    adaptive: bool = False
+    function: Callable[[Tensor, Tensor | None, Tensor, Any], Tensor]
+    schedule: str = "regularizer_schedule"
+    per_token: bool = True
+    needs_teacher: bool = False
+
+
+TERMS: dict[str, Term] = {}
+
+
+def term(name: str, **about: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Makes a function a term of the objective. It is logged as `name`; --lambda-`name` is its weight, 0 leaves it out.
+
+    common/chunked.py's FUSED_TERMS lists the terms that the fused objective has. Another one is computed from whole
+    logits beside it. docs/method.md, "Add a term", goes through an example.
+    """
+    if f"lambda_{name}" not in Arguments.__dataclass_fields__:
+        raise TypeError(f"the term {name!r} has no weight: add the option lambda_{name} to RegularizerArguments")
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        TERMS[name] = Term(function, **about)
+        return function
+
+    return register
+
+
+@term("consistency", schedule="consistency_schedule", needs_teacher=True)
+def _consistency(student: Tensor, teacher: Tensor, targets: Tensor, args: Any) -> Tensor:
+    return consistency_loss(student, teacher, args.temperature, targets if args.mask_target else None)
+
+
+@term("diversity")
+def _diversity(student: Tensor, teacher: Tensor | None, targets: Tensor, args: Any) -> Tensor:
+    return topk_entropy_loss(student, args.entropy_top_k or None)
+
+
+@term("spectral", per_token=False)  # the spectrum of one micro-batch's logits
+def _spectral(student: Tensor, teacher: Tensor | None, targets: Tensor, args: Any) -> Tensor:
+    return spectral_loss(student, args.spectral_k, args.spectral_norm)
+
+
+@dataclass
+class Regularizers:
+    """The terms at one step of training.
+
+    Attributes:
+        weights: the λ of each term that is on. Where a schedule makes it 0, the term is reported, without gradient.
+        settings: the terms' other options, which `Arguments` names and explains.
+    """
+
+    weights: dict[str, float | Tensor]
+    settings: Any
 
     @classmethod
-    def at(cls, args: Arguments, progress: float) -> "Regularizers":
-        """The settings of `args` at `progress`, the fraction of training done."""
-        adaptive = args.consistency_schedule == "adaptive"
-        consistency_schedule = "constant" if adaptive else args.consistency_schedule
-        consistency = schedule_factor(consistency_schedule, progress, args.warmup_fraction)
-        others = schedule_factor(args.regularizer_schedule, progress, args.warmup_fraction)
-        return cls(
-            lambda_consistency=args.lambda_consistency * consistency if args.lambda_consistency else None,
-            lambda_diversity=args.lambda_diversity * others if args.lambda_diversity else None,
-            lambda_spectral=args.lambda_spectral * others if args.lambda_spectral else None,
-            temperature=args.temperature,
-            entropy_top_k=args.entropy_top_k or None,
-            spectral_k=args.spectral_k,
-            spectral_norm=args.spectral_norm,
-            adaptive=adaptive,
-        )
+    def at(cls, args: Any, progress: float) -> "Regularizers":
+        """The terms of `args` at `progress`, the fraction of training done."""
+        weights = {}
+        for name, about in TERMS.items():
+            if weight := getattr(args, f"lambda_{name}", None):
+                schedule = getattr(args, about.schedule)
+                weights[name] = weight * schedule_factor(schedule, progress, args.warmup_fraction)
+        return cls(weights, args)
 
-    def scaled_consistency(self, factor: Tensor) -> "Regularizers":
-        """The same with λ₁ multiplied by `factor`."""
-        return dataclasses.replace(self, lambda_consistency=self.lambda_consistency * factor)
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term that acts compares with the pre-trained model."""
+        return any(TERMS[name].needs_teacher and weight for name, weight in self.weights.items())
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.settings.consistency_schedule == "adaptive" and "consistency" in self.weights
+
+    def adapted(self, confidence: Tensor) -> "Regularizers":
+        """The same with λ₁ scaled by the teacher's `confidence` (M,)."""
+        scaled = self.weights["consistency"] * adaptive_factor(confidence)
+        return dataclasses.replace(self, weights=self.weights | {"consistency": scaled})
+
+    def split(self, names: Iterable[str]) -> "tuple[Regularizers, Regularizers]":
+        """The terms of these names, and the others."""
+        named = {name: weight for name, weight in self.weights.items() if name in names}
+        others = {name: weight for name, weight in self.weights.items() if name not in names}
+        return dataclasses.replace(self, weights=named), dataclasses.replace(self, weights=others)
+
+    def shares(self, num_micro_batches: int) -> dict[str, float | Tensor]:
+        """Each λ as one micro-batch's part of its mean over the step."""
+        return {f"lambda_{name}": weight / num_micro_batches for name, weight in self.weights.items()}
 
 
 def objective(
@@ -744,43 +810,41 @@ def objective(
         num_tokens: valid tokens of the whole optimizer step, over all micro-batches and ranks.
         num_micro_batches: micro-batches of the whole optimizer step, over all ranks.
     """
-    token_share = len(targets) / num_tokens
     task = F.cross_entropy(_at_least_fp32(student_logits), targets, reduction="sum") / num_tokens
     terms: dict[str, float | Tensor] = {"task": task.detach()}
     if not (student_logits.requires_grad and torch.is_grad_enabled()):  # a validation
         terms["accuracy"] = (student_logits.argmax(dim=1) == targets).sum() / num_tokens
     if regularizers is None:
         return task, terms
-    if regularizers.adaptive and teacher_logits is not None:
-        regularizers = regularizers.scaled_consistency(adaptive_factor(teacher_confidence(teacher_logits)))
-
-    loss = task
-    if teacher_logits is not None and regularizers.lambda_consistency is not None:
-        consistency = consistency_loss(student_logits, teacher_logits, regularizers.temperature) * token_share
-        terms["consistency"] = consistency.detach()
-        loss = loss + regularizers.lambda_consistency * consistency
-
-    if regularizers.lambda_diversity is not None:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_diversity > 0):
-            diversity = topk_entropy_loss(student_logits, regularizers.entropy_top_k) * token_share
-        terms["diversity"] = diversity.detach()
-        loss = loss + regularizers.lambda_diversity * diversity
-
-    if regularizers.lambda_spectral is not None:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and regularizers.lambda_spectral > 0):
-            spectral = spectral_loss(student_logits, regularizers.spectral_k, regularizers.spectral_norm)
-        spectral = spectral / num_micro_batches
-        terms["spectral"] = spectral.detach()
-        loss = loss + regularizers.lambda_spectral * spectral
-
-    return loss, terms | _lambda_shares(regularizers, num_micro_batches)
+    if regularizers.is_adaptive and teacher_logits is not None:
+        regularizers = regularizers.adapted(teacher_confidence(teacher_logits))
+    weighted, values = weighted_terms(
+        student_logits, teacher_logits, targets, regularizers, num_tokens, num_micro_batches
+    )
+    return task + weighted, terms | values | regularizers.shares(num_micro_batches)
 
 
-def _lambda_shares(regularizers: Regularizers, num_micro_batches: int) -> dict[str, float | Tensor]:
-    """Each λ that is on as this micro-batch's part of its mean over the step."""
-    names = ("lambda_consistency", "lambda_diversity", "lambda_spectral")
-    weights = {name: getattr(regularizers, name) for name in names}
-    return {name: weight / num_micro_batches for name, weight in weights.items() if weight is not None}
+def weighted_terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor,
+    regularizers: Regularizers,
+    num_tokens: int | Tensor,
+    num_micro_batches: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ λ·term and each term, one micro-batch's part of the step's; the arguments of `objective`."""
+    loss, values = 0.0, {}
+    for name, weight in regularizers.weights.items():
+        about = TERMS[name]
+        if about.needs_teacher and teacher_logits is None:
+            continue
+        acts = isinstance(weight, Tensor) or weight > 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and acts):
+            value = about.function(student_logits, teacher_logits, targets, regularizers.settings)
+        value = value * (len(targets) / num_tokens) if about.per_token else value / num_micro_batches
+        values[name] = value.detach()
+        loss = loss + weight * value
+    return loss, values
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -811,39 +875,30 @@ def objective_from_hidden(
         targets, regularizers, num_tokens, num_micro_batches: see `objective`.
         memory_mib: what the chunks' buffers may take; the tokens per chunk follow from it (None: see `most_rows`).
     """
-    if regularizers is not None and regularizers.adaptive and teacher_hidden is not None:
-        confidence = _confidence_from_hidden(teacher_hidden, head_weight, memory_mib)
-        regularizers = regularizers.scaled_consistency(adaptive_factor(confidence))
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    needs_gradient = hidden.requires_grad and torch.is_grad_enabled()
-    with torch.no_grad():
-        sums, gradient = token_sums(
-            hidden, teacher_hidden, head_weight, targets, regularizers, needs_gradient, memory_mib
-        )
-        sums /= num_tokens
-        if needs_gradient:
-            gradient /= num_tokens
-        task, consistency, diversity, accuracy = sums.unbind()
-        loss, terms = task, {"task": task.clone()} | ({} if needs_gradient else {"accuracy": accuracy})
-        if teacher_hidden is not None:
-            terms["consistency"] = consistency.clone()
-            loss = loss + regularizers.lambda_consistency * consistency
-        if regularizers is not None and regularizers.lambda_diversity is not None:
-            terms["diversity"] = diversity.clone()
-            loss = loss + regularizers.lambda_diversity * diversity
-        if regularizers is not None and regularizers.lambda_spectral is not None:
-            factor = head_factor.to(dtype)
-            spectral, spectral_gradient = spectral_value_and_gradient(
-                hidden.to(dtype) @ factor, regularizers.spectral_k, regularizers.spectral_norm
-            )
-            spectral = spectral.to(dtype) / num_micro_batches
-            if needs_gradient and regularizers.lambda_spectral > 0:
-                gradient += (regularizers.lambda_spectral / num_micro_batches) * (spectral_gradient @ factor.T)
-            terms["spectral"] = spectral
-            loss = loss + regularizers.lambda_spectral * spectral
-        if regularizers is not None:
-            terms |= _lambda_shares(regularizers, num_micro_batches)
-    return (WithGradient.apply(hidden, loss, gradient) if needs_gradient else loss), terms
+    if regularizers is None:
+        regularizers = Regularizers({}, None)
+    elif regularizers.is_adaptive and teacher_hidden is not None:
+        regularizers = regularizers.adapted(_confidence_from_hidden(teacher_hidden, head_weight, memory_mib))
+    fused, lacking = regularizers.split(FUSED_TERMS)
+    loss, terms = fused_terms(
+        hidden,
+        teacher_hidden,
+        head_weight,
+        head_factor,
+        targets,
+        fused.weights,
+        regularizers.settings,
+        num_tokens,
+        num_micro_batches,
+        memory_mib,
+    )
+    if lacking.weights:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = logits_of(hidden, head_weight, dtype)
+        of_teacher = None if teacher_hidden is None else logits_of(teacher_hidden, head_weight, dtype)
+        weighted, values = weighted_terms(logits, of_teacher, targets, lacking, num_tokens, num_micro_batches)
+        loss, terms = loss + weighted, terms | values
+    return loss, terms | regularizers.shares(num_micro_batches)
 
 
 def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_mib: float | None) -> Tensor:
@@ -957,7 +1012,7 @@ class BALoRAModel(nn.Module):
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         objective_memory: float | None = None,
         teacher_cache: TeacherCache | None = None,
     ):
@@ -988,7 +1043,7 @@ class BALoRAModel(nn.Module):
         """See `objective`, which explains `counts`; `inputs` is a batch of PackingCollator or PaddingCollator."""
         states = self.hidden_states if self.is_fused else self.logits
         teacher = None
-        if regularizers is not None and regularizers.lambda_consistency:
+        if regularizers is not None and regularizers.needs_teacher:
             teacher = self.teacher_cache and self.teacher_cache.get(inputs["example_ids"])
             if self._lacks_on_any_rank(teacher):
                 teacher = self.of_teacher(states, inputs)
@@ -999,7 +1054,7 @@ class BALoRAModel(nn.Module):
             return objective(states(inputs), teacher, *rest)
 
         def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float | Tensor]]:
-            if regularizers is not None and regularizers.lambda_spectral is not None and self._head_factor is None:
+            if regularizers is not None and "spectral" in regularizers.weights and self._head_factor is None:
                 self._head_factor = head_factor(weight)
             return objective_from_hidden(hidden, teacher, weight, self._head_factor, *rest, self.objective_memory)
 
@@ -1140,7 +1195,8 @@ def validate(
             yield training.model(batch, regularizers, 1, 1)[1], len(batch["targets"]), counts
 
     with training.validating():
-        means = validation.held_out_means(training, parts())
+        per_micro_batch = {name for name, about in TERMS.items() if not about.per_token}
+        means = validation.held_out_means(training, parts(), per_micro_batch)
         if sampler is not None and training.is_main:
             sampler.write(model.model, training.step)
     training.log(means | {"eval_seconds": time.monotonic() - started})
@@ -1168,9 +1224,9 @@ class Base:
     """
 
     path: str
-    tokenizer: transformers.PreTrainedTokenizerBase | None
-    config: transformers.PretrainedConfig
-    skeleton: transformers.PreTrainedModel
+    tokenizer: "transformers.PreTrainedTokenizerBase | None"
+    config: "transformers.PretrainedConfig"
+    skeleton: "transformers.PreTrainedModel"
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
@@ -1201,13 +1257,15 @@ def inspect_base(args: Arguments) -> Base:
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
+    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+        pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -1236,8 +1294,9 @@ def dry_run(args: Arguments, base: Base) -> str:
         if base.tokenizer is None:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
-        dataset, num_dropped = encoded(args, base, records)
-        screen = first_screen(records, dataset) + "\n\n"
+        dataset, num_dropped = encoded(args, base.tokenizer, records)
+        pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
+        screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1258,20 +1317,21 @@ def is_mixed(args: Arguments) -> bool:
     return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
 
 
-def encoded(args: Arguments, base: Base, records: "datasets.Dataset") -> "tuple[datasets.Dataset, int]":
+def encoded(
+    args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
+) -> "tuple[datasets.Dataset, int]":
     """`build_dataset` of what --data names.
 
     Raises:
-        UserError: no example is left, or one cannot be trained on, such as a token that the model lacks.
+        UserError: no example is left, or one cannot be trained on.
     """
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
-    dataset, num_dropped = build_dataset(records, base.tokenizer, *how, read_template_args(args.template_args))
+    dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
-        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
         raise UserError(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
-    pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     return dataset, num_dropped
 
 
@@ -1284,9 +1344,10 @@ def encode_records(
         UserError: no example is left, or --teacher-cache has no room for their states.
     """
     with accelerator.main_process_first():
-        dataset, _ = encoded(args, base, records)
+        dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
-        print(first_screen(records, dataset), flush=True)
+        print(first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
+    pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
         num_valid_positions = sum(map(num_valid, dataset["labels"]))
@@ -1300,7 +1361,7 @@ def needs_teacher_cache(args: Arguments) -> bool:
 
 def load_student(
     args: Arguments, base: Base, accelerator: "Accelerator", checkpoint: Path | None
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
@@ -1314,9 +1375,9 @@ def load_student(
     elif base.adapter is not None:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
-            weight = model.get_submodule(name).weight
-            with partitioned.gathered([weight]):
-                return principal_factors(partitioned.dequantized(weight), args.rank, args.alpha / args.rank)
+            layer = model.get_submodule(name)
+            with partitioned.gathered([layer.weight]):
+                return principal_factors(partitioned.dequantized(layer), args.rank, args.alpha / args.rank)
 
         attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:
@@ -1334,7 +1395,7 @@ def load_student(
 def make_ready(
     args: Arguments,
     base: Base,
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     dataset: "datasets.Dataset",
     held_out: "datasets.Dataset | None",
     is_main: bool = True,
@@ -1361,17 +1422,31 @@ def make_ready(
             print(f"teacher cache: {cache.num_bytes / 2**30:.2f} GiB when full, {known}")
     if is_main and obstacle:
         print(f"note: {type(model).__name__} {obstacle}; batches are padded")
-    if is_main and args.method != "full" and not wrapped.is_fused:
-        print(f"note: the head of {type(model).__name__} is not a plain linear map; the objective holds whole logits")
+    if is_main and args.method != "full":
+        note_on_whole_logits(args, wrapped)
     if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
         return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
     return wrapped, PaddingCollator(base.tokenizer.eos_token_id)  # an added padding token may have no embedding
 
 
+def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
+    """Prints why the objective holds whole logits, and how much they take, where it does."""
+    lacking = [name for name in TERMS if getattr(args, f"lambda_{name}") and name not in FUSED_TERMS]
+    if not wrapped.is_fused:
+        reason = f"the head of {type(wrapped.model).__name__} is not a plain linear map"
+    elif args.has_terms and lacking:
+        reason = f"common/chunked.py lacks the term {', '.join(lacking)}, which is computed by its definition"
+    else:
+        return
+    vocabulary = wrapped.model.get_input_embeddings().weight.shape[0]
+    mib = args.batch_size * args.max_length * vocabulary * 4 / 2**20
+    print(f"note: {reason}; the objective holds whole logits, up to {mib:.0f} MiB a copy for a full micro-batch")
+
+
 def trained_model(
     args: Arguments, base: Base, training: Training, finished: Path | None
-) -> transformers.PreTrainedModel | None:
+) -> "transformers.PreTrainedModel | None":
     """The model to export, on the first process; None on the others. Every rank has a part to give.
 
     From the published weights, where the trained model holds parts of them or rounded ones.
@@ -1391,7 +1466,7 @@ def trained_model(
 
 def rebuilt_model(
     args: Arguments, model_path: str, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The trained model on the CPU, from the published weights and `trained_tensors`."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
     args = dataclasses.replace(args, load_in=None, attn_implementation=None)
@@ -1401,18 +1476,27 @@ def rebuilt_model(
 
 
 def export_model(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    remedy: str,
+    about: Mapping[str, Any] | None = None,
+    sample: Iterable[Any] = (),
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
+
+    Args:
+        remedy: how they are written again where this fails.
+        about: the scale of ΔW, which `model` acts with already, and where it comes from; how far the
+            training is, where it has not ended.
+        sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
-    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+    with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
         read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
@@ -1421,17 +1505,40 @@ def export_model(
         if args.method != "full":
             folder, revision = staging / "adapter", args.model_revision
             rank = export_adapter(layers, folder, model_path, args.target_modules, "CAUSAL_LM", revision=revision)
-            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank))
+            (staging / "adapter" / "README.md").write_text(adapter_card(args, rank, about))
             template.save(staging / "adapter", model.generation_config)
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
         options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
-        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
+        read_back.require_same(staging, model, template, sample, options)
+
+
+def held_out_examples(
+    args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
+) -> "datasets.Dataset":
+    """For --scale auto: those of --validation-data, or else those that the run held out.
+
+    Raises:
+        UserError: there are none, or the run's --data changed, so that others would be held out than before.
+    """
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
+    examples, _ = encoded(source, tokenizer, load_training_records(source))
+    if run.eval_share is None:
+        return examples
+    trained, held_out = validation.hold_out(run, examples, None)
+    parts = {"data": trained, "evaluation data": held_out}
+    contents = {name: checkpoints.contents_of(part) for name, part in parts.items()}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
+    return held_out
 
 
 def export_again(args: Arguments) -> None:
-    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint."""
-    source = Path(args.export_from)
+    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint, with ΔW at --scale."""
+    source, alpha = Path(args.export_from), scaling.read_scale(args)
     if not (source / "config.yaml").is_file():
         raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
     output_dir = source if args.output_dir == Arguments.output_dir else Path(args.output_dir)
@@ -1442,14 +1549,28 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    unfinished, progress = None, checkpoints.load_progress(checkpoint)
+    if not checkpoints.is_complete(checkpoint, run.patience):
+        unfinished = f"step {progress.step} of {progress.max_steps}"
     if run.keep_best:
-        history = checkpoints.load_progress(checkpoint).history
-        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
+        there = checkpoints.complete_checkpoints(source)
+        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
+    held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
-    export_model(model, tokenizer, run, path, output_dir)
-    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+    is_whole = run.method == "full" and alpha != 1
+    base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
+    scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
+    about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    about = about | {"unfinished": unfinished}
+    scaled.set(about["scale"])
+    export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
+    if args.scale is not None:
+        runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
+    named = "merged/" + (", adapter/" if run.method != "full" else "")
+    state = f"; the training has not ended: {unfinished}" if unfinished else ""
+    print(f"exported {checkpoint} to {output_dir}: {named}{state}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1461,7 +1582,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     """A whole run: data, model, training, export. --output-dir is this run's alone."""
     records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    eval_args = validation.arguments_of_eval_data(args)
+    eval_args = validation.arguments_of_validation_data(args)
     eval_records = eval_args and load_training_records(eval_args)
     accumulation = checkpoints.accumulation(args, checkpoint)
     width = base.skeleton.get_input_embeddings().weight.shape[1]
@@ -1470,9 +1591,13 @@ def run(args: Arguments, base: Base, started: float) -> None:
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
     dataset = encode_records(args, base, records, accelerator)
-    num_dropped, fates = len(records) - len(dataset), dataset.fates
+    num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)}
+    contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
@@ -1483,12 +1608,11 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
-    contents |= {"data": checkpoints.contents_of(dataset)} | (
-        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    )
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
+    if is_main:
+        for note in estimates.notes_on_defaults(args, training.progress.max_steps, base.total):
+            print(note, flush=True)
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)
@@ -1497,7 +1621,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        remedy = checkpoints.way_to_export(args)
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,
@@ -1515,8 +1640,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,
-            "columns_and_keys": vars(records.notes),
-            "fates_of_examples": fates,
+            "data_read": vars(notes),
         }
         runs.write_summary(args, summary)
         reporting.push_adapter(args)
@@ -1529,6 +1653,8 @@ def main(argv: list[str]) -> None:
         export_again(args)
         return
     args = resolve_arguments(args)
+    if not args.dry_run:
+        announce_device()
     base = inspect_base(args)
     if args.dry_run:
         print(dry_run(args, base))

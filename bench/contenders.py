@@ -21,7 +21,10 @@ from common.tables import load_records, require_fields
 from common.targets import TARGET_MODULES
 
 WEIGHTS = (0.025, 0.005, 0.005)  # λ₁, λ₂, λ₃
-REGULARIZERS = train.Regularizers(*WEIGHTS, 2.0, 20, 10, "frobenius")
+NAMES = ("consistency", "diversity", "spectral")
+REGULARIZERS = train.Regularizers(
+    dict(zip(NAMES, WEIGHTS, strict=True)), train.Arguments(**train.FORMULATIONS["iclr2026"])
+)
 
 
 def public_regularizers(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:

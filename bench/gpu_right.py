@@ -24,8 +24,8 @@ from common.packing import enable_packing, model_inputs
 from common.targets import TARGET_MODULES
 
 FORMULATIONS = {
-    "iclr2026": train.Regularizers(0.5, 0.4, 0.3, 2.0, 20, 10, "frobenius"),
-    "arxiv2024": train.Regularizers(0.5, 0.4, 0.3, 1.0, None, 10, "nuclear"),
+    name: train.Regularizers({"consistency": 0.5, "diversity": 0.4, "spectral": 0.3}, train.Arguments(**published))
+    for name, published in train.FORMULATIONS.items()
 }
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -37,11 +37,12 @@ def expected_objective(z: Tensor, teacher: Tensor, targets: Tensor, settings: An
     """Value and gradient by tests/oracle.py, of logits in float64."""
     oracle = cases.oracle()
     logits, teacher_logits = z.cpu().numpy(), teacher.cpu().numpy()
+    weights, args = settings.weights, settings.settings
     terms = [
         (1.0, oracle.task(logits, targets.cpu().numpy())),
-        (settings.lambda_consistency, oracle.consistency(logits, teacher_logits, settings.temperature)),
-        (settings.lambda_diversity, oracle.topk_entropy(logits, settings.entropy_top_k)),
-        (settings.lambda_spectral, oracle.spectral(logits, settings.spectral_k, settings.spectral_norm)),
+        (weights["consistency"], oracle.consistency(logits, teacher_logits, args.temperature)),
+        (weights["diversity"], oracle.topk_entropy(logits, args.entropy_top_k or None)),
+        (weights["spectral"], oracle.spectral(logits, args.spectral_k, args.spectral_norm)),
     ]
     gradient = sum(weight * term[1] for weight, term in terms)
     return sum(weight * term[0] for weight, term in terms), torch.from_numpy(gradient).to(z.device)
@@ -311,7 +312,7 @@ def quantized(options: Options) -> list[dict]:
             model = pretrained.load_model(args, folder, torch.bfloat16)
             plain = cases.make_model(config, options, torch.bfloat16)
             for name, layer in train.find_target_modules(model, TARGET_MODULES, rank).items():
-                plain.get_submodule(name).weight.data = partitioned.dequantized(layer.weight).to(torch.bfloat16)
+                plain.get_submodule(name).weight.data = partitioned.dequantized(layer).to(torch.bfloat16)
             wrapper = cases.adapted(model, rank)
             with torch.no_grad():
                 teacher = wrapper.of_teacher(wrapper.hidden_states, batch)

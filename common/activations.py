@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.partitioned import device_of, gathered, shape_of
 
 
-def save_activations(model: transformers.PreTrainedModel) -> int:
+def save_activations(model: "transformers.PreTrainedModel") -> int:
     """Replaces the forward of gated SiLU MLPs and of frozen RMSNorms by ones that keep half for the backward pass.
 
     Each is tried against the module's own forward first. Returns how many were replaced.

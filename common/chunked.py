@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from common import token_kernel
 from common.chunks import blocks, chunks, top_k
+
+FUSED_TERMS = ("consistency", "diversity", "spectral")  # of train.py's TERMS, the ones that are computed here
 
 
 class WithGradient(torch.autograd.Function):
@@ -29,27 +32,103 @@ class WithGradient(torch.autograd.Function):
         return (gradient * grad_loss).to(ctx.input_dtype), None, None
 
 
+def fused_terms(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head_weight: Tensor,
+    head_factor: Tensor | None,
+    targets: Tensor,
+    weights: Mapping[str, float | Tensor],
+    settings: Any,
+    num_tokens: int | Tensor,
+    num_micro_batches: int,
+    memory_mib: float | None,
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """train.py's `objective` with the terms of FUSED_TERMS, its value and gradient computed in one pass.
+
+    Args:
+        weights, settings: of train.py's `Regularizers`. The others: see `objective_from_hidden`.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    needs_gradient = hidden.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        sums, gradient = token_sums(
+            hidden, teacher_hidden, head_weight, targets, weights, settings, needs_gradient, memory_mib
+        )
+        sums /= num_tokens
+        if needs_gradient:
+            gradient /= num_tokens
+        task, consistency, diversity, accuracy = sums.unbind()
+        loss, terms = task, {"task": task.clone()} | ({} if needs_gradient else {"accuracy": accuracy})
+        if teacher_hidden is not None and "consistency" in weights:
+            terms["consistency"] = consistency.clone()
+            loss = loss + weights["consistency"] * consistency
+        if "diversity" in weights:
+            terms["diversity"] = diversity.clone()
+            loss = loss + weights["diversity"] * diversity
+        if "spectral" in weights:
+            factor = head_factor.to(dtype)
+            spectral, spectral_gradient = spectral_value_and_gradient(
+                hidden.to(dtype) @ factor, settings.spectral_k, settings.spectral_norm
+            )
+            spectral = spectral.to(dtype) / num_micro_batches
+            if needs_gradient and weights["spectral"] > 0:
+                gradient += (weights["spectral"] / num_micro_batches) * (spectral_gradient @ factor.T)
+            terms["spectral"] = spectral
+            loss = loss + weights["spectral"] * spectral
+    return (WithGradient.apply(hidden, loss, gradient) if needs_gradient else loss), terms
+
+
 def token_sums(
     hidden: Tensor,
     teacher_hidden: Tensor | None,
     head_weight: Tensor,
     targets: Tensor,
-    regularizers: Any,
+    weights: Mapping[str, float | Tensor],
+    settings: Any,
     needs_gradient: bool,
     memory_mib: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """L_task, L_CR, L_DR and, without gradient, hits, summed over tokens, (4,); the weighted sum's gradient, (M, d)."""
+    """L_task, L_CR, L_DR and, without gradient, hits, summed over tokens, (4,); the weighted sum's gradient, (M, d).
+
+    Args:
+        weights, settings: of train.py's `Regularizers`. L_CR is computed where its weight and the teacher are given.
+    """
+    if "consistency" not in weights:
+        teacher_hidden = None
+    given = (hidden, teacher_hidden, head_weight, targets, weights, settings, needs_gradient, memory_mib)
+    if needs_gradient and token_kernel.is_usable(head_weight, plain_token_terms):
+        try:
+            return _token_sums(*given, fused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler's, for other shapes than the trial's
+            token_kernel.give_up(error)
+    return _token_sums(*given, fused=False)
+
+
+def _token_sums(
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Mapping[str, float | Tensor],
+    settings: Any,
+    needs_gradient: bool,
+    memory_mib: float | None,
+    fused: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_sums`, by the fused kernels or plainly."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
-    fused = needs_gradient and token_kernel.is_usable(head_weight, plain_token_terms)
     token_terms, held = (token_kernel.token_terms, head_weight.dtype) if fused else (plain_token_terms, dtype)
     for rows in chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib, in_place=fused):
         z = logits_of(hidden[rows], head_weight, held)
         teacher = None if teacher_hidden is None else logits_of(teacher_hidden[rows], head_weight, held)
         for block in blocks(z):
             teacher_block = None if teacher is None else teacher[block]
-            token_terms(z[block], teacher_block, targets[rows][block], regularizers, sums, needs_gradient)
+            token_terms(z[block], teacher_block, targets[rows][block], weights, settings, sums, needs_gradient)
         del teacher
         if needs_gradient:
             gradient[rows] = z.to(head_weight.dtype) @ head_weight
@@ -60,13 +139,15 @@ def plain_token_terms(
     z: Tensor,
     teacher: Tensor | None,
     targets: Tensor,
-    regularizers: Any,
+    weights: Mapping[str, float | Tensor],
+    settings: Any,
     sums: Tensor,
     needs_gradient: bool,
 ) -> None:
     """Adds one block's L_task, L_CR and L_DR, summed over its tokens, to `sums`; z becomes the gradient of all three.
 
     Overwrites `z` and `teacher`, (m, V): next to the two there is one more buffer of their size, and nothing else.
+    With --mask-target both softmax of L_CR are over the tokens other than y.
 
         ∂L_task/∂z = softmax(z) − onehot(y)
         ∂L_CR/∂z   = T·(softmax(z/T) − softmax(z_P/T))
@@ -75,10 +156,9 @@ def plain_token_terms(
     onehot = targets[:, None]
     if not needs_gradient:
         sums[3] += (z.argmax(dim=1) == targets).sum()
-    top_values = None
-    is_diverse = regularizers is not None and regularizers.lambda_diversity is not None
-    if is_diverse and regularizers.entropy_top_k is not None:
-        top_values, top_indices = top_k(z, regularizers.entropy_top_k)
+    top_values, diversity = None, weights.get("diversity")
+    if diversity is not None and settings.entropy_top_k:
+        top_values, top_indices = top_k(z, settings.entropy_top_k)
         z -= top_values[:, :1].clone()  # shifted by the row's maximum, softmax is the same and exp does not overflow
         top_values = top_values - top_values[:, :1]
     else:
@@ -87,20 +167,29 @@ def plain_token_terms(
     buffer = torch.empty_like(z)
 
     if teacher is not None:
-        T, weight = regularizers.temperature, regularizers.lambda_consistency * regularizers.temperature
+        T, weight = settings.temperature, weights["consistency"] * settings.temperature
+        if settings.mask_target:
+            teacher.scatter_(1, onehot, -torch.inf)
         teacher -= teacher.amax(dim=1, keepdim=True)
         difference = torch.sub(teacher, z, out=buffer)
+        if settings.mask_target:
+            difference.scatter_(1, onehot, 0.0)
         teacher_p = teacher.div_(T).exp_()
         teacher_sum = teacher_p.sum(dim=1, keepdim=True)
         cross = torch.linalg.vecdot(difference, teacher_p)[:, None] / (T * teacher_sum)
-        student_p = torch.div(z, T, out=buffer).exp_()
+        if settings.mask_target:  # by the maximum of the others, since far below the target's they would all underflow
+            others = buffer.copy_(z).scatter_(1, onehot, -torch.inf)
+            largest = others.amax(dim=1, keepdim=True)
+            student_p, cross = others.sub_(largest).div_(T).exp_(), cross + largest / T
+        else:
+            student_p = torch.div(z, T, out=buffer).exp_()
         student_sum = student_p.sum(dim=1, keepdim=True)
         sums[1] += T**2 * (cross + student_sum.log() - teacher_sum.log()).sum()
         if needs_gradient:
             # T·(softmax(z/T) − softmax(z_P/T)), in the teacher's buffer
             consistency_gradient = teacher_p.mul_(-weight / teacher_sum).addcmul_(student_p, weight / student_sum)
 
-    over_vocabulary = is_diverse and regularizers.entropy_top_k is None
+    over_vocabulary = diversity is not None and top_values is None
     if over_vocabulary:
         buffer.copy_(z)
     p = z.exp_()
@@ -111,9 +200,9 @@ def plain_token_terms(
         log_p = buffer.sub_(p_sum.log())
         negative_entropy = torch.linalg.vecdot(p, log_p)[:, None]
         sums[2] += negative_entropy.sum()
-        if regularizers.lambda_diversity > 0:
+        if diversity > 0:
             # p + λ₂·p·(log p + H), still without the one-hot
-            p.mul_(log_p.sub_(negative_entropy).mul_(regularizers.lambda_diversity).add_(1.0))
+            p.mul_(log_p.sub_(negative_entropy).mul_(diversity).add_(1.0))
     if needs_gradient:
         p.scatter_add_(1, onehot, p.new_full((), -1.0).expand_as(onehot))
         if teacher is not None:
@@ -123,8 +212,8 @@ def plain_token_terms(
         q = log_q.exp()
         negative_entropy = (q * log_q).sum(dim=1, keepdim=True)
         sums[2] += negative_entropy.sum()
-        if needs_gradient and regularizers.lambda_diversity > 0:
-            p.scatter_add_(1, top_indices, regularizers.lambda_diversity * q * (log_q - negative_entropy))
+        if needs_gradient and diversity > 0:
+            p.scatter_add_(1, top_indices, diversity * q * (log_q - negative_entropy))
 
 
 def logits_of(hidden: Tensor, head_weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,7 +251,7 @@ def spectral_value_and_gradient(Y: Tensor, k: int, norm: str) -> tuple[Tensor, T
     size = total.item()  # the one look at Y that a GPU must wait for
     if size == 0:
         return Y.new_zeros(()), torch.zeros_like(Y)
-    if not math.isfinite(size):  # of which the decomposition may raise an error
+    if not math.isfinite(size):  # the decomposition may raise an error for them
         return Y.new_full((), math.nan), torch.full_like(Y, math.nan)
     if norm == "frobenius":
         iterate = min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k)

@@ -7,6 +7,7 @@ the options; nothing here imports more than it.
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import select
@@ -33,7 +34,8 @@ def first_line(error: Exception) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2, and a disk that takes
+    or gives no file one line and exit code 1."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -50,6 +52,12 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             raise  # another pipe, a worker's say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: stopped: {error.strerror}{where}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _nobody_reads_stdout() -> bool:
@@ -64,11 +72,12 @@ def _nobody_reads_stdout() -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field that is also a command-line option with the help `text`."""
+def option(default: Any, text: str, formerly: str | None = None) -> Any:
+    """A dataclass field that is also a command-line option with the help `text`; `formerly` is its old name."""
+    about = {"help": text, "formerly": formerly}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=about)
+    return field(default=default, metadata=about)
 
 
 def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv: list[str]) -> ArgumentsType:
@@ -85,6 +94,7 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
     # Looking for comments beside the fields, which all have their help, takes half of the time.
     how = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
     argv = [word for word in argv if not word.replace("-", "_").startswith("__local_rank=")]  # deepspeed's launcher
+    argv = [_by_its_name(word, arguments_type) for word in argv]
 
     def parse(words: list[str]) -> dict[str, Any]:
         with _errors.on_parse_error(lambda event: _raise_user_error(event, names)):
@@ -97,6 +107,16 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
         parse(words)  # by itself too: a value that the command line overrides is not looked at
         values = parse(words + argv)
     return arguments_type(**values)
+
+
+def _by_its_name(word: str, arguments_type: type) -> str:
+    """An option under an old name, with or without a value behind "=", under its name; any other word as it is."""
+    typed, *value = word.split("=", 1)
+    for item in dataclasses.fields(arguments_type):
+        if typed.startswith("--") and typed[2:].replace("-", "_") == item.metadata["formerly"]:
+            print(f"note: {typed} is called {option_name(item.name)} now", file=sys.stderr)
+            return "=".join([option_name(item.name), *value])
+    return word
 
 
 def _grouped(arguments_type: type) -> type:
@@ -159,6 +179,7 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
     fields = {item.name: item for item in dataclasses.fields(arguments_type)}
     argv = []
     for key, value in entries.items():
+        key = _by_its_name(f"--{key}", arguments_type)[2:].replace("-", "_")
         if key not in fields:
             near = _nearest(str(key), list(fields))
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near!r}?" if near else ""))
@@ -195,6 +216,12 @@ def require_not_negative(args: Any, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 0:
             raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must not be negative")
+
+
+def require_scales(scales: list[float]) -> None:
+    """Raises a UserError where --scales are not different numbers above 0 and up to 1."""
+    if len(set(scales)) < max(len(scales), 1) or not all(0 < scale <= 1 for scale in scales):
+        raise UserError(f"--scales {' '.join(map(str, scales))}: give different ones, above 0 and up to 1")
 
 
 def require_share(args: Any, *names: str) -> None:

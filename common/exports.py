@@ -116,12 +116,12 @@ class ReadBack:
         self.logits = probe_logits(model) if self.fits else None
 
     def require_same(
-        self, folder: Path, model: "transformers.PreTrainedModel", tokenizer: Any, jinja: str, options: dict[str, Any]
+        self, folder: Path, model: "transformers.PreTrainedModel", template: Any, sample: Any, options: dict[str, Any]
     ) -> None:
         """Opens `folder`/merged and `folder`/adapter.
 
         Args:
-            model: the merged one, as it was written.
+            model: the merged one, as it was written. template: of training. sample: conversations of training.
             options: of `from_pretrained` for code and attention.
 
         Raises:
@@ -131,7 +131,7 @@ class ReadBack:
             self._require_files(folder, model)
             for name in ("merged", "adapter"):
                 if (folder / name).is_dir():
-                    _require_tokenizer(folder / name, tokenizer, jinja, model.generation_config)
+                    _require_tokenizer(folder / name, template, sample, model.generation_config)
             if self.fits:
                 self._require_loaded(folder, model, options)
         except ValueError:
@@ -222,14 +222,21 @@ def _factors(folder: Path, adapted: set[str]) -> tuple[dict[str, tuple[Tensor, T
     return factors, config["lora_alpha"] / config["r"]
 
 
-def _require_tokenizer(folder: Path, tokenizer: Any, jinja: str, generation: "transformers.GenerationConfig") -> None:
+def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "transformers.GenerationConfig") -> None:
+    """The stored tokenizer gives the tokens of training, of a text and of the prompts of `sample`; answers end as the
+    trained model's."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    found, text = AutoTokenizer.from_pretrained(folder), "Two 2s are 4, naïve 你好\n"
-    if found.chat_template != jinja:
+    found, text, tokenizer = AutoTokenizer.from_pretrained(folder), "Two 2s are 4, naïve 你好\n", template.tokenizer
+    if found.chat_template != template.plain_jinja:
         raise ValueError(f"reading back: {folder.name}/ has another chat template")
     if found(text)["input_ids"] != tokenizer(text)["input_ids"] or found.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(f"reading back: the tokenizer of {folder.name}/ gives other tokens")
     ends = GenerationConfig.from_pretrained(folder)
     if (ends.eos_token_id, ends.do_sample) != (generation.eos_token_id, generation.do_sample):
         raise ValueError(f"reading back: {folder.name}/ ends or samples its answers otherwise")
+    for talk in sample:
+        try:
+            template.require_served(talk.messages, talk.pieces(template), talk.tools, found)
+        except ValueError as error:
+            raise ValueError(f"reading back: {folder.name}/: {error}") from error

@@ -60,10 +60,6 @@ def attend_per_sequence(
     return torch.cat(outputs, dim=1), None  # (1, tokens, heads, head size)
 
 
-transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
-transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
-
-
 def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the causal language model itself takes."""
     names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths", "shared_length")
@@ -77,8 +73,10 @@ def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def enable_packing(model: transformers.PreTrainedModel) -> bool:
+def enable_packing(model: "transformers.PreTrainedModel") -> bool:
     """Lets `model` take packed batches, where it can: tried out against one sequence at a time."""
+    transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
+    transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
     # FlashAttention has a form for packed sequences of its own, which has none for a beginning that stands there once.
     packable, shared = (before, 0) if before == "flash_attention_2" else (PER_SEQUENCE, 2)
@@ -104,7 +102,7 @@ def enable_packing(model: transformers.PreTrainedModel) -> bool:
 
 
 def obstacle_to_packing(
-    model: transformers.PreTrainedModel, attention: str | None, lengths: Iterable[int]
+    model: "transformers.PreTrainedModel", attention: str | None, lengths: Iterable[int]
 ) -> str | None:
     """Why `model` cannot take packed batches, in a few words; where it can, it is made ready, and None.
 

@@ -10,7 +10,8 @@ Format, version 1. What is not known is null.
     error           of a failed run: {"step": ..., "code": its exit code, "message": the last line that it wrote}
     script, settings                    train.py or finetune_bert_l_sst2.py, with every argument as it was used
     seed            of the training
-    versions, commit                    of the packages, and of this repository where the run was recorded
+    versions, commit                    of the packages, and of this repository when the training started; + where files
+                                        were changed. Records made before November 2026 have that of the recording
     hardware        {"device", "processes"}
     time            {"train_seconds", "seconds"}: in training alone, and of a classification's whole run; by benchmark
     memory          {"peak_gib"} of the fullest process

@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -46,7 +48,7 @@ def clear_folder(folder: Path) -> None:
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
-NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done"}
+NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done", "scale", "scale_tolerance"}
 NOT_IDENTITY |= {"sample_prompts", "report_to", "push_to_hub", "accept_changes"}
 
 
@@ -67,11 +69,9 @@ def first_difference(
 
 def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
-    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from")
+    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
-    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
-        entries, sort_keys=False
-    )
+    return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
 
 def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
@@ -177,10 +177,10 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
     """Gives a folder to write folders to, which take their places in `output_dir` at the end, or not at all.
 
     Args:
-        remedy: the command that writes them again.
+        remedy: how they are written again.
 
     Raises:
-        RunStopped: the disk does not take them.
+        RunStopped: the disk does not take them, or a ValueError of what is done inside.
     """
     from safetensors import SafetensorError
 
@@ -192,9 +192,11 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
             shutil.rmtree(output_dir / folder.name, ignore_errors=True)
             folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        room = (
+            "" if isinstance(error, ValueError) else "make room, then "
+        )  # what is read back differs, or it is the disk
         raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({first_line(error)}); "
-            f"{remedy} writes it again from the newest checkpoint"
+            f"cannot write the trained model to {output_dir} ({first_line(error)}): {room}{remedy}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -211,9 +213,27 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache
+def commit() -> str | None:
+    """This repository's commit, with + where files are changed; None outside a repository.
+
+    Asked for when a training starts, and kept: the repository may move on while it runs.
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def open_output_dir(args: Any, checkpoint: Path | None) -> None:
     """Makes or clears --output-dir, and writes the configuration there."""
     output_dir = Path(args.output_dir)
+    commit()
     if args.overwrite:
         clear_folder(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -270,6 +290,16 @@ def is_trained_already(args: Any) -> bool:
     return True
 
 
+def question_command(merged: Path) -> str:
+    """A command that asks a merged model something, in the prompt of its training."""
+    code = (
+        "import sys, transformers; ask = transformers.pipeline('text-generation', sys.argv[1]); "
+        "chat = [{'role': 'user', 'content': sys.argv[2]}]; "
+        "print(ask(chat, max_new_tokens=200, do_sample=False)[0]['generated_text'][-1]['content'])"
+    )
+    return f'python -c "{code}" {shlex.quote(str(merged))} "What is 3 and 4?"'
+
+
 def write_summary(args: Any, run: dict[str, Any]) -> None:
     """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
     import torch
@@ -279,6 +309,7 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "seed": args.seed,
         "versions": package_versions(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
     } | run
     write_whole(output_dir / "run.json", json.dumps(run, indent=2) + "\n")
@@ -301,7 +332,21 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
+        f"score it: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
         + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
+        f"serve it: sh scripts/serve.sh {output_dir / 'merged'}",
+        f"ask it:   {question_command(output_dir / 'merged')}",
     ]
     print("\n".join(lines))
+
+
+def note_export(source: Path, output_dir: Path, about: Mapping[str, Any]) -> None:
+    """Says in run.json what --export-from wrote into `output_dir`, beside all that the run's own says.
+
+    A run that is not finished has none, and gets none: it would be taken for finished.
+    """
+    made = source / "run.json"
+    if not made.is_file() and output_dir.resolve() == source.resolve():
+        return
+    run = json.loads(made.read_text()) if made.is_file() else {}
+    write_whole(output_dir / "run.json", json.dumps(run | {"export": dict(about)}, indent=2) + "\n")

@@ -6,7 +6,7 @@ common/chunked.py's `plain_token_terms` is the plain form, the fallback, and wha
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.chunks import top_k, top_k_of_blocks
+from common.cli import first_line
 
 try:
     import triton
@@ -30,18 +31,28 @@ if triton is not None:
 
     @triton.jit
     def _read(
-        z_ptr, teacher_ptr, stats_ptr, maxima_ptr, V, T,
-        HAS_TEACHER: tl.constexpr, ENTROPY: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+        z_ptr, teacher_ptr, stats_ptr, targets_ptr, maxima_ptr, V, T,
+        HAS_TEACHER: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr,
+        WIDTH: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """One row's maximum m, Σe^{z−m}, Σe^{(z−m)/T}, the teacher's two, Σ p̃_P (z_P − z), Σe^{z−m}(z−m); maxima."""
+        """One row's maximum m, Σe^{z−m}, Σe^{(z−n)/T}, the teacher's two, Σ p̃_P (z_P − z), Σe^{z−m}(z−m), n; maxima.
+
+        The sums over T and the teacher's are over the tokens of L_CR: all, or MASKED all but the target. n is the
+        largest logit of these tokens.
+        """
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * V
         teacher_ptr += row * V
         lanes = tl.arange(0, WIDTH)
         m = tl.load(z_ptr).to(tl.float32)
+        target = tl.load(targets_ptr + row)
+        first = 0
+        if MASKED:
+            first = tl.where(target == 0, 1, 0)
+        n = tl.load(z_ptr + first).to(tl.float32)
         mt = m
         if HAS_TEACHER:
-            mt = tl.load(teacher_ptr).to(tl.float32)
+            mt = tl.load(teacher_ptr + first).to(tl.float32)
         s = 0.0
         sharp = 0.0
         st = 0.0
@@ -63,16 +74,22 @@ if triton is not None:
                 weighted = (weighted + shift * s) * tl.exp(shift) + tl.sum(p * shifted, axis=0)
             s = s * tl.exp(shift) + tl.sum(p, axis=0)
             if HAS_TEACHER:
-                sharp = sharp * tl.exp(shift / T) + tl.sum(tl.where(inside, tl.exp(shifted / T), 0.0), axis=0)
-                zt = tl.load(teacher_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+                compared = inside
+                if MASKED:
+                    compared = inside & (start + lanes != target)
+                new_n = tl.maximum(n, tl.max(tl.where(compared, z, float("-inf")), axis=0))
+                near = tl.where(compared, z - new_n, 0.0)
+                sharp = sharp * tl.exp((n - new_n) / T) + tl.sum(tl.where(compared, tl.exp(near / T), 0.0), axis=0)
+                n = new_n
+                zt = tl.load(teacher_ptr + start + lanes, mask=compared, other=float("-inf")).to(tl.float32)
                 new_t = tl.maximum(mt, tl.max(zt, axis=0))
                 factor = tl.exp((mt - new_t) / T)
-                pt = tl.where(inside, tl.exp(tl.where(inside, zt - new_t, 0.0) / T), 0.0)
-                cross = cross * factor + tl.sum(pt * tl.where(inside, zt - z, 0.0), axis=0)
+                pt = tl.where(compared, tl.exp(tl.where(compared, zt - new_t, 0.0) / T), 0.0)
+                cross = cross * factor + tl.sum(pt * tl.where(compared, zt - z, 0.0), axis=0)
                 st = st * factor + tl.sum(pt, axis=0)
                 mt = new_t
             m = new
-        stats_ptr += row * 7
+        stats_ptr += row * 8
         tl.store(stats_ptr, m)
         tl.store(stats_ptr + 1, s)
         tl.store(stats_ptr + 2, sharp)
@@ -80,65 +97,79 @@ if triton is not None:
         tl.store(stats_ptr + 4, st)
         tl.store(stats_ptr + 5, cross)
         tl.store(stats_ptr + 6, weighted)
+        tl.store(stats_ptr + 7, n)
 
     @triton.jit
     def _write(
-        z_ptr, teacher_ptr, stats_ptr, targets_ptr, weights_ptr, V, T,
-        HAS_TEACHER: tl.constexpr, ENTROPY: tl.constexpr, WIDTH: tl.constexpr,
+        z_ptr, teacher_ptr, stats_ptr, targets_ptr, V, T, consistency, diversity,
+        HAS_TEACHER: tl.constexpr, MASKED: tl.constexpr, ADAPTIVE: tl.constexpr, ENTROPY: tl.constexpr,
+        WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """One row's gradient in place of its logits, from what `_read` has found; weights: λ₁ and λ₂."""
+        """One row's gradient in place of its logits, by what `_read` found; `consistency`: λ₁, pointer if ADAPTIVE."""
         row = tl.program_id(0).to(tl.int64)
         z_ptr += row * V
         teacher_ptr += row * V
-        stats_ptr += row * 7
+        stats_ptr += row * 8
         m = tl.load(stats_ptr)
         s = tl.load(stats_ptr + 1)
         sharp = tl.load(stats_ptr + 2)
         mt = tl.load(stats_ptr + 3)
         st = tl.load(stats_ptr + 4)
         weighted = tl.load(stats_ptr + 6)
+        n = tl.load(stats_ptr + 7)
         target = tl.load(targets_ptr + row)
-        consistency = tl.load(weights_ptr) * T
-        diversity = tl.load(weights_ptr + 1)
+        weight = tl.load(consistency) * T if ADAPTIVE else consistency * T
         lanes = tl.arange(0, WIDTH)
         for start in range(0, V, WIDTH):
             inside = start + lanes < V
-            shifted = tl.load(z_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32) - m
+            z = tl.load(z_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
+            shifted = z - m
             p = tl.exp(shifted) / s
             gradient = p - tl.where(start + lanes == target, 1.0, 0.0)
             if ENTROPY == 2:  # p·(log p + H), where H = log s − Σ p (z − m)
                 gradient += diversity * p * (shifted - weighted / s)
             if HAS_TEACHER:
                 zt = tl.load(teacher_ptr + start + lanes, mask=inside, other=0.0).to(tl.float32)
-                gradient += consistency * (tl.exp(shifted / T) / sharp - tl.exp((zt - mt) / T) / st)
+                difference = tl.exp((z - n) / T) / sharp - tl.exp((zt - mt) / T) / st
+                if MASKED:
+                    difference = tl.where(start + lanes == target, 0.0, difference)
+                gradient += weight * difference
             tl.store(z_ptr + start + lanes, gradient, mask=inside)
 
 
 @torch.no_grad()
 def token_terms(
-    z: Tensor, teacher: Tensor | None, targets: Tensor, regularizers: Any, sums: Tensor, needs_gradient: bool
+    z: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    weights: Mapping[str, float | Tensor],
+    settings: Any,
+    sums: Tensor,
+    needs_gradient: bool,
 ) -> None:
     """`plain_token_terms`, whatever floating type `z` and `teacher` have; `teacher` stays as it is."""
-    entropy = NONE
-    if regularizers is not None and regularizers.lambda_diversity is not None:
-        entropy = ALL if regularizers.entropy_top_k is None else TOP_K
+    entropy, diversity = NONE, weights.get("diversity")
+    if diversity is not None:
+        entropy = TOP_K if settings.entropy_top_k else ALL
     rows, V = z.shape
-    T = 1.0 if teacher is None else float(regularizers.temperature)
-    stats = z.new_empty(rows, 7, dtype=torch.float32)
+    T = 1.0 if teacher is None else float(settings.temperature)
+    stats = z.new_empty(rows, 8, dtype=torch.float32)
     # Where the k largest are sought among few, their blocks' maxima are of no use.
-    by_blocks = entropy == TOP_K and regularizers.entropy_top_k * GROUP < V // 4
+    by_blocks = entropy == TOP_K and settings.entropy_top_k * GROUP < V // 4
     maxima = z.new_empty(rows, V // GROUP if by_blocks else 0, dtype=z.dtype)
-    shared = {"HAS_TEACHER": teacher is not None, "WIDTH": WIDTH, "num_warps": 8}
+    is_masked = teacher is not None and settings.mask_target
+    shared = {"HAS_TEACHER": teacher is not None, "MASKED": is_masked, "WIDTH": WIDTH, "num_warps": 8}
     reads = TOP_K if by_blocks else ALL if entropy == ALL else NONE
-    _read[(rows,)](z, z if teacher is None else teacher, stats, maxima, V, T, ENTROPY=reads, GROUP=GROUP, **shared)
-    m, s, sharp, mt, st, cross, weighted = stats.unbind(1)
+    second = z if teacher is None else teacher
+    _read[(rows,)](z, second, stats, targets, maxima, V, T, ENTROPY=reads, GROUP=GROUP, **shared)
+    m, s, sharp, mt, st, cross, weighted, n = stats.unbind(1)
     sums[0] += (s.log() + m - z.gather(1, targets[:, None])[:, 0].float()).sum()
     if teacher is not None:
-        sums[1] += T**2 * ((cross / st + m - mt) / T + sharp.log() - st.log()).sum()
+        sums[1] += T**2 * ((cross / st + n - mt) / T + sharp.log() - st.log()).sum()
     if entropy == ALL:
         sums[2] += (weighted / s - s.log()).sum()
     if entropy == TOP_K:
-        k = regularizers.entropy_top_k
+        k = settings.entropy_top_k
         values, indices = top_k_of_blocks(z, maxima, k, GROUP) if by_blocks else top_k(z, k)
         log_q = F.log_softmax(values.float(), dim=1)  # (m, K)
         q = log_q.exp()
@@ -146,14 +177,12 @@ def token_terms(
         sums[2] += negative_entropy.sum()
     if not needs_gradient:
         return
-    weights = stats.new_zeros(2)
-    if teacher is not None:
-        weights[0] = regularizers.lambda_consistency
-    if entropy != NONE:
-        weights[1] = regularizers.lambda_diversity
-    _write[(rows,)](z, z if teacher is None else teacher, stats, targets, weights, V, T, ENTROPY=entropy, **shared)
-    if entropy == TOP_K and regularizers.lambda_diversity > 0:
-        gradient = regularizers.lambda_diversity * q * (log_q - negative_entropy)
+    consistency = 0.0 if teacher is None else weights["consistency"]
+    is_adaptive = isinstance(consistency, Tensor)  # on the device, which a kernel's argument would have to wait for
+    lambdas = (consistency if is_adaptive else float(consistency), float(diversity or 0))
+    _write[(rows,)](z, second, stats, targets, V, T, *lambdas, ADAPTIVE=is_adaptive, ENTROPY=entropy, **shared)
+    if entropy == TOP_K and diversity > 0:
+        gradient = diversity * q * (log_q - negative_entropy)
         z.scatter_(1, indices, (z.gather(1, indices).float() + gradient).to(z.dtype))
 
 
@@ -167,26 +196,41 @@ def is_usable(head_weight: Tensor, plain: Callable[..., None]) -> bool:
 
 @functools.cache
 def _agrees(plain: Callable[..., None], device: torch.device, dtype: torch.dtype) -> bool:
-    """Tries `token_terms` against `plain` on a few rows of both formulations; says so where it does not fit."""
+    """Tries `token_terms` against `plain` on a few rows of both formulations; says so where it does not fit.
+
+    The rows are wide enough for the way that a language model's vocabulary takes: the top K by blocks.
+    """
     generator = torch.Generator().manual_seed(0)
-    z, teacher = ((4 * torch.randn(3, 5001, generator=generator)).to(device, dtype) for _ in range(2))
-    targets = torch.randint(5001, (3,), generator=generator).to(device)
-    tolerance, problem = 1e-4 if dtype == torch.float32 else 1e-2, "its numbers are others"
+    V = 2 * WIDTH + 3
+    z, teacher = ((4 * torch.randn(3, V, generator=generator)).to(device, dtype) for _ in range(2))
+    targets = torch.randint(V, (3,), generator=generator).to(device)
+    tolerance, problem = 1e-4 if dtype == torch.float32 else 1e-2, ValueError("its numbers are others")
     try:
-        for T, k in ((2.0, 20), (1.0, None)):
-            settings = SimpleNamespace(
-                lambda_consistency=0.5, lambda_diversity=0.4, temperature=T, entropy_top_k=k, adaptive=False
-            )
+        adaptive = torch.tensor(0.5, device=device)
+        for T, k, is_masked, consistency in ((2.0, 20, False, 0.5), (1.0, None, True, adaptive)):
+            weights = {"consistency": consistency, "diversity": 0.4}
+            settings = SimpleNamespace(temperature=T, entropy_top_k=k, mask_target=is_masked)
             sums, expected_sums = (torch.zeros(3, device=device) for _ in range(2))
             gradient, expected = z.clone(), z.float()
-            token_terms(gradient, teacher, targets, settings, sums, True)
-            plain(expected, teacher.float(), targets, settings, expected_sums, True)
+            token_terms(gradient, teacher, targets, weights, settings, sums, True)
+            plain(expected, teacher.float(), targets, weights, settings, expected_sums, True)
             error = (gradient.float() - expected).norm() / expected.norm()
             if not torch.allclose(sums, expected_sums, rtol=1e-4) or not error < tolerance:
                 break
         else:
             return True
     except Exception as error:  # a compiler's, a driver's: each has its own
-        problem = str(error).strip().partition("\n")[0] or type(error).__name__
-    print(f"note: the objective's fused kernels do not serve here ({problem}); the plain form does")
+        problem = error
+    print_note(problem)
     return False
+
+
+def give_up(error: Exception) -> None:
+    """After a trial that has passed: the plain form takes over for the rest of the run, and a note says why."""
+    global enabled
+    enabled = False
+    print_note(error)
+
+
+def print_note(error: Exception) -> None:
+    print(f"note: the objective's fused kernels do not serve here ({first_line(error)}); the plain form does")

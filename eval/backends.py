@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from common.cli import UserError
+from common.devices import choose_device
 from common.pretrained import resolve_dtype
 from common.prompts import decode_response
 from eval.generation import Completion, Sampling, batches, with_bar
@@ -104,7 +105,7 @@ class TransformersBackend:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.eos_token_ids = eos_token_ids
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device()
         self.model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=resolve_dtype(dtype), use_safetensors=True)
         # The checkpoint's own may bring sampling, or a repetition penalty that greedy decoding would obey.
         self.model.generation_config = GenerationConfig()
@@ -203,7 +204,7 @@ class VLLMBackend:
         # together, and so the rounding, would depend on the time of day.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
-        if not torch.cuda.is_available():
+        if choose_device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options = {"enforce_eager": True}
             if tensor_parallel_size == 1:

@@ -31,10 +31,12 @@ How to run
     python eval/forgetting.py --ckpt output/mine/merged --base meta-llama/Llama-2-7b-hf --output-dir output/mine/results
     python eval/forgetting.py --adapter output/mine/adapter --base BASE --data peft     one copy of the weights
     python eval/forgetting.py --ckpt FOLDER --base demo --data wiki.jsonl letters.csv --field text
+    python eval/forgetting.py --ckpt FOLDER --base demo --scales 1 0.8 0.65      what was added to the weights, times α
 
 What comes out, in --output-dir
     forgetting.jsonl     a line per document
-    forgetting.json      the means with their intervals, the settings, versions and command; eval/report.py reads it
+    forgetting.json      the means with their intervals, the settings, versions and command; eval/report.py reads it.
+                         With several --scales both files have the first one's, and `by_scale` the means of each
 """
 
 import functools
@@ -45,7 +47,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.cli import UserError, first_line, option, parse_arguments, require_positive, run_script
+from common.cli import UserError, first_line, option, parse_arguments, require_positive, require_scales, run_script
 from common.intervals import mean, ratio, score_line
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.prompts import encode_opening
@@ -58,6 +60,8 @@ from eval.generation import batches
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from common import scaling
 
 SENTENCES = 300
 PEFT_DATA, PEFT_TEXTS = "HuggingFaceFW/finewiki", 100
@@ -76,6 +80,7 @@ class ModelArguments:
     ckpt: str | None = option(None, "the model after: a checkpoint fine-tuned from --base")
     adapter: str | None = option(None, "in its place, folder of a LoRA adapter in PEFT's format, trained on --base")
     output_dir: str = option("results", "folder for the results, and for what an interrupted run has measured")
+    scales: list[float] = option([1.0], "scales α: the model is W + α·ΔW (common/scaling.py); several in one load")
     overwrite: bool = option(False, "replace results that are there already; what was measured the same way is kept")
     skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
 
@@ -111,6 +116,7 @@ def check_arguments(args: Arguments) -> None:
     if (args.ckpt is None) == (args.adapter is None):
         raise UserError("give the fine-tuned model by one of --ckpt and --adapter")
     require_positive(args, "limit", "batch_size")
+    require_scales(args.scales)
     if args.max_length < 2:
         raise UserError(f"--max-length is {args.max_length}: the first token predicts, the second is predicted")
     if not args.data:
@@ -212,6 +218,16 @@ class Pair:
     base: "PreTrainedModel"
     tuned: "PreTrainedModel | None"
 
+    @functools.cached_property
+    def scaled(self) -> "scaling.Scaled":
+        """What sets the tuned model to a scale."""
+        from common import scaling
+
+        if self.tuned is not None:
+            return scaling.Scaled(self.tuned, [], dict(self.base.named_parameters()))
+        layers = [layer.scaling for layer in self.base.modules() if hasattr(layer, "lora_A")]
+        return scaling.Scaled(self.base, [(factors, name) for factors in layers for name in factors])
+
     def logits(self, **batch: Any) -> Iterator["torch.Tensor"]:
         """Those of the base, then those of the tuned model: (B, T, V) fp32."""
         if self.tuned is not None:
@@ -224,10 +240,11 @@ class Pair:
 
 
 def load_pair(base: str, ckpt: str | None, adapter: str | None, dtype: "torch.dtype") -> Pair:
-    import torch
     from transformers import AutoModelForCausalLM
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from common.devices import choose_device
+
+    device = choose_device()
     models = []
     for name in filter(None, (base, ckpt)):
         try:
@@ -294,8 +311,9 @@ def sums_of(base: "torch.Tensor", tuned: "torch.Tensor", token_ids: "torch.Tenso
     size = max(1, CHUNK * (1 if base.device.type == "cpu" else 32) // base.shape[-1])
     for start in range(0, len(token_ids) - 1, size):
         predicted = token_ids[start + 1 : start + 1 + size, None]  # (n, 1)
-        logits = [whole[start : start + len(predicted)].double() for whole in (base, tuned)]
-        before, after = (chunk.log_softmax(dim=-1) for chunk in logits)  # (n, V)
+        chunks = [whole[start : start + len(predicted)] for whole in (base, tuned)[: 1 if base is tuned else 2]]
+        before, *others = (chunk.double().log_softmax(dim=-1) for chunk in chunks)  # (n, V)
+        after = others[0] if others else before
         # Σ p ln p, Σ p ln q, Σ q ln q, Σ q ln p: equal models give equal numbers, so their KL is exactly 0.
         p, q = before.exp().flatten(), after.exp().flatten()
         pp, pq, qq, qp = (x @ y.flatten() for x, y in ((p, before), (p, after), (q, after), (q, before)))
@@ -314,8 +332,8 @@ def sums_of(base: "torch.Tensor", tuned: "torch.Tensor", token_ids: "torch.Tenso
 
 def measure(
     documents: list[list[int]], args: Arguments, results: Results, names: dict[str, str | None], config: Any
-) -> list[Sums]:
-    """The sums of every document: those on disk that were made just so, the others by the models.
+) -> dict[float, list[Sums]]:
+    """By scale the sums of every document: those on disk that were made just so, the others by the models.
 
     Args:
         names: where base, ckpt and adapter are.
@@ -332,7 +350,9 @@ def measure(
     groups = [part for group in batches(lengths, args.batch_size) for part in within(group, lengths, most_tokens)]
     pair = functools.cache(lambda: load_pair(**names, dtype=dtype))
 
-    def make(group: list[int]) -> list[dict[str, float]]:
+    def make(scale: float, group: list[int]) -> list[dict[str, float]]:
+        if args.scales != [1.0]:
+            pair().scaled.set(scale)
         device, width = pair().base.device, max(lengths[i] for i in group)
         # Padded on the right, where no token looks.
         rows = torch.tensor([documents[i] + [0] * (width - lengths[i]) for i in group], device=device)
@@ -341,7 +361,12 @@ def measure(
             both = (*pair().logits(input_ids=rows, attention_mask=mask), rows)
             return [asdict(sums_of(*(whole[row, : lengths[i]] for whole in both))) for row, i in enumerate(group)]
 
-    return [Sums(**sums) for sums in results.by_groups("measured", documents, groups, how, make, "measuring")]
+    found = {}
+    for scale in args.scales:
+        here = how if scale == 1 else [*how, scale]
+        made = results.by_groups("measured", documents, groups, here, functools.partial(make, scale), "measuring")
+        found[scale] = [Sums(**sums) for sums in made]
+    return found
 
 
 def within(group: list[int], lengths: list[int], at_most: int) -> Iterator[list[int]]:
@@ -465,20 +490,29 @@ def main(argv: list[str]) -> None:
     documents = read_texts(args)
     encoded = encode(documents, tokenizer, config, args)
     kept = [i for i, tokens in enumerate(encoded) if len(tokens) > 1]
-    items = []
-    for i, sums in zip(kept, measure([encoded[i] for i in kept], args, results, names, config), strict=True):
-        source, text = documents[i]
-        count = len(encoded[i]) - 1
-        means = {name: value / count for name, value in asdict(sums).items()}
-        items.append({"index": i, "source": source, "text": text, "tokens": count, **means})
-    scores = summarise(items) | {"left_out": len(documents) - len(items), "by_source": {}}
-    for source in dict.fromkeys(item["source"] for item in items):
-        scores["by_source"][source] = summarise([item for item in items if item["source"] == source])
+    by_scale, items = {}, []
+    for scale, measured in measure([encoded[i] for i in kept], args, results, names, config).items():
+        rows = []
+        for i, sums in zip(kept, measured, strict=True):
+            (source, text), count = documents[i], len(encoded[i]) - 1
+            means = {name: value / count for name, value in asdict(sums).items()}
+            rows.append({"index": i, "source": source, "text": text, "tokens": count, **means})
+        by_scale[f"{scale:g}"] = summarise(rows) | {"by_source": {}}
+        for source in dict.fromkeys(row["source"] for row in rows):
+            by_scale[f"{scale:g}"]["by_source"][source] = summarise([row for row in rows if row["source"] == source])
+        items = items or rows
+    scores = next(iter(by_scale.values())) | {"left_out": len(documents) - len(items)}
+    if args.scales != [1.0]:
+        scores |= {"scale": args.scales[0], "by_scale": by_scale}
     about = {"checkpoint": results.state(), "ckpt": args.ckpt or args.base, "adapter": args.adapter, "base": args.base}
     about |= {"backend": "transformers", "data": args.data, **scores, "diversity": diversity, "arguments": asdict(args)}
     tuned = args.ckpt or f"{args.base} with {args.adapter}"
     what = f"{tuned} against {args.base} on {', '.join(args.data)} (transformers"
-    results.write(items, about, what, report_lines(scores, diversity))
+    lines = report_lines(scores, diversity)
+    for scale, found in by_scale.items() if len(by_scale) > 1 else ():
+        lines.append(score_line(f"forgetting at α = {scale}", found["forgetting"], "{:+.4f}".format))
+        lines.append(score_line(f"KL(base || tuned) at {scale}", found["kl_base_tuned"], "{:.4f}".format))
+    results.write(items, about, what, lines)
 
 
 if __name__ == "__main__":

@@ -229,7 +229,9 @@ def curves(metrics: dict[str, Path]) -> list[dict[str, Any]]:
     logged = {label: read_jsonl(path) for label, path in metrics.items()}
     names = dict.fromkeys(name for lines in logged.values() for line in lines for name in line)
     validated = [name for name in names if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))]
-    titles = CURVES | {name: f"validation, {name.removeprefix('eval_').replace('_', ' ')}" for name in validated}
+    own = [name for name in names if f"lambda_{name}" in names]  # a term that somebody added
+    titles = CURVES | {title: title for name in own for title in (name, f"lambda_{name}") if title not in CURVES}
+    titles |= {name: f"validation, {name.removeprefix('eval_').replace('_', ' ')}" for name in validated}
     panels = []
     for name, title in titles.items():
         series = {label: thinned(points(lines, name)) for label, lines in logged.items()}

@@ -621,26 +621,31 @@ def plot_tables(tables: list[Table]) -> Any:
     return figure
 
 
+WEIGHTS_PANEL = "weights, relative to their largest"
 PANELS = (
     ("loss and task loss, nats per token", {"loss": "loss", "task": "task"}),
     ("consistency", {"consistency": "L_CR"}),
     ("diversity", {"diversity": "L_DR"}),
     ("spectral", {"spectral": "L_SVDR"}),
     (
-        "weights, relative to their largest",
+        WEIGHTS_PANEL,
         {"lambda_consistency": "λ₁", "lambda_diversity": "λ₂", "lambda_spectral": "λ₃"},
     ),
     ("learning rate", {"learning_rate": "learning rate"}),
 )
 MAX_CURVES = 12  # columns that a picture of training curves has at most
-STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
+STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-."), ("#000000", "-"))
 
 
 def plot_training(runs: dict[str, list[dict]]) -> Any:
     """Every term and every weight over the steps, a column per run."""
     plt = _pyplot()
     logged = {name for metrics in runs.values() for line in metrics for name in line}
-    panels = [(title, series) for title, series in PANELS if logged & set(series)]
+    known = dict(PANELS)
+    own = [name for name in sorted(logged) if f"lambda_{name}" in logged and name not in known]  # terms that were added
+    known[WEIGHTS_PANEL] = known[WEIGHTS_PANEL] | {f"lambda_{name}": f"λ of {name}" for name in own}
+    known |= {name: {name: name} for name in own}
+    panels = [(title, series) for title, series in known.items() if logged & set(series)]
     figure, axes = plt.subplots(
         len(panels),
         len(runs),

@@ -13,6 +13,9 @@ the held-out responses; `distinct_answers`, the share of distinct ones among the
 
     python experiments/curve.py --ckpt output/mine/merged --data held-out.jsonl --texts code.jsonl prose.jsonl
 
+With --scales the points are the run's end with ΔW at each α (common/scaling.py), and their names end in @α.
+--validation names examples by which α may be chosen: `validation_loss`.
+
 The run keeps as many checkpoints as there shall be points (--save-steps, --keep-checkpoints). Adapter and base compute
 in --dtype; logits are fp32, and what is made of them float64.
 """
@@ -21,7 +24,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.cli import UserError, option, parse_arguments, require_not_negative, require_positive, run_script
+from common.cli import (
+    UserError,
+    option,
+    parse_arguments,
+    require_not_negative,
+    require_positive,
+    require_scales,
+    run_script,
+)
 from common.intervals import mean, ratio, score_line
 from eval.benchmark import Results
 from eval.forgetting import Sums, sums_of
@@ -52,6 +63,8 @@ class DataArguments:
     """What it is measured on."""
 
     data: str | None = option(None, "held-out examples, a file with the run's --fields")
+    validation: str | None = option(None, "further held-out examples, apart from those that are reported")
+    scales: list[float] = option([], "scales α of the last state's ΔW, in the place of the checkpoints")
     texts: list[str] = option([], "files with a column text, of no task that was trained")
     limit: int | None = option(None, "the first N examples only")
     text_limit: int | None = option(None, "the first N of each file's texts only")
@@ -83,7 +96,8 @@ class Arguments(MachineArguments, SampleArguments, DataArguments, RunArguments):
 
 @dataclass
 class Sequence:
-    """Token ids, and from which on they are predicted and counted; `source` is a text's file, None for an example."""
+    """Token ids, and from which on they are predicted and counted; `source` is a text's file, "" for an example of
+    --validation, None for another example."""
 
     tokens: list[int]
     first: int
@@ -106,19 +120,22 @@ def read_sequences(args: Arguments, run: "train.Arguments", tokenizer: Any) -> l
     from common.tables import load_records, read_table, require_fields
     from common.templates import IGNORE_INDEX
 
-    records = load_records(args.data, "test")
-    records = records.select(range(min(args.limit or len(records), len(records))))
-    examples, _ = build_dataset(records, tokenizer, run.fields, run.max_length, run.template, run.train_on, args.data)
     found = []
-    for example in examples:
-        first = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
-        found.append(Sequence(example["input_ids"], max(first, 1), None))
+    for data, source in ((args.data, None), (args.validation, "")):
+        records = load_records(data, "test") if data else []
+        if data:
+            records = records.select(range(min(args.limit or len(records), len(records))))
+            records, _ = build_dataset(records, tokenizer, run.fields, run.max_length, run.template, run.train_on, data)
+        for example in records:
+            first = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
+            found.append(Sequence(example["input_ids"], max(first, 1), source))
+    num_examples = len(found)
     for path in args.texts:
         table = read_table(path, ["text"], "text")
         require_fields(table, ["text"], path, "name the text's column so")
         encoded = [encode_opening(tokenizer, text)[: args.text_length] for text in table["text"][: args.text_limit]]
         found += [Sequence(tokens, 1, Path(path).stem) for tokens in encoded if len(tokens) > 1]
-    if not examples or len(found) == len(examples):
+    if not num_examples or len(found) == num_examples:
         raise UserError(f"{args.data} and --texts: no example, or no text of two tokens")
     return found
 
@@ -161,7 +178,7 @@ def sums_by_sequence(
         tokens = torch.tensor(sequence.tokens[start:])
         with torch.inference_mode():
             logits = tuned[start:] @ heads[1].T
-            before = logits if sequence.source is None else base[start:] @ heads[0].T
+            before = base[start:] @ heads[0].T if sequence.source else logits
             found.append(sums_of(before, logits, tokens))
     return found
 
@@ -188,9 +205,11 @@ def summarise(sequences: list[Sequence], sums: list[Sums]) -> dict[str, Any]:
         counts = [len(sequences[i].tokens) - sequences[i].first for i in chosen]
         return ratio([value(sums[i]) for i in chosen], counts)
 
-    examples = [i for i, sequence in enumerate(sequences) if sequence.source is None]
-    texts = [i for i, sequence in enumerate(sequences) if sequence.source is not None]
+    examples, validation = ([i for i, item in enumerate(sequences) if item.source == kind] for kind in (None, ""))
+    texts = [i for i, sequence in enumerate(sequences) if sequence.source]
     scores = {"response_loss": over(examples, lambda item: item.loss_after)}
+    if validation:
+        scores["validation_loss"] = over(validation, lambda item: item.loss_after)
     scores |= {"response_entropy": over(examples, lambda item: item.entropy_after)}
     sources = dict.fromkeys(sequences[i].source for i in texts)
     groups = {"": texts} | {f".{name}": [i for i in texts if sequences[i].source == name] for name in sources}
@@ -236,6 +255,8 @@ def check_arguments(args: Arguments) -> Path:
         raise UserError("give --ckpt, --data and --texts")
     require_positive(args, "limit", "text_limit", "samples", "temperature", "max_new_tokens", "batch_size")
     require_not_negative(args, "questions")
+    if args.scales:
+        require_scales(args.scales)
     run = Path(args.ckpt).parent
     if not (run / "config.yaml").is_file():
         raise UserError(f"--ckpt {args.ckpt}: no config.yaml beside it, so it is not merged/ of a run of train.py")
@@ -244,30 +265,40 @@ def check_arguments(args: Arguments) -> Path:
 
 def points_of(
     args: Arguments, run: "train.Arguments", path: str, sequences: list[Sequence], folders: dict[int, Path]
-) -> dict[int, dict[str, Any]]:
-    """The scores at step 0 and of every checkpoint, by step, the energies among them."""
+) -> dict[float, dict[str, Any]]:
+    """The scores at step 0 and of every checkpoint, by step, the energies among them; with --scales by scale."""
     import torch
     from safetensors.torch import load_file
 
     import train
-    from common import checkpoints, pretrained
+    from common import checkpoints, pretrained, scaling
 
     dtype = pretrained.resolve_dtype(args.dtype)
     model = pretrained.load_model(run, path, dtype).eval()
+    base = (
+        {name: weight.detach().clone() for name, weight in model.named_parameters()} if run.method == "full" else None
+    )
     base_states = hidden_states(model, sequences, args.batch_size)
     base_head = model.get_output_embeddings().weight.detach().float().clone()
-    points = {0: summarise(sequences, sums_by_sequence(sequences, base_states, base_states, [base_head] * 2))}
-    points[0] |= energies(base_states, sequences, base_head)
+
+    def point(states: list["Tensor"], head: "Tensor") -> dict[str, Any]:
+        sums = sums_by_sequence(sequences, states, base_states, [base_head, head])
+        return summarise(sequences, sums) | ({} if args.scales else energies(states, sequences, head))
+
+    points: dict[float, dict[str, Any]] = {0: point(base_states, base_head)}
     for step, folder in folders.items():
         tensors = load_file(folder / checkpoints.TRAINED_TENSORS)
         if len(points) == 1:
             train.attach_adapters(model, run, tensors).eval()
         with torch.no_grad():
             checkpoints.load_trained_tensors(model, tensors)
-        states = hidden_states(model, sequences, args.batch_size)
-        head = model.get_output_embeddings().weight.detach().float()
-        points[step] = summarise(sequences, sums_by_sequence(sequences, states, base_states, [base_head, head]))
-        points[step] |= energies(states, sequences, head)
+        factors = [(vars(layer), "scaling") for layer in train.adapter_layers(model).values()]
+        scaled = scaling.Scaled(model, factors, base)
+        for scale in args.scales or [1.0]:
+            scaled.set(scale)
+            states = hidden_states(model, sequences, args.batch_size)
+            head = model.get_output_embeddings().weight.detach().float()
+            points[scale if args.scales else step] = point(states, head)
     return points
 
 
@@ -283,17 +314,18 @@ def main(argv: list[str]) -> None:
     folders = {int(path.name.partition("-")[2]): path for path in checkpoints.complete_checkpoints(folder)[::-1]}
     if not folders:
         raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
+    if args.scales:
+        folders = {max(folders): folders[max(folders)]}
     path = resolve_demo(run.model, "model")
     tokenizer, config = load_tokenizer_and_config(path)
     sequences = read_sequences(args, run, tokenizer)
     points = points_of(args, run, path, sequences, folders)
-    last = points[max(folders)]
-    scores = dict(last)
+    scores = dict(points[max(points)])
     for step, point in points.items():
         scores |= {
-            f"{name}@{step}": value["value"] if isinstance(value, dict) else value
+            f"{name}@{step:g}": value["value"] if isinstance(value, dict) else value
             for name, value in point.items()
-            if name.partition(".")[0] in ("response_loss", *FORGETTING, "energy")
+            if name.partition(".")[0] in ("response_loss", "validation_loss", *FORGETTING, "energy")
         }
     if args.questions:
         from common.tables import load_records
@@ -306,9 +338,10 @@ def main(argv: list[str]) -> None:
     lines += [score_line(name, scores[name], signed) for name in FORGETTING]
     if args.questions:
         lines.append(score_line("distinct answers", scores["distinct_answers"]))
-    items = [{"step": step, **point} for step, point in points.items()]
+    items = [{"scale" if args.scales else "step": step, **point} for step, point in points.items()]
     about |= {"data": args.data, **scores, "arguments": asdict(args)}
-    results.write(items, about, f"{len(folders)} checkpoints of {folder} (transformers", lines)
+    what = f"{len(args.scales)} scales" if args.scales else f"{len(folders)} checkpoints"
+    results.write(items, about, f"{what} of {folder} (transformers", lines)
 
 
 if __name__ == "__main__":

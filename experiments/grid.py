@@ -177,7 +177,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output-dir", help="folder of its runs; by default output/NAME")
     parser.add_argument("--axis", action="append", default=[], metavar="AXIS=A,B", help="take these of an axis")
     parser.add_argument("--processes", type=int, metavar="N", help="GPUs that one run takes, where it needs GPUs")
-    parser.add_argument("--devices", default="", metavar="0,1", help="GPUs that there are, by their numbers")
+    parser.add_argument("--devices", default="", metavar="0,1", help="GPUs that there are, by number, UUID or MIG name")
     parser.add_argument("--paths", metavar="FILE", help="YAML file with local copies by hub name")
     parser.add_argument("--plan", metavar="FILE", help="write the workflow's plan, and print no commands")
     parser.add_argument("--cluster", action="store_true", help="jobs run elsewhere: this machine needs no GPU")

@@ -7,7 +7,6 @@ common/run_records.py describes the format, and reads it.
 """
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import yaml
 
 from common.cli import UserError, run_script
 from common.run_records import VERSION, read_json
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # What an eval script writes beside its scores.
 NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}
@@ -39,18 +36,6 @@ def load_plan(path: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------
 # Making
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def commit() -> str | None:
-    """This repository's commit, with + where files are changed; None outside a repository."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def scores_of(summary: dict[str, Any], in_group: bool = False) -> dict[str, Any]:
@@ -132,7 +117,7 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
         "settings": settings,
         "seed": made.get("seed", settings.get("seed")),
         "versions": made.get("versions") or results.get("versions"),
-        "commit": commit(),
+        "commit": made.get("commit") or results.get("commit"),
         "hardware": {"device": made.get("device") or results.get("device"), "processes": processes},
         "time": {"train_seconds": made.get("train_seconds"), "seconds": results.get("seconds"), **seconds},
         "memory": {"peak_gib": made.get("peak_memory_gib") or results.get("peak_memory_gib")},

@@ -32,7 +32,7 @@ def read_results(path: Path, cell_type: type[CellType]) -> dict[CellType, dict[s
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            rows[cell_type(**{field.name: row[field.name] for field in fields(cell_type)})] = row
+            rows[cell_type(**{field.name: row[field.name] for field in fields(cell_type) if field.name in row})] = row
     return rows
 
 

@@ -9,6 +9,7 @@
 #                      needs the hub, or local copies: MODEL=/path/llama DATA=/path/pissa-dataset
 # SUBSET=metamath      of the paper's three trainings the one for GSM8K and MATH; python: for HumanEval and MBPP;
 #                      conversation: for MT-Bench
+# NUM_GPUS=4           this many GPUs, the first of CUDA_VISIBLE_DEVICES (numbers, UUIDs, a MIG name); by default all of them
 # BASE=no              leaves out the untouched model's scores
 # SEED=42  OUTPUT=output/NAME               the run's seed and folder
 # DRY_RUN=1                                 prints the commands and runs nothing
@@ -27,7 +28,12 @@ case "$method" in full | lora | pissa | ba-lora) ;; *)
     ;;
 esac
 
-num_gpus=${NUM_GPUS:-$(gpus)}
+found=$(gpus)
+num_gpus=${NUM_GPUS:-$found}
+if [ "$num_gpus" -gt "$found" ] && [ "$found" -gt 0 ]; then
+    say "NUM_GPUS=$num_gpus, and a run can take $found here${CUDA_VISIBLE_DEVICES:+: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES}" >&2
+    exit 2
+fi
 if [ -n "${EXPERIMENT:-}" ]; then
     experiment=$EXPERIMENT reason="as EXPERIMENT says"
 elif [ "$num_gpus" -gt 0 ]; then
@@ -54,6 +60,12 @@ if [ -z "${DRY_RUN:-}" ]; then setup; fi
 
 case "$experiment" in
 demo)
+    for name in MODEL DATA SUBSET; do
+        if [ -n "$(eval "echo \"\${$name:-}\"")" ]; then
+            say "$name is the paper experiment's, and the demo has its own: leave it out, or EXPERIMENT=paper" >&2
+            exit 2
+        fi
+    done
     if [ "$method" = full ]; then set -- --learning-rate 5e-5 "$@"; fi # every weight moves: the adapters' rate is too high
     run python train.py --config configs/demo.yaml --method "$method" --seed "$seed" --output-dir "$output" "$@"
     if [ "${BASE:-}" != no ]; then score base demo; fi
@@ -79,15 +91,17 @@ paper)
     if [ $((accumulation * 4 * num_gpus)) -ne 128 ]; then
         say "note: $num_gpus GPUs x 4 sequences do not divide the paper's batch of 128: $((accumulation * 4 * num_gpus))"
     fi
-    where="--num_gpus $num_gpus"
-    # Given a number, deepspeed takes the first ones; of names it knows numbers only.
-    visible=$(echo "${CUDA_VISIBLE_DEVICES:-}" | tr -d ' ')
-    case "${NUM_GPUS:+given}$visible" in
-    '' | *[!0-9,]*) ;;
-    *) where="--include localhost:$visible" ;;
-    esac
-    # shellcheck disable=SC2086  # two words
-    run deepspeed --no_local_rank $where train.py --config configs/llama2_7b_metamath.yaml --method "$method" \
+    launcher="deepspeed --no_local_rank --num_gpus $num_gpus"
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$(gpus)" -gt 0 ]; then
+        # Given a number of GPUs, deepspeed takes the machine's first ones; of names it knows numbers alone.
+        visible=$(cards | head -n "$num_gpus" | paste -s -d , -)
+        case "$visible" in
+        *[!0-9,]*) launcher="env CUDA_VISIBLE_DEVICES=$visible torchrun --standalone --nproc_per_node $num_gpus" ;;
+        *) launcher="deepspeed --no_local_rank --include localhost:$visible" ;;
+        esac
+    fi
+    # shellcheck disable=SC2086  # several words
+    run $launcher train.py --config configs/llama2_7b_metamath.yaml --method "$method" \
         --seed "$seed" --model "$model" ${DATA:+--data "$DATA"} --data-subset "$subset" --batch-size 4 \
         --gradient-accumulation "$accumulation" --deepspeed configs/ds_zero2.json --output-dir "$output" "$@"
     export BENCHMARKS="$benchmarks"

@@ -40,11 +40,9 @@ fi
 if [ -z "$name" ]; then exec python experiments/grid.py; fi
 
 output=${OUTPUT:-output/$(basename "$name" .yaml)}
-# The numbers of the GPUs that may be used; those of a cluster are its own to give.
+# The GPUs that may be used; those of a cluster are its own to give.
 devices=
-if [ -z "$cluster" ] && [ "$(gpus)" -gt 0 ]; then
-    devices=$(echo "${CUDA_VISIBLE_DEVICES:-$(seq -s , 0 $(($(gpus) - 1)))}" | tr -d ' ')
-fi
+if [ -z "$cluster" ]; then devices=$(cards | paste -s -d , -); fi
 axes=$(for axis in ${AXES:-}; do echo "--axis $axis"; done)
 # shellcheck disable=SC2086  # words
 set -- $axes ${GPUS_PER_RUN:+--processes $GPUS_PER_RUN} -- "$@"

@@ -1,6 +1,8 @@
 # Sourced by the other scripts: goes to the repository's root, makes .venv once and installs into it what is missing.
-# setup [FILE...]   requirement files; with none: requirements.txt, and requirements-gpu.txt where there is a GPU
+# setup   requirements.txt, and requirements-gpu.txt where there is a GPU
 #
+# FLASH_ATTN=1 sh scripts/ba-lora.sh        also installs flash-attn, for --attn-implementation flash_attention_2; where no
+#                                           wheel fits, nvcc builds it, perhaps for hours
 # PYTHON=python3.12 sh scripts/ba-lora.sh   takes another interpreter (3.11 or newer)
 
 cd "$(dirname "$0")/.." || exit 1
@@ -11,14 +13,22 @@ say() { echo "[$(($(date +%s) - started)) s] $*"; }
 # run COMMAND...   or with DRY_RUN=1 only prints it
 run() { if [ -n "${DRY_RUN:-}" ]; then echo "$*"; else "$@"; fi; }
 
-# How many GPUs there are, or are named by CUDA_VISIBLE_DEVICES. grep counts 0 where nvidia-smi finds none, or is not there.
-gpus() {
+# The GPUs, a line each: the numbers that nvidia-smi lists, or what CUDA_VISIBLE_DEVICES names, by number, UUID or MIG name.
+# CUDA reads that list up to the first entry that names no GPU. No line where nvidia-smi finds none, or is not there.
+cards() {
     found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
-    if [ "$found" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        found=$(echo "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c '^[^-]' || true)
+    if [ "$found" -eq 0 ]; then return; fi
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        seq 0 $((found - 1))
+    else
+        echo "$CUDA_VISIBLE_DEVICES" | tr -d ' ' | tr , '\n' | awk -v found="$found" '
+            /^[0-9]+$/ ? $0 + 0 >= found : !/^(GPU|MIG)-/ { exit }
+            { print }'
     fi
-    echo "$found"
 }
+
+# How many GPUs one run can take. CUDA gives a process one MIG device, the first.
+gpus() { cards | awk '/^MIG-/ && NR > 1 { exit } { count++ } /^MIG-/ { exit } END { print count + 0 }'; }
 
 # install NAME COMMAND...   runs COMMAND unless it has run for the same requirement files
 install() {
@@ -60,10 +70,12 @@ setup() {
     make_venv
     install requirements packages .venv -r requirements.txt
     if [ "$(gpus)" -gt 0 ]; then
+        # Before anything is installed for GPUs: an old driver lists them, and this torch cannot use them.
+        .venv/bin/python -c 'from common import cli, devices; cli.run_script(lambda _: devices.announce_device())' || exit 2
         install gpu packages .venv -r requirements-gpu.txt
-        # Builds by nvcc where no wheel fits. Nothing but --attn-implementation flash_attention_2 needs it.
-        install flash-attn sh -c '.venv/bin/pip install --no-build-isolation -r requirements-flash-attn.txt ||
-            echo "flash-attn did not build: attention is torch'"'s"'"'
+        if [ -n "${FLASH_ATTN:-}" ]; then
+            install flash-attn .venv/bin/pip install --no-build-isolation -r requirements-flash-attn.txt
+        fi
     fi
     PATH="$PWD/.venv/bin:$PATH"
     export PATH TOKENIZERS_PARALLELISM=true
@@ -87,8 +99,9 @@ setup_experiments() {
     install experiments packages .venv-experiments -r requirements-experiments.txt
 }
 
-# setup_peer NAME   a program that tests compare with: harness of tests/test_crows_pairs.py, transformers4 of
-# tests/test_transformers4.py. Its environment takes from .venv what is there, and holds what is not or is another version.
+# setup_peer NAME   what tests alone compare with or run on: harness is a peer, and bitsandbytes, which every import of PEFT
+# would import too; transformers4 is the software before transformers 5. Its environment takes from .venv what is there,
+# and holds what is not or is another version.
 setup_peer() {
     if [ ! -x ".venv-$1/bin/python" ]; then
         .venv/bin/python -m venv --without-pip ".venv-$1"

@@ -233,9 +233,9 @@ def trained(name: str, folder: Path) -> dict:
     targets = ARCHITECTURES[name][2]
     found, export = [], train.export_model
 
-    def export_model(model: transformers.PreTrainedModel, *rest: object) -> None:
+    def export_model(model: transformers.PreTrainedModel, *rest: object, **options: object) -> None:
         found.append(logits(model))
-        export(model, *rest)
+        export(model, *rest, **options)
 
     try:
         with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch("train.export_model", export_model):

@@ -55,9 +55,21 @@ def task(logits: Floats, targets: Ints) -> Term:
     return float(-log_p[rows, targets].mean()), gradient / rows.size
 
 
-def consistency(student_logits: Floats, teacher_logits: Floats, temperature: float) -> Term:
-    """T² · mean KL(softmax(Z_P/T) ‖ softmax(Z_F/T)), arXiv 2408.04556; gradient T (q − p) / M."""
+def consistency(
+    student_logits: Floats, teacher_logits: Floats, temperature: float, left_out: Floats | None = None
+) -> Term:
+    """T² · mean KL(softmax(Z_P/T) ‖ softmax(Z_F/T)), arXiv 2408.04556; gradient T (q − p) / M.
+
+    Where `left_out` names a token of each row, its column is deleted from both, and its gradient is 0.
+    """
     student, teacher = _float64(student_logits), _float64(teacher_logits)
+    if left_out is not None and len(student):
+        kept = np.arange(student.shape[1]) != left_out[:, None]
+        rows = (len(student), -1)
+        value, gradient = consistency(student[kept].reshape(rows), teacher[kept].reshape(rows), temperature)
+        whole = np.zeros_like(student)
+        whole[kept] = gradient.ravel()
+        return value, whole
     m = student.shape[0]
     if m == 0:
         return _zero(student)

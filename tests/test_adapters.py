@@ -344,7 +344,7 @@ def export_with(fault: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         require_same(self, folder, *args)
 
     monkeypatch.setattr(exports.ReadBack, "require_same", damaged)
-    with pytest.raises(RunStopped, match=r"reading back: .*--export-from"):
+    with pytest.raises(RunStopped, match=r"reading back: .*give this command again"):
         train.main(["--export-from", str(out), "--overwrite"])
 
 

@@ -160,9 +160,9 @@ def test_a_dry_run_needs_the_configuration_alone(name, tmp_path, capsys):
 
 
 SETTINGS = {  # each with as many examples as one micro-batch has: the largest is the only one
-    "ba-lora, packed": ["--max-examples", "4"],
-    "lora, padded": ["--max-examples", "4", "--method", "lora", "--no-packing", "--max-length", "384"],
-    "ba-lora, checkpointing": ["--max-examples", "8", "--batch-size", "8", "--gradient-checkpointing"],
+    "ba-lora, packed": ["--limit", "4"],
+    "lora, padded": ["--limit", "4", "--method", "lora", "--no-packing", "--max-length", "384"],
+    "ba-lora, checkpointing": ["--limit", "8", "--batch-size", "8", "--gradient-checkpointing"],
 }
 
 

@@ -12,16 +12,30 @@ from conftest import ROOT
 ABSENT = ("datasets", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "tyro", "scipy", "sklearn", "pandas")
 
 
-def run(bench, *words, **environment):
-    command = [sys.executable, str(bench / "gpu.py"), "--device", "cpu", "--small", *words]
+# What tests, vLLM and GPUs add to the environment that scripts/ba-lora.sh makes on a machine without one.
+ADDED = ("triton", "bitsandbytes", "flash_attn", "liger_kernel", "vllm")
+
+
+def run(bench, *words, program=(sys.executable, "gpu.py"), **environment):
+    command = [program[0], str(bench / program[1]), "--device", "cpu", "--small", *words]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_every_part_is_green(tmp_path):
-    finished = run(ROOT / "bench", "--output", str(tmp_path / "gpu.json"))
+def without(folder, names):
+    """A variable under which these packages are kept out of every process."""
+    blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in names)
+    (folder / "sitecustomize.py").write_text(f"import sys\n{blocked}\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_every_part_is_green_in_the_environment_that_the_demo_leaves(tmp_path):
+    words = ("--output", str(tmp_path / "gpu.json"))
+    finished = run(ROOT / "scripts", *words, program=("sh", "gpu-check.sh"), **without(tmp_path, ADDED))
     assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
     result = json.loads((tmp_path / "gpu.json").read_text())
+    versions = result["machine"]["versions"]
+    assert {versions["triton"], versions["vllm"]} == {"not installed"} != {versions["accelerate"]}
     assert len(result["parts"]) == 14
     for name, part in result["parts"].items():
         assert part["problem"] is None
@@ -34,11 +48,10 @@ def test_every_part_is_green(tmp_path):
 
 
 def test_it_needs_torch_transformers_and_safetensors_alone(tmp_path):
-    """With the others kept out of every process: what needs one is named, the rest runs."""
-    blocked = "\n".join(f"sys.modules[{name!r}] = None" for name in ABSENT)
-    (tmp_path / "sitecustomize.py").write_text(f"import sys\n{blocked}\n")
+    """What needs another is named, the rest runs."""
     parts = ("right.objective", "right.adapter", "right.step", "right.packing", "right.resume", "profile")
-    finished = run(ROOT / "bench", *parts, "--output", str(tmp_path / "gpu.json"), PYTHONPATH=str(tmp_path))
+    absent = without(tmp_path, ABSENT)
+    finished = run(ROOT / "bench", *parts, "--output", str(tmp_path / "gpu.json"), **absent)
     assert finished.returncode == 0, finished.stdout + finished.stderr[-2000:]
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["machine"]["versions"]["accelerate"] == result["machine"]["versions"]["peft"] == "not installed"

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import train
+from common.intervals import holm
 from experiments.inheritance import measures as M
 from experiments.inheritance import report, study
 from experiments.inheritance import training as T
@@ -159,12 +160,16 @@ def test_a_model_without_bias_has_no_gap_and_one_with_a_known_bias_has_that():
 def test_regularizers_are_the_published_ones_at_every_step():
     arm = study.MAIN["BA-LoRA"]
     early, late = arm.regularizers(0.1), arm.regularizers(0.5)
-    assert (early.lambda_diversity, early.lambda_spectral) == (0, 0)
-    assert (late.lambda_diversity, late.lambda_spectral) == (0.005, 0.005)
-    assert late.lambda_consistency == pytest.approx(0.025 * (0.1 + 0.45))
-    assert (late.temperature, late.entropy_top_k, late.spectral_k) == (2.0, 20, 10)
+    assert (early.weights["diversity"], early.weights["spectral"]) == (0, 0)
+    assert (late.weights["diversity"], late.weights["spectral"]) == (0.005, 0.005)
+    assert late.weights["consistency"] == pytest.approx(0.025 * (0.1 + 0.45))
+    assert (late.settings.temperature, late.settings.entropy_top_k, late.settings.spectral_k) == (2.0, 20, 10)
     # k and K act: k < min(M, d), K < V, and the two-phase schedule has its 100 steps.
-    assert late.spectral_k < min(2 * T.BATCH, 64) and late.entropy_top_k < len(W.VOCABULARY) and T.STEPS >= 100
+    assert (
+        late.settings.spectral_k < min(2 * T.BATCH, 64)
+        and late.settings.entropy_top_k < len(W.VOCABULARY)
+        and T.STEPS >= 100
+    )
 
 
 def test_a_teacher_that_is_contradicted_has_no_part_in_the_loss():
@@ -204,7 +209,7 @@ def test_statistics_agree_with_scipy():
     upper = scipy.stats.ttest_1samp(small, 0.1, alternative="less").pvalue
     assert report.Paired.of(small).p_equivalent == pytest.approx(max(lower, upper))
     # Holm by hand: 0.01·4, 0.02·3, 0.03·2, then never less than the one before.
-    assert report.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
     assert np.isnan(report.Paired.of(np.array([0.2])).low)
 
 
@@ -265,7 +270,7 @@ study.run_jobs([runs[::2], runs[1::2]], Path(sys.argv[1]), Path(sys.argv[2]))
     return start
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="minutes: SLOW=1")
+@pytest.mark.slow
 def test_a_study_killed_three_times_ends_with_the_same_rows(small_study, tmp_path):
     def rows(name: str) -> list[str]:
         timed = study.read_rows(tmp_path / f"{name}.jsonl")

@@ -24,18 +24,28 @@ from common.tables import load_records
 from common.targets import TARGET_MODULES
 from common.teacher_cache import TeacherCache
 
-ICLR = train.Regularizers(0.5, 0.4, 0.3, 2.0, 20, 10, "frobenius")
-ARXIV = train.Regularizers(0.5, 0.4, 0.3, 1.0, None, 10, "nuclear")
+WEIGHTS = {"consistency": 0.5, "diversity": 0.4, "spectral": 0.3}
+
+
+def regularizers(formulation="iclr2026", off=(), weights=None, **settings):
+    """The regularizers of a formulation with these weights, without the terms that are `off`."""
+    weights = {name: weight for name, weight in (WEIGHTS | (weights or {})).items() if name not in off}
+    return train.Regularizers(weights, train.Arguments(**train.FORMULATIONS[formulation] | settings))
+
+
+ICLR, ARXIV = regularizers(), regularizers("arxiv2024")
 SETTINGS = {
     "iclr2026": ICLR,
     "arxiv2024": ARXIV,
-    "adaptive": dataclasses.replace(ICLR, adaptive=True),
-    "no_teacher": dataclasses.replace(ICLR, lambda_consistency=0.0),
-    "zero_weights": dataclasses.replace(ICLR, lambda_diversity=0.0, lambda_spectral=0.0),
-    "consistency_alone": dataclasses.replace(ICLR, lambda_diversity=None, lambda_spectral=None),
-    "diversity_alone": dataclasses.replace(ICLR, lambda_consistency=None, lambda_spectral=None),
-    "spectral_alone": dataclasses.replace(ICLR, lambda_consistency=None, lambda_diversity=None),
-    "no_diversity_over_all": dataclasses.replace(ARXIV, lambda_diversity=None),
+    "adaptive": regularizers(consistency_schedule="adaptive"),
+    "masked": regularizers(mask_target=True),
+    "masked_over_all": regularizers("arxiv2024", mask_target=True, consistency_schedule="adaptive"),
+    "no_teacher": regularizers(weights={"consistency": 0.0}),
+    "zero_weights": regularizers(weights={"diversity": 0.0, "spectral": 0.0}),
+    "consistency_alone": regularizers(off=("diversity", "spectral")),
+    "diversity_alone": regularizers(off=("consistency", "spectral")),
+    "spectral_alone": regularizers(off=("consistency", "diversity")),
+    "no_diversity_over_all": regularizers("arxiv2024", off=("diversity",)),
     "task_alone": None,
 }
 SHAPES = [(40, 300, 16), (1, 300, 16), (7, 2000, 32), (90, 130, 20), (5, 10, 8), (0, 30, 8)]  # M, V, d
@@ -59,7 +69,7 @@ def evaluate(function, hidden, *rest):
 
 def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
     hidden, teacher, head, targets = inputs
-    teacher = teacher if settings and settings.lambda_consistency else None
+    teacher = teacher if settings and settings.needs_teacher else None
     count = num_tokens or 2 * len(targets) + 1
     factor = None if settings is None else chunked.head_factor(head)
     return evaluate(train.objective_from_hidden, hidden, teacher, head, factor, targets, settings, count, 2, memory_mib)
@@ -68,7 +78,7 @@ def fused(inputs, settings, memory_mib=256.0, num_tokens=None):
 def definition(inputs, settings, num_tokens=None):
     """`objective` on the materialised float64 logits of the same numbers."""
     hidden, teacher, head, targets = (x.double() if x.is_floating_point() else x for x in inputs)
-    teacher = teacher @ head.T if settings and settings.lambda_consistency else None
+    teacher = teacher @ head.T if settings and settings.needs_teacher else None
     count = num_tokens or 2 * len(targets) + 1
     return evaluate(lambda h, *rest: train.objective(h @ head.T, *rest), hidden, teacher, targets, settings, count, 2)
 
@@ -97,8 +107,7 @@ def test_each_terms_own_gradient(term, tolerance):
     """One term at a time, so that a large one cannot hide a small one."""
     settings = None
     if term != "task":
-        weights = {f"lambda_{name}": 1e4 * (name == term) for name in ("consistency", "diversity", "spectral")}
-        settings = dataclasses.replace(ICLR, **weights)
+        settings = regularizers(weights={name: 1e4 * (name == term) for name in WEIGHTS})
     for shape in SHAPES[:-1]:
         inputs = make_inputs(shape, seed=5)
         assert relative_error(fused(inputs, settings)[2], definition(inputs, settings)[2]) < tolerance
@@ -172,11 +181,13 @@ def test_a_head_with_dependent_columns():
     assert relative_error(sigma, torch.linalg.svdvals(hidden @ head.T)[:12]) < 1e-5
 
 
-def test_very_large_logits():
-    hidden, teacher, head, targets = make_inputs((12, 400, 8))
-    inputs = (hidden * 2e3, teacher * 2e3, head, targets)
-    loss, _, gradient = fused(inputs, ICLR)
-    expected_loss, _, expected_gradient = definition(inputs, ICLR)
+@pytest.mark.parametrize("name", ["iclr2026", "masked"])
+def test_very_large_logits(name):
+    """Of the target too, far above the others, which --mask-target compares alone."""
+    hidden, teacher, head, _ = make_inputs((12, 400, 8))
+    inputs = (hidden * 2e3, teacher * 2e3, head, (hidden @ head.T).argmax(dim=1))
+    loss, _, gradient = fused(inputs, SETTINGS[name])
+    expected_loss, _, expected_gradient = definition(inputs, SETTINGS[name])
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     assert relative_error(gradient, expected_gradient) < 1e-3  # fp32 logits of 10⁴ know their differences to 10⁻³
 
@@ -195,11 +206,14 @@ def test_bfloat16_inputs(name):
     assert relative_error(gradient, expected_gradient) < 2e-2
 
 
-@pytest.mark.parametrize("name", ["iclr2026", "arxiv2024", "task_alone"])
+@pytest.mark.parametrize("name", ["iclr2026", "arxiv2024", "masked", "task_alone"])
 def test_gradcheck(name):
     hidden, teacher, head, targets = make_inputs((6, 40, 5), dtype=torch.float64)
     factor = chunked.head_factor(head)
-    settings = SETTINGS[name] and dataclasses.replace(SETTINGS[name], entropy_top_k=3, spectral_k=2)
+    settings = SETTINGS[name]
+    if settings is not None:
+        options = dataclasses.replace(settings.settings, entropy_top_k=3, spectral_k=2)
+        settings = dataclasses.replace(settings, settings=options)
 
     def loss(h):
         return train.objective_from_hidden(h, settings and teacher, head, factor, targets, settings, 6, 1)[0]

@@ -1,7 +1,5 @@
 """Each regularizer, value and gradient, against float64 numpy formulas with gradients derived by hand (oracle.py)."""
 
-import math
-
 import numpy as np
 import oracle
 import pytest
@@ -34,6 +32,10 @@ PAIR_TERMS = {
     "consistency_t2": (
         lambda z, p: train.consistency_loss(z, p, 2.0),
         lambda z, p: oracle.consistency(z, p, 2.0),
+    ),
+    "consistency_masked": (
+        lambda z, p: train.consistency_loss(z, p, 2.0, z.detach().argmax(dim=1)),
+        lambda z, p: oracle.consistency(z, p, 2.0, z.argmax(axis=1)),
     ),
     "normalized_mse": (train.normalized_mse_consistency_loss, oracle.normalized_mse_consistency),
 }
@@ -155,7 +157,10 @@ def test_the_adaptive_weight_follows_the_teachers_confidence():
 def test_the_objective_is_the_weighted_sum_of_its_terms():
     student, teacher = RNG.normal(size=(5, 12)), RNG.normal(size=(5, 12))
     targets = RNG.integers(12, size=5)
-    settings = train.Regularizers(0.3, 0.2, 0.1, 2.0, 4, 2, "frobenius")
+    settings = train.Regularizers(
+        {"consistency": 0.3, "diversity": 0.2, "spectral": 0.1},
+        train.Arguments(**train.FORMULATIONS["iclr2026"] | {"entropy_top_k": 4, "spectral_k": 2}),
+    )
     num_tokens, num_micro_batches = 20, 4  # this micro-batch is a quarter of the step
     loss, terms = train.objective(
         torch.tensor(student), torch.tensor(teacher), torch.tensor(targets), settings, num_tokens, num_micro_batches
@@ -175,11 +180,10 @@ def test_the_objective_is_the_weighted_sum_of_its_terms():
 def test_published_defaults():
     args = train.resolve_arguments(train.Arguments(model="m", data="d", output_dir="does/not/exist"))
     halfway = train.Regularizers.at(args, 0.5)
-    assert halfway.lambda_consistency == pytest.approx(0.025 * 0.55)
-    assert (halfway.lambda_diversity, halfway.lambda_spectral) == (0.005, 0.005)
-    assert (halfway.spectral_k, halfway.entropy_top_k, halfway.temperature) == (10, 20, 2.0)
-    assert math.isclose(train.Regularizers.at(args, 0.1).lambda_diversity, 0.0)
+    assert halfway.weights == pytest.approx({"consistency": 0.025 * 0.55, "diversity": 0.005, "spectral": 0.005})
+    assert (args.spectral_k, args.entropy_top_k, args.temperature) == (10, 20, 2.0)
+    assert train.Regularizers.at(args, 0.1).weights["diversity"] == 0.0
     old = train.Arguments(model="m", data="d", output_dir="does/not/exist", formulation="arxiv2024")
-    early = train.Regularizers.at(train.resolve_arguments(old), 0.0)
-    assert (early.lambda_consistency, early.lambda_diversity, early.lambda_spectral) == (1e-4, 3e-4, 1e-4)
-    assert (early.temperature, early.entropy_top_k, early.spectral_norm) == (1.0, None, "nuclear")
+    old = train.resolve_arguments(old)
+    assert train.Regularizers.at(old, 0.0).weights == {"consistency": 1e-4, "diversity": 3e-4, "spectral": 1e-4}
+    assert (old.temperature, old.entropy_top_k, old.spectral_norm) == (1.0, 0, "nuclear")

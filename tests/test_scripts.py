@@ -4,12 +4,14 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, start_script
 
 import finetune_bert_l_sst2
 import train
@@ -48,7 +50,7 @@ def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
     assert (args.method, args.seed, args.model, args.rank) == (method, 7, "meta-llama/Llama-2-7b-hf", 128)
     assert args.batch_size * args.gradient_accumulation * num_gpus == 128
     assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
-    assert (args.max_length, args.max_examples, args.data_subset) == (512, 100_000, "metamath")
+    assert (args.max_length, args.limit, args.data_subset) == (512, 100_000, "metamath")
     for ckpt in ("meta-llama/Llama-2-7b-hf", "out/merged"):
         assert f"eval/suite.py --benchmarks gsm8k hendrycks_math --ckpt {ckpt} " in printed
     assert "eval/report.py" in printed
@@ -103,9 +105,120 @@ def test_visible_gpus_are_those_that_train(tmp_path):
     assert "deepspeed --no_local_rank --include localhost:2,3 train.py" in printed
     assert "--gradient-accumulation 16" in printed
     assert "--include localhost:2,3 train.py" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="2, 3", **path)
-    assert "--num_gpus 1 train.py" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="GPU-1f2e", **path)
+    assert "=GPU-1f2e torchrun --standalone" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="GPU-1f2e", **path)
     assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="", **path)
     assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="-1", **path)
+
+
+def stub_nvidia_smi(folder, *listed: str) -> dict[str, str]:
+    """A variable under which nvidia-smi lists these lines."""
+    lines = "".join(f"echo '{line}'\n" for line in listed)
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{lines}")
+    (folder / "nvidia-smi").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+FOUR = [f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a0b)" for i in range(4)]
+MIG = [FOUR[0], "  MIG 3g.40gb Device 0: (UUID: MIG-1c)", "  MIG 3g.40gb Device 1: (UUID: MIG-2d)"]
+BY_NAME = "env CUDA_VISIBLE_DEVICES={} torchrun --standalone --nproc_per_node {} train.py"
+
+
+@pytest.mark.parametrize(
+    ("listed", "variables", "launcher", "devices"),
+    [
+        (FOUR, {}, "deepspeed --no_local_rank --num_gpus 4 train.py", "0,1,2,3"),
+        (FOUR, {"NUM_GPUS": "2"}, "deepspeed --no_local_rank --num_gpus 2 train.py", "0,1,2,3"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "1"}, "--include localhost:2 train.py", "2,3"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "3,1"}, "--include localhost:3,1 train.py", "3,1"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "3,-1,2"}, "--include localhost:3 train.py", "3"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "1,7,2"}, "--include localhost:1 train.py", "1"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "GPU-2a0b, GPU-3a"}, BY_NAME.format("GPU-2a0b,GPU-3a", 2), "GPU-2a0b,GPU-3a"),
+        (
+            FOUR,
+            {"CUDA_VISIBLE_DEVICES": "GPU-2a,GPU-3a", "NUM_GPUS": "1"},
+            BY_NAME.format("GPU-2a", 1),
+            "GPU-2a,GPU-3a",
+        ),
+        (MIG, {"CUDA_VISIBLE_DEVICES": "MIG-2d"}, BY_NAME.format("MIG-2d", 1), "MIG-2d"),
+        # CUDA gives a process one of them; two runs of an experiment can take one each.
+        (MIG, {"CUDA_VISIBLE_DEVICES": "MIG-1c,MIG-2d"}, BY_NAME.format("MIG-1c", 1), "MIG-1c,MIG-2d"),
+    ],
+)
+def test_a_run_takes_the_cards_that_are_named_and_no_others(listed, variables, launcher, devices, tmp_path):
+    variables = stub_nvidia_smi(tmp_path, *listed) | variables
+    printed = dry_run("ba-lora.sh", **variables)
+    assert launcher in printed
+    words = "cd scripts && . ./setup.sh && cards | paste -s -d , -"
+    shown = subprocess.run(["sh", "-c", words], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert shown.stdout == f"{devices}\n"
+
+
+@pytest.mark.parametrize("visible", ["2,3", "GPU-2a,GPU-3a", "MIG-1c,MIG-2d"])
+def test_more_gpus_than_are_named_is_a_mistake(visible, tmp_path):
+    variables = stub_nvidia_smi(tmp_path, *FOUR) | {"CUDA_VISIBLE_DEVICES": visible, "NUM_GPUS": "3", "DRY_RUN": "1"}
+    words = ["sh", "scripts/ba-lora.sh"]
+    finished = subprocess.run(words, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr.endswith(
+        f"a run can take {1 + ('MIG' not in visible)} here: CUDA_VISIBLE_DEVICES={visible}\n"
+    )
+
+
+def test_an_old_driver_stops_the_script_before_it_installs_anything_for_gpus(tmp_path):
+    """The repository's scripts beside an environment in which everything is installed but what GPUs add."""
+    for name in ("scripts", "common", "requirements.txt", "requirements-gpu.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for name, command in (("pip", f'echo "$@" >>{tmp_path}/pip.log'), ("python", f'exec {sys.executable} "$@"')):
+        (binaries / name).write_text(f"#!/bin/sh\n{command}\n")
+        (binaries / name).chmod(0o755)
+    variables = stub_nvidia_smi(binaries, *FOUR)
+    words = ["sh", str(tmp_path / "scripts" / "ba-lora.sh")]
+
+    def started(**more):
+        return subprocess.run(words, env=os.environ | variables | more, capture_output=True, text=True)
+
+    finished = started()
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert "GPUs that nvidia-smi lists: 4; that torch" in line
+    assert "-r requirements.txt" in (tmp_path / "pip.log").read_text()
+    assert "requirements-gpu" not in (tmp_path / "pip.log").read_text()
+
+
+def test_cards_that_torch_does_not_see_stop_a_run_once(checkpoint, data_file, tmp_path):
+    """One line of the first rank; hidden cards are no obstacle, and the first line names the device."""
+    (tmp_path / "bin").mkdir()
+    variables = stub_nvidia_smi(tmp_path / "bin", *FOUR)
+    words = [
+        "--model",
+        checkpoint,
+        "--data",
+        data_file,
+        "--output-dir",
+        tmp_path / "out",
+        "--rank",
+        2,
+        "--max-steps",
+        1,
+    ]
+
+    def started(name, **more):
+        return start_script("train", words, tmp_path / name, **variables, **more)
+
+    rank = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [started(f"rank {i}", RANK=str(i), LOCAL_RANK=str(i), **rank) for i in range(2)]
+    processes.append(started("hidden", CUDA_VISIBLE_DEVICES=""))
+    processes[0].join()
+    processes[1].terminate()  # as the launcher does
+    processes[2].join()
+    assert (processes[0].exitcode, processes[2].exitcode) == (2, 0)
+    (line,) = (tmp_path / "rank 0").read_text().splitlines()
+    assert "GPUs that nvidia-smi lists: 4; that torch" in line
+    assert (tmp_path / "rank 1").read_text() == ""
+    assert re.fullmatch(r"device: CPU, \d+ threads", (tmp_path / "hidden").read_text().splitlines()[0])
 
 
 def test_a_second_start_asks_the_scripts_what_is_done(tmp_path, monkeypatch):
@@ -201,8 +314,8 @@ def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
     assert len(parsed) == len({args.output_dir for args in parsed}) == len(expected)
     assert {(args.model, args.epochs) for args in parsed} == {("FacebookAI/roberta-large", 2.0)}
     assert report[2:-3] == [args.output_dir for args in parsed]
-    rates = {args.learning_rate for args in parsed if args.method == "full"}, {args.learning_rate for args in parsed}
-    assert rates == ({2e-5}, {2e-5, 2e-4})  # the configuration's own is the adapters'
+    rates = {args.method: args.learning_rate for args in parsed}
+    assert rates == {"full": 2e-5, "lora": 4e-4, "pissa": 1e-4, "ba-lora": 1e-4}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

@@ -70,7 +70,7 @@ class Arm:
         """The published settings with this arm's λs, at `progress` in [0, 1] of the training."""
         if not any(self.lambdas):
             return None
-        settings = dict(train.FORMULATIONS["iclr2026"], spectral_k=10, warmup_fraction=0.1)
+        settings = dict(train.FORMULATIONS["iclr2026"], spectral_k=10, warmup_fraction=0.1, mask_target=False)
         settings |= dict(zip(("lambda_consistency", "lambda_diversity", "lambda_spectral"), self.lambdas, strict=True))
         settings["consistency_schedule"] = self.consistency_schedule
         return train.Regularizers.at(SimpleNamespace(**settings), progress)
