@@ -37,7 +37,7 @@ def run(tmp_path_factory):
         "--rank",
         4,
     ]
-    options += ["--max-steps", 2, "--max-examples", 4, "--batch-size", 2, "--gradient-accumulation", 1]
+    options += ["--max-steps", 2, "--limit", 4, "--batch-size", 2, "--gradient-accumulation", 1]
     options += ["--save-steps", 0, "--learning-rate", 1e-3, "--dtype", "float32", "--output-dir", folder]
     process = start_script("train", options, folder.with_suffix(".log"))
     process.join()
