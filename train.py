@@ -113,19 +113,27 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
 class DataArguments:
     """What is trained, on what."""
 
-    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
-    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
+    config: str | None = option(
+        None, "YAML file with any of these options by name; the command line overrides it", first=True
+    )
+    model: str | None = option(
+        None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M", first=True
+    )
     model_revision: str | None = option(None, "hub revision of the model")
     trust_remote_code: bool = option(False, "run code that the model's repository ships")
     init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     data: str | None = option(
-        None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
+        None,
+        "hub name; json, jsonl, csv, tsv or parquet file, or a folder of them; 'demo': the embedded problems",
+        first=True,
     )
     data_subset: str | None = option(None, "folder inside --data, such as metamath in fxmeng/pissa-dataset")
     data_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
     split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
     fields: list[str] = option(
-        ["instruction", "output"], "two fields, instruction and response, or the one that holds conversations"
+        ["instruction", "output"],
+        "two fields, instruction and response, or the one that holds conversations",
+        first=True,
     )
     template: Literal["alpaca", "chat", "raw"] | None = option(
         None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
@@ -135,7 +143,7 @@ class DataArguments:
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
     limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
-    output_dir: str = option("output/ba-lora", "folder for everything this run writes")
+    output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
     export_from: str | None = option(
@@ -147,8 +155,8 @@ class DataArguments:
 class AdapterArguments:
     """What is trained of the model."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
-    rank: int = option(128, "adapter rank r")
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
+    rank: int = option(128, "adapter rank r", first=True)
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")
 
@@ -186,7 +194,9 @@ class TermArguments:
 class BatchArguments:
     """What one step takes; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
 
-    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
+    batch_size: int = option(
+        4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch", first=True
+    )
     gradient_accumulation: int = option(4, "micro-batches per optimizer step")
 
 
@@ -194,9 +204,9 @@ class BatchArguments:
 class OptimizationArguments:
     """How it is trained; the defaults are the paper's."""
 
-    epochs: float = option(1.0, "passes over the data")
+    epochs: float = option(1.0, "passes over the data", first=True)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW")
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", first=True)
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
     lr_scheduler: str = option("cosine", "learning-rate schedule after warm-up, a name that transformers knows")
@@ -1309,7 +1319,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
     except HubError as error:  # the machine of the run may have it
         data = error
-    return screen + runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
+    return screen + "\n".join(estimates.report(args, base, data)) + "\n\n" + runs.config_text(args)
 
 
 def is_mixed(args: Arguments) -> bool:

@@ -94,10 +94,13 @@ SAMPLES = "samples.jsonl"  # what the model answered at each validation
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and moves it to its place: it is there whole or not at all."""
+    """Writes a file under another name and moves it to its place: it is there whole or not at all.
+
+    A lone surrogate, which UTF-8 does not have, becomes its escape in JSON.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
