@@ -42,7 +42,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from common import (
     checkpoints,
@@ -114,19 +113,27 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
 class DataArguments:
     """What is trained, on what."""
 
-    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
-    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
+    config: str | None = option(
+        None, "YAML file with any of these options by name; the command line overrides it", first=True
+    )
+    model: str | None = option(
+        None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M", first=True
+    )
     model_revision: str | None = option(None, "hub revision of the model")
     trust_remote_code: bool = option(False, "run code that the model's repository ships")
     init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     data: str | None = option(
-        None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
+        None,
+        "hub name; json, jsonl, csv, tsv or parquet file, or a folder of them; 'demo': the embedded problems",
+        first=True,
     )
     data_subset: str | None = option(None, "folder inside --data, such as metamath in fxmeng/pissa-dataset")
     data_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
     split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
     fields: list[str] = option(
-        ["instruction", "output"], "two fields, instruction and response, or the one that holds conversations"
+        ["instruction", "output"],
+        "two fields, instruction and response, or the one that holds conversations",
+        first=True,
     )
     template: Literal["alpaca", "chat", "raw"] | None = option(
         None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
@@ -134,11 +141,12 @@ class DataArguments:
     template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
-    max_examples: int | None = option(None, "use the first N examples")
+    limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
-    output_dir: str = option("output/ba-lora", "folder for everything this run writes")
+    output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
+    dry_run_gpu: float | None = option(None, "GiB of a GPU that --dry-run estimates for, such as 80, on any machine")
     export_from: str | None = option(
         None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
     )
@@ -148,8 +156,8 @@ class DataArguments:
 class AdapterArguments:
     """What is trained of the model."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
-    rank: int = option(128, "adapter rank r")
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
+    rank: int = option(128, "adapter rank r", first=True)
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")
 
@@ -187,7 +195,9 @@ class TermArguments:
 class BatchArguments:
     """What one step takes; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
 
-    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
+    batch_size: int = option(
+        4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch", first=True
+    )
     gradient_accumulation: int = option(4, "micro-batches per optimizer step")
 
 
@@ -195,9 +205,9 @@ class BatchArguments:
 class OptimizationArguments:
     """How it is trained; the defaults are the paper's."""
 
-    epochs: float = option(1.0, "passes over the data")
+    epochs: float = option(1.0, "passes over the data", first=True)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW")
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", first=True)
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
     lr_scheduler: str = option("cosine", "learning-rate schedule after warm-up, a name that transformers knows")
@@ -278,7 +288,9 @@ def resolve_arguments(args: Arguments) -> Arguments:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
     scaling.read_scale(args)
-    cli.require_positive(args, "logging_steps", "objective_memory")
+    cli.require_positive(args, "logging_steps", "objective_memory", "dry_run_gpu")
+    if args.dry_run_gpu is not None and not args.dry_run:
+        raise UserError("--dry-run-gpu names the GPU that --dry-run estimates for: add --dry-run")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes instruction and response, or one name, not {len(args.fields)}")
@@ -286,7 +298,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     may_hold = args.overwrite or args.resume or args.dry_run
     remedy = "name another one, go on with --resume, or use --overwrite"
     inputs = (args.config, args.model, args.data, args.init_adapter, args.deepspeed, args.init_cache)
-    inputs += (args.teacher_cache, args.eval_data, args.sample_prompts)
+    inputs += (args.teacher_cache, args.validation_data, args.sample_prompts)
     runs.require_output_dir(args, may_hold, remedy, *inputs)
     validation.check_validation(args)
     reporting.check_reporting(args)
@@ -373,8 +385,11 @@ class LoRALinear(nn.Module):
 
 @torch.no_grad()
 def stack_factors(model: nn.Module, hold: bool = True) -> None:
-    """Stacks and casts every adapter's factors once for all passes of an optimizer step; without `hold`, lets them go,
-    as the update must be preceded by: fused ones leave no trace. Under ZeRO-3 each pass stacks anew."""
+    """Stacks and casts every adapter's factors once for all passes of an optimizer step; under ZeRO-3 each pass does.
+
+    Args:
+        hold: False lets the stacked factors go. This has to be done before the update, which they would not see.
+    """
     dtype = model.get_input_embeddings().weight.dtype
     for layer in adapter_layers(model).values():
         held = hold and not is_partitioned(layer.lora_A)
@@ -442,28 +457,27 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
 
 def _principal_factors_of_all(
-    weights: dict[str, Tensor], rank: int, scaling: float, cache: Path | None
+    layers: list[nn.Linear], rank: int, scaling: float, cache: Path | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`principal_factors` of each weight in order: shared out among the ranks, or one thread per core."""
+    """`principal_factors` of each layer's weight in order: shared out among the ranks, or one thread per core."""
 
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = partitioned.dequantized(weight)
         if cache is None:
             return principal_factors(weight, rank, scaling)
-        # Under the weight's own content: a stale entry cannot be met.
+        # The file's name is a hash of the weight, so an outdated entry is never read.
         file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
     if num_ranks() > 1:
-        yield from partitioned.shared_among_ranks(list(weights.values()), factors, rank)
+        yield from partitioned.shared_among_ranks(layers, factors, rank)
         return
     num_threads = torch.get_num_threads()
     # One decomposition alone cannot use all cores.
-    workers = num_threads if all(weight.device.type == "cpu" for weight in weights.values()) else 1
+    workers = num_threads if all(layer.weight.device.type == "cpu" for layer in layers) else 1
     try:
         torch.set_num_threads(num_threads // workers)
         with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(factors, weights.values())
+            yield from pool.map(lambda layer: factors(partitioned.dequantized(layer)), layers)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -502,8 +516,7 @@ def add_adapters(
     if method != "lora" and initial is not None:
         factors = [initial[name] for name in found]
     elif method != "lora":
-        weights = {name: module.weight for name, module in found.items()}
-        factors = _principal_factors_of_all(weights, rank, alpha / rank, cache)
+        factors = _principal_factors_of_all(list(found.values()), rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
     # `factors` first: zip then runs it to its end, where it gives the threads back.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
@@ -1015,7 +1028,7 @@ class BALoRAModel(nn.Module):
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         objective_memory: float | None = None,
         teacher_cache: TeacherCache | None = None,
     ):
@@ -1029,7 +1042,8 @@ class BALoRAModel(nn.Module):
         if self.head_is_linear:
             head = model.get_output_embeddings()
             head.forward = functools.partial(_head_forward, head)
-        # The last feed-forward mixes no positions, and only the valid ones of what it gives are read.
+        # The last feed-forward layer works on each position alone, and only valid positions are read. Elsewhere it is
+        # skipped.
         self._last_positions: list[Tensor] = []
         last_mlp = getattr(getattr(model.get_decoder(), "layers", [None])[-1], "mlp", None)
         if last_mlp is not None:
@@ -1227,9 +1241,9 @@ class Base:
     """
 
     path: str
-    tokenizer: transformers.PreTrainedTokenizerBase | None
-    config: transformers.PretrainedConfig
-    skeleton: transformers.PreTrainedModel
+    tokenizer: "transformers.PreTrainedTokenizerBase | None"
+    config: "transformers.PretrainedConfig"
+    skeleton: "transformers.PreTrainedModel"
     adapter: InitialAdapter | None
     num_adapters: int
     trainable: int
@@ -1260,13 +1274,15 @@ def inspect_base(args: Arguments) -> Base:
     attention = None if args.dry_run else args.attn_implementation  # which another machine may have
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(
+            skeleton = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
     except (ImportError, ValueError) as error:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
+    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+        pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -1280,9 +1296,9 @@ def inspect_base(args: Arguments) -> Base:
     found = find_target_modules(skeleton, args.target_modules, args.rank)
     if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
         args.target_modules = targets.plain_names(skeleton, found)
-    dense = targets.dense_beside_experts(skeleton, found)
-    if dense:
-        raise UserError(f"PEFT would take the factors of {dense[0]} for those of experts: leave it out of the targets")
+    obstacle = targets.obstacle_to_adapters(skeleton, found)
+    if obstacle:
+        raise UserError(f"no adapter on {', '.join(args.target_modules)}: {obstacle}; name other --target-modules")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
     coverage = targets.coverage(skeleton, found)
     return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
@@ -1296,7 +1312,8 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
-        screen = first_screen(records, dataset) + "\n\n"
+        pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
+        screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1309,7 +1326,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
     except HubError as error:  # the machine of the run may have it
         data = error
-    return screen + runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
+    return screen + "\n".join(estimates.report(args, base, data)) + "\n\n" + runs.config_text(args)
 
 
 def is_mixed(args: Arguments) -> bool:
@@ -1318,7 +1335,7 @@ def is_mixed(args: Arguments) -> bool:
 
 
 def encoded(
-    args: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, records: "datasets.Dataset"
+    args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
 ) -> "tuple[datasets.Dataset, int]":
     """`build_dataset` of what --data names.
 
@@ -1328,7 +1345,7 @@ def encoded(
     how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
     dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
     if len(dataset) == 0:
-        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.fates.items())
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
         raise UserError(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
@@ -1346,7 +1363,7 @@ def encode_records(
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
-        print(first_screen(records, dataset), flush=True)
+        print(first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
@@ -1361,7 +1378,7 @@ def needs_teacher_cache(args: Arguments) -> bool:
 
 def load_student(
     args: Arguments, base: Base, accelerator: "Accelerator", checkpoint: Path | None
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
@@ -1375,9 +1392,9 @@ def load_student(
     elif base.adapter is not None:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
-            weight = model.get_submodule(name).weight
-            with partitioned.gathered([weight]):
-                return principal_factors(partitioned.dequantized(weight), args.rank, args.alpha / args.rank)
+            layer = model.get_submodule(name)
+            with partitioned.gathered([layer.weight]):
+                return principal_factors(partitioned.dequantized(layer), args.rank, args.alpha / args.rank)
 
         attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:
@@ -1395,7 +1412,7 @@ def load_student(
 def make_ready(
     args: Arguments,
     base: Base,
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     dataset: "datasets.Dataset",
     held_out: "datasets.Dataset | None",
     is_main: bool = True,
@@ -1406,7 +1423,7 @@ def make_ready(
     obstacle = None
     if args.packing:
         obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
-    if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
+    if args.method != "full" and not args.gradient_checkpointing:  # checkpointing keeps almost no activations anyway
         save_activations(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1427,8 +1444,7 @@ def make_ready(
     if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
         return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
-    pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-    return wrapped, PaddingCollator(end if pad is None else pad)
+    return wrapped, PaddingCollator(base.tokenizer.eos_token_id)  # an added padding token may have no embedding
 
 
 def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
@@ -1447,7 +1463,7 @@ def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
 
 def trained_model(
     args: Arguments, base: Base, training: Training, finished: Path | None
-) -> transformers.PreTrainedModel | None:
+) -> "transformers.PreTrainedModel | None":
     """The model to export, on the first process; None on the others. Every rank has a part to give.
 
     From the published weights, where the trained model holds parts of them or rounded ones.
@@ -1467,7 +1483,7 @@ def trained_model(
 
 def rebuilt_model(
     args: Arguments, model_path: str, dtype: torch.dtype, tensors: dict[str, Tensor]
-) -> transformers.PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """The trained model on the CPU, from the published weights and `trained_tensors`."""
     transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # whole weights, not a rank's part
     args = dataclasses.replace(args, load_in=None, attn_implementation=None)
@@ -1477,22 +1493,27 @@ def rebuilt_model(
 
 
 def export_model(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    remedy: str,
     about: Mapping[str, Any] | None = None,
+    sample: Iterable[Any] = (),
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Args:
-        about: the scale of ΔW, which `model` acts with already, and where it comes from.
+        remedy: how they are written again where this fails.
+        about: the scale of ΔW, which `model` acts with already, and where it comes from; how far the
+            training is, where it has not ended.
+        sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
-    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+    with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
         read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
@@ -1506,22 +1527,22 @@ def export_model(
         exports.save_merged(merge_adapters(model), staging / "merged", pretrained.export_dtype(model_path, args))
         template.save(staging / "merged")
         options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
-        read_back.require_same(staging, model, tokenizer, template.plain_jinja, options)
+        read_back.require_same(staging, model, template, sample, options)
 
 
 def held_out_examples(
-    args: Arguments, run: Arguments, tokenizer: transformers.PreTrainedTokenizerBase, checkpoint: Path
+    args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
 ) -> "datasets.Dataset":
-    """For --scale auto: those of --eval-data, or else those that the run held out.
+    """For --scale auto: those of --validation-data, or else those that the run held out.
 
     Raises:
         UserError: there are none, or the run's --data changed, so that others would be held out than before.
     """
-    if args.eval_data is not None:
-        run = dataclasses.replace(run, eval_data=args.eval_data, eval_share=None)
-    if run.eval_data is None and run.eval_share is None:
-        raise UserError("--scale auto chooses on held-out examples, and the run has none: name some by --eval-data")
-    source = validation.arguments_of_eval_data(run) or run
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
     examples, _ = encoded(source, tokenizer, load_training_records(source))
     if run.eval_share is None:
         return examples
@@ -1545,9 +1566,12 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    unfinished, progress = None, checkpoints.load_progress(checkpoint)
+    if not checkpoints.is_complete(checkpoint, run.patience):
+        unfinished = f"step {progress.step} of {progress.max_steps}"
     if run.keep_best:
-        history = checkpoints.load_progress(checkpoint).history
-        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
+        there = checkpoints.complete_checkpoints(source)
+        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
@@ -1556,11 +1580,14 @@ def export_again(args: Arguments) -> None:
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
     scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
     about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    about = about | {"unfinished": unfinished}
     scaled.set(about["scale"])
-    export_model(model, tokenizer, run, path, output_dir, about)
+    export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
     if args.scale is not None:
         runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
-    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+    named = "merged/" + (", adapter/" if run.method != "full" else "")
+    state = f"; the training has not ended: {unfinished}" if unfinished else ""
+    print(f"exported {checkpoint} to {output_dir}: {named}{state}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1572,7 +1599,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     """A whole run: data, model, training, export. --output-dir is this run's alone."""
     records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    eval_args = validation.arguments_of_eval_data(args)
+    eval_args = validation.arguments_of_validation_data(args)
     eval_records = eval_args and load_training_records(eval_args)
     accumulation = checkpoints.accumulation(args, checkpoint)
     width = base.skeleton.get_input_embeddings().weight.shape[1]
@@ -1581,9 +1608,13 @@ def run(args: Arguments, base: Base, started: float) -> None:
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
     dataset = encode_records(args, base, records, accelerator)
-    num_dropped, fates = len(records) - len(dataset), dataset.fates
+    num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)}
+    contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
@@ -1594,12 +1625,11 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
-    contents |= {"data": checkpoints.contents_of(dataset)} | (
-        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    )
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
+    if is_main:
+        for note in estimates.notes_on_defaults(args, training.progress.max_steps, base.total):
+            print(note, flush=True)
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)
@@ -1608,7 +1638,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir))
+        remedy = checkpoints.way_to_export(args)
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,
@@ -1626,8 +1657,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,
-            "columns_and_keys": vars(records.notes),
-            "fates_of_examples": fates,
+            "data_read": vars(notes),
         }
         runs.write_summary(args, summary)
         reporting.push_adapter(args)

@@ -312,7 +312,7 @@ def quantized(options: Options) -> list[dict]:
             model = pretrained.load_model(args, folder, torch.bfloat16)
             plain = cases.make_model(config, options, torch.bfloat16)
             for name, layer in train.find_target_modules(model, TARGET_MODULES, rank).items():
-                plain.get_submodule(name).weight.data = partitioned.dequantized(layer.weight).to(torch.bfloat16)
+                plain.get_submodule(name).weight.data = partitioned.dequantized(layer).to(torch.bfloat16)
             wrapper = cases.adapted(model, rank)
             with torch.no_grad():
                 teacher = wrapper.of_teacher(wrapper.hidden_states, batch)

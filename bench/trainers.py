@@ -103,7 +103,7 @@ def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
         words = [word for option, value in shared.items() for word in as_words(option, value)]
         method = name.removesuffix("-bf16")
         command = [sys.executable, "train.py", "--method", method, *words, "--gradient-accumulation", "1"]
-        command += ["--max-steps", str(args.steps), "--max-examples", str(args.steps * args.batch_size)]
+        command += ["--max-steps", str(args.steps), "--limit", str(args.steps * args.batch_size)]
         command += ["--save-steps", "0", "--dtype", "bfloat16" if name.endswith("-bf16") else "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

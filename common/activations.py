@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from common.partitioned import device_of, gathered, shape_of
 
 
-def save_activations(model: transformers.PreTrainedModel) -> int:
+def save_activations(model: "transformers.PreTrainedModel") -> int:
     """Replaces the forward of gated SiLU MLPs and of frozen RMSNorms by ones that keep half for the backward pass.
 
     Each is tried against the module's own forward first. Returns how many were replaced.
     """
-    count, dtype = 0, model.get_input_embeddings().weight.dtype  # adapters are fp32, quantized weights no numbers
+    # The embedding has the activations' type: adapters are fp32, and quantized weights are stored as integers.
+    count, dtype = 0, model.get_input_embeddings().weight.dtype
     for module in model.modules():
         if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             linear = getattr(module.gate_proj, "base", module.gate_proj)

@@ -12,8 +12,6 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification
-from transformers.pytorch_utils import Conv1D
 
 from common.cli import UserError
 from common.labelled import Data
@@ -22,13 +20,14 @@ from common.partitioned import num_ranks
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int, revision: str | None = None) -> Any:
+def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: int, revision: str | None = None) -> Any:
     """The pre-trained model with a classifier for the classes of `config`. A trained classifier's rows are taken by the
     classes' names; where they do not match, or there is none, the final layer is random: the same for the same seed.
 
     Attributes of the model that tell what was found:
         new_modules: what the checkpoint lacks of the encoder itself; see `head_modules`.
         has_trained_head: whether the final layer is the checkpoint's.
+        replaces_head: whether the checkpoint has a final layer of another size.
         head_note: a line for the user on a trained classifier of other or otherwise ordered classes; or None.
     """
     transformers.set_seed(seed)
@@ -36,11 +35,11 @@ def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int,
     transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
     loaded = copy.deepcopy(config)
     try:
-        own = AutoConfig.from_pretrained(path, revision=revision)
+        own = transformers.AutoConfig.from_pretrained(path, revision=revision)
         rows = rows_by_name(own, config)
         if rows is not None:
             loaded.num_labels = own.num_labels
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             path,
             config=loaded,
             revision=revision,
@@ -61,6 +60,7 @@ def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int,
     weight = next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
     was_trained = weight not in info["missing_keys"]
     model.has_trained_head, model.head_note = was_trained and rows is not None, None
+    model.replaces_head = was_trained and own.num_labels != config.num_labels
     theirs, ours = (", ".join(map(str, this.id2label.values())) for this in (own, config))
     if rows is not None:
         if rows != list(range(own.num_labels)):
@@ -77,7 +77,7 @@ def load_classifier(path: str, config: transformers.PretrainedConfig, seed: int,
     return model
 
 
-def rows_by_name(own: transformers.PretrainedConfig, config: transformers.PretrainedConfig) -> list[int] | None:
+def rows_by_name(own: "transformers.PretrainedConfig", config: "transformers.PretrainedConfig") -> list[int] | None:
     """Which of the classes of a checkpoint's configuration `own` each class of `config` is, without regard to case;
     None where one has no like. LABEL_3, which transformers writes where no name is known, is class 3."""
     if config.num_labels == 1 or own.num_labels == 1:
@@ -101,7 +101,7 @@ def _take_rows(layer: nn.Linear, rows: list[int]) -> None:
 
 
 @torch.no_grad()
-def rescale_outputs(model: transformers.PreTrainedModel, shift: float, unit: float) -> None:
+def rescale_outputs(model: "transformers.PreTrainedModel", shift: float, unit: float) -> None:
     """Makes the final layer give unit·y + shift where it gave y, in place; without bias, `shift` must be 0."""
     layer = final_linear(model)
     layer.weight.mul_(unit)
@@ -109,7 +109,7 @@ def rescale_outputs(model: transformers.PreTrainedModel, shift: float, unit: flo
         layer.bias.mul_(unit).add_(shift)
 
 
-def head_modules(model: transformers.PreTrainedModel) -> list[str]:
+def head_modules(model: "transformers.PreTrainedModel") -> list[str]:
     """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`. First what
     the checkpoint lacked of the encoder: the pooler of a BERT that was trained as a language model."""
     return getattr(model, "new_modules", []) + [
@@ -119,14 +119,14 @@ def head_modules(model: transformers.PreTrainedModel) -> list[str]:
     ]
 
 
-def final_linear(model: transformers.PreTrainedModel) -> nn.Linear:
+def final_linear(model: "transformers.PreTrainedModel") -> nn.Linear:
     """The layer whose outputs are the logits."""
     modules = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
     return [module for module in modules if isinstance(module, nn.Linear)][-1]
 
 
 @torch.no_grad()
-def set_head(model: transformers.PreTrainedModel, probe: tuple[Tensor, Tensor]) -> None:
+def set_head(model: "transformers.PreTrainedModel", probe: tuple[Tensor, Tensor]) -> None:
     """Makes the probe the model's final linear layer."""
     layer, (weight, bias) = final_linear(model), probe
     layer.weight.copy_(weight)
@@ -136,6 +136,8 @@ def set_head(model: transformers.PreTrainedModel, probe: tuple[Tensor, Tensor]) 
 
 def linear_for_conv1d(model: nn.Module) -> list[str]:
     """Puts an equal nn.Linear in the place of each of GPT-2's Conv1D (weight in × out), in place; their names."""
+    from transformers.pytorch_utils import Conv1D
+
     names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     _replace(model, names, lambda layer: _with(nn.Linear(*layer.weight.shape, device="meta"), layer))
     return names
@@ -143,6 +145,8 @@ def linear_for_conv1d(model: nn.Module) -> list[str]:
 
 def conv1d_for_linear(model: nn.Module, names: list[str]) -> None:
     """Undoes `linear_for_conv1d` for the layers `names`, in place."""
+    from transformers.pytorch_utils import Conv1D
+
     _replace(model, names, lambda layer: _with(Conv1D(*layer.weight.shape), layer))
 
 
@@ -161,8 +165,8 @@ def _with(layer: nn.Module, source: nn.Module) -> nn.Module:
 
 
 def encode(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    config: transformers.PretrainedConfig,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    config: "transformers.PretrainedConfig",
     texts: list[tuple[str, ...]],
     max_length: int,
 ) -> list[dict[str, list[int]]]:
@@ -176,8 +180,8 @@ def encode(
 
 def encode_data(
     data: Data,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    config: transformers.PretrainedConfig,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    config: "transformers.PretrainedConfig",
     max_length: int,
 ) -> None:
     """`encode` for every split, which gets its `examples`."""
@@ -232,7 +236,7 @@ class Outputs:
 
 @torch.no_grad()
 def run_model(
-    model: transformers.PreTrainedModel,
+    model: "transformers.PreTrainedModel",
     examples: list[dict[str, Any]],
     collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
     batch_size: int = 64,

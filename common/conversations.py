@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import UserError
 from common.pretrained import resolve_demo
 from common.tables import as_text, files_of_split, load_records, require_fields
-from common.templates import IGNORE_INDEX, REASONING, Messages, Template
+from common.templates import IGNORE_INDEX, REASONING, Messages, Pieces, Template
 
 if TYPE_CHECKING:
     import datasets
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 DEFAULT_FIELDS = ("instruction", "output")
 FORMATS = (DEFAULT_FIELDS, ("messages",), ("conversations",), ("conversation",), ("prompt", "completion"))
+
+SKIPPED = "skipped: cannot be trained on"
+PREFERENCE = "preference data is not trained on: keep the good answers alone, without this column"
 
 # What happens to columns beside a format's own, by name. A column that is not here is announced as not used.
 COLUMNS = {
@@ -43,10 +46,9 @@ COLUMNS = {
     "functions": "read: the tools that the chat template offers, in OpenAI's older form",
     "weight": "read: 0 leaves the example out, 1 trains it",
     "train": "read: false leaves the example out, true trains it",
-    "chosen": "refused: preference data is not trained on",
-    "rejected": "refused: preference data is not trained on",
-    "rejected_response": "refused: preference data is not trained on",
-    "label": "refused where it is true or false: preference data is not trained on",
+    "chosen": f"refused, as every name with this word in it: {PREFERENCE}",
+    "rejected": f"refused, as every name with this word in it: {PREFERENCE}",
+    "label": f"refused where it is true or false: {PREFERENCE}",
     "images": "refused: texts alone are trained on",
     "image": "refused: texts alone are trained on",
     "audios": "refused: texts alone are trained on",
@@ -83,55 +85,66 @@ ROLE_OF_NAME = {name: role for role, names in ROLES.items() for name in names}
 
 @dataclass
 class Notes:
-    """What of the data is not trained on, for the first screen and run.json.
+    """What became of the data, for the first screen and run.json.
 
     Attributes:
+        fates: how many examples are whole, cut, dropped or skipped, and why.
         columns, keys: how many examples or messages hold something under a name that is not used.
+        template: how many examples the chat template does not write as they are, by what it does.
         files: data files of the folder that belong to another split.
-        skipped: what is wrong with each example that --skip-bad left out.
+        skipped: what is wrong with the first examples that --skip-bad left out.
     """
 
-    columns: Counter[str] = field(default_factory=Counter)
-    keys: Counter[str] = field(default_factory=Counter)
+    fates: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, int] = field(default_factory=dict)
+    template: dict[str, int] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
-    def lines(self, template: Template | None = None) -> list[str]:
-        """A line for each kind of thing; with a template, without the keys that the template names."""
-        keys = [key for key in self.keys if template is None or not template.names(key)]
-        found = [("columns", list(self.columns)), ("keys of messages", keys), ("files of other splits", self.files)]
-        lines = [f"not used: {kind} {', '.join(map(str, names))}" for kind, names in found if names]
+    @classmethod
+    def of(cls, table: Any, template: Template, files: list[str]) -> "Notes":
+        """Counts the columns `fate` and `notes` of an Arrow table; without the keys that the template names."""
+        import pyarrow.compute as pc
+
+        fates = {row["values"]: row["counts"] for row in pc.value_counts(table["fate"]).to_pylist()}
+        notes = cls(fates=fates, files=files)
+        for row in pc.value_counts(pc.list_flatten(table["notes"])).to_pylist():
+            kind, _, what = row["values"].partition(" ")
+            if kind == "skipped":
+                notes.skipped = [*notes.skipped, what][:3]
+            elif kind != "keys" or not template.names(what):
+                getattr(notes, kind)[what] = row["counts"]
+        return notes
+
+    def lines(self) -> list[str]:
+        """A line for each kind of thing."""
+        kinds = [("columns", self.columns), ("keys of messages", self.keys), ("files of other splits", self.files)]
+        lines = [f"not used: {kind} {', '.join(names)}" for kind, names in kinds if names]
+        lines += [f"note: {what} ({count} examples)" for what, count in self.template.items()]
         if self.skipped:
-            lines.append(f"skipped {len(self.skipped)} examples that cannot be trained on; the first ones:")
-            lines += [f"  {what}" for what in self.skipped[:3]]
-        return lines
+            lines.append(f"skipped {self.fates[SKIPPED]} examples that cannot be trained on; the first ones:")
+            lines += [f"  {what}" for what in self.skipped]
+        return [*lines, "examples: " + ", ".join(f"{count} {fate}" for fate, count in self.fates.items())]
 
 
 def load_training_records(args: Any) -> "datasets.Dataset":
-    """The examples that --data, --fields and --max-examples name, as they are written; fills in `args.template`.
+    """The examples that --data, --fields and --limit name, as they are written; fills in `args.template`.
 
-    What is not used of them is the result's `notes`.
+    The result's `other_files` are those of the folder that belong to another split.
 
     Raises:
-        UserError: no such data, none in a known format, or an example that is not in the format of the first.
+        UserError: no such data, or none in a known format.
     """
     source = resolve_demo(args.data, "train")
     records = load_records(source, args.split, args.data_subset, args.data_config)
-    if args.max_examples is not None:
-        records = records.select(range(min(args.max_examples, len(records))))
-    format = Format.of(records, args.fields, args.data)
-    for number, record in enumerate(records, 1):
-        try:
-            format.read(record, number)
-        except UserError as error:
-            if not getattr(args, "skip_bad", False):
-                raise
-            format.notes.skipped.append(str(error))
+    if args.limit is not None:
+        records = records.select(range(min(args.limit, len(records))))
+    args.template = args.template or Format.of(records, args.fields, args.data).template
+    records.other_files = []
     if Path(source).is_dir():
         folder = Path(source) / (args.data_subset or "")
-        format.notes.files = [str(file.relative_to(folder)) for file in files_of_split(folder, args.split)[1]]
-    records.notes = format.notes
-    args.template = args.template or format.template
+        records.other_files = [str(file.relative_to(folder)) for file in files_of_split(folder, args.split)[1]]
     return records
 
 
@@ -154,12 +167,26 @@ class Conversation:
     Attributes:
         first: the place of the first message that may be trained. masked: places that may not.
         tools: what the chat template offers to the model.
+        unused: `columns NAME` and `keys NAME` for what is held under a name that is not used.
     """
 
     messages: Messages
     first: int
     masked: set[int]
     tools: list[dict] | None
+    unused: list[str]
+
+    def pieces(self, template: Template) -> Pieces:
+        return template.pieces(self.messages, self.first, self.masked, self.tools)
+
+    def kind(self) -> str:
+        """What tells it apart for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
+        parts = {
+            " ".join((message["role"], *sorted(message), "thought" * ("</think>" in message["content"])))
+            for message in self.messages
+        }
+        turns = sum(message["role"] == "assistant" for message in self.messages)
+        return "; ".join([*sorted(parts), "tools" * bool(self.tools), "turns" * (turns > 1)])
 
     def only_last(self) -> None:
         """Trains the last assistant turn alone."""
@@ -175,14 +202,12 @@ class Format:
         is_named: whether they are two text fields that --fields names.
         template: what stands around the turns where --template does not say it.
         source: names the data in an error.
-        notes: what was read and is not used.
     """
 
     columns: tuple[str, ...]
     is_named: bool
     template: str
     source: str
-    notes: Notes = field(default_factory=Notes)
 
     @classmethod
     def of(cls, records: "datasets.Dataset", fields: list[str], source: str) -> "Format":
@@ -192,9 +217,9 @@ class Format:
             UserError: there is none, or --fields names a column that is not there.
         """
         first = records[0] if len(records) else {}
-        preference = [name for name in ("chosen", "rejected") if _holds(first.get(name))]
-        if preference:
-            raise UserError(f"{source} has a column {preference[0]!r}: {COLUMNS[preference[0]].partition(': ')[2]}")
+        for name, cell in first.items():  # before the format, which such data may lack
+            if _holds(cell) and _is_preference(name, cell):
+                raise UserError(f"{source} has a column {name!r}: {PREFERENCE}")
         there = [names for names in FORMATS if set(names) <= set(records.column_names)]
         if tuple(fields) == DEFAULT_FIELDS and there:
             columns = next((names for names in there if all(first.get(name) is not None for name in names)), there[0])
@@ -218,7 +243,8 @@ class Format:
                 if all(record.get(name) is not None for name in names):
                     ours, theirs = " and ".join(self.columns), " and ".join(names)
                     raise UserError(f"{where} has {theirs}, where examples before it have {ours}: split the file")
-        beside = self._beside(record, where)
+        unused: list[str] = []
+        beside = self._beside(record, where, unused)
         if not _is_trained(beside, where):
             return None
         if self.is_named:
@@ -233,7 +259,7 @@ class Format:
             texts[0] = "\n".join([texts[0], *(text for text in below if text != texts[0])])
             parts = [[{"role": "user", "content": texts[0]}], [{"role": "assistant", "content": texts[1]}]]
         else:
-            parts = [_read_messages(record[name], name, where, self.notes.keys) for name in self.columns]
+            parts = [_read_messages(record[name], name, where, unused) for name in self.columns]
         earlier = _read_history(beside.get("history"), where)
         system = next((beside[name] for name in ("system", "system_prompt") if name in beside), None)
         if system is not None and parts[0][0]["role"] != "system":
@@ -245,10 +271,10 @@ class Format:
         first = len(messages) - len(parts[-1]) if len(parts) > 1 and not self.is_named else 0
         if not any(message["role"] == "assistant" for message in messages[first:]):
             raise UserError(f"{where} has no assistant turn: there is nothing to train on")
-        return Conversation(messages, first, masked, _read_tools(beside, where))
+        return Conversation(messages, first, masked, _read_tools(beside, where), unused)
 
-    def _beside(self, record: dict[str, Any], where: str) -> dict[str, Any]:
-        """The columns of COLUMNS that are read and hold something; notes the others.
+    def _beside(self, record: dict[str, Any], where: str, unused: list[str]) -> dict[str, Any]:
+        """The columns of COLUMNS that are read and hold something; adds the others to `unused`.
 
         Raises:
             UserError: one that is refused holds something.
@@ -257,17 +283,24 @@ class Format:
         for name, cell in record.items():
             if name in self.columns or not _holds(cell):
                 continue
-            fate = COLUMNS.get(name, "")
-            if fate.startswith("refused:") or (name == "label" and isinstance(cell, bool)):
+            fate = f"refused: {PREFERENCE}" if _is_preference(name, cell) else COLUMNS.get(name, "")
+            if fate.startswith("refused:"):
                 raise UserError(f"{where} has a column {name!r}: {fate.partition(': ')[2]}")
             if not fate.startswith("read") or (name in ("input", "context") and not self.is_named):
-                self.notes.columns[name] += 1
+                unused.append(f"columns {name}")
             else:
                 found[name] = cell
         return found
 
 
 _MASKS = ("weight", "train")
+
+
+def _is_preference(name: str, cell: Any) -> bool:
+    """Whether a column says which answers are good: DPO's `chosen` and `rejected_response`, KTO's `label`."""
+    if name == "label":
+        return isinstance(cell, bool) or str(cell).lower() in ("true", "false")
+    return bool({"chosen", "rejected"} & {*name.lower().split("_")})
 
 
 def _holds(cell: Any) -> bool:
@@ -332,7 +365,7 @@ def _read_history(cell: Any, where: str) -> Messages:
     ]
 
 
-def _read_messages(cell: Any, name: str, where: str, others: Counter[str]) -> list[dict[str, Any]]:
+def _read_messages(cell: Any, name: str, where: str, unused: list[str]) -> list[dict[str, Any]]:
     """The messages of one cell: a list of them, or a text, which is the turn that its column's `name` says."""
     if name in ("prompt", "completion") and not isinstance(cell, list | dict):
         cell = [{"role": "user" if name == "prompt" else "assistant", "content": cell}]
@@ -340,10 +373,10 @@ def _read_messages(cell: Any, name: str, where: str, others: Counter[str]) -> li
         cell = _parsed(cell, f"{where}: {name}")
     if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
         raise UserError(f"{where}: {name} is no list of messages")
-    return [_read_message(message, f"{where}, message {number}", others) for number, message in enumerate(cell, 1)]
+    return [_read_message(message, f"{where}, message {number}", unused) for number, message in enumerate(cell, 1)]
 
 
-def _read_message(message: dict, where: str, others: Counter[str]) -> dict[str, Any]:
+def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any]:
     """Role and content under one name each; other keys, such as `reasoning_content`, are left for the template."""
     name = message.get("from") if message.get("role") is None else message["role"]
     content = message.get("value") if message.get("content") is None else message["content"]
@@ -371,7 +404,7 @@ def _read_message(message: dict, where: str, others: Counter[str]) -> dict[str, 
             raise UserError(f"{where} has {key}: {fate.partition(': ')[2]}")
         read[key] = value
         if key not in _MASKS:
-            others[key] += 1
+            unused.append(f"keys {key}")
     return read
 
 
@@ -430,7 +463,8 @@ def build_dataset(
     """Tokenises `records`; returns the examples and how many were dropped for having nothing to train on left.
 
     Two named fields are cut after `max_length` tokens. A conversation is cut after its last assistant turn that fits.
-    An example's `index` is its place in what is returned. The result's `fates` counts what became of the records.
+    An example's `index` is its place in what is returned. The result's `notes` say what became of the records, and its
+    `sample` has messages and tools of each kind of conversation.
 
     Args:
         template: `alpaca`, `chat` or `raw`; None: the format's own. train_on: `all` assistant turns, or the `last`.
@@ -441,74 +475,90 @@ def build_dataset(
         UserError: names the example that is not in the format of the first, or that the template cannot take; or the
             prompt that a server makes of an example is not the trained one.
     """
-    format = Format.of(records, fields, source)
-    writer = Template(tokenizer, template or format.template, template_args)
-
-    def encode_one(record: dict, number: int) -> tuple[dict[str, list[int]], str]:
-        conversation = format.read(record, number)
-        if conversation is None:
-            return {"input_ids": [], "labels": []}, "dropped: a field is empty, or the weight is 0"
-        if train_on == "last":
-            conversation.only_last()
-        try:
-            pieces = writer.pieces(**vars(conversation))
-            if number <= SERVED_SAMPLE:
-                writer.require_served(conversation.messages, pieces, conversation.tools)
-        except UserError as error:
-            raise UserError(f"{source}, example {number}: {error}") from error
-        whole = sum(len(ids) for ids, _ in pieces)
-        example = encode_pieces(pieces, max_length, whole_turns=not format.is_named)
-        if all(label == IGNORE_INDEX for label in example["labels"][1:]):
-            why = "no turn is to be trained" if not any(on for _, on in pieces) else f"longer than {max_length} tokens"
-            return {"input_ids": [], "labels": []}, f"dropped: {why}"
-        return example, "whole" if whole <= max_length else "cut"
-
-    def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        encoded = {"input_ids": [], "labels": [], "fate": []}
-        for number, *cells in zip(indices, *batch.values(), strict=True):
-            try:
-                example, fate = encode_one(dict(zip(batch, cells, strict=True)), number + 1)
-            except UserError:
-                if not skip_bad:
-                    raise
-                example, fate = {"input_ids": [], "labels": []}, "skipped: cannot be trained on"
-            for name, value in (*example.items(), ("fate", fate)):
-                encoded[name].append(value)
-        return encoded
-
     import datasets
 
-    ids = datasets.List(datasets.Value("int64"))  # not inferred: the first thousand examples may all be dropped
-    features = datasets.Features({"input_ids": ids, "labels": ids, "fate": datasets.Value("string")})
+    format = Format.of(records, fields, source)
+    if len(records) and not skip_bad:
+        format.read(records[0], 1)  # what is wrong with the data is named before what the template lacks
+    writer = Template(tokenizer, template or format.template, template_args)
+    compared: Counter[str] = Counter()
+
+    def encode_one(record: dict, number: int) -> dict[str, Any]:
+        conversation = format.read(record, number)
+        if conversation is None:
+            return {"fate": "dropped: a field is empty, or the weight is 0"}
+        if train_on == "last":
+            conversation.only_last()
+        kind, notes = conversation.kind(), conversation.unused
+        try:
+            pieces = conversation.pieces(writer)
+            if compared[kind] < SERVED_SAMPLE:
+                served = writer.require_served(conversation.messages, pieces, conversation.tools)
+                notes += [f"template {what}" for what in served]
+            compared[kind] += 1
+            if writer.drops_thought(conversation.messages, conversation.tools):
+                notes.append("template it leaves out thoughts")
+        except UserError as error:
+            raise UserError(f"{source}, example {number}: {error}") from error
+        example = encode_pieces(pieces, max_length, whole_turns=not format.is_named)
+        if num_valid(example["labels"]) == 0:
+            why = "no turn is to be trained" if not any(on for _, on in pieces) else f"longer than {max_length} tokens"
+            return {"fate": f"dropped: {why}", "kind": kind, "notes": notes}
+        whole = sum(len(ids) for ids, _ in pieces) <= max_length
+        return {**example, "fate": "whole" if whole else "cut", "kind": kind, "notes": notes}
+
+    def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows = []
+        for number, *cells in zip(indices, *batch.values(), strict=True):
+            try:
+                rows.append(encode_one(dict(zip(batch, cells, strict=True)), number + 1))
+            except UserError as error:
+                if not skip_bad:
+                    raise
+                rows.append({"fate": SKIPPED, "notes": [f"skipped {error}"]})
+        return {name: [row.get(name, "" if name == "kind" else []) for row in rows] for name in features}
+
+    ids, text = datasets.List(datasets.Value("int64")), datasets.Value("string")
+    types = {"input_ids": ids, "labels": ids, "fate": text, "kind": text, "notes": datasets.List(text)}
+    features = datasets.Features(types)  # not inferred: the first thousand examples may all be dropped
     how = {"batched": True, "with_indices": True, "features": features, "desc": "tokenising"}
     encoded = records.map(encode, remove_columns=records.column_names, **how)
-    fates = encoded["fate"][:]
-    encoded = encoded.remove_columns("fate")
-    kept = [row for row, fate in enumerate(fates) if fate in ("whole", "cut")]
-    if len(kept) < len(encoded):
+    dataset = _trainable(encoded)
+    dataset.notes = Notes.of(encoded.data.table, writer, getattr(records, "other_files", []))
+    dataset.sample = [format.read(records[row], row + 1) for row in _first_of_kinds(encoded.data.table["kind"])]
+    dataset.writer = writer
+    return dataset, len(records) - len(dataset)
+
+
+def _first_of_kinds(kinds: Any) -> list[int]:
+    import pyarrow.compute as pc
+
+    return [pc.index(kinds, kind).as_py() for kind in pc.unique(kinds).to_pylist() if kind][:SERVED_SAMPLE]
+
+
+def _trainable(encoded: "datasets.Dataset") -> "datasets.Dataset":
+    """The examples with something to train on, numbered."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    fates = encoded.data.table["fate"]
+    encoded = encoded.remove_columns(["fate", "kind", "notes"])
+    if len(kept := pc.indices_nonzero(pc.is_in(fates, pa.array(["whole", "cut"])))) < len(encoded):
         encoded = encoded.select(kept)
-    encoded = encoded.add_column("index", list(range(len(encoded))))
-    encoded.fates, encoded.writer = dict(Counter(fates)), writer
-    return encoded, len(records) - len(encoded)
+    return encoded.add_column("index", list(range(len(encoded))))
 
 
-SERVED_SAMPLE = 32  # so many examples' prompts are compared with a server's
+SERVED_SAMPLE = 8  # so many examples of each kind are compared with a server's prompt, and so many kinds after export
 
 
-def first_screen(records: "datasets.Dataset", examples: "datasets.Dataset") -> str:
-    """What is not used, what became of the examples, and one of them as it is trained.
-
-    Args:
-        records: of `load_training_records`. examples: what `build_dataset` made of them.
-    """
-    writer = examples.writer
-    lines = records.notes.lines(writer)
-    lines.append("examples: " + ", ".join(f"{count} {fate}" for fate, count in examples.fates.items()))
+def first_screen(examples: "datasets.Dataset") -> str:
+    """What is not used, what became of the examples of `build_dataset`, and one of them as it is trained."""
+    lines = examples.notes.lines()
     if len(examples):
         shown = []
         pairs = zip(examples[0]["input_ids"], examples[0]["labels"], strict=True)
         for is_trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
-            text = writer.tokenizer.decode([token for token, _ in group])
+            text = examples.writer.tokenizer.decode([token for token, _ in group])
             shown.append(f"⟦{text}⟧" if is_trained else text)
         text = re.sub(r"(?s)^(.{1500}).{100,}(.{500})$", r"\1 [...] \2", "".join(shown))
         lines += ["the first example; what stands in ⟦ ⟧ is trained:", text]

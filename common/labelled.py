@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.cli import UserError
-from common.tables import load_records, read_table, require_fields
+from common.tables import load_records, note_on_overlap, read_table, require_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Task:
     """A GLUE task: its texts' columns on the hub, its classes in the hub's order (none: a number is predicted), its
-    metrics, of which the first selects the best state, and its evaluation splits."""
+    metrics (the first selects the best state), and its evaluation splits."""
 
     fields: tuple[str, ...]
     classes: tuple[str, ...]
@@ -119,7 +119,7 @@ def contents_of(data: Data) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def demo_data(max_examples: int | None = None) -> Data:
+def demo_data(limit: int | None = None) -> Data:
     """The embedded movie reviews, with their own validation split, and three other domains to test on."""
     from data import sentiment
 
@@ -136,8 +136,8 @@ def demo_data(max_examples: int | None = None) -> Data:
     first, *others = sentiment.DOMAINS
     tests = {first: read("test")} | {domain: read(domain) for domain in others}
     train = read("train")
-    if max_examples is not None:
-        train = train.select(list(range(min(max_examples, len(train)))))
+    if limit is not None:
+        train = train.select(list(range(min(limit, len(train)))))
     return Data(train, read("validation"), tests, names, ("accuracy",))
 
 
@@ -148,7 +148,7 @@ def load_data(args: Any) -> Data:
         UserError: a missing column, an empty text, a label that training does not know, fewer than two classes, a
             metric or class weights that do not fit.
     """
-    data = demo_data(args.max_examples) if args.data == "demo" else _read_data(args)
+    data = demo_data(args.limit) if args.data == "demo" else _read_data(args)
     if args.metric is not None:
         fitting = ("pearson", "spearman") if data.is_regression else ("accuracy", "macro_f1", "matthews")
         if len(data.class_names) == 2:
@@ -173,14 +173,14 @@ def _read_data(args: Any) -> Data:
     else:
         source, tests = args.data, {}
         records = {path: read_table(path, args.fields, args.label) for path in (source, args.validation_data) if path}
-        for path in args.eval_data:
+        for path in args.test_data:
             name = Path(path).stem if Path(path).stem not in tests else path
             tests[name] = read_table(path, args.fields, args.label)
     for name, table in (*records.items(), *tests.items()):
         require_fields(table, [*args.fields, args.label], name, "name the columns with --fields and --label")
     training, notes = records[source], []
-    if args.max_examples is not None:
-        training = training.select(range(min(args.max_examples, len(training))))
+    if args.limit is not None:
+        training = training.select(range(min(args.limit, len(training))))
         source += f", first {len(training)} examples"
     names: list[str] | None = None
     if task is None:
@@ -207,6 +207,9 @@ def _read_data(args: Any) -> Data:
     for part, of in (("training", train), ("validation", validation)):
         if names is None and len(set(of.labels)) < 2:
             raise UserError(f"{source}: the {part} examples have one number alone in {args.label!r}: add others")
+    for name, held_out in {"validation": validation, **tests}.items():
+        rows = (zip(part.texts, part.labels, strict=True) for part in (train, held_out))
+        notes += filter(None, [note_on_overlap(*rows, name)])
     return Data(train, validation, tests, names or [], task.metrics if task else ("accuracy",), notes=notes)
 
 
@@ -303,6 +306,8 @@ def to_split(
 
 
 def _unknown(label: Any, class_names: list[str]) -> str:
+    if label is None or not label_text(label):
+        return "it has no label: fill it in, or leave the example out"
     text = f"label {label!r} is none of the training classes {', '.join(class_names)}"
     if label_text(label) == "-1":
         return f"{text}: it stands for a label that is not known, as in GLUE's test files; leave those examples out"

@@ -88,36 +88,39 @@ def gathered_module_by_module(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def dequantized(weight: Tensor) -> Tensor:
-    """A weight of bitsandbytes as plain numbers, any other as it is."""
-    if hasattr(weight, "quant_state"):
+def dequantized(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
+    """The layer's weight as plain numbers where bitsandbytes has quantized it, else `weight`, by default its own."""
+    own = layer.weight
+    if hasattr(own, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if hasattr(weight, "SCB"):  # 8 bit: each row times its scale
-        return weight.CB.float() * weight.SCB[:, None] / 127
-    return weight
+        return dequantize_4bit(own.data, own.quant_state)
+    if hasattr(own, "SCB"):  # 8 bit: each row times its scale, which the first forward pass moves to the layer's state
+        scales = layer.state.SCB if own.SCB is None else own.SCB
+        return own.data.float() * scales[:, None] / 127
+    return own if weight is None else weight
 
 
 def shared_among_ranks(
-    weights: list[Tensor], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
+    layers: list[nn.Linear], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each process decomposes every n-th weight and sends the factors to the others; at most one whole weight each."""
     me, count = dist.get_rank(), dist.get_world_size()
-    for first in range(0, len(weights), count):
-        group = weights[first : first + count]
+    for first in range(0, len(layers), count):
+        group = layers[first : first + count]
         own = None
-        for owner, weight in enumerate(group):
-            whole = gathered_by(owner, weight)
-            own = whole if owner == me else own
+        for owner, layer in enumerate(group):
+            whole = gathered_by(owner, layer.weight)
+            own = dequantized(layer, whole) if owner == me else own
         pair = None if own is None else factors(own)
         del own, whole
-        for owner, weight in enumerate(group):
-            num_out, num_in = shape_of(weight)
+        for owner, layer in enumerate(group):
+            num_out, num_in = shape_of(layer.weight)
             if owner == me:
                 A, B = pair
             else:
-                A, B = (torch.empty(shape, device=device_of(weight)) for shape in ((rank, num_in), (num_out, rank)))
+                shapes = ((rank, num_in), (num_out, rank))
+                A, B = (torch.empty(shape, device=device_of(layer.weight)) for shape in shapes)
             dist.broadcast(A, owner)
             dist.broadcast(B, owner)
             yield A, B

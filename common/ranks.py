@@ -1,5 +1,6 @@
 """The processes of a training: accelerate's ranks, DeepSpeed's configuration, the launchers above, a rank's end."""
 
+import functools
 import json
 import os
 import re
@@ -86,6 +87,8 @@ def deepspeed_config(args: Any, num_micro_batches: int, mixed: bool, width: int)
     config.pop("fp16", None)
     zero = config["zero_optimization"]
     sizes = {"reduce_bucket_size": width * width}
+    # The gradients of adapters fill less than a bucket: nothing to overlap, and buffers of a second stream to hold.
+    sizes["overlap_comm"] = args.method == "full"
     if zero["stage"] == 3:
         sizes |= {"stage3_prefetch_bucket_size": int(0.9 * width * width)}
         sizes |= {"stage3_param_persistence_threshold": 10 * width}
@@ -142,8 +145,10 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def launchers() -> list[tuple[int, str]]:
-    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): number, start time."""
+    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): number, start time. As they
+    are at the first call, the earliest possible: one that is gone by then is not known."""
     found, number = [], os.getppid()
     while "RANK" in os.environ and number > 1:
         try:
@@ -211,6 +216,12 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
+        except torch.OutOfMemoryError as error:
+            raise RunStopped(
+                f"{first_line(error)} Less takes a smaller --batch-size (of which L_SVDR is the spectrum) with more "
+                "--gradient-accumulation, or a shorter --max-length; in train.py --gradient-checkpointing, --load-in "
+                "4bit, --objective-memory 128 or --deepspeed configs/ds_zero3.json. --dry-run says what a run takes"
+            ) from error
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise
@@ -220,6 +231,7 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
             ) from error
 
     code = 0
+    launchers()
     try:
         run_script(guarded)
     except SystemExit as end:

@@ -9,9 +9,11 @@ one text, a tokenizer may merge across it.
 """
 
 import copy
+import functools
 import itertools
 import json
 import re
+import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -30,7 +32,10 @@ MARK = "Kq7ZxW2v"  # stands for a turn's text: no conversation and no template h
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under which templates look for a thought
 # A template that writes the day writes this one, Llama 3.2's own default: no day of serving is the day of training.
 DAY = time.strptime("2024-07-26", "%Y-%m-%d")
-OPENED_THOUGHT = r"<think>\s*$"  # a generation prompt may end so, where a conversation's text does not
+# A generation prompt may end with a thought, opened or empty, where a conversation's text does not.
+OPENED_THOUGHT = r"<think>\s*(?:</think>\s*)?$"
+OPENS_THOUGHT = "a server's prompt opens a thought, which the answers here begin otherwise"
+CUTS_OTHERWISE = "a server cuts earlier answers into other tokens of the same text"
 
 Messages = list[dict[str, Any]]
 Pieces = list[tuple[list[int], bool]]  # tokens, and whether they are trained
@@ -65,19 +70,29 @@ class Template:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str, arguments: dict[str, Any] | None = None):
         self.tokenizer, self.name, self.arguments = tokenizer, name, arguments or {}
+        self._borders: tuple[str, tuple[str, ...]] = ("", ())  # begin and end tokens that a text may carry already
         if name != "chat":
             if arguments:
                 raise UserError(f"--template-args are the chat template's: --template {name} has none")
             self._is_marked, self.end_token_id = True, tokenizer.eos_token_id
             self.opening = self._opening()
             self.jinja = self.opening + JINJA[name]
+            self._borders = self._begin_token(self.opening), (tokenizer.eos_token or "",)
             return
         if not tokenizer.chat_template:
             raise UserError("--template chat: the tokenizer has no chat template; take alpaca or raw")
         self.jinja = _with_arguments(tokenizer.get_chat_template(), self.arguments)
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
         self._whole: set[tuple[str, ...]] = set()  # sequences of roles that are known to be written out whole
+        self._is_open = False  # whether a turn is ended by the token that begins the next one, as GLM's is
         self.end_token_id = self._end_of_turn()
+        begin = self._begin_token(self._render([{"role": "user", "content": "Hello"}], prompt=True)[0])
+        self._borders = begin, (tokenizer.eos_token or "", tokenizer.decode([self.end_token_id]))
+
+    def _begin_token(self, opening: str) -> str:
+        """The begin token, where `opening` starts with it and no turn does (SmolLM2's begins every turn)."""
+        begin = self.tokenizer.bos_token or ""
+        return begin if opening.startswith(begin) and opening.count(begin) == 1 else ""
 
     def pieces(
         self, messages: Messages, first: int = 0, masked: Collection[int] = (), tools: list[dict] | None = None
@@ -114,20 +129,21 @@ class Template:
         pieces: Pieces,
         tools: list[dict] | None = None,
         served: "PreTrainedTokenizerBase | None" = None,
-    ) -> None:
+    ) -> set[str]:
         """Compares the prompts of the trained turns with those that a server makes of the same messages.
 
         Args:
-            pieces: of these messages. served: the server's tokenizer, such as one of an export; None: this one, with
-                the chat template of training.
+            pieces: of these messages. served: the server's tokenizer, such as one of an export; None: this one, saved
+                and loaded again.
+
+        Returns:
+            what differs and can be trained all the same: OPENS_THOUGHT, CUTS_OTHERWISE.
 
         Raises:
             UserError: they differ; shows both around the first difference.
         """
-        if served is None:
-            served = copy.copy(self.tokenizer)
-            served.chat_template = self.jinja
-        messages = self._without_borders(messages)
+        served = served or self.saved
+        messages, notes = self._without_borders(messages), set()
         ids = [token for piece, _ in pieces for token in piece]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for turn in turns[:1] + turns[1:][-1:]:
@@ -135,10 +151,10 @@ class Template:
             prompt = served.apply_chat_template(messages[:turn], **calls)
             if ids[: len(prompt)] == prompt:
                 continue
-            # A thought that the prompt opens is the answer's; tokens inside earlier answers may be cut otherwise.
             text, written = served.decode(prompt), served.decode(ids)
             thoughtless = re.sub(OPENED_THOUGHT, "", text)
             if written.startswith(thoughtless) and (thoughtless != text or turn != turns[0]):
+                notes.add(CUTS_OTHERWISE if written.startswith(text) else OPENS_THOUGHT)
                 continue
             place = next((i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(ids))
             trained_tokens, served_tokens = (
@@ -148,6 +164,7 @@ class Template:
                 f"the prompt of message {turn + 1} is trained otherwise than it is served, from token {place} on: "
                 f"trained {trained_tokens}, served {served_tokens}; take another --template"
             )
+        return notes
 
     def prompt(self, text: str) -> list[int]:
         """The tokens before the answer to `text`, said by the user: training's, and what a server makes of it."""
@@ -156,16 +173,27 @@ class Template:
             return self._ids(self._render(messages, prompt=True)[0])
         return self._own_pieces([*messages, {"role": "assistant", "content": ""}], ())[0][0]
 
+    def drops_thought(self, messages: Messages, tools: list[dict] | None = None) -> bool:
+        """Whether the chat template leaves out a thought of an answer, under its own key or in its text."""
+        thoughts = [message[key] for message in messages for key in REASONING if message.get(key) and self.names(key)]
+        for message in messages:
+            thoughts += re.findall(r"(?s)<think>(.*?)</think>", message["content"])
+        if not thoughts or self.name != "chat":
+            return False
+        text = self._written(self._without_borders(messages), tools)[0]
+        return any(str(thought).strip() not in text for thought in thoughts)
+
     def _without_borders(self, messages: Messages) -> Messages:
         """The messages without the begin and end tokens that the template writes around them too."""
-        begin, end = self.tokenizer.bos_token, self.tokenizer.eos_token
+        begin, ends = self._borders
         found = []
         for index, message in enumerate(messages):
             content = message["content"]
             if begin and not index:
                 content = content.removeprefix(begin)
+            end = next((end for end in ends if end and content.rstrip().endswith(end)), "")
             if end and message["role"] == "assistant":
-                content = content.removesuffix(end)
+                content = content.rstrip().removesuffix(end)
             found.append(message | {"content": content})
         return found
 
@@ -229,6 +257,8 @@ class Template:
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = self.plain_jinja
         tokenizer.init_kwargs["trained_template"] = self.name
+        if getattr(tokenizer, "legacy", None) is not None:  # transformers 5 does not write it, and tokens hang on it
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         tokenizer.save_pretrained(folder)
         clean_tokenizer_config(folder / "tokenizer_config.json")
         if generation_config is not None:
@@ -261,21 +291,63 @@ class Template:
                     return render([_with_arguments_as_text(message) for message in messages])
             except Exception:  # the first error says more
                 pass
-            raise UserError(f"the chat template refuses it: {first_line(error)}") from error
+            what = f"the chat template refuses it: {first_line(error)}"
+            raise UserError(f"{what}; leave it out (--skip-bad), or take another --template") from error
+
+    def _written(self, messages: Messages, tools: list[dict] | None) -> tuple[str, list[tuple[int, int]]]:
+        """A conversation's text as it is trained, and where its generation marks are.
+
+        It is the template's, but for two things that a model has to learn: a thought of the last answer that the prompt
+        opens and that the template leaves out (DeepSeek-R1's), and the token that ends the last turn (GLM's).
+        """
+        text, marks = self._render(messages, tools)
+        last = messages[-1]
+        if marks or last["role"] != "assistant":
+            return text, marks
+        thought = re.match(r"(?s)\s*<think>\s*(.*)</think>", last["content"])
+        if thought and not last.get("tool_calls") and thought[1].strip() not in text:
+            prompt = self._render(messages[:-1], tools, prompt=True)[0]
+            if prompt.rstrip().endswith("<think>"):
+                closing = self._render([*messages[:-1], _marked(last)], tools)[0].partition(MARK)[2]
+                text = prompt + last["content"][thought.start(1) :] + closing
+        if self._is_open:
+            follows = {"role": "tool" if last.get("tool_calls") else "user", "content": MARK}
+            marked = [*messages[:-1], _marked(last)]
+            ends, goes_on = (self._render(part, tools)[0].partition(MARK)[2] for part in (marked, [*marked, follows]))
+            text += self._special_head(goes_on[len(ends) :])
+        return text, marks
+
+    def _special_head(self, text: str) -> str:
+        """The special token that a text begins with, or nothing."""
+        ids = self._ids(text)[:1]
+        return self.tokenizer.decode(ids) if ids and ids[0] in self._special else ""
+
+    @functools.cached_property
+    def saved(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer as a server has it: written and loaded again."""
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return AutoTokenizer.from_pretrained(folder)
+
+    @functools.cached_property
+    def _special(self) -> set[int]:
+        return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
     def _spans(
         self, messages: Messages, turns: list[int], tools: list[dict] | None
     ) -> tuple[str, list[tuple[int, int]], list[int]]:
         """The conversation's text, its trained parts, and the ends of the prompts that they answer."""
-        text, marks = self._render(messages, tools)
+        text, marks = self._written(messages, tools)
         prompts = [self._render(messages[:turn], tools, prompt=True)[0] for turn in turns]
         if not marks:
             heads = [prompt if text.startswith(prompt) else re.sub(OPENED_THOUGHT, "", prompt) for prompt in prompts]
             for turn, head in zip(turns, heads, strict=True):
                 if not text.startswith(head):
+                    remedy = "take another --template" if turn == turns[-1] else "--train-on last trains the last alone"
                     raise UserError(
-                        f"the chat template begins message {turn + 1} otherwise than its prompt ends: train on the "
-                        "last turn alone (--train-on last), or give the template generation marks"
+                        f"the chat template begins message {turn + 1} otherwise than its prompt ends: {remedy}"
                     )
         if marks:
             assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -297,13 +369,18 @@ class Template:
         much of what follows closes the turn: as much as follows where the conversation ends there.
         """
         marked = [*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :]]
-        after = self._render(marked, tools)[0].rpartition(MARK)[2]
-        closing = self._render(marked[: turn + 1], tools)[0].rpartition(MARK)[2]
+        calls = messages[turn].get("tool_calls")
+        said = calls[-1]["function"]["name"] if calls else messages[turn]["content"]
+        after, closing = (  # what is said may come again, as a function's name does beside its result
+            self._written(part, tools)[0].partition(MARK)[2].replace(MARK, said)
+            for part in (marked, marked[: turn + 1])
+        )
         if not text.endswith(after):
             raise UserError(f"the chat template writes what follows message {turn + 1} by what it says")
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closing, after, strict=False)))
         while length and not all(self._begins(text, closing[:length]) for text in (closing, after)):
             length -= 1  # inside a token: "<" of two different ones
+        length = length or len(self._special_head(after))  # gpt-oss's: another token ends an earlier turn than the last
         if not length:
             raise UserError(f"the chat template does not close message {turn + 1}: a model would never stop")
         return len(text) - len(after) + length
@@ -313,10 +390,11 @@ class Template:
         for index, message in enumerate(messages):
             marked = [*messages[:index], _marked(message), *messages[index + 1 :]]
             if MARK not in self._render(marked, tools)[0]:
-                what = "the tool calls of " if message.get("tool_calls") else ""
+                what, remedy = "", "take --template raw, or leave it out (--skip-bad)"
+                if message.get("tool_calls"):
+                    what, remedy = "the tool calls of ", "write them as text, or take a model with a template for them"
                 raise UserError(
-                    f"the chat template drops {what}message {index + 1}, of the role {message['role']}: take a model "
-                    "with a template that writes them, or write them as text"
+                    f"the chat template drops {what}message {index + 1}, of the role {message['role']}: {remedy}"
                 )
         if tools and self._render(messages, tools)[0] == self._render(messages)[0]:
             raise UserError("the chat template has no place for tools: write them into the system's turn")
@@ -329,13 +407,15 @@ class Template:
         """
         answer = MARK[::-1]
         messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        closing = self._ids(self._render(messages)[0].rpartition(answer)[2])
-        end = next((token for token in closing if token in special), None)
+        closing = self._render(messages)[0].rpartition(answer)[2]
+        if not closing:
+            self._is_open = not self._is_marked
+            closing = self._written(messages, None)[0].rpartition(answer)[2]
+        end = next((token for token in self._ids(closing) if token in self._special), None)
         trained = [token for ids, is_trained in self.pieces(messages) if is_trained for token in ids]
         if end is None or end not in trained:
             what = "ends no turn by a special token" if end is None else "leaves what ends a turn out of its marks"
-            raise UserError(f"--template chat: the chat template {what}: a model would never stop")
+            raise UserError(f"--template chat: the chat template {what}: a model would never stop; take another one")
         return end
 
     # ---- chat: from text to tokens

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # Those of transformers' schedules that need no settings of their own. Each is a function of the step alone.
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 LR_SCHEDULERS += ("cosine_with_restarts",)
+POLYNOMIAL_END = 1e-7  # the rate that transformers' polynomial schedule ends at
 
 
 def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, Any]]) -> None:
@@ -58,13 +59,17 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
     require_finite(args)
     positive = ("rank", "alpha", "max_length", "batch_size", "learning_rate", "temperature", "epochs", "spectral_k")
     positive += ("gradient_accumulation", "keep_checkpoints")
-    require_positive(args, *positive, "max_examples")
+    require_positive(args, *positive, "limit")
     lambdas = [name for name in vars(args) if name.startswith("lambda_")]
     require_not_negative(args, *lambdas, "save_steps", "weight_decay", "max_grad_norm", "seed")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed is {args.seed}: it must be below 2**32")
     require_share(args, "warmup_fraction")
     require_below_one(args, "warmup_ratio")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {', '.join(LR_SCHEDULERS)}")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        raise UserError(f"--lr-scheduler polynomial ends at {POLYNOMIAL_END}: --learning-rate must be above it")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     if args.max_steps != -1 and args.max_steps <= 0:
@@ -79,9 +84,9 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
 class MicroBatches:
     """Which examples each optimizer step has, shared out among ranks: the same micro-batches for any number of ranks.
 
-    The n-th micro-batch of an epoch belongs to rank n mod `num_ranks`. No example comes twice in an epoch: where the
-    last round has fewer micro-batches than there are ranks, a rank stands in with one that counts for nothing, because
-    gradients are averaged by all ranks or none.
+    The n-th micro-batch of an epoch belongs to rank n mod `num_ranks`. No example comes twice in an epoch. Where the
+    last round has fewer micro-batches than there are ranks, a rank without one runs a dummy micro-batch with weight 0,
+    because all ranks must take part when gradients are averaged.
 
     Args:
         order: gives an epoch's order of the examples.
@@ -273,7 +278,6 @@ class Training:
         """Puts a checkpoint's parameters, optimizer, log and place in the data back; nothing where there is none."""
         if checkpoint is None:
             return
-        checkpoints.require_same_contents(checkpoint, self.contents, self.args.accept_changes)
         # The log's intervals and the length are those of this start: another --max-steps is another run.
         self.progress = checkpoints.load_progress(checkpoint)
         self._resumed_seconds = self.progress.seconds
@@ -355,7 +359,7 @@ class Training:
         """The gradient of one micro-batch's part of the step's loss. Ranks average gradients, and the parts add up.
 
         Args:
-            counts: False: the micro-batch stands in for one that is not there.
+            counts: False: a dummy micro-batch, with weight 0.
         """
         loss = loss * (self.num_ranks if counts else 0)
         if self.engine is not None:

@@ -1,13 +1,16 @@
 """Validation while training: what is held out, the means over it, the best state, early stopping, samples."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -18,6 +21,7 @@ from common.pretrained import resolve_demo
 from common.prompts import decode_response
 from common.ranks import read_deepspeed
 from common.runs import SAMPLES, JsonLines
+from common.tables import note_on_overlap
 from common.templates import Template
 
 if TYPE_CHECKING:
@@ -28,9 +32,11 @@ SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
 
 @dataclass
 class ValidationArguments:
-    """What is watched while it trains; without --eval-data and --eval-share nothing is, and it costs nothing."""
+    """What is watched while it trains; without --validation-data and --eval-share nothing is, and it costs nothing."""
 
-    eval_data: str | None = option(None, "held-out examples to validate on: a file like --data's, or a folder of them")
+    validation_data: str | None = option(
+        None, "held-out examples to validate on: a file like --data's, or a folder of them", formerly="eval_data"
+    )
     eval_share: float | None = option(None, "hold out this part of --data instead, drawn by --seed: 0.02, say")
     eval_steps: int = option(100, "optimizer steps between two validations; the last step has one too")
     keep_best: bool = option(False, "export the state of the lowest validation loss, not the last one")
@@ -43,16 +49,16 @@ class ValidationArguments:
 def check_validation(args: Any) -> None:
     """Raises a UserError where the options of ValidationArguments do not fit together, or name what is not there."""
     require_positive(args, "eval_steps", "patience")
-    if args.eval_data is not None and args.eval_share is not None:
-        raise UserError("--eval-data and --eval-share both say what is held out: give one of the two")
+    if args.validation_data is not None and args.eval_share is not None:
+        raise UserError("--validation-data and --eval-share both say what is held out: give one of the two")
     if args.eval_share is not None and not 0 < args.eval_share < 1:
         raise UserError(f"--eval-share is {args.eval_share}: it must be above 0 and below 1")
-    if args.eval_data is None and args.eval_share is None:
+    if args.validation_data is None and args.eval_share is None:
         for name, value in (("keep-best", args.keep_best), ("patience", args.patience)):
             if value:
-                raise UserError(f"--{name} needs a validation: add --eval-data or --eval-share")
+                raise UserError(f"--{name} needs a validation: add --validation-data or --eval-share")
         if args.sample_prompts is not None:
-            raise UserError("--sample-prompts are answered at validations: add --eval-data or --eval-share")
+            raise UserError("--sample-prompts are answered at validations: add --validation-data or --eval-share")
     if args.sample_prompts is not None:
         read_prompts(args.sample_prompts, args.fields[0])
         if read_deepspeed(args.deepspeed).get("zero_optimization", {}).get("stage") == 3:
@@ -64,11 +70,11 @@ def check_validation(args: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def arguments_of_eval_data(args: Any) -> Any | None:
-    """The same with --eval-data in the place of --data, all of it; None without."""
-    if args.eval_data is None:
+def arguments_of_validation_data(args: Any) -> Any | None:
+    """The same with --validation-data in the place of --data, all of it; None without."""
+    if args.validation_data is None:
         return None
-    source = {"data": resolve_demo(args.eval_data, "test"), "split": "validation", "max_examples": None}
+    source = {"data": resolve_demo(args.validation_data, "test"), "split": "validation", "limit": None}
     return dataclasses.replace(args, **source, data_subset=None, data_config=None, teacher_cache=None)
 
 
@@ -78,21 +84,46 @@ def hold_out(
     """The examples to train on and those to validate on, each in its order; their `index` is their place in `together`.
 
     Args:
-        examples: of --data. held_out: of --eval-data.
+        examples: of --data. held_out: of --validation-data.
 
     Raises:
-        UserError: --eval-share leaves nothing to train on.
+        UserError: --eval-share leaves nothing to train on, or --validation-data holds what is trained on.
     """
     if held_out is not None:
         indices = list(range(len(examples), len(examples) + len(held_out)))
-        return examples, held_out.remove_columns("index").add_column("index", indices)
-    if args.eval_share is None:
-        return examples, None
+        held_out = held_out.remove_columns("index").add_column("index", indices)
+    elif args.eval_share is not None:
+        examples, held_out = _split(args, examples)
+    if held_out is not None:
+        trained, watched = row_digests(examples), row_digests(held_out)
+        if args.validation_data is not None and set(trained) == set(watched):
+            raise UserError(f"--validation-data {args.validation_data} holds what is trained on: name other examples")
+        note = note_on_overlap(trained, watched, "what is held out")
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note, flush=True)
+    return examples, held_out
+
+
+def _split(args: Any, examples: "datasets.Dataset") -> "tuple[datasets.Dataset, datasets.Dataset]":
+    """The examples without the part that --eval-share draws, and that part."""
     count = max(1, round(args.eval_share * len(examples)))
     if count >= len(examples):
         raise UserError(f"--eval-share {args.eval_share} of {len(examples)} examples leaves none to train on")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
     return examples.select(sorted(order[count:])), examples.select(sorted(order[:count]))
+
+
+def row_digests(examples: "datasets.Dataset") -> list[bytes]:
+    """Of each tokenised example a digest of its `input_ids` and `labels`."""
+    digests = []
+    for table in examples.with_format("arrow").iter(batch_size=1000):
+        columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels")]
+        ends = np.cumsum(columns[0].value_lengths().to_numpy(zero_copy_only=False))[:-1]
+        rows = (np.split(column.flatten().to_numpy(zero_copy_only=False), ends) for column in columns)
+        digests += [
+            hashlib.sha256(ids.tobytes() + labels.tobytes()).digest() for ids, labels in zip(*rows, strict=True)
+        ]
+    return digests
 
 
 def together(examples: "datasets.Dataset", held_out: "datasets.Dataset | None") -> "datasets.Dataset":
@@ -235,7 +266,7 @@ class Sampler:
     max_length: int
 
     @classmethod
-    def of(cls, args: Any, tokenizer: transformers.PreTrainedTokenizerBase) -> "Sampler | None":
+    def of(cls, args: Any, tokenizer: "transformers.PreTrainedTokenizerBase") -> "Sampler | None":
         """What --sample-prompts asks for; None without.
 
         Raises:
@@ -252,7 +283,7 @@ class Sampler:
         return cls(JsonLines(Path(args.output_dir) / SAMPLES), template, prompts, encoded, args.max_length)
 
     @torch.no_grad()
-    def write(self, model: transformers.PreTrainedModel, step: int) -> None:
+    def write(self, model: "transformers.PreTrainedModel", step: int) -> None:
         """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
         own = model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]

@@ -1,9 +1,15 @@
 """What HumanEval and MBPP share: the code in a completion, its verdict from the sandbox, pass@k."""
 
+import ast
+import builtins
+import codeop
 import math
 import re
+import symtable
 import sys
 import textwrap
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,123 +61,440 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The code in a completion. By lines, not by Python's parser: a model can write what takes the parser down.
+# The code in a completion: the statements that Python's parser finds in it, whatever stands between them
 # ----------------------------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)[ \t]*")  # a line of its own; with a language, it opens
-# How a line of code outside every block begins, as opposed to prose.
-CODE_LINE = re.compile(
-    r"(?:import|from|def|async def|class|if|elif|for|while|with|return|assert|del|raise|global)\b.*"
-    r"|(?:try|else|finally|except\b.*):.*|@.*|#.*|[)\]}].*|'''.*|\"\"\".*"
-    r"|[A-Za-z_][\w.,\[\] '\"]*(?::[^=]+)?[-+*/]?=[^=].*"  # an assignment
-    r"|[A-Za-z_][\w.]*\(.*"  # a call
+# A model may go on after its own end, or with a problem that it makes up.
+END_OF_TEXT = re.compile(r"<\|[\w ]+\|>|</s>[ \t]*$|^(?:" + "|".join(benchmark.BEGINNINGS) + ")", re.MULTILINE)
+FENCE = re.compile(r"(.*?)(`{3,}|~{3,})(.*)")
+INLINE = re.compile(r"[ \t]*(?:(?:python3?|py)\b[ \t]*)?(?=\w)(.*?)(?:`{3,}|~{3,})(.*)", re.IGNORECASE)
+MARK = re.compile(r"([ \t]*)(?:>>>|\.\.\.|>)(?: |$)")  # an interpreter's prompts, a quotation
+COMPOUND = re.compile(r"(?:async|class|def|for|if|try|while|with)\b|@")
+CONTINUES = re.compile(r"(?:elif|else|except|finally)\b")
+# What the lines before a further version say of it: that it replaces the one before, or that it stands beside it.
+CORRECTS = re.compile(
+    r"\b(?:actually|correct(?:ed|ion|ly)?|final|fix(?:ed)?|improved|revised|sorry|updated|wait)\b", re.I
 )
+BESIDE = re.compile(r"\b(?:also|alternatively?|another|buggy|incorrect\w*|mistakes?|naive|not|other|wrong)\b", re.I)
+# A statement with one of these reads, shows, tests or ends something: it is no part of the function.
+DRIVES = {
+    "__name__",
+    "_exit",
+    "argv",
+    "assert",
+    "exit",
+    "input",
+    "main",
+    "parse_args",
+    "print",
+    "quit",
+    "show",
+    "stdin",
+}
+DRIVES |= {"testmod"}
+NOT_HARMLESS = {
+    "antigravity",
+    "idlelib",
+    "this",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+}  # on import they act, or need a screen
+MOST_PARSED = 1_000_000  # characters that are parsed of one completion: a text can be made to take for ever
+MOST_ROUNDS = 10  # of looking for what acts on what is needed
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 
-def extract_code(completion: str, names: tuple[str, ...]) -> str:
-    """The code in a completion: the first fenced block that defines one of `names`, with the definitions in blocks
-    before it; else what stands outside and defines one; else the first block. Without blocks, the lines of code.
+@dataclass
+class Statement:
+    """Code that stands outside every block of code; a broken statement has no `nodes`."""
 
-    The first line keeps its indentation: a completion may be the body of a function.
+    text: str
+    lines: range
+    indent: int
+    group: int  # the same for statements between which there is nothing but code
+    introduction: str  # the prose before the group
+    nodes: list[ast.stmt]
+    binds: set[str]  # names of the module
+    reads: set[str]  # names of the module and built-in ones, read by it or by functions in it
+    at_once: set[str]  # those that are read when the statement runs
+
+    def walk(self) -> Iterator[ast.AST]:
+        return (node for statement in self.nodes for node in ast.walk(statement))
+
+    def words(self) -> set[str]:
+        """Every name and attribute in it, and "assert" where it has one."""
+        found = {"assert" if isinstance(node, ast.Assert) else None for node in self.walk()}
+        return found | {getattr(node, "id", getattr(node, "attr", None)) for node in self.walk()}
+
+    def is_only(self, kinds: tuple[type, ...]) -> bool:
+        return all(isinstance(node, kinds) for node in self.nodes)
+
+    def is_stub(self) -> bool:
+        """Whether it defines functions or classes and leaves their bodies open."""
+        return bool(self.nodes) and all(map(_is_open, self.nodes))
+
+
+def _returns(node: ast.AST) -> bool:
+    """Whether it belongs into a function: it returns or yields outside of the functions in it."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom)):
+            return True
+        if not isinstance(node, (*DEFINITIONS, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return False
+
+
+def _is_open(node: ast.stmt) -> bool:
+    if isinstance(node, DEFINITIONS):
+        return all(_is_open(inner) for inner in node.body)
+    if isinstance(node, ast.Raise):
+        return any(getattr(part, "id", None) == "NotImplementedError" for part in ast.walk(node))
+    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+
+
+def extract_code(completion: str, names: tuple[str, ...], before: str = "") -> str:
+    """The program in a completion: the definitions of `names`, with what they need and what can do no harm.
+
+    All code in a completion is one program, like the cells of a notebook: of several definitions the last one counts.
+    Stubs do not count, nor what the text calls another version or a wrong one. Without a definition of `names`: the
+    lines that can be a function's body; the first one keeps its indentation.
+
+    Args:
+        before: the source that the completion goes on from.
     """
-    blocks, text = fenced_blocks(re.sub(r"^ (?=\S)", "", completion))  # the space that parts it from its prompt
-    defining = [number for number, block in enumerate(blocks) if defines(block, names)]
-    if defining:
-        helpers = [block for block in blocks[: defining[0]] if is_definitions(block, names)]
-        return without_trials("\n".join([*helpers, blocks[defining[0]]]), names)
-    if blocks and not defines(text, names):
-        return blocks[0]
-    return without_trials(leading_code(text, names), names)
-
-
-def fenced_blocks(completion: str) -> tuple[list[str], str]:
-    """The fenced blocks, without what all their lines are indented by, and the text outside of them.
-
-    A completion may begin inside of a block that its prompt has opened: code before a first fence without a language.
-    It may end inside of one, cut short: that one comes last.
-    """
-    blocks, outside, block = [], [], None
-    for line in completion.split("\n"):
-        before, mark, after = line.partition("```")
-        fence = FENCE.fullmatch(line)
-        ends = bool(mark) and (not before.strip() or not after.strip())  # a model may write on where a block ends
-        if block is None and ends and not after.strip() and not blocks and is_code([*outside, before]):
-            block, outside = outside, []
-        if block is not None and ends:
-            blocks.append([*block, before])
-            block = [] if fence and fence[1] else None
-        elif block is not None:
-            block.append(line)
-        elif fence:
-            block = []
-        else:
-            outside.append(line)
-    if block and any(line.strip() for line in block):
-        blocks.append(block)
-    return [textwrap.dedent("\n".join(lines)).rstrip() + "\n" for lines in blocks], "\n".join(outside)
-
-
-def is_code(lines: list[str]) -> bool:
-    """Whether every line that is not empty is one of code, indented or not, and one of them no comment."""
-    lines = [line for line in lines if line.strip()]
-    return all(line.startswith(("  ", "\t")) or CODE_LINE.fullmatch(line) for line in lines) and any(
-        line.lstrip()[0] != "#" for line in lines
-    )
-
-
-def is_definitions(block: str, names: tuple[str, ...]) -> bool:
-    """Whether the block imports, defines and sets constants, and does nothing with `names`."""
-    lines = [line for line in block.split("\n") if line.strip() and line[0] not in " \t#"]
-    pattern = r"(?:import|from|def|async def|class)\b.*|@.*|[)\]}].*|\w+ *=[^=(]*"
-    uses = any(re.search(rf"\b{re.escape(name)}\b", block) for name in names)
-    return not uses and all(re.fullmatch(pattern, line) for line in lines)
-
-
-def without_trials(code: str, names: tuple[str, ...]) -> str:
-    """The code without the calls and asserts by which a model tries its function, after the function's definition."""
-    if not defines(code, names):
-        return code
-    lines, kept, defined, dropping = code.split("\n"), [], False, False
-    for line in lines:
-        goes_on = dropping and re.match(r"(?:else|elif|except|finally)\b", line) is not None
-        if line.strip() and line[0] not in " \t)]}" and not goes_on:
-            dropping = defined and re.match(r"assert\b|print\(|if __name__\b", line) is not None
-            defined = defined or defines(line, names)
-        if not dropping:
-            kept.append(line)
-    return "\n".join(kept).rstrip() + "\n"
-
-
-def leading_code(text: str, names: tuple[str, ...]) -> str:
-    """The lines of code that a text begins with, or those from its first definition on if it defines one of `names`."""
-    lines = text.split("\n")
-    while lines and not lines[0].strip():
-        del lines[0]
-    start = 0
-    if defines(text, names):  # prose before the code
-        start = next(i for i, line in enumerate(lines) if re.match(r"(import|from|def|async def|class|@)\b", line))
-    end = start + 1
-    while end < len(lines) and (not lines[end].strip() or lines[end][0] in " \t" or CODE_LINE.fullmatch(lines[end])):
-        end += 1
-    return "\n".join(lines[start:end]).rstrip() + "\n"
+    lines, statements = statements_of(re.sub(r"^ (?=\S)", "", completion))  # the space that parts it from its prompt
+    defining = _defining(statements, names)
+    if not defining:
+        return _body(lines, statements)
+    given = statements_of(before)[1]
+    for statement in given:
+        statement.group = -1
+    levels: dict[int, int] = {}  # by group, how deep the program's own statements stand
+    for statement in [*defining, *statements]:
+        levels.setdefault(statement.group, statement.indent)
+    statements = [
+        statement for statement in statements if statement.nodes and statement.indent == levels[statement.group]
+    ]
+    return _program(_current([*given, *statements], names), names)
 
 
 def defines(code: str, names: tuple[str, ...]) -> bool:
-    """Whether a function or class of one of these names is defined outside every block."""
-    return any(re.search(rf"^(?:async def|def|class)\s+{re.escape(name)}\b", code, re.MULTILINE) for name in names)
+    """Whether one of `names` is defined, assigned or imported outside every block."""
+    return bool(_defining(statements_of(code)[1], names))
+
+
+def statements_of(text: str) -> tuple[list[str], list[Statement]]:
+    """The text's lines, with fences and other marks taken apart from code, and the statements in them."""
+    thoughts, _, answer = text.rpartition("</think>")
+    text = END_OF_TEXT.split(answer if answer.strip() else thoughts, maxsplit=1)[0].replace("\r\n", "\n")
+    lines = [re.sub(r"^\s+", lambda space: re.sub(r"[^\t]", " ", space[0]), line) for line in text.split("\n")]
+    found: list[Statement] = []
+    group, introduction, prose = 0, "", [""]
+    start, left = 0, MOST_PARSED
+    while start < len(lines):
+        line = lines[start].strip()
+        if not line or line[0] == "#":
+            start += 1
+            continue
+        end, nodes, left = _statement_at(lines, start, left)
+        if nodes is None or (nodes and all(map(_may_be_prose, nodes))):
+            prose += [] if FENCE.match(line) else [line]
+            group, start = group + 1, start + 1
+            continue
+        if prose:
+            introduction, prose = "\n".join(prose[-3:]), []
+        indent = len(lines[start]) - len(lines[start].lstrip())
+        code = _at_level(lines[start:end], indent)
+        names = _names_of(code) if nodes else (set(), set(), set())
+        found.append(Statement(code, range(start, end), indent, group, introduction, nodes, *names))
+        start = end
+    return lines, found
+
+
+def _statement_at(lines: list[str], start: int, left: int) -> tuple[int, list[ast.stmt] | None, int]:
+    """Where the statement that begins at a line ends, its nodes, and how many characters may be parsed afterwards.
+    Nodes are None where the line is prose, and none where it begins a statement that is broken."""
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    end = _end_of_block(lines, start + 1, indent)
+    while left > 0:
+        text = _at_level(lines[start:end], indent)
+        left -= len(text)
+        try:
+            nodes = _parsed(text)
+        except SyntaxError as error:
+            at = start + (error.lineno or 1) - 1
+            if at < len(lines) and _mended(lines, at, error.msg):
+                end = _end_of_block(lines, start + 1, indent)
+                continue
+            if start < at < end and not COMPOUND.match(lines[start].lstrip()):
+                end = at  # a line that has lost its indentation, before others
+                continue
+            is_broken = at > start
+            break
+        if nodes is not None:
+            while not lines[end - 1].strip() or lines[end - 1].lstrip()[0] == "#":
+                end -= 1
+            return end, nodes, left
+        is_broken = True
+        if end == len(lines):
+            break
+        end = _end_of_block(lines, end + 1, indent)
+    if left > 0 and is_broken and COMPOUND.match(lines[start].lstrip()):
+        return _end_of_block(lines, start + 1, indent), [], left
+    return start + 1, None, left
+
+
+def _end_of_block(lines: list[str], line: int, indent: int) -> int:
+    """The first line from `line` on that neither stands deeper than `indent` nor goes on with a statement there."""
+    while line < len(lines):
+        text = lines[line].lstrip()
+        depth = len(lines[line]) - len(text)
+        inside = depth > indent or (depth == indent and CONTINUES.match(text))
+        if text and text[0] != "#" and (not inside or text.startswith(("```", "~~~"))):
+            return line
+        line += 1
+    return line
+
+
+def _at_level(lines: list[str], indent: int) -> str:
+    """The lines without the first one's indentation; in a string a line may stand further left."""
+    return "\n".join(line if line[:indent].strip() else line[indent:] for line in lines).rstrip() + "\n"
+
+
+def _parsed(text: str) -> list[ast.stmt] | None:
+    """The statements; None where the text may be the beginning of one.
+
+    Raises:
+        SyntaxError: it is no code, or too deep to be parsed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return compile(text, "", "exec", ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT, True).body
+    except SyntaxError as error:
+        if error.msg == "incomplete input":
+            return None
+        raise
+    except (ValueError, MemoryError, RecursionError) as error:  # null bytes, surrogates, depth
+        raise SyntaxError(str(error)) from error
+
+
+def _mended(lines: list[str], at: int, problem: str) -> bool:
+    """Frees a line from what is no code: blanks that are no spaces, a fence beside code, marks before it. Whether there
+    was any."""
+    line = lines[at]
+    if invisible := re.search(r"non-printable character U\+([0-9A-F]+)", problem):
+        character = chr(int(invisible[1], 16))
+        lines[at] = line.replace(character, " " if character.isspace() else "")
+        return lines[at] != line
+    if fence := FENCE.fullmatch(line):
+        before, mark, after = fence.groups()
+        inline = INLINE.fullmatch(after)
+        if before.strip() or inline:
+            apart = [before, mark + after] if before.strip() else [mark, before + inline[1], mark, inline[2]]
+            lines[at : at + 1] = apart
+            return True
+    count = 0
+    while at < len(lines) and (mark := MARK.match(lines[at])):
+        lines[at] = mark[1] + lines[at][mark.end() :]
+        at, count = at + 1, count + 1
+    return count > 0
+
+
+def _may_be_prose(node: ast.stmt) -> bool:
+    """Whether a statement that Python takes has no effect, as "Note: this" and "Yes, indeed" have none."""
+    if isinstance(node, ast.AnnAssign):
+        return node.value is None
+    acts = (ast.Call, ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr)
+    says = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is not ...
+    is_text = says and isinstance(node.value.value, str)
+    return isinstance(node, ast.Expr) and not is_text and not any(isinstance(part, acts) for part in ast.walk(node))
+
+
+def _names_of(code: str) -> tuple[set[str], set[str], set[str]]:
+    """The names of the module that a statement binds, that it reads, and that it reads at once."""
+    try:
+        module = symtable.symtable(code, "", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a `nonlocal` without a function around it
+        return set(), set(), set()
+    symbols = module.get_symbols()
+    binds = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
+    at_once = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
+    reads, tables = set(at_once), module.get_children()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if symbol.is_global():
+                reads |= {symbol.get_name()} if symbol.is_referenced() else set()
+                binds |= {symbol.get_name()} if symbol.is_assigned() else set()
+    return binds, reads, at_once
+
+
+def _methods(statement: Statement, names: tuple[str, ...]) -> dict[str, str]:
+    """By name, the expression that is a method of a class in this statement: LeetCode's form."""
+    found = {}
+    for node in statement.nodes:
+        for method in node.body if isinstance(node, ast.ClassDef) else []:
+            if isinstance(method, ast.FunctionDef) and method.name in names:
+                takes_self = [argument.arg for argument in method.args.args[:1]] == ["self"]
+                found[method.name] = f"{node.name}{'()' if takes_self else ''}.{method.name}"
+    return found
+
+
+def _defines(statement: Statement, names: tuple[str, ...]) -> bool:
+    return bool(statement.binds & set(names) or _methods(statement, names))
+
+
+def _defining(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
+    """Those that define one of `names`, but for what stands in a function's body; none where they are stubs for one."""
+    bodies = {s.group for s in statements if any(map(_returns, s.nodes))}
+    found = [s for s in statements if _defines(s, names) and s.group not in bodies]
+    return [] if bodies and all(s.is_stub() for s in found) else found
+
+
+def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
+    """Those of the versions that count."""
+    solid = {name for statement in statements if not statement.is_stub() for name in statement.binds}
+    statements = [s for s in statements if not (s.is_stub() and s.binds <= solid)]
+    counting, beside = None, set()
+    for statement in statements:
+        if _defines(statement, names) and statement.group not in {counting, *beside}:
+            said = statement.introduction
+            if counting is not None and BESIDE.search(said) and not CORRECTS.search(said):
+                beside.add(statement.group)
+            else:
+                counting = statement.group
+    return [statement for statement in statements if statement.group not in beside]
+
+
+def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
+    """The definitions of `names`, with what they need and what can do no harm, in their order."""
+    methods: dict[str, str] = {}
+    for statement in statements:
+        methods |= _methods(statement, names)
+    missing = set(names) - {name for statement in statements for name in statement.binds}
+    methods = {name: method for name, method in methods.items() if name in missing}
+    links: dict[str, tuple[set[str], set[str]]] = {}  # by name, what the statements that bind it read, and their words
+    for statement in statements:
+        for name in statement.binds:
+            reads, words = links.setdefault(name, (set(), set()))
+            reads.update(statement.reads, statement.binds)
+            words.update(statement.words())
+    needed = _reached(set(names) | {method.split(".")[0].removesuffix("()") for method in methods.values()}, links)
+    data = {name for s in statements if not s.is_only(DEFINITIONS) for name in s.binds}
+    acting: list[Statement] = []
+    waiting = [s for s in statements if not s.is_only((*DEFINITIONS, *IMPORTS))]
+    for _ in range(MOST_ROUNDS):  # what acts on something needed needs more, and others may act on that
+        more = [s for s in waiting if _acts_on(s, needed, data, links, set(names))]
+        waiting = [s for s in waiting if s not in more] if more else []
+        acting += more
+        needed |= _reached({name for statement in more for name in statement.reads}, links)
+    kept: list[Statement] = []
+    bound = set(dir(builtins))
+    for statement in statements:
+        if statement in acting or statement.binds & needed or _is_harmless(statement, bound):
+            kept.append(statement)
+            bound |= statement.binds
+    kept.sort(key=lambda statement: not statement.text.startswith("from __future__ "))
+    text = ""
+    for before, statement in zip([None, *kept], kept, strict=False):
+        apart = before is not None and (before.group, before.lines.stop) != (statement.group, statement.lines.start)
+        text += "\n" * apart + statement.text
+    return text + "".join(f"\n{name} = {method}\n" for name, method in methods.items())
+
+
+def _reached(names: set[str], links: dict[str, tuple[set[str], set[str]]]) -> set[str]:
+    """The names, and those that the statements that bind them read, and so on."""
+    reached, new = set(), set(names)
+    while new:
+        reached |= new
+        new = {name for known in new & links.keys() for name in links[known][0]} - reached
+    return reached
+
+
+def _acts_on(
+    statement: Statement, needed: set[str], data: set[str], links: dict[str, tuple[set[str], set[str]]], names: set[str]
+) -> bool:
+    """Whether a statement changes data that are needed, and drives nothing: no call of `names`, no output, no test."""
+    stored = {_root(node) for node in statement.walk() if isinstance(getattr(node, "ctx", None), ast.Store)}
+    reached = _reached(statement.reads - stored, links)
+    words = statement.words()
+    if words & DRIVES or reached & names or any(links[name][1] & DRIVES for name in reached & links.keys()):
+        return False
+    sets = any(isinstance(word, str) and word.startswith("set") for word in words)  # sys.setrecursionlimit
+    return sets or bool(stored & needed) or bool(reached & data & needed)
+
+
+def _root(node: ast.AST) -> str | None:
+    """The name that an attribute or an item belongs to."""
+    while not isinstance(node, ast.Name):
+        node = next(ast.iter_child_nodes(node), None)
+        if node is None:
+            return None
+    return node.id
+
+
+def _is_harmless(statement: Statement, bound: set[str]) -> bool:
+    """Whether it can neither fail nor act: a function, a value that is written out, an import of Python's library."""
+    if statement.is_only((ast.ImportFrom, ast.Import)):
+        modules = [getattr(node, "module", None) or alias.name for node in statement.nodes for alias in node.names]
+        known = sys.stdlib_module_names - NOT_HARMLESS
+        return all(module.split(".")[0] in known for module in modules)
+    if statement.is_only((ast.FunctionDef,)):
+        return statement.at_once <= bound and not any(node.decorator_list for node in statement.nodes)
+    try:
+        return statement.is_only((ast.Assign,)) and all(
+            ast.literal_eval(node.value) or True for node in statement.nodes
+        )
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        return False
+
+
+def _body(lines: list[str], statements: list[Statement]) -> str:
+    """The lines that can be a function's body: of the first group with a `return` of its own, or of the first one."""
+    groups: dict[int, list[Statement]] = {}
+    for statement in statements:
+        groups.setdefault(statement.group, []).append(statement)
+    returning = [group for group in groups.values() if any(_returns(node) for s in group for node in s.nodes)]
+    if not groups:
+        return "\n"
+    chosen = (returning or list(groups.values()))[0]
+    start, end = chosen[0].lines.start, chosen[-1].lines.stop
+    text = "\n".join(lines[start:end]).rstrip() + "\n"
+    is_fenced = any(FENCE.match(line) for line in (*lines[start - 1 : start], *lines[end : end + 1]))
+    return textwrap.dedent(text) if is_fenced else text
 
 
 def as_body(code: str) -> str:
-    """The code, indented as the body of a function, whether or not the model or its tokenizer left that out."""
-    code = re.sub(r"^ {3}(?=\S)", "    ", code)  # a tokenizer may drop one space
-    lines = code.split("\n")
-    if lines[0][:1] in (" ", "\t"):
-        return code
-    rest = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
-    inner = 8 if lines[0].rstrip().endswith(":") else 4  # where the lines after an indented first one stand
-    if rest and rest[0] >= inner and min(rest) >= 4:
-        return "    " + code  # only the first line lost it
-    return "\n".join("    " + line if line.strip() else line for line in lines)
+    """The code, indented by four spaces as the body of a function, whatever it is indented by, and whether or not the
+    model or its tokenizer left a space or all of the first line's out."""
+    lines = [re.sub(r"^[ \t]+", lambda space: space[0].expandtabs(4), line) for line in code.rstrip().split("\n")]
+    depths = [len(line) - len(line.lstrip()) if line.strip() else None for line in lines]
+    less = (i for i, depth in enumerate(depths) if i and depth is not None and depth < max(1, depths[0] or 0))
+    end = next(less, len(lines))  # what stands further left is no part of the body
+    deeper = [depth for depth in depths[1:end] if depth is not None]
+    head, tail = lines[:end], lines[end:]
+    as_the_next = [" " * min(deeper, default=4) + lines[0].lstrip(), *head[1:]]
+    forms = [lines, [*_indented(head), *tail], [*_indented(as_the_next), *tail], _indented(lines)]
+    return next(filter(_is_body, map("\n".join, forms)), "\n".join(_indented(head) + tail)) + "\n"
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return textwrap.indent(textwrap.dedent("\n".join(lines)), "    ").split("\n")
+
+
+def _is_body(code: str) -> bool:
+    """Whether it can follow a function's docstring."""
+    try:
+        nodes = _parsed(f"def f():\n    0\n{code}\n")
+    except SyntaxError:
+        return False
+    return bool(nodes) and not any(map(_returns, nodes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

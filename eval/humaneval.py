@@ -78,12 +78,13 @@ def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -
     if raw:
         candidate = prompt + completion
     else:
-        code = extract_code(completion, (name,))
         # A restated function needs what the prompt has before it: imports and helpers.
         before = re.split(rf"^def {name}\b", prompt, flags=re.MULTILINE)[0]
-        future = re.compile(r"^from __future__ .*\n", re.MULTILINE)  # what must come first
-        restated = "".join(future.findall(code)) + before + future.sub("", code)
-        candidate = restated if defines(code, (name,)) else prompt + as_body(code)
+        candidate = extract_code(completion, (name,), before)
+        if not defines(candidate, (name,)):
+            whole = prompt + as_body(candidate)
+            candidate = extract_code(whole, (name,))  # without what is called after the body
+            candidate = candidate if defines(candidate, (name,)) else whole
     return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=prompt)
 
 

@@ -72,8 +72,8 @@ def program_of(record: dict[str, Any], completion: str) -> Program:
     imports = re.findall(r"^(?:import|from)\s.*", record["code"], re.MULTILINE)
     imports = [line for line in imports if used & set(re.findall(r"\w+", line)) - {"import", "from", "as"}]
     setup = "\n".join([*(record.get("test_imports") or []), *imports])
-    code = extract_code(completion.replace(BEGIN.strip(), "").partition(END)[0], names)
-    return Program(code, tests, names, setup)
+    solution = re.split(r"^[ \t]*\[DONE\]|\[DONE\][ \t]*$", completion, maxsplit=1, flags=re.MULTILINE)[0]
+    return Program(extract_code(solution.replace(BEGIN.strip(), ""), names), tests, names, setup)
 
 
 def main(argv: list[str], load: LoadBackend | None = None) -> None:

@@ -191,7 +191,7 @@ def draw(arms: dict[str, dict[int, list[list[Point]]]], path: Path) -> None:
             axis.fill_between(x, y - kls.std(0, ddof=1), y + kls.std(0, ddof=1), color=colour, alpha=0.15, linewidth=0)
         axis.annotate(f"{name}, α = 1", (x[0], y[0]), (6, 4), textcoords="offset points", color=colour)
     axis.invert_xaxis()
-    axis.margins(x=0.2)
+    axis.margins(x=0.3, y=0.1)
     axis.grid(linewidth=0.4, alpha=0.6)
     axis.set_xlabel("response loss, nats (learning: to the right); α falls from 1 to 0.5 along a line")
     axis.set_ylabel("KL(base ‖ tuned), nats per token")
@@ -299,7 +299,8 @@ def main(argv: list[str]) -> None:
         draw(by_arm_and_seed(records), args.page / "frontier.png")
         page = args.page / "frontier.md"
         head = page.read_text().partition("<!-- tables -->")[0]
-        page.write_text(f"{head}<!-- tables -->\n\n{text}\n")
+        picture = "![KL against the response loss over α; a band is one deviation over seeds](frontier.png)"
+        page.write_text(f"{head}<!-- tables -->\n\n{text}\n\n{picture}\n")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def num_examples(data: str, part: str | None, limit: int | None) -> int:
     if isinstance(known, dict):
         known = known.get(part)
     if known is None and limit is None:
-        raise UserError(f"the size of {data!r} is not known: give max-examples, or add it to data/shapes/examples.json")
+        raise UserError(f"the size of {data!r} is not known: give limit, or add it to data/shapes/examples.json")
     return min(count for count in (known, limit) if count is not None)
 
 
@@ -176,9 +176,7 @@ def language_model_price(plan: Plan, run: Run, args: Any) -> Price:
     per_step = args.batch_size * args.gradient_accumulation * run.processes
     steps = args.max_steps
     if steps <= 0:
-        steps = math.ceil(
-            math.ceil(num_examples(args.data, args.data_subset, args.max_examples) / per_step) * args.epochs
-        )
+        steps = math.ceil(math.ceil(num_examples(args.data, args.data_subset, args.limit) / per_step) * args.epochs)
     tokens = steps * per_step * args.max_length
 
     num_linear, head = linear_parameters(model), config.hidden_size * config.vocab_size
@@ -243,7 +241,7 @@ def classifier_price(plan: Plan, run: Run, args: Any) -> Price:
     trainable = total - head_size if full else encoder_adapters(model, args.target_modules, args.rank)
 
     source = "demo sentences" if args.data == "demo" else args.data or "nyu-mll/glue"
-    count = num_examples(source, args.task, args.max_examples)
+    count = num_examples(source, args.task, args.limit)
     validation = 0 if args.data == "demo" else min(max(count // 10, 1), 2000)
     count -= validation
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / args.batch_size) * args.epochs)

@@ -60,6 +60,12 @@ if [ -z "${DRY_RUN:-}" ]; then setup; fi
 
 case "$experiment" in
 demo)
+    for name in MODEL DATA SUBSET; do
+        if [ -n "$(eval "echo \"\${$name:-}\"")" ]; then
+            say "$name is the paper experiment's, and the demo has its own: leave it out, or EXPERIMENT=paper" >&2
+            exit 2
+        fi
+    done
     case "$method" in # the configuration has PiSSA's rate; docs/own-model.md has the table
     full) set -- --learning-rate 5e-5 "$@" ;;
     lora) set -- --learning-rate 1e-3 "$@" ;;

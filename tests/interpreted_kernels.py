@@ -19,6 +19,20 @@ def interpreted(monkeypatch):
     return calls
 
 
+class Spy:
+    """A kernel that notes the ENTROPY that it is launched with."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.launched.append(options["ENTROPY"])
+            self.kernel[grid](*args, **options)
+
+        return launch
+
+
 NAMES = ("iclr2026", "arxiv2024", "masked", "masked_over_all", "zero_weights", "no_teacher", "task_alone", "adaptive")
 
 
@@ -52,6 +66,49 @@ def test_the_kernels_in_bfloat16_and_of_very_large_logits(interpreted):
         assert relative_error(gradient, expected_gradient) < 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["iclr2026", "masked_over_all"])
+def test_the_kernels_equal_the_definition_on_a_language_models_vocabulary(name, dtype, monkeypatch):
+    """At the kernels' own width, where the top K are found by blocks: several blocks of a row, and a remainder."""
+    ways, by_blocks = [], token_kernel.top_k_of_blocks
+    monkeypatch.setattr(
+        token_kernel, "top_k_of_blocks", lambda *args: (ways.append(args[0].shape), by_blocks(*args))[1]
+    )
+    monkeypatch.setattr(token_kernel, "_agrees", lambda *_: True)
+    inputs = make_inputs((3, 12_803, 16), dtype=dtype)
+    loss, _, gradient = fused(inputs, SETTINGS[name])
+    expected_loss, _, expected_gradient = definition(inputs, SETTINGS[name])
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5 if dtype == torch.float32 else 2e-3)
+    assert relative_error(gradient, expected_gradient) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert ways == ([(3, 12_803)] if name == "iclr2026" else [])
+
+
+def test_a_fault_after_the_trial_leaves_the_rest_to_the_plain_form(monkeypatch, capsys):
+    """Whatever a kernel has already written, the step's numbers are right; one note, and no kernel runs again."""
+    monkeypatch.setattr(token_kernel, "_agrees", lambda *_: True)
+    monkeypatch.setattr(token_kernel, "enabled", True)
+    started = []
+
+    class Broken:
+        def __getitem__(self, grid):
+            def launch(z, *rest, **options):
+                started.append(grid)
+                z.zero_()
+                raise RuntimeError("out of resource: shared memory\nmore")
+
+            return launch
+
+    monkeypatch.setattr(token_kernel, "_write", Broken())
+    inputs = make_inputs((20, 700, 16))
+    expected_loss, _, expected_gradient = definition(inputs, ICLR)
+    for _ in range(2):
+        loss, _, gradient = fused(inputs, ICLR)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert relative_error(gradient, expected_gradient) < 1e-5
+    assert len(started) == 1
+    assert capsys.readouterr().out.count("do not serve here (out of resource: shared memory); the plain form does") == 1
+
+
 def test_a_trial_decides_whether_the_kernels_serve(monkeypatch, capsys):
     """Against the plain form they do; against another formula, or where they raise, that form does, and says so."""
     head = torch.zeros(2, 2, dtype=torch.bfloat16)
@@ -60,8 +117,11 @@ def test_a_trial_decides_whether_the_kernels_serve(monkeypatch, capsys):
         chunked.plain_token_terms(z, *rest)
         z *= 1.05
 
+    launched, read = [], token_kernel._read
+    monkeypatch.setattr(token_kernel, "_read", Spy(read, launched))
     assert token_kernel.is_usable(head, chunked.plain_token_terms)
     assert capsys.readouterr().out == ""
+    assert {token_kernel.TOP_K, token_kernel.ALL} <= set(launched)  # the ways of both formulations on real vocabularies
     assert not token_kernel.is_usable(head, other)
     assert "its numbers are others" in capsys.readouterr().out
     monkeypatch.setattr(token_kernel, "_read", None)

@@ -13,6 +13,7 @@ import time
 from fractions import Fraction
 
 import pytest
+from code_completions import FAILING, PASSING
 from conftest import make_model, start_script
 
 from common.cli import UserError
@@ -212,10 +213,52 @@ def test_extracted_code(completion, expected):
     assert extract_code(completion, ("add",)) == expected
 
 
+def test_a_function_counts_however_it_is_presented():
+    problem = PROBLEMS[53]
+    passed = verdicts_of([humaneval.program_of(problem, text) for text in (*PASSING.values(), *FAILING.values())])
+    assert [name for name, ok in zip(PASSING, passed, strict=False) if not ok] == []
+    assert [name for name, ok in zip(FAILING, passed[len(PASSING) :], strict=True) if ok] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a \\\n" * 500,
+        "(\n" * 500,
+        "'''a\n" + "b c\n" * 2000,
+        "if a: b\n" + "elif a: b\n" * 500,
+        "x = 1\n" * 5000,
+        "T = []\n" + "T.append(1)\n" * 500,
+        "x = " + "-" * 10**5 + "1\n",
+        "raise f" + "()" * 700 + "\n",
+        "\0\ud800",
+    ],
+)
+def test_no_text_stops_the_parser(text):
+    """What nests, goes on or repeats without end."""
+    started = time.process_time()
+    extract_code(text, ("add",))
+    assert "return x + y" in extract_code(f"{WHOLE}\n{text}", ("add",))
+    assert time.process_time() - started < 15
+
+
+def test_mbpps_end_mark_stands_alone():
+    record = {"task_id": 1, "code": WHOLE, "test_list": ["assert add(1, 2) == 3"]}
+    documented = "def add(x, y):\n    '''Prints [DONE] at the end'''\n    return x + y\n"
+    with_constant = "ZERO = 0\n\n" + WHOLE.replace("x + y", "x + y + ZERO")
+    texts = [documented, f"{documented}[DONE]\n{WHOLE.replace('+', '-')}", f"{WHOLE.rstrip()} [DONE]", with_constant]
+    assert verdicts_of([mbpp.program_of(record, text) for text in texts]) == [True] * 4
+
+
 @pytest.mark.parametrize(
     "code",
     [
         "    z = x\n    return z + y\n",
+        "   z = x\n    return z + y\n",  # the first line has lost one space
+        "   if x:\n        z = x\n    else:\n        z = 0\n    return z + y\n",
+        "  z = x\n  return z + y\n",
+        "\tz = x\n\treturn z + y\n",
+        "    return plus(x, y)\n\n\ndef plus(x, y):\n    return x + y\n",
         "z = x\nreturn z + y\n",  # no line is indented
         "z = x\n    return z + y\n",  # the first line has lost it
         "if x:\n    z = x\nelse:\n    z = 0\nreturn z + y\n",
@@ -226,7 +269,7 @@ def test_extracted_code(completion, expected):
 )
 def test_a_body_is_indented(code):
     namespace = {}
-    exec("def add(x, y):\n" + as_body(code), namespace)
+    exec('def add(x, y):\n    """Adds."""\n' + as_body(code), namespace)
     assert [namespace["add"](x, y) for x, y in [(0, 1), (2, 3)]] == [1, 5]
 
 

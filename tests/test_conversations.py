@@ -1,5 +1,6 @@
 """Conversations: TRL is the peer for which tokens are trained; the templates are those of its installed package."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -7,18 +8,20 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import MERGED, make_model, make_tokenizer, relative_error
 from transformers import AutoTokenizer, GenerationConfig
 
 import train
 from common.cli import UserError
-from common.conversations import build_dataset, encode_pieces
+from common.conversations import build_dataset, encode_pieces, first_screen
 from common.packing import enable_packing
 from common.pretrained import resolve_demo
 from common.prompts import ALPACA_PROMPT, encode_prompt, encode_response
 from common.targets import TARGET_MODULES
-from common.templates import IGNORE_INDEX, Template
+from common.templates import IGNORE_INDEX, OPENS_THOUGHT, Template
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
@@ -51,7 +54,7 @@ TEMPLATES = (
 def chat_tokenizer(template: str):
     """The tests' tokenizer with a template, and with what looks like a special token in it as one."""
     tokenizer = make_tokenizer()
-    special = sorted(set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template)))
+    special = sorted(set(re.findall(r"<\|[\w▁]+\|>|<｜[\w▁]+｜>|<(?:start|end)_of_turn>|<turn\|>|<\|\w+>", template)))
     tokenizer.add_special_tokens({"bos_token": "<bos>", "additional_special_tokens": special})
     tokenizer.chat_template = template
     return tokenizer
@@ -306,7 +309,8 @@ def test_the_objective_over_several_spans_is_the_formula_on_the_logits(packed):
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome"}}}
-TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}]
+CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "get_time", "description": "Tells it", "parameters": CITY}}]
 NAMED = {"instruction": "Ask", "output": "Say"}
 
 
@@ -345,6 +349,75 @@ def test_history_and_system_beside_an_instruction(tokenizer):
     end = tokenizer.eos_token
     assert text.removeprefix(tokenizer.bos_token or "") == f"Be brief\n\n{around[0]}Ada{end}{around[1]}Say{end}"
     assert trained == f"Ada{end}Say{end}"
+
+
+def test_a_begin_token_that_no_template_writes_stays():
+    """SmolLM2's begin token begins every turn: a text that was rendered by hand needs it."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_demo("demo", "model"))
+    prompt = f"{tokenizer.bos_token}user\nHi<|im_end|>\n{tokenizer.bos_token}assistant\n"
+    text, trained = trained_of({"prompt": prompt, "completion": "Hello.<|im_end|>\n"}, tokenizer)
+    assert (text, trained) == (f"{prompt}Hello.<|im_end|>", "Hello.<|im_end|>")
+
+
+def llama2_form(folder, **config):
+    """A tokenizer.json with the parts of Llama-2's, and settings of its class."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=700, special_tokens=special)
+    bpe.train_from_iterator([ALPACA_PROMPT, "Hello there", "The answer is 4"] * 9, trainer)
+    bpe.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.save(str(folder / "tokenizer.json"))
+    config |= {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def byte_level(folder, begins: bool):
+    """Of GPT-2's and Qwen's form; with a begin token, of Llama-3's."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator([ALPACA_PROMPT, "Hello there", "The answer is 4"] * 9, trainer)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    if begins:
+        bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokens = {"eos_token": "</s>", **({"bos_token": "<s>"} if begins else {})}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **tokens)
+
+
+FORMS = {
+    "llama 2": llama2_form,
+    "llama 2, legacy": lambda folder: llama2_form(folder, legacy=True),
+    "llama 2, not legacy": lambda folder: llama2_form(folder, legacy=False),
+    "llama 3": lambda folder: byte_level(folder, True),
+    "gpt 2": lambda folder: byte_level(folder, False),
+    "gemma": lambda folder: transformers.GemmaTokenizer().train_new_from_iterator([ALPACA_PROMPT, "The answer"], 500),
+}
+MISTRAL = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize("name", ["alpaca", "raw", "chat"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_tokenizer_is_served_the_tokens_of_training(form, name, tmp_path):
+    tokenizer = FORMS[form](tmp_path)
+    tokenizer.chat_template = MISTRAL.replace("{{ bos_token }}", "{{ bos_token }}" * bool(tokenizer.bos_token))
+    template = Template(tokenizer, name)
+    template.save(tmp_path / "merged")
+    served = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    messages = talk("Hello there", "The answer is 4", "Which?", "  this\n")
+    pairs = [(token, on) for ids, on in template.pieces(messages) for token in ids]
+    for turn in (1, 3):
+        prompt = served.apply_chat_template(messages[:turn], add_generation_prompt=True)["input_ids"]
+        assert [token for token, _ in pairs[: len(prompt)]] == prompt
+        assert not pairs[len(prompt) - 1][1]
+        assert pairs[len(prompt)][1]
 
 
 def test_a_text_that_carries_its_begin_and_end_tokens(tokenizer):
@@ -405,6 +478,71 @@ def test_a_prompt_that_opens_a_thought(name):
     assert [word for word in ("Hi", "Hello", "And?", "more") if word in trained] == ["Hello", "more"]
 
 
+ABOUT_TOOLS = [
+    {"role": "user", "content": "Time?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "get_time", "content": "noon"},
+    {"role": "assistant", "content": "SECOND"},
+]
+EVERY_KIND = {
+    "one turn": (talk("Hi", "FIRST"), None),
+    "two turns": (talk("Hi", "FIRST", "And?", "SECOND"), None),
+    "a thought": (talk("Hi", "<think>\nhm\n</think>\n\nFIRST"), None),
+    "tools": (ABOUT_TOOLS, TOOLS),
+}
+
+
+def spans_of(tokenizer, pairs) -> list[str]:
+    """The trained texts, without thoughts: TRL's templates keep empty and earlier ones that the published leave out."""
+    groups = itertools.groupby(pairs, key=lambda pair: pair[1])
+    texts = [tokenizer.decode([token for token, _ in group]) for is_trained, group in groups if is_trained]
+    return [re.sub(r"(?s)(<think>)?[^<]*</think>\s*", "", text) for text in texts]
+
+
+def every_template() -> list[str]:
+    trl = importlib.util.find_spec("trl")
+    folder = trl and Path(trl.origin).parent / "chat_templates"
+    return [path.stem for path in sorted(folder.glob("*.jinja")) if "_training" not in path.stem] if folder else []
+
+
+@pytest.mark.parametrize("name", every_template())
+def test_every_template_of_trl_is_trained_as_trl_does_or_refused_with_a_remedy(name):
+    """TRL's marks may begin before the end of a server's prompt; each answer and its end are the same."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    tokenizer = chat_tokenizer(published(name))
+    try:
+        marked = get_training_chat_template(tokenizer)
+    except ValueError:
+        marked = None  # TRL ships it for generation alone
+    for messages, tools in EVERY_KIND.values():
+        try:
+            template = Template(tokenizer, "chat")
+            pieces = template.pieces(messages, tools=tools)
+        except UserError as error:
+            assert re.search(r"--template|--skip-bad|write them", str(error)), name
+            continue
+        template.require_served(messages, pieces, tools)
+        pairs = [(token, on) for ids, on in pieces for token in ids]
+        ours = spans_of(tokenizer, pairs)
+        assert "noon" not in "".join(ours)
+        if messages == EVERY_KIND["a thought"][0]:
+            assert "hm" in tokenizer.decode([token for token, on in pairs if on])
+        if marked is None:
+            assert "FIRST" in ours[0] or "Rome" in ours[0]
+            continue
+        made = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True
+        )
+        theirs = spans_of(tokenizer, zip(made["input_ids"], map(bool, made["assistant_masks"]), strict=True))
+        if (
+            name == "diffusion_gemma" and tools
+        ):  # what begins the result stops the model, and the last prompt ends there
+            ours = [text.removesuffix("<|tool_response>").removeprefix("<|turn>model\n") for text in ours]
+        assert len(ours) == len(theirs)
+        assert all(their.endswith(our) for our, their in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
 def test_the_day_in_a_template_is_the_same_on_every_day(tmp_path, monkeypatch):
     tokenizer = chat_tokenizer('{{ strftime_now("%d %b %Y") }}' + CHATML)
     template = Template(tokenizer, "chat")
@@ -412,6 +550,22 @@ def test_the_day_in_a_template_is_the_same_on_every_day(tmp_path, monkeypatch):
     served = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
     assert served.startswith("26 Jul 2024<|im_start|>")
     template.require_served(MESSAGES, template.pieces(MESSAGES), None, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_what_a_template_does_to_thoughts_is_announced():
+    """A server's prompt that opens one, where an answer has none; and earlier thoughts that are left out."""
+    r1, qwen = chat_tokenizer(published("deepseek_r1_distill")), chat_tokenizer(published("qwen3"))
+    r1.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁sentence｜>"]})
+    thoughts = talk("Hi", "<think>\nhm\n</think>\n\nHello", "And?", "<think>\nso\n</think>\n\nmore")
+    for tokenizer, messages, expected in (
+        (r1, talk("Hi", "Hello"), {OPENS_THOUGHT: 1}),
+        (r1, thoughts[:2], {}),
+        (qwen, thoughts[:2], {}),
+        (qwen, thoughts, {"it leaves out thoughts": 1}),
+    ):
+        dataset, _ = encoded([{"messages": messages}], tokenizer)
+        assert dataset.notes.template == expected
+        assert all(what in first_screen(dataset) for what in expected)
 
 
 def test_template_arguments_are_in_training_and_in_the_exported_template():
@@ -437,7 +591,9 @@ def test_a_served_prompt_that_differs_is_refused():
     ("row", "expected"),
     [
         ({"prompt": "a", "completion": "b", "label": False}, "has a column 'label': preference data"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "has a column 'label': preference data"),
         ({"prompt": "a", "completion": "b", "rejected": "c"}, "has a column 'rejected': preference data"),
+        ({"prompt": "a", "completion": "b", "response_rejected": "c"}, "has a column 'response_rejected': preference"),
         ({"messages": MESSAGES, "images": ["x.png"]}, "has a column 'images': texts alone"),
         ({"messages": [{"role": "user", "content": None}, MESSAGES[1]]}, "message 1: a user turn that is empty"),
         ({"messages": [{"role": "user", "text": "Hi"}, MESSAGES[1]]}, "its keys are role, text"),

@@ -50,7 +50,7 @@ def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
     assert (args.method, args.seed, args.model, args.rank) == (method, 7, "meta-llama/Llama-2-7b-hf", 128)
     assert args.batch_size * args.gradient_accumulation * num_gpus == 128
     assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
-    assert (args.max_length, args.max_examples, args.data_subset) == (512, 100_000, "metamath")
+    assert (args.max_length, args.limit, args.data_subset) == (512, 100_000, "metamath")
     for ckpt in ("meta-llama/Llama-2-7b-hf", "out/merged"):
         assert f"eval/suite.py --benchmarks gsm8k hendrycks_math --ckpt {ckpt} " in printed
     assert "eval/report.py" in printed
@@ -314,8 +314,8 @@ def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
     assert len(parsed) == len({args.output_dir for args in parsed}) == len(expected)
     assert {(args.model, args.epochs) for args in parsed} == {("FacebookAI/roberta-large", 2.0)}
     assert report[2:-3] == [args.output_dir for args in parsed]
-    rates = {args.learning_rate for args in parsed if args.method == "full"}, {args.learning_rate for args in parsed}
-    assert rates == ({2e-5}, {2e-5, 2e-4})  # the configuration's own is the adapters'
+    rates = {args.method: args.learning_rate for args in parsed}
+    assert rates == {"full": 2e-5, "lora": 4e-4, "pissa": 1e-4, "ba-lora": 1e-4}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

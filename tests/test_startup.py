@@ -43,6 +43,20 @@ def test_a_mistyped_option_gets_its_line_before_anything_heavy_is_imported(name)
     assert not modules & HEAVY
 
 
+@pytest.mark.parametrize("name", ["train", "finetune_bert_l_sst2"])
+def test_a_training_reads_its_options_before_it_imports_models(name):
+    """torch and the names of transformers are there; no model's code, no Trainer, nothing of another package."""
+    later = {"datasets", "accelerate", "deepspeed", "peft", "sklearn", "scipy", "pandas", "tensorboard"}
+    later |= {"transformers.trainer", "transformers.modeling_utils", "transformers.generation", "torch._dynamo"}
+    for words, code in (("--help",), 0), (("--rnak", "3"), 2):
+        finished, modules = imported_by(f"{name}.py", *words)
+        assert finished.returncode == code
+        assert "common.training" in modules
+        assert not modules & later
+        if code == 0:  # what is set first stands first
+            assert finished.stdout.index("--learning-rate") < finished.stdout.index("data options")
+
+
 def test_the_published_tables_need_nothing_heavy():
     finished, modules = imported_by("eval/report.py")
     assert finished.returncode == 0

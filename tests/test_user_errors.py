@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,10 +12,12 @@ import torch
 import transformers
 from conftest import ROOT, make_model
 
+import finetune_bert_l_sst2 as nlu
 import train
 from common import ranks
 from common.cli import UserError, parse_arguments, run_script
 from common.peft_format import export_adapter
+from common.prompts import ALPACA_PROMPT
 from common.targets import TARGET_MODULES
 from eval import gsm8k, report
 
@@ -74,7 +77,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--fields", "instruction"], "example 1: instruction is no list of messages"),
         (["--fields", "question", "answer"], "no field 'question'; its fields are instruction, output"),
         (["--max-length", "8"], "no example of"),
-        (["--max-examples", "0"], "--max-examples"),
+        (["--limit", "0"], "--limit"),
         (["--deepspeed", "nowhere.json"], "nowhere.json"),
         *((["--learning-rate", value], f"--learning-rate is {value}") for value in ("nan", "inf", "-1.0")),
         *((["--max-grad-norm", value], f"--max-grad-norm is {value}") for value in ("nan", "-1.0")),
@@ -94,13 +97,19 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--init-adapter", "nowhere", "--method", "full"], "--init-adapter needs a method with adapters"),
         (["--load-in", "4bit", "--method", "full"], "--load-in quantizes a frozen base"),
         (["--regularize", "--method", "full"], "--regularize needs a method with adapters"),
-        (["--eval-data", "e.jsonl", "--eval-share", "0.1"], "--eval-data and --eval-share both say what is held out"),
+        (
+            ["--validation-data", "e.jsonl", "--eval-share", "0.1"],
+            "--validation-data and --eval-share both say what is held out",
+        ),
         (["--eval-share", "1"], "--eval-share is 1.0: it must be above 0 and below 1"),
         (["--eval-share", "0"], "--eval-share is 0.0"),
         (["--eval-share", "0.99"], "leaves none to train on"),
-        (["--eval-data", "nowhere.jsonl"], "no such data file or folder: nowhere.jsonl"),
+        (["--validation-data", "nowhere.jsonl"], "no such data file or folder: nowhere.jsonl"),
         (["--eval-share", "0.1", "--eval-steps", "0"], "--eval-steps is 0"),
         (["--eval-share", "0.1", "--patience", "0"], "--patience is 0"),
+        (["--seed", "4294967296"], "--seed is 4294967296"),
+        (["--lr-scheduler", "polynomial", "--learning-rate", "1e-7"], "--learning-rate must be above"),
+        (["--lr-scheduler", "cosine_with_min_lr"], "unknown --lr-scheduler 'cosine_with_min_lr': one of cosine"),
         (["--keep-best"], "--keep-best needs a validation"),
         (["--patience", "2"], "--patience needs a validation"),
         (["--sample-prompts", "README.md"], "--sample-prompts are answered at validations"),
@@ -122,11 +131,11 @@ def test_held_out_data_that_does_not_serve(train_error, tmp_path, monkeypatch):
     """An empty file; fields of another name; no prompt; a prompt that is none; whole weights that ZeRO-3 has not."""
     held_out, prompts = tmp_path / "held_out.jsonl", tmp_path / "prompts.jsonl"
     held_out.write_text("")
-    assert str(held_out) in train_error("--eval-data", held_out)
+    assert str(held_out) in train_error("--validation-data", held_out)
     held_out.write_text('{"question": "a", "answer": "b"}\n')
-    assert "held_out.jsonl has no field 'instruction'" in train_error("--eval-data", held_out)
+    assert "held_out.jsonl has no field 'instruction'" in train_error("--validation-data", held_out)
     held_out.write_text('{"instruction": "a", "output": " "}\n')
-    assert f"no example of {held_out} has a response token" in train_error("--eval-data", held_out)
+    assert f"no example of {held_out} has a response token" in train_error("--validation-data", held_out)
     for text, expected in (
         ("\n", "holds no prompt"),
         ('"one"\n{"text": "two"}\n', "line 2: no text in the field 'instruction' or 'prompt'"),
@@ -135,9 +144,40 @@ def test_held_out_data_that_does_not_serve(train_error, tmp_path, monkeypatch):
     ):
         prompts.write_text(text)
         assert expected in train_error("--eval-share", 0.5, "--sample-prompts", prompts)
+    rows = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+    held_out.write_text("".join(reversed(rows)))  # the training data in another order
+    assert f"{held_out} holds what is trained on" in train_error("--validation-data", held_out)
     prompts.write_text('{"prompt": "one"}\n')
     zero3 = ("--deepspeed", ROOT / "configs" / "ds_zero3.json")
     assert "ZeRO-3 splits them" in train_error("--eval-share", 0.5, "--sample-prompts", prompts, *zero3)
+
+
+def test_a_table_of_positions_bounds_the_length_and_rotary_ones_are_told(train_error, tmp_path, checkpoint, capsys):
+    sizes = {"vocab_size": 258, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.OPTForCausalLM(
+        transformers.OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=64)
+    )
+    model.save_pretrained(tmp_path / "opt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, tmp_path / "opt")
+    assert "--max-length is 65, and" in train_error("--max-length", 65, model=tmp_path / "opt")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"instruction": "x", "output": "y"}\n' * 2)
+    train.main(["--model", str(checkpoint), "--data", str(twice), "--eval-share", "0.5", "--rank", "4", "--dry-run"])
+    printed = capsys.readouterr().out
+    length = len(ALPACA_PROMPT.format(instruction="x")) + len("y") + 1  # a token a byte, and the end
+    assert f"the longest example has {length} tokens, the model 64 positions" in printed
+    assert "note: 1 of the 1 examples of what is held out are trained on too" in printed
+
+
+def test_a_disk_that_takes_no_file_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda argv: Path("/dev/full").write_text("x"))
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == "train.py: stopped: No space left on device\n"
 
 
 def test_a_push_without_a_token(train_error, monkeypatch):
@@ -439,3 +479,29 @@ def test_what_a_deepspeed_configuration_leaves_out_follows_from_the_options(tmp_
     assert (config["gradient_clipping"], config["train_batch_size"], config["bf16"]["enabled"]) == (1.0, 8, True)
     assert config["zero_optimization"]["reduce_bucket_size"] == 64 * 64
     assert "auto" not in json.dumps(config)
+
+
+@pytest.mark.parametrize(
+    ("script", "old", "name"),
+    [
+        (train, ["--eval-data", "held.jsonl"], "validation_data"),
+        (train, ["--max_examples=3"], "limit"),
+        (nlu, ["--eval-data", "a.csv", "b.csv"], "test_data"),
+        (nlu, ["--max-examples", "3"], "limit"),
+    ],
+)
+def test_an_options_old_name_still_works_and_says_the_new_one(script, old, name, tmp_path, capsys):
+    """On the command line and in a configuration; the same as under the new name."""
+    option = f"--{name.replace('_', '-')}"
+    typed, values = old[0].partition("=")[0], [*old[0].partition("=")[2:], *old[1:]]
+    values = [value for value in values if value]
+    expected = parse_arguments(script.Arguments, "", [option, *values])
+    assert capsys.readouterr().err == ""
+    note = f"note: {typed} is called {option} now"
+    assert parse_arguments(script.Arguments, "", old) == expected
+    assert note in capsys.readouterr().err
+    config = tmp_path / "old.yaml"
+    config.write_text(f"{typed.strip('-')}: {values if len(values) > 1 else values[0]}\n")
+    of_file = parse_arguments(script.Arguments, "", ["--config", str(config)])
+    assert getattr(of_file, name) == getattr(expected, name)
+    assert "is called" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def run(folder: Path, output: Path, *options) -> str:
 
 def validated(folder: Path) -> tuple:
     """Options of a run with everything that a validation can do."""
-    held_out = ("--eval-data", folder / "held_out.jsonl", "--eval-steps", EVAL_STEPS, "--keep-best")
+    held_out = ("--validation-data", folder / "held_out.jsonl", "--eval-steps", EVAL_STEPS, "--keep-best")
     return (*held_out, "--sample-prompts", folder / "prompts.txt")
 
 
@@ -125,7 +125,7 @@ def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packi
     settings = {
         "model": "m",
         "data": "d",
-        "eval_data": "e",
+        "validation_data": "e",
         "output_dir": str(tmp_path),
         "rank": 4,
         "report_to": ["none"],
@@ -212,7 +212,7 @@ def test_a_share_is_the_run_on_what_remains(folder):
     rows = (folder / "all.jsonl").read_text().splitlines(keepends=True)
     (folder / "rest.jsonl").write_text("".join(rows[i] for i in sorted(order[12:])))
     (folder / "drawn.jsonl").write_text("".join(rows[i] for i in sorted(order[:12])))
-    options = ("--data", folder / "rest.jsonl", "--eval-data", folder / "drawn.jsonl", "--eval-steps", 6)
+    options = ("--data", folder / "rest.jsonl", "--validation-data", folder / "drawn.jsonl", "--eval-steps", 6)
     run(folder, folder / "apart", *options)
     assert last_state(share) == last_state(folder / "apart")
     assert validations(share) == validations(folder / "apart")
@@ -259,7 +259,7 @@ def overfitting(folder: Path) -> tuple:
     (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}, or so they say"} for i in range(8)]
     (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ("--data", folder / "one.jsonl", "--eval-data", folder / "other.jsonl", "--eval-steps", 2)
+    data = ("--data", folder / "one.jsonl", "--validation-data", folder / "other.jsonl", "--eval-steps", 2)
     return (*OVERFITTING, *data, "--max-steps", 40, "--epochs", 20, "--save-steps", 3, "--keep-checkpoints", 1)
 
 

@@ -8,6 +8,7 @@ import gc
 import deepspeed
 import torch.utils.tensorboard  # noqa: F401
 import tyro  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
 
 import train  # noqa: F401
 

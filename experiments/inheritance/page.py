@@ -11,6 +11,7 @@ import yaml
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from common.intervals import holm
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
@@ -18,7 +19,6 @@ from experiments.inheritance.report import (
     Results,
     at_entropy_of,
     gates,
-    holm,
     on_drift_curve,
     ungated,
 )
