@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Task:
     """A GLUE task: its texts' columns on the hub, its classes in the hub's order (none: a number is predicted), its
-    metrics, of which the first selects the best state, and its evaluation splits."""
+    metrics (the first selects the best state), and its evaluation splits."""
 
     fields: tuple[str, ...]
     classes: tuple[str, ...]
@@ -306,6 +306,8 @@ def to_split(
 
 
 def _unknown(label: Any, class_names: list[str]) -> str:
+    if label is None or not label_text(label):
+        return "it has no label: fill it in, or leave the example out"
     text = f"label {label!r} is none of the training classes {', '.join(class_names)}"
     if label_text(label) == "-1":
         return f"{text}: it stands for a label that is not known, as in GLUE's test files; leave those examples out"
