@@ -45,7 +45,7 @@ def clear_folder(folder: Path) -> None:
 
 
 # What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
-NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
+NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "dry_run_gpu", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
 NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done", "scale", "scale_tolerance"}
@@ -69,7 +69,8 @@ def first_difference(
 
 def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
-    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
+    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "dry_run_gpu", "export_from", "scale")
+    once += ("scale_tolerance",)
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
     return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
@@ -94,10 +95,13 @@ SAMPLES = "samples.jsonl"  # what the model answered at each validation
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and moves it to its place: it is there whole or not at all."""
+    """Writes a file under another name and moves it to its place: it is there whole or not at all.
+
+    A lone surrogate, which UTF-8 does not have, becomes its escape in JSON.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -180,7 +184,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
         remedy: how they are written again.
 
     Raises:
-        RunStopped: the disk does not take them.
+        RunStopped: the disk does not take them, or a ValueError of what is done inside.
     """
     from safetensors import SafetensorError
 
@@ -192,8 +196,11 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
             shutil.rmtree(output_dir / folder.name, ignore_errors=True)
             folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        room = (
+            "" if isinstance(error, ValueError) else "make room, then "
+        )  # what is read back differs, or it is the disk
         raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({first_line(error)}): make room, then {remedy}"
+            f"cannot write the trained model to {output_dir} ({first_line(error)}): {room}{remedy}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -287,6 +294,16 @@ def is_trained_already(args: Any) -> bool:
     return True
 
 
+def question_command(merged: Path) -> str:
+    """A command that asks a merged model something, in the prompt of its training."""
+    code = (
+        "import sys, transformers; ask = transformers.pipeline('text-generation', sys.argv[1]); "
+        "chat = [{'role': 'user', 'content': sys.argv[2]}]; "
+        "print(ask(chat, max_new_tokens=200, do_sample=False)[0]['generated_text'][-1]['content'])"
+    )
+    return f'python -c "{code}" {shlex.quote(str(merged))} "What is 3 and 4?"'
+
+
 def write_summary(args: Any, run: dict[str, Any]) -> None:
     """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
     import torch
@@ -319,8 +336,10 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
+        f"score it: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
         + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
+        f"serve it: sh scripts/serve.sh {output_dir / 'merged'}",
+        f"ask it:   {question_command(output_dir / 'merged')}",
     ]
     print("\n".join(lines))
 

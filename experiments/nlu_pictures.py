@@ -106,9 +106,8 @@ def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
 
 def save(figure, path: Path) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
-    return [str(path.with_suffix(suffix)) for suffix in (".png", ".svg")]
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    return [str(path.with_suffix(".png"))]
 
 
 def main(argv: list[str]) -> None:

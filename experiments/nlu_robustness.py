@@ -573,9 +573,8 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
         axes[0].set_ylabel("accuracy on movie reviews, %")
         axes[0].legend(frameon=False, fontsize=8)
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix in ("png", "svg"):
-            files.append(str(folder / f"nlu_{kind}.{suffix}"))
-            figure.savefig(files[-1], dpi=150)
+        files.append(str(folder / f"nlu_{kind}.png"))
+        figure.savefig(files[-1], dpi=150)
         plt.close(figure)
     return files
 
