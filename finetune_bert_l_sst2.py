@@ -157,13 +157,19 @@ TARGET_MODULES += ["c_attn", "c_fc", "c_proj"]
 class DataArguments:
     """What is trained, on what."""
 
-    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
-    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded MiniLM")
+    config: str | None = option(
+        None, "YAML file with any of these options by name; the command line overrides it", first=True
+    )
+    model: str | None = option(
+        None, "hub name or folder of the pre-trained model; 'demo': the embedded MiniLM", first=True
+    )
     model_revision: str | None = option(None, "hub revision of the model")
     task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = option(
-        None, "GLUE task: its fields and metrics, and without --data its data from the hub (nyu-mll/glue)"
+        None, "GLUE task: its fields and metrics, and without --data its data from the hub (nyu-mll/glue)", first=True
     )
-    data: str | None = option(None, "csv, tsv, jsonl or parquet file to train on; 'demo': the embedded movie reviews")
+    data: str | None = option(
+        None, "csv, tsv, jsonl or parquet file to train on; 'demo': the embedded movie reviews", first=True
+    )
     test_data: list[str] = option(
         [], "files to score at the end, one score each; none: a tenth of --data is set aside", formerly="eval_data"
     )
@@ -171,7 +177,9 @@ class DataArguments:
         None, "file to select the best state by; none: a tenth of --data is set aside, of each class in its share"
     )
     fields: list[str] | None = option(
-        None, "the data's one or two columns of text; numbers count the columns of a file without header, from 0"
+        None,
+        "the data's one or two columns of text; numbers count the columns of a file without header, from 0",
+        first=True,
     )
     label: str = option("label", "the data's column of labels, by name or number")
     metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = option(
@@ -179,7 +187,7 @@ class DataArguments:
     )
     limit: int | None = option(None, "train on the first N examples only", formerly="max_examples")
     max_length: int = option(128, "tokens per example; longer ones are cut")
-    output_dir: str = option("output/nlu", "folder for everything this run writes")
+    output_dir: str = option("output/nlu", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, the data's classes, parameters and steps, then stop")
     skip_done: bool = option(
@@ -191,8 +199,10 @@ class DataArguments:
 class AdapterArguments(train.AdapterArguments):
     """What is trained of the model; the classifier is, with every method."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train beside the classifier")
-    rank: int = option(8, "adapter rank r")
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option(
+        "ba-lora", "what to train beside the classifier", first=True
+    )
+    rank: int = option(8, "adapter rank r", first=True)
     teacher_head: Literal["initial", "probe"] = option(
         "initial",
         "head that the teacher keeps and training starts from: the checkpoint's, else random; or a fitted probe",
@@ -217,11 +227,13 @@ class RegularizerArguments(train.RegularizerArguments):
 class OptimizationArguments(train.OptimizationArguments):
     """How it is trained."""
 
-    epochs: float = option(3.0, "passes over the data")
-    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one")
+    epochs: float = option(3.0, "passes over the data", first=True)
+    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one", first=True)
     gradient_accumulation: int = option(1, "micro-batches per optimizer step")
     learning_rate: float | None = option(
-        None, "peak learning rate of AdamW; none: the method's, full 5e-5, lora 2e-3, pissa and ba-lora 5e-4"
+        None,
+        "peak learning rate of AdamW; none: the method's, full 5e-5, lora 2e-3, pissa and ba-lora 5e-4",
+        first=True,
     )
     class_weights: Literal["balanced"] | None = option(
         None, "balanced: each class's share of L_task is the same, whatever its number of examples"
@@ -824,13 +836,13 @@ def dry_run(args: Arguments, data: Data) -> str:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data.train) / per_step) * args.epochs)
     return "\n".join(
         [
-            config_text(args),
-            "",
             sizes(args, data),
             *notes,
             f"tokens: {sum(lengths) / len(lengths):.0f} on average; examples that are cut: {num_cut} of {len(lengths)}",
             f"parameters: {trained:,} trained and {head:,} of the head",
             f"steps: {steps} of {per_step} examples",
+            "",
+            config_text(args),
         ]
     )
 

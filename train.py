@@ -113,19 +113,27 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
 class DataArguments:
     """What is trained, on what."""
 
-    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
-    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
+    config: str | None = option(
+        None, "YAML file with any of these options by name; the command line overrides it", first=True
+    )
+    model: str | None = option(
+        None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M", first=True
+    )
     model_revision: str | None = option(None, "hub revision of the model")
     trust_remote_code: bool = option(False, "run code that the model's repository ships")
     init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     data: str | None = option(
-        None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
+        None,
+        "hub name; json, jsonl, csv, tsv or parquet file, or a folder of them; 'demo': the embedded problems",
+        first=True,
     )
     data_subset: str | None = option(None, "folder inside --data, such as metamath in fxmeng/pissa-dataset")
     data_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
     split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
     fields: list[str] = option(
-        ["instruction", "output"], "two fields, instruction and response, or the one that holds conversations"
+        ["instruction", "output"],
+        "two fields, instruction and response, or the one that holds conversations",
+        first=True,
     )
     template: Literal["alpaca", "chat", "raw"] | None = option(
         None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
@@ -135,9 +143,10 @@ class DataArguments:
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
     limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
-    output_dir: str = option("output/ba-lora", "folder for everything this run writes")
+    output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
+    dry_run_gpu: float | None = option(None, "GiB of a GPU that --dry-run estimates for, such as 80, on any machine")
     export_from: str | None = option(
         None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
     )
@@ -147,8 +156,8 @@ class DataArguments:
 class AdapterArguments:
     """What is trained of the model."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
-    rank: int = option(128, "adapter rank r")
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
+    rank: int = option(128, "adapter rank r", first=True)
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")
 
@@ -186,7 +195,9 @@ class TermArguments:
 class BatchArguments:
     """What one step takes; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
 
-    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
+    batch_size: int = option(
+        4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch", first=True
+    )
     gradient_accumulation: int = option(4, "micro-batches per optimizer step")
 
 
@@ -194,9 +205,9 @@ class BatchArguments:
 class OptimizationArguments:
     """How it is trained; the defaults are the paper's."""
 
-    epochs: float = option(1.0, "passes over the data")
+    epochs: float = option(1.0, "passes over the data", first=True)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW")
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", first=True)
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
     lr_scheduler: str = option("cosine", "learning-rate schedule after warm-up, a name that transformers knows")
@@ -277,7 +288,9 @@ def resolve_arguments(args: Arguments) -> Arguments:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
     scaling.read_scale(args)
-    cli.require_positive(args, "logging_steps", "objective_memory")
+    cli.require_positive(args, "logging_steps", "objective_memory", "dry_run_gpu")
+    if args.dry_run_gpu is not None and not args.dry_run:
+        raise UserError("--dry-run-gpu names the GPU that --dry-run estimates for: add --dry-run")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes instruction and response, or one name, not {len(args.fields)}")
@@ -372,8 +385,11 @@ class LoRALinear(nn.Module):
 
 @torch.no_grad()
 def stack_factors(model: nn.Module, hold: bool = True) -> None:
-    """Stacks and casts every adapter's factors once for all passes of an optimizer step; without `hold`, lets them go,
-    as the update must be preceded by: fused ones leave no trace. Under ZeRO-3 each pass stacks anew."""
+    """Stacks and casts every adapter's factors once for all passes of an optimizer step; under ZeRO-3 each pass does.
+
+    Args:
+        hold: False lets the stacked factors go. This has to be done before the update, which they would not see.
+    """
     dtype = model.get_input_embeddings().weight.dtype
     for layer in adapter_layers(model).values():
         held = hold and not is_partitioned(layer.lora_A)
@@ -448,7 +464,7 @@ def _principal_factors_of_all(
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
         if cache is None:
             return principal_factors(weight, rank, scaling)
-        # Under the weight's own content: a stale entry cannot be met.
+        # The file's name is a hash of the weight, so an outdated entry is never read.
         file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
@@ -1026,7 +1042,8 @@ class BALoRAModel(nn.Module):
         if self.head_is_linear:
             head = model.get_output_embeddings()
             head.forward = functools.partial(_head_forward, head)
-        # The last feed-forward mixes no positions, and only the valid ones of what it gives are read.
+        # The last feed-forward layer works on each position alone, and only valid positions are read. Elsewhere it is
+        # skipped.
         self._last_positions: list[Tensor] = []
         last_mlp = getattr(getattr(model.get_decoder(), "layers", [None])[-1], "mlp", None)
         if last_mlp is not None:
@@ -1279,9 +1296,9 @@ def inspect_base(args: Arguments) -> Base:
     found = find_target_modules(skeleton, args.target_modules, args.rank)
     if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
         args.target_modules = targets.plain_names(skeleton, found)
-    dense = targets.dense_beside_experts(skeleton, found)
-    if dense:
-        raise UserError(f"PEFT would take the factors of {dense[0]} for those of experts: leave it out of the targets")
+    obstacle = targets.obstacle_to_adapters(skeleton, found)
+    if obstacle:
+        raise UserError(f"no adapter on {', '.join(args.target_modules)}: {obstacle}; name other --target-modules")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
     coverage = targets.coverage(skeleton, found)
     return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
@@ -1295,6 +1312,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
+        pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
         screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
@@ -1308,7 +1326,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
     except HubError as error:  # the machine of the run may have it
         data = error
-    return screen + runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
+    return screen + "\n".join(estimates.report(args, base, data)) + "\n\n" + runs.config_text(args)
 
 
 def is_mixed(args: Arguments) -> bool:
@@ -1405,7 +1423,7 @@ def make_ready(
     obstacle = None
     if args.packing:
         obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
-    if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
+    if args.method != "full" and not args.gradient_checkpointing:  # checkpointing keeps almost no activations anyway
         save_activations(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1426,8 +1444,7 @@ def make_ready(
     if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
         return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
-    pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-    return wrapped, PaddingCollator(end if pad is None else pad)
+    return wrapped, PaddingCollator(base.tokenizer.eos_token_id)  # an added padding token may have no embedding
 
 
 def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:

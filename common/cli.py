@@ -72,9 +72,14 @@ def _nobody_reads_stdout() -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, text: str, formerly: str | None = None) -> Any:
-    """A dataclass field that is also a command-line option with the help `text`; `formerly` is its old name."""
-    about = {"help": text, "formerly": formerly}
+def option(default: Any, text: str, formerly: str | None = None, first: bool = False) -> Any:
+    """A dataclass field that is also a command-line option with the help `text`.
+
+    Args:
+        formerly: its old name, which still works.
+        first: --help shows it before all groups.
+    """
+    about = {"help": text, "formerly": formerly, "first": first}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -123,7 +128,7 @@ def _grouped(arguments_type: type) -> type:
     """A dataclass with a dataclass in it for every group of options, as tyro shows them."""
     import tyro
 
-    owners: dict[str, list] = {}
+    owners: dict[str, list] = {"First": []}
     for item in dataclasses.fields(arguments_type):
         owner = next(
             kind for kind in reversed(arguments_type.__mro__) if item.name in vars(kind).get("__annotations__", ())
@@ -131,11 +136,15 @@ def _grouped(arguments_type: type) -> type:
         kind = Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])]
         has_default = item.default is not dataclasses.MISSING
         default = field(default=item.default) if has_default else field(default_factory=item.default_factory)
-        owners.setdefault(owner.__name__, []).append((item.name, kind, default))
+        group = "First" if item.metadata["first"] else owner.__name__
+        owners.setdefault(group, []).append((item.name, kind, default))
     groups = []
     for owner, members in owners.items():
+        if not members:
+            continue
         name = owner.removesuffix("Arguments").lower() or "main"
-        title = next(kind.__doc__ for kind in arguments_type.__mro__ if kind.__name__ == owner)
+        titles = {kind.__name__: kind.__doc__ for kind in reversed(arguments_type.__mro__)}
+        title = titles.get(owner, "What is set first.")
         group = dataclasses.make_dataclass(owner, members, namespace={"__doc__": title})
         groups.append((name, group, field(default_factory=group)))
     return dataclasses.make_dataclass("Options", groups)
