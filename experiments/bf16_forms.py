@@ -79,7 +79,8 @@ class Residual(train.LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return self.base(x) + self.scaling * (x @ A.T) @ B.T
+        # A copy: activations that are computed again (common/activations.py) come back in the shape of x itself alone.
+        return self.base(x) + self.scaling * (x.clone() @ A.T) @ B.T
 
 
 def patches(form: str) -> list:
@@ -99,7 +100,7 @@ def run(form: str, method: str, rate: float, steps: int, seed: int, folder: Path
     words += ["--init-cache", "output/bf16_forms"]
     kept = {}
 
-    def keep(model, *_):
+    def keep(model, *_, **__):
         for name, layer in train.adapter_layers(model).items():
             factors = {"A": layer.lora_A, "B": layer.lora_B, "A0": layer.initial_A, "B0": layer.initial_B}
             kept.update({f"{name}.{k}": v.detach().clone() for k, v in factors.items() if v is not None})

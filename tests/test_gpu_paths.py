@@ -186,6 +186,32 @@ def test_the_forms_of_the_bf16_study_are_the_same_function(form, initial):
         assert relative_error(ours, theirs) < 1e-5
 
 
+def test_the_bf16_study_runs_what_is_missing(checkpoint, data_file, tmp_path, monkeypatch, capsys):
+    """A row for each run, fp32 at distance 0 from itself; started again, it trains nothing and prints the table."""
+    main, started = train.main, []
+    tiny = ["--model", str(checkpoint), "--data", str(data_file), "--fields", "instruction", "output", "--rank", "4"]
+
+    def on_tiny(words):
+        started.append(words)
+        main([*words, *tiny, "--eval-share", "0.25", "--init-cache", str(tmp_path / "cache")])
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(train, "main", on_tiny)
+    monkeypatch.setattr(bf16_forms, "ROWS", tmp_path / "results" / "rows.jsonl")
+    monkeypatch.setattr(bf16_forms, "ARMS", (("pissa", 1e-2, 3), ("lora", 1e-2, 3)))
+    monkeypatch.setattr(sys, "argv", ["bf16_forms.py", "--seeds", "42"])
+    for _ in range(2):
+        bf16_forms.main()
+        assert len(started) == 7
+    rows = bf16_forms.rows()
+    assert [row["form"] for row in rows] == [*bf16_forms.FORMS, *bf16_forms.FORMS[:3]]
+    for row in rows:
+        assert row["distance"] == 0 if row["form"] == "fp32" else 0 < row["distance"] < 0.5, row
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=0.3)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| lora   | 3     | differences | 42   |")
+
+
 class WholeGradients(TorchDispatchMode):
     """How often the gradient of a slice was made as large as a tensor of this many tokens."""
 
