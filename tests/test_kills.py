@@ -53,7 +53,18 @@ def folder(tmp_path_factory) -> Path:
 def command(script: str, launcher: str, folder: Path, output: Path) -> list[str]:
     program, *variant = script.split(", ")
     ranks = 1 if launcher == "one process" else 2
-    words = [*LAUNCHERS[launcher], ROOT / f"{program}.py", "--output-dir", output, "--rank", 4, "--batch-size", 2]
+    port = ["--master_port", random.randrange(20000, 29000)] if ranks > 1 else []  # other runs may have the usual one
+    words = [
+        *LAUNCHERS[launcher],
+        *port,
+        ROOT / f"{program}.py",
+        "--output-dir",
+        output,
+        "--rank",
+        4,
+        "--batch-size",
+        2,
+    ]
     words += ["--save-steps", 3, "--gradient-accumulation", 4 // ranks, "--resume"]
     if program == "train":
         words += ["--model", folder / "base", "--data", folder / "data.jsonl", "--max-steps", 40, "--logging-steps", 1]
