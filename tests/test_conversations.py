@@ -598,6 +598,7 @@ def test_a_served_prompt_that_differs_is_refused():
         ({"messages": [{"role": "user", "content": None}, MESSAGES[1]]}, "message 1: a user turn that is empty"),
         ({"messages": [{"role": "user", "text": "Hi"}, MESSAGES[1]]}, "its keys are role, text"),
         ({"messages": [{"role": "system", "content": " "}, *MESSAGES]}, "message 1: a system turn that is empty"),
+        ({"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"}, "two different system turns"),
         ({"messages": MESSAGES, "weight": 0.5}, "its weight is 0.5: 0 and 1 alone are read"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of its content"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL]}]}, "drops the tool calls of message 2"),
