@@ -63,7 +63,7 @@ from torch import Tensor, nn
 import train
 from common import cli
 from common.best_state import BestState
-from common.checkpoints import accumulation, checkpoint_to_resume
+from common.checkpoints import accumulation, checkpoint_to_resume, require_same_contents
 from common.classifiers import (
     Collator,
     Outputs,
@@ -84,8 +84,8 @@ from common.devices import announce_device, choose_device
 from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_table
 from common.partitioned import num_ranks
-from common.peft_format import classifier_card, export_adapter
-from common.pretrained import check_checkpoint, load_tokenizer_and_config, weights_digest
+from common.peft_format import classifier_card, export_adapter, link_base
+from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions, weights_digest
 from common.probe import apply_probe, fit_probe
 from common.ranks import run_rank, start_ranks
 from common.runs import (
@@ -97,6 +97,7 @@ from common.runs import (
     require_output_dir,
     require_same_run,
     write_whole,
+    written_whole,
 )
 from common.targets import default_target_modules, find_target_modules
 from common.training import Training, generator_of, resolve_shared_arguments
@@ -156,13 +157,19 @@ TARGET_MODULES += ["c_attn", "c_fc", "c_proj"]
 class DataArguments:
     """What is trained, on what."""
 
-    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
-    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded MiniLM")
+    config: str | None = option(
+        None, "YAML file with any of these options by name; the command line overrides it", first=True
+    )
+    model: str | None = option(
+        None, "hub name or folder of the pre-trained model; 'demo': the embedded MiniLM", first=True
+    )
     model_revision: str | None = option(None, "hub revision of the model")
     task: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"] | None = option(
-        None, "GLUE task: its fields and metrics, and without --data its data from the hub (nyu-mll/glue)"
+        None, "GLUE task: its fields and metrics, and without --data its data from the hub (nyu-mll/glue)", first=True
     )
-    data: str | None = option(None, "csv, tsv, jsonl or parquet file to train on; 'demo': the embedded movie reviews")
+    data: str | None = option(
+        None, "csv, tsv, jsonl or parquet file to train on; 'demo': the embedded movie reviews", first=True
+    )
     test_data: list[str] = option(
         [], "files to score at the end, one score each; none: a tenth of --data is set aside", formerly="eval_data"
     )
@@ -170,7 +177,9 @@ class DataArguments:
         None, "file to select the best state by; none: a tenth of --data is set aside, of each class in its share"
     )
     fields: list[str] | None = option(
-        None, "the data's one or two columns of text; numbers count the columns of a file without header, from 0"
+        None,
+        "the data's one or two columns of text; numbers count the columns of a file without header, from 0",
+        first=True,
     )
     label: str = option("label", "the data's column of labels, by name or number")
     metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = option(
@@ -178,7 +187,7 @@ class DataArguments:
     )
     limit: int | None = option(None, "train on the first N examples only", formerly="max_examples")
     max_length: int = option(128, "tokens per example; longer ones are cut")
-    output_dir: str = option("output/nlu", "folder for everything this run writes")
+    output_dir: str = option("output/nlu", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, the data's classes, parameters and steps, then stop")
     skip_done: bool = option(
@@ -190,8 +199,10 @@ class DataArguments:
 class AdapterArguments(train.AdapterArguments):
     """What is trained of the model; the classifier is, with every method."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train beside the classifier")
-    rank: int = option(8, "adapter rank r")
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option(
+        "ba-lora", "what to train beside the classifier", first=True
+    )
+    rank: int = option(8, "adapter rank r", first=True)
     teacher_head: Literal["initial", "probe"] = option(
         "initial",
         "head that the teacher keeps and training starts from: the checkpoint's, else random; or a fitted probe",
@@ -216,11 +227,13 @@ class RegularizerArguments(train.RegularizerArguments):
 class OptimizationArguments(train.OptimizationArguments):
     """How it is trained."""
 
-    epochs: float = option(3.0, "passes over the data")
-    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one")
+    epochs: float = option(3.0, "passes over the data", first=True)
+    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one", first=True)
     gradient_accumulation: int = option(1, "micro-batches per optimizer step")
     learning_rate: float | None = option(
-        None, "peak learning rate of AdamW; none: the method's, full 5e-5, lora 2e-3, pissa and ba-lora 5e-4"
+        None,
+        "peak learning rate of AdamW; none: the method's, full 5e-5, lora 2e-3, pissa and ba-lora 5e-4",
+        first=True,
     )
     class_weights: Literal["balanced"] | None = option(
         None, "balanced: each class's share of L_task is the same, whatever its number of examples"
@@ -437,7 +450,8 @@ def fit(
 
     Args:
         examples: encoded, with `labels`, and for BA-LoRA `teacher_logits`.
-        validate: gives the score of the model as it is; the model ends in its best state. None: in its last.
+        validate: gives the score of the model as it is; the model ends in its best state, which may be that before
+            training. None: in its last.
         quiet: neither a bar nor a log nor checkpoints.
         checkpoint: the one to go on from.
     """
@@ -445,6 +459,13 @@ def fit(
     order = partial(by_length, examples, args.batch_size * steps * accelerator.num_processes, args.seed)
     training = Training(args, accelerator, steps, len(examples), order, quiet, contents)
     best = BestState(args.patience)
+
+    def select() -> None:
+        score = validate()
+        training.log({"validation": score if math.isfinite(score) else None})
+        best.update(score, training.step, model)
+        training.is_over |= best.is_vain
+
     training.extra = best.for_checkpoint
     training.prepare(model, model)
     training.resume(checkpoint)
@@ -452,6 +473,8 @@ def fit(
         best.load(checkpoint)
     with training.underway():
         training.is_over |= best.is_vain
+        if validate is not None and checkpoint is None:
+            select()
         while not training.is_over:
             rows = training.batches.of_step(training.step)
             batches = [(collate([examples[row] for row in of_batch]), counts) for of_batch, counts in rows]
@@ -473,10 +496,7 @@ def fit(
             training.end_step(norm, LOGGING_STEPS)
 
             if validate is not None and is_validation_due(training, args.evals_per_epoch):
-                score = validate()
-                training.log({"validation": score if math.isfinite(score) else None})
-                best.update(score, training.step, model)
-                training.is_over |= best.is_vain
+                select()
             training.save_if_due()
     if validate is not None:
         best.put_back(model)
@@ -527,7 +547,10 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, 
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
     if getattr(config, "summary_type", None) == "last":
-        raise UserError(f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here")
+        raise UserError(
+            f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here: take "
+            "a model that classifies by its first, or by its last token"
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {args.model} has neither a padding nor an end token: declare its pad_token")
     if tokenizer.pad_token_id is None:
@@ -539,13 +562,7 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, 
             skeleton = transformers.AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
-    longest = getattr(config, "max_position_embeddings", None) or 0
-    longest = longest if longest > 0 else args.max_length  # XLNet says -1 and T5 nothing: no limit
-    for name, module in skeleton.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= module.padding_idx + 1  # RoBERTa counts positions from there
-    if args.max_length > longest:
-        raise UserError(f"--max-length is {args.max_length}, and {args.model} has {longest} positions")
+    require_positions(args.model, skeleton, args.max_length)
     if args.method != "full":
         linear_for_conv1d(skeleton)
         if args.target_modules is None:
@@ -670,28 +687,36 @@ def evaluate(
         scores[name][args.method] = score(logits, split.labels, data.metrics, data.class_names)
         rows += prediction_rows(name, logits, split.labels, data.class_names)
     if num_ranks() == 1 or dist.get_rank() == 0:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (Path(args.output_dir) / "predictions.jsonl").write_text(lines)
+        write_whole(Path(args.output_dir) / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, conv1d: list[str]) -> None:
-    """Writes adapter/ and merged/, which predict in the units of the file; the adapters are merged away in `model`.
+    """Writes adapter/ and merged/, whole or not at all. They predict in the units of the file; the adapters are merged
+    away in `model`.
 
     Args:
         conv1d: the layers that `linear_for_conv1d` has replaced.
+
+    Raises:
+        RunStopped: the disk does not take them.
     """
-    output_dir = Path(args.output_dir)
     rescale_outputs(model, base.shift, base.unit)
-    if args.method != "full":
-        layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
-        rank = export_adapter(layers, output_dir / "adapter", base.path, args.target_modules, "SEQ_CLS", head)
-        card = classifier_card(args, rank, model.config)
-        (output_dir / "adapter" / "README.md").write_text(card)
-        base.tokenizer.save_pretrained(output_dir / "adapter")
-    merge_adapters(model)
-    conv1d_for_linear(model, conv1d)
-    model.save_pretrained(output_dir / "merged")
-    base.tokenizer.save_pretrained(output_dir / "merged")
+    output_dir, source = Path(args.output_dir), base.path
+    with written_whole(output_dir, "give the same command with --resume") as folder:
+        if args.method != "full":
+            layers, head = adapter_layers(model), {name: model.get_submodule(name) for name in head_modules(model)}
+            if Path(base.path).is_dir():
+                source = str((output_dir / "adapter" / "base").resolve())
+                link_base(folder / "adapter" / "base", Path(base.path), model.config)
+            target = (folder / "adapter", source, args.target_modules, "SEQ_CLS", head)
+            rank = export_adapter(layers, *target, revision=args.model_revision)
+            card = classifier_card(args, rank, model.config, model.replaces_head)
+            (folder / "adapter" / "README.md").write_text(card)
+            base.tokenizer.save_pretrained(folder / "adapter")
+        merge_adapters(model)
+        conv1d_for_linear(model, conv1d)
+        model.save_pretrained(folder / "merged")
+        base.tokenizer.save_pretrained(folder / "merged")
 
 
 def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
@@ -714,6 +739,14 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
             lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
     output_dir = Path(args.output_dir)
     best, name = summary["validation"], data.metrics[0]
+    scores = {
+        test: [of[kind][name]["value"] for kind in (args.method, "probe")] for test, of in summary["results"].items()
+    }
+    if below := [test for test, (ours, probe) in scores.items() if ours < probe]:
+        lines.append(
+            f"note: {args.method} ends below the linear probe of the untouched encoder on {', '.join(below)}: train "
+            "longer, or with another --learning-rate"
+        )
     lines += [
         f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
         f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"
@@ -731,6 +764,8 @@ def run(args: Arguments, data: Data, started: float) -> None:
     """A whole run: probes, training, evaluation, export. --output-dir is this run's alone."""
     base = inspect_base(args, data)
     checkpoint = checkpoint_to_resume(args)
+    contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
+    require_same_contents(checkpoint, contents, args.accept_changes)
     accelerator = start_ranks(args)
     is_main = accelerator.is_main_process
     say = print if is_main else lambda *_, **__: None
@@ -753,7 +788,6 @@ def run(args: Arguments, data: Data, started: float) -> None:
     adapter_parameters, head_parameters = count_parameters(model)
     say(f"{args.method}: {adapter_parameters:,} trained parameters and {head_parameters:,} of the head", flush=True)
     validate = partial(validation_score, model, data, collator)
-    contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
     training, best = fit(model, examples, collator, args, validate, False, checkpoint, accelerator, contents)
 
     evaluate(model, data, collator, args, scores)
@@ -802,13 +836,13 @@ def dry_run(args: Arguments, data: Data) -> str:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data.train) / per_step) * args.epochs)
     return "\n".join(
         [
-            config_text(args),
-            "",
             sizes(args, data),
             *notes,
             f"tokens: {sum(lengths) / len(lengths):.0f} on average; examples that are cut: {num_cut} of {len(lengths)}",
             f"parameters: {trained:,} trained and {head:,} of the head",
             f"steps: {steps} of {per_step} examples",
+            "",
+            config_text(args),
         ]
     )
 

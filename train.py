@@ -113,19 +113,27 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
 class DataArguments:
     """What is trained, on what."""
 
-    config: str | None = option(None, "YAML file with any of these options by name; the command line overrides it")
-    model: str | None = option(None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M")
+    config: str | None = option(
+        None, "YAML file with any of these options by name; the command line overrides it", first=True
+    )
+    model: str | None = option(
+        None, "hub name or folder of the pre-trained model; 'demo': the embedded SmolLM2-135M", first=True
+    )
     model_revision: str | None = option(None, "hub revision of the model")
     trust_remote_code: bool = option(False, "run code that the model's repository ships")
     init_adapter: str | None = option(None, "start from this LoRA or PiSSA adapter of PEFT's format, or one of ours")
     data: str | None = option(
-        None, "hub name, json, jsonl, csv or parquet file, or a folder of them; 'demo': the embedded problems"
+        None,
+        "hub name; json, jsonl, csv, tsv or parquet file, or a folder of them; 'demo': the embedded problems",
+        first=True,
     )
     data_subset: str | None = option(None, "folder inside --data, such as metamath in fxmeng/pissa-dataset")
     data_config: str | None = option(None, "configuration of a hub data set, such as main of openai/gsm8k")
     split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
     fields: list[str] = option(
-        ["instruction", "output"], "two fields, instruction and response, or the one that holds conversations"
+        ["instruction", "output"],
+        "two fields, instruction and response, or the one that holds conversations",
+        first=True,
     )
     template: Literal["alpaca", "chat", "raw"] | None = option(
         None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
@@ -135,7 +143,7 @@ class DataArguments:
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
     limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
-    output_dir: str = option("output/ba-lora", "folder for everything this run writes")
+    output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
     export_from: str | None = option(
@@ -147,8 +155,8 @@ class DataArguments:
 class AdapterArguments:
     """What is trained of the model."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train")
-    rank: int = option(128, "adapter rank r")
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
+    rank: int = option(128, "adapter rank r", first=True)
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")
 
@@ -186,7 +194,9 @@ class TermArguments:
 class BatchArguments:
     """What one step takes; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
 
-    batch_size: int = option(4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch")
+    batch_size: int = option(
+        4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch", first=True
+    )
     gradient_accumulation: int = option(4, "micro-batches per optimizer step")
 
 
@@ -194,9 +204,9 @@ class BatchArguments:
 class OptimizationArguments:
     """How it is trained; the defaults are the paper's."""
 
-    epochs: float = option(1.0, "passes over the data")
+    epochs: float = option(1.0, "passes over the data", first=True)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW")
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", first=True)
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
     lr_scheduler: str = option("cosine", "learning-rate schedule after warm-up, a name that transformers knows")
@@ -1264,6 +1274,8 @@ def inspect_base(args: Arguments) -> Base:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
+    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+        pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
         adapter = read_adapter(Path(args.init_adapter), args.method)
@@ -1293,7 +1305,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
-        screen = first_screen(dataset) + "\n\n"
+        screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
         valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
@@ -1306,7 +1318,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
     except HubError as error:  # the machine of the run may have it
         data = error
-    return screen + runs.config_text(args) + "\n\n" + "\n".join(estimates.report(args, base, data))
+    return screen + "\n".join(estimates.report(args, base, data)) + "\n\n" + runs.config_text(args)
 
 
 def is_mixed(args: Arguments) -> bool:
@@ -1343,7 +1355,7 @@ def encode_records(
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base.tokenizer, records)
     if accelerator.is_main_process:
-        print(first_screen(dataset), flush=True)
+        print(first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
         width = base.skeleton.get_output_embeddings().weight.shape[1]
@@ -1479,19 +1491,22 @@ def export_model(
     args: Arguments,
     model_path: str,
     output_dir: Path,
+    remedy: str,
     about: Mapping[str, Any] | None = None,
     sample: Iterable[Any] = (),
 ) -> None:
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Args:
-        about: the scale of ΔW, which `model` acts with already, and where it comes from.
+        remedy: how they are written again where this fails.
+        about: the scale of ΔW, which `model` acts with already, and where it comes from; how far the
+            training is, where it has not ended.
         sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
         RunStopped: the disk does not take them, or the files, read back, are not the trained model.
     """
-    with runs.written_whole(output_dir, f"train.py --export-from {output_dir}") as staging:
+    with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
         read_back = exports.ReadBack(model, layers)
         pretrained.mend_generation_config(model)
@@ -1511,16 +1526,16 @@ def export_model(
 def held_out_examples(
     args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
 ) -> "datasets.Dataset":
-    """For --scale auto: those of --eval-data, or else those that the run held out.
+    """For --scale auto: those of --validation-data, or else those that the run held out.
 
     Raises:
         UserError: there are none, or the run's --data changed, so that others would be held out than before.
     """
-    if args.eval_data is not None:
-        run = dataclasses.replace(run, eval_data=args.eval_data, eval_share=None)
-    if run.eval_data is None and run.eval_share is None:
-        raise UserError("--scale auto chooses on held-out examples, and the run has none: name some by --eval-data")
-    source = validation.arguments_of_eval_data(run) or run
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
     examples, _ = encoded(source, tokenizer, load_training_records(source))
     if run.eval_share is None:
         return examples
@@ -1544,9 +1559,12 @@ def export_again(args: Arguments) -> None:
     if checkpoint is None:
         raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
+    unfinished, progress = None, checkpoints.load_progress(checkpoint)
+    if not checkpoints.is_complete(checkpoint, run.patience):
+        unfinished = f"step {progress.step} of {progress.max_steps}"
     if run.keep_best:
-        history = checkpoints.load_progress(checkpoint).history
-        checkpoint = checkpoints.best_checkpoint(history, checkpoints.complete_checkpoints(source)) or checkpoint
+        there = checkpoints.complete_checkpoints(source)
+        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
@@ -1555,11 +1573,14 @@ def export_again(args: Arguments) -> None:
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
     scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
     about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    about = about | {"unfinished": unfinished}
     scaled.set(about["scale"])
-    export_model(model, tokenizer, run, path, output_dir, about)
+    export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
     if args.scale is not None:
         runs.note_export(source, output_dir, about | {"checkpoint": checkpoint.name})
-    print(f"exported {checkpoint} to {output_dir}: merged/" + (", adapter/" if run.method != "full" else ""))
+    named = "merged/" + (", adapter/" if run.method != "full" else "")
+    state = f"; the training has not ended: {unfinished}" if unfinished else ""
+    print(f"exported {checkpoint} to {output_dir}: {named}{state}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1583,6 +1604,10 @@ def run(args: Arguments, base: Base, started: float) -> None:
     num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
     held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
+    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
+    contents |= {"data": checkpoints.contents_of(dataset)}
+    contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)
@@ -1593,12 +1618,11 @@ def run(args: Arguments, base: Base, started: float) -> None:
         share = f"{base.trainable / 1e6:.2f} M trainable parameters on a model of {base.total / 1e6:.2f} M"
         print(f"{args.method}: {share} ({time.time() - started:.0f} s since start)", flush=True)
     model, collate = make_ready(args, base, student, dataset, held_out, is_main)
-    contents = {"base model": pretrained.weights_digest(base.path, base.config)}
-    contents |= {"data": checkpoints.contents_of(dataset)} | (
-        {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    )
     order = random_order(len(dataset), args.seed)
     training = Training(args, accelerator, accumulation, len(dataset), order, contents=contents)
+    if is_main:
+        for note in estimates.notes_on_defaults(args, training.progress.max_steps, base.total):
+            print(note, flush=True)
     training.start_trackers()
     finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)
@@ -1607,7 +1631,8 @@ def run(args: Arguments, base: Base, started: float) -> None:
     best = training.checkpoint_to_export()
     exported = trained_model(args, base, training, best or finished)
     if is_main:
-        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), sample=sample)
+        remedy = checkpoints.way_to_export(args)
+        export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
         progress = training.progress
         summary = {
             "processes": training.num_ranks,

@@ -20,12 +20,14 @@ class BestState:
         patience: validations in a row without a better score after which training ends.
 
     Attributes:
-        best: the highest score so far. best_step: when. tensors: the trained tensors then, on the CPU.
+        best: the highest score so far. best_step: when; 0 is before training. tensors: the trained tensors then, on the
+            CPU.
+        has_trained: whether a state after step 0 had a score.
     """
 
     def __init__(self, patience: int):
         self.patience = patience
-        self.best, self.best_step, self.vain = -math.inf, 0, 0
+        self.best, self.best_step, self.vain, self.has_trained = -math.inf, 0, 0, False
         self.tensors: dict[str, Tensor] = {}
 
     @property
@@ -33,16 +35,19 @@ class BestState:
         return self.vain >= self.patience
 
     def update(self, score: float, step: int, model: nn.Module) -> None:
-        """Keeps the model's state where its score, the same on all ranks, is the best so far."""
-        if score > self.best:
+        """Keeps the model's state where its score, the same on all ranks, is the best so far; −∞ is no score. A trained
+        state that is as good as the one before training is taken."""
+        self.has_trained |= step > 0 and score > -math.inf
+        if score > self.best or (score == self.best > -math.inf and self.best_step == 0):
             self.best, self.best_step, self.vain = score, step, 0
             self.tensors = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-        else:
+        elif step > 0:
             self.vain += 1
 
     def for_checkpoint(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         """The file that a checkpoint has of it: tensors and metadata by name."""
         summary = {"best": repr(self.best), "best_step": str(self.best_step), "vain": str(self.vain)}
+        summary["has_trained"] = str(self.has_trained)
         return {BEST_TENSORS: (self.tensors, summary)}
 
     def load(self, checkpoint: Path) -> None:
@@ -51,13 +56,17 @@ class BestState:
             summary = file.metadata()
         self.tensors = load_file(checkpoint / BEST_TENSORS)
         self.best, self.best_step, self.vain = float(summary["best"]), int(summary["best_step"]), int(summary["vain"])
+        self.has_trained = summary["has_trained"] == "True"
 
     def put_back(self, model: nn.Module) -> None:
         """Makes the best state the model's.
 
         Raises:
-            RunStopped: there has been none.
+            RunStopped: no state of the training had a score.
         """
-        if self.best == -math.inf:
-            raise RunStopped("the training diverged, NaN or Inf at every validation: lower --learning-rate")
+        if not self.has_trained:
+            raise RunStopped(
+                "no state can be chosen: at every validation the predictions were NaN or Inf, or one number for all "
+                "examples: lower --learning-rate"
+            )
         load_trained_tensors(model, self.tensors)

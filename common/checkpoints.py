@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from common.cli import UserError, first_line
 from common.runs import INCOMPLETE, NOT_IDENTITY, first_difference
-from common.validation import is_out_of_patience, losses_by_step
+from common.validation import is_out_of_patience, losses_by_step, row_digests
 
 if TYPE_CHECKING:
     import datasets
@@ -231,21 +231,17 @@ NAMES_OF_CONTENTS = {"model", "data", "validation_data", "test_data"}
 
 def contents_of(examples: "datasets.Dataset") -> str:
     """A digest of tokenised examples: their `input_ids` and `labels`, in order."""
-    digest = hashlib.sha256()
-    for table in examples.with_format("arrow").iter(batch_size=1000):
-        for name in ("input_ids", "labels"):
-            column = table.column(name).combine_chunks()
-            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(row_digests(examples))).hexdigest()
 
 
-def require_same_contents(checkpoint: Path, contents: Mapping[str, str], accept_changes: bool) -> None:
+def require_same_contents(checkpoint: Path | None, contents: Mapping[str, str], accept_changes: bool) -> None:
     """Raises a UserError where the data or the base model are not those that the checkpoint was trained with.
 
     Args:
         contents: digests by what they are of. accept_changes: the user insists.
     """
+    if checkpoint is None:
+        return
     made = json.loads((checkpoint / MANIFEST).read_text())["identity"].get("contents", {})
     changed = [name for name, digest in contents.items() if made.get(name) != digest]
     if changed and not accept_changes:
@@ -467,6 +463,14 @@ def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
         return False
     progress = load_progress(checkpoint)
     return progress.step >= progress.max_steps or is_out_of_patience(progress.history, patience)
+
+
+def way_to_export(args: Any) -> str:
+    """How a training that has just ended is exported where that failed: its end may have no checkpoint."""
+    newest = newest_checkpoint(args.output_dir)
+    if is_complete(newest, args.patience):
+        return f"give the same command with --resume, or train.py --export-from {args.output_dir}"
+    return f"give the same command with --resume, which goes on from {newest or 'the start'}"
 
 
 def best_checkpoint(history: Sequence[Mapping[str, float]], folders: list[Path]) -> Path | None:

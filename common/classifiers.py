@@ -27,6 +27,7 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
     Attributes of the model that tell what was found:
         new_modules: what the checkpoint lacks of the encoder itself; see `head_modules`.
         has_trained_head: whether the final layer is the checkpoint's.
+        replaces_head: whether the checkpoint has a final layer of another size.
         head_note: a line for the user on a trained classifier of other or otherwise ordered classes; or None.
     """
     transformers.set_seed(seed)
@@ -59,6 +60,7 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
     weight = next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
     was_trained = weight not in info["missing_keys"]
     model.has_trained_head, model.head_note = was_trained and rows is not None, None
+    model.replaces_head = was_trained and own.num_labels != config.num_labels
     theirs, ours = (", ".join(map(str, this.id2label.values())) for this in (own, config))
     if rows is not None:
         if rows != list(range(own.num_labels)):

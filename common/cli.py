@@ -7,6 +7,7 @@ the options; nothing here imports more than it.
 
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import select
@@ -33,7 +34,8 @@ def first_line(error: Exception) -> str:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2, and a disk that takes
+    or gives no file one line and exit code 1."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -50,6 +52,12 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             raise  # another pipe, a worker's say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: stopped: {error.strerror}{where}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _nobody_reads_stdout() -> bool:
@@ -64,9 +72,14 @@ def _nobody_reads_stdout() -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, text: str, formerly: str | None = None) -> Any:
-    """A dataclass field that is also a command-line option with the help `text`; `formerly` is its old name."""
-    about = {"help": text, "formerly": formerly}
+def option(default: Any, text: str, formerly: str | None = None, first: bool = False) -> Any:
+    """A dataclass field that is also a command-line option with the help `text`.
+
+    Args:
+        formerly: its old name, which still works.
+        first: --help shows it before all groups.
+    """
+    about = {"help": text, "formerly": formerly, "first": first}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)
     return field(default=default, metadata=about)
@@ -115,7 +128,7 @@ def _grouped(arguments_type: type) -> type:
     """A dataclass with a dataclass in it for every group of options, as tyro shows them."""
     import tyro
 
-    owners: dict[str, list] = {}
+    owners: dict[str, list] = {"First": []}
     for item in dataclasses.fields(arguments_type):
         owner = next(
             kind for kind in reversed(arguments_type.__mro__) if item.name in vars(kind).get("__annotations__", ())
@@ -123,11 +136,15 @@ def _grouped(arguments_type: type) -> type:
         kind = Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])]
         has_default = item.default is not dataclasses.MISSING
         default = field(default=item.default) if has_default else field(default_factory=item.default_factory)
-        owners.setdefault(owner.__name__, []).append((item.name, kind, default))
+        group = "First" if item.metadata["first"] else owner.__name__
+        owners.setdefault(group, []).append((item.name, kind, default))
     groups = []
     for owner, members in owners.items():
+        if not members:
+            continue
         name = owner.removesuffix("Arguments").lower() or "main"
-        title = next(kind.__doc__ for kind in arguments_type.__mro__ if kind.__name__ == owner)
+        titles = {kind.__name__: kind.__doc__ for kind in reversed(arguments_type.__mro__)}
+        title = titles.get(owner, "What is set first.")
         group = dataclasses.make_dataclass(owner, members, namespace={"__doc__": title})
         groups.append((name, group, field(default_factory=group)))
     return dataclasses.make_dataclass("Options", groups)

@@ -131,7 +131,32 @@ def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
     lines.append(f"memory per {device}, estimated for a micro-batch of {tokens} tokens in {str(dtype)[6:]}:")
     lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<12} {sum(parts.values()) / 2**30:8.2f} GiB")
-    return [*lines, disk_line(args, dtype, **parameters)]
+    lines.append(disk_line(args, dtype, **parameters))
+    return lines + (notes_on_defaults(args, steps, base.total) if isinstance(data, DataSizes) else [])
+
+
+def notes_on_defaults(args: Any, steps: int, total: int) -> list[str]:
+    """What the paper's defaults, which are for a model of 7 B on 100,000 examples, do to a run that is much smaller.
+
+    Args:
+        steps: optimizer steps of the run. total: parameters of the model.
+    """
+    notes = []
+    if steps < 20:
+        notes.append(
+            f"note: {steps} optimizer steps are few: more --epochs, or fewer sequences a step than --batch-size x "
+            f"--gradient-accumulation = {args.batch_size} x {args.gradient_accumulation}, give more"
+        )
+    warmup = math.ceil(steps * args.warmup_ratio)
+    if steps > 1 and warmup * 4 >= steps:
+        notes.append(f"note: the warm-up takes {warmup} of {steps} steps: --warmup-ratio 0 leaves it out")
+    if args.method != "full" and args.learning_rate <= 2e-5 and (args.method == "lora" or total < 2e9):
+        what = "LoRA's start" if args.method == "lora" else f"a model of {total / 1e6:.0f} M"
+        notes.append(
+            f"note: --learning-rate {args.learning_rate:g} is low for {what}: docs/own-model.md has measured rates, "
+            "1e-4 to 1e-3 for small models"
+        )
+    return notes
 
 
 def disk_line(args: Any, dtype: torch.dtype, *, total: int, trainable: int) -> str:

@@ -67,6 +67,16 @@ def paired_interval(differences: list[float]) -> tuple[float, float]:
     return statistics.mean(differences), half
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values in the order given (S. Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    import numpy as np
+
+    order = np.argsort(p_values)
+    factors = np.arange(len(order), 0, -1)
+    rising = np.minimum(1.0, np.maximum.accumulate(factors * np.asarray(p_values)[order]))
+    return rising[np.argsort(order)].tolist()
+
+
 def ratio(sums: list[float], counts: list[int], resamples: int = 10_000) -> dict[str, Any]:
     """Σ sums / Σ counts with its 95 % percentile bootstrap interval over the groups that they are of: the mean over all
     tokens of some documents, say, whose tokens are not independent."""

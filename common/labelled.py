@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.cli import UserError
-from common.tables import load_records, read_table, require_fields
+from common.tables import load_records, note_on_overlap, read_table, require_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -207,6 +207,9 @@ def _read_data(args: Any) -> Data:
     for part, of in (("training", train), ("validation", validation)):
         if names is None and len(set(of.labels)) < 2:
             raise UserError(f"{source}: the {part} examples have one number alone in {args.label!r}: add others")
+    for name, held_out in {"validation": validation, **tests}.items():
+        rows = (zip(part.texts, part.labels, strict=True) for part in (train, held_out))
+        notes += filter(None, [note_on_overlap(*rows, name)])
     return Data(train, validation, tests, names or [], task.metrics if task else ("accuracy",), notes=notes)
 
 
@@ -303,6 +306,8 @@ def to_split(
 
 
 def _unknown(label: Any, class_names: list[str]) -> str:
+    if label is None or not label_text(label):
+        return "it has no label: fill it in, or leave the example out"
     text = f"label {label!r} is none of the training classes {', '.join(class_names)}"
     if label_text(label) == "-1":
         return f"{text}: it stands for a label that is not known, as in GLUE's test files; leave those examples out"

@@ -71,7 +71,7 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
     """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded.
 
     Args:
-        about: `scale` of ΔW where it was set after training, and `why`.
+        about: `scale` of ΔW where it was set after training, and `why`; `unfinished`: how far the training was.
     """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
@@ -90,6 +90,8 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
     if args.has_terms:
         weights = [f"{name[7:]} {value:g}" for name, value in vars(args).items() if name.startswith("lambda_")]
         settings["weights λ of the terms"] = ", ".join(weights) + (", without the target" if args.mask_target else "")
+    if about and about.get("unfinished"):
+        settings["not trained to the end"] = about["unfinished"]
     if about and about["scale"] != 1:
         why = f": {about['why']}, on {about['held_out_examples']} held-out examples" if "why" in about else ""
         settings["scaled after training"] = f"ΔW times {about['scale']:g}{why}; lora_alpha holds it"
@@ -142,21 +144,38 @@ def _selects(config: Mapping[str, Any], name: str) -> bool:
     return is_wanted and names(config.get("target_modules")) and not names(config.get("exclude_modules"))
 
 
-def classifier_card(args: Any, rank: int, config: Any) -> str:
-    """README.md of a classifier's adapter, stored with `rank`: what it is, on which base, its classes, how loaded."""
+def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -> str:
+    """README.md of a classifier's adapter, stored with `rank`: what it is, on which base, its classes, how loaded.
+
+    Args:
+        is_of_other_size: the base has a trained classifier with another number of classes.
+    """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
-    if args.model == "demo" or Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
+    is_local = args.model == "demo" or Path(args.model).is_dir()
+    if is_local:  # the hub refuses a card whose base_model is no repository
         del front["base_model"]
     predicts = ", ".join(config.id2label.values()) if config.num_labels > 1 else "a number, in the units of the labels"
+    # PEFT reads the base's own configuration, which knows neither the classes nor their names.
+    classes = f"id2label={config.id2label}" if config.num_labels > 1 else "num_labels=1"
+    options = "" if is_local else f", {classes}, pad_token_id={config.pad_token_id}"
+    options += ", ignore_mismatched_sizes=True" if is_of_other_size else ""
+    moved = "\nElsewhere, correct the base's folder in adapter_config.json.\n" if is_local else ""
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} classifier on {args.model}\n\n"
         f"An ordinary LoRA adapter of rank {rank} in PEFT's format, with the classifier, for the base as it is "
         f"published.\n\n| | |\n|---|---|\n| predicts | {predicts} |\n| data | {args.data or args.task} |\n"
         f"| rank, alpha | {args.rank}, {args.alpha:g} |\n| target modules | {', '.join(args.target_modules)} |\n"
         f"| learning rate, epochs, seed | {args.learning_rate:g}, {args.epochs:g}, {args.seed} |\n\n"
-        "```python\nmodel = peft.AutoPeftModelForSequenceClassification.from_pretrained(\n"
-        f'    "this folder", num_labels={config.num_labels}, pad_token_id={config.pad_token_id}\n)\n```\n'
+        f'```python\npeft.AutoPeftModelForSequenceClassification.from_pretrained("this folder"{options})\n```\n{moved}'
     )
+
+
+def link_base(folder: Path, base: Path, config: Any) -> None:
+    """Makes `folder` the local `base` as a classifier of `config`: links to its weights, and a configuration that knows
+    the classes. PEFT reads it where an adapter names it, and needs no further arguments."""
+    config.save_pretrained(folder)
+    for file in base.glob("*.safetensors*"):
+        (folder / file.name).symlink_to(file.resolve())
 
 
 @dataclass

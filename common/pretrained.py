@@ -116,6 +116,30 @@ def require_embedded(dataset: "datasets.Dataset", model: "transformers.PreTraine
         raise UserError(f"token {largest} of the data is beyond the model's {rows} embeddings: enlarge the model's")
 
 
+def num_positions(model: "transformers.PreTrainedModel") -> int | None:
+    """How many positions the model was made for; None where that has no limit (ALiBi, state spaces, XLNet, T5)."""
+    found = getattr(model.config, "max_position_embeddings", None) or 0
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            found -= module.padding_idx + 1  # RoBERTa counts positions from there
+    return found if found > 0 else None
+
+
+def require_positions(name: str, model: "transformers.PreTrainedModel", max_length: int) -> None:
+    """Raises a UserError where --max-length is beyond the positions that the model was made for."""
+    known = num_positions(model)
+    if known and max_length > known:
+        raise UserError(f"--max-length is {max_length}, and {name} has {known} positions")
+
+
+def note_on_positions(dataset: "datasets.Dataset", model: "transformers.PreTrainedModel") -> str:
+    """A further line where an example has more positions than the model was made for, else nothing."""
+    known, longest = num_positions(model), max(map(len, dataset["input_ids"]))
+    if known is None or longest <= known:
+        return ""
+    return f"\nnote: the longest example has {longest} tokens, the model {known} positions: --max-length {known} cuts"
+
+
 def weights_digest(path: str, config: Any) -> str:
     """What tells one base model's weights from another's: a local folder's files, by name, size and blocks of bytes
     throughout them; on the hub, the commit."""

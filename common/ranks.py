@@ -1,5 +1,6 @@
 """The processes of a training: accelerate's ranks, DeepSpeed's configuration, the launchers above, a rank's end."""
 
+import functools
 import json
 import os
 import re
@@ -142,8 +143,10 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
 # ------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def launchers() -> list[tuple[int, str]]:
-    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): number, start time."""
+    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): number, start time. As they
+    are at the first call, the earliest possible: one that is gone by then is not known."""
     found, number = [], os.getppid()
     while "RANK" in os.environ and number > 1:
         try:
@@ -220,6 +223,7 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
             ) from error
 
     code = 0
+    launchers()
     try:
         run_script(guarded)
     except SystemExit as end:

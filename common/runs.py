@@ -71,9 +71,7 @@ def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
     once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
-    return "# Every argument of this run, for --config; versions and seed stand in run.json too.\n" + yaml.safe_dump(
-        entries, sort_keys=False
-    )
+    return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
 
 def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
@@ -96,10 +94,13 @@ SAMPLES = "samples.jsonl"  # what the model answered at each validation
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and moves it to its place: it is there whole or not at all."""
+    """Writes a file under another name and moves it to its place: it is there whole or not at all.
+
+    A lone surrogate, which UTF-8 does not have, becomes its escape in JSON.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -179,7 +180,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
     """Gives a folder to write folders to, which take their places in `output_dir` at the end, or not at all.
 
     Args:
-        remedy: the command that writes them again.
+        remedy: how they are written again.
 
     Raises:
         RunStopped: the disk does not take them.
@@ -195,8 +196,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
             folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({first_line(error)}); "
-            f"{remedy} writes it again from the newest checkpoint"
+            f"cannot write the trained model to {output_dir} ({first_line(error)}): make room, then {remedy}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -290,6 +290,16 @@ def is_trained_already(args: Any) -> bool:
     return True
 
 
+def question_command(merged: Path) -> str:
+    """A command that asks a merged model something, in the prompt of its training."""
+    code = (
+        "import sys, transformers; ask = transformers.pipeline('text-generation', sys.argv[1]); "
+        "chat = [{'role': 'user', 'content': sys.argv[2]}]; "
+        "print(ask(chat, max_new_tokens=200, do_sample=False)[0]['generated_text'][-1]['content'])"
+    )
+    return f'python -c "{code}" {shlex.quote(str(merged))} "What is 3 and 4?"'
+
+
 def write_summary(args: Any, run: dict[str, Any]) -> None:
     """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
     import torch
@@ -322,8 +332,10 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  merged model    {output_dir / 'merged'}",
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
-        f"next: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
+        f"score it: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
         + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
+        f"serve it: sh scripts/serve.sh {output_dir / 'merged'}",
+        f"ask it:   {question_command(output_dir / 'merged')}",
     ]
     print("\n".join(lines))
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -86,6 +86,13 @@ def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset"
     if not path.is_file():
         raise UserError(f"cannot read {source}: no such file")
     return _cached([path], has_header=False)
+
+
+def note_on_overlap(trained: Iterable[Hashable], held_out: Iterable[Hashable], name: str) -> str | None:
+    """A line where held-out examples are trained on too; None where none is."""
+    trained, held_out = set(trained), list(held_out)
+    count = sum(example in trained for example in held_out)
+    return f"note: {count} of the {len(held_out)} examples of {name} are trained on too" if count else None
 
 
 def require_fields(records: "datasets.Dataset", fields: list[str], source: str, remedy: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ class TeacherCache:
             counts: each example's number of valid positions.
 
         Raises:
-            UserError: the disk cannot hold it.
+            UserError: the disk cannot hold it, or takes no file.
         """
         self.offsets = [0, *itertools.accumulate(counts)]
         self.width = shape_of(model.get_output_embeddings().weight)[1]
@@ -45,10 +46,11 @@ class TeacherCache:
         base = (whole(tensor) for name, tensor in model.named_parameters() if "lora_" not in name)
         rows = (torch.tensor(row) for name in ("input_ids", "labels") for row in dataset[name])
         path = folder / f"teacher-{fingerprint(itertools.chain(base, rows))[:32]}"
-        folder.mkdir(parents=True, exist_ok=True)
         self.num_bytes = self.offsets[-1] * self.width * dtype.itemsize
         states, done = path.with_suffix(".states"), path.with_suffix(".done")
         require_space(folder, self.num_bytes, [states])
+        for file, size in ((states, self.num_bytes), (done, len(counts))):
+            allocate(file, size)
         shape = (self.offsets[-1], self.width)
         self.states = torch.from_file(str(states), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
         self.done = torch.from_file(str(done), shared=True, size=len(counts), dtype=torch.bool)
@@ -65,6 +67,23 @@ class TeacherCache:
         for i, rows in zip(example_ids, states.split(sizes), strict=True):
             self.states[self.offsets[i] : self.offsets[i + 1]] = rows.to(self.states)
             self.done[i] = True  # after the states: a kill in between costs this example, never its truth
+
+
+def allocate(file: Path, num_bytes: int) -> None:
+    """Takes the room of a file that is mapped into memory: a disk that fills up later would kill the process (SIGBUS).
+
+    Raises:
+        UserError: the disk does not have it.
+    """
+    is_new = not file.exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab") as stream:
+            os.posix_fallocate(stream.fileno(), 0, max(num_bytes, 1))
+    except OSError as error:
+        if is_new:
+            file.unlink(missing_ok=True)
+        raise UserError(f"--teacher-cache: {file} of {num_bytes} bytes cannot be made: {error.strerror}") from error
 
 
 def require_space(folder: Path, num_bytes: int, files: Iterable[Path] | None = None) -> None:

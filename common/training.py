@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # Those of transformers' schedules that need no settings of their own. Each is a function of the step alone.
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 LR_SCHEDULERS += ("cosine_with_restarts",)
+POLYNOMIAL_END = 1e-7  # the rate that transformers' polynomial schedule ends at
 
 
 def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, Any]]) -> None:
@@ -61,10 +62,14 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
     require_positive(args, *positive, "limit")
     lambdas = [name for name in vars(args) if name.startswith("lambda_")]
     require_not_negative(args, *lambdas, "save_steps", "weight_decay", "max_grad_norm", "seed")
+    if args.seed >= 2**32:
+        raise UserError(f"--seed is {args.seed}: it must be below 2**32")
     require_share(args, "warmup_fraction")
     require_below_one(args, "warmup_ratio")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"unknown --lr-scheduler {args.lr_scheduler!r}: one of {', '.join(LR_SCHEDULERS)}")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        raise UserError(f"--lr-scheduler polynomial ends at {POLYNOMIAL_END}: --learning-rate must be above it")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
     if args.max_steps != -1 and args.max_steps <= 0:
@@ -273,7 +278,6 @@ class Training:
         """Puts a checkpoint's parameters, optimizer, log and place in the data back; nothing where there is none."""
         if checkpoint is None:
             return
-        checkpoints.require_same_contents(checkpoint, self.contents, self.args.accept_changes)
         # The log's intervals and the length are those of this start: another --max-steps is another run.
         self.progress = checkpoints.load_progress(checkpoint)
         self._resumed_seconds = self.progress.seconds

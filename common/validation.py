@@ -1,13 +1,16 @@
 """Validation while training: what is held out, the means over it, the best state, early stopping, samples."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -19,6 +22,7 @@ from common.pretrained import resolve_demo
 from common.prompts import decode_response
 from common.ranks import read_deepspeed
 from common.runs import SAMPLES, JsonLines
+from common.tables import note_on_overlap
 from common.templates import Template
 
 if TYPE_CHECKING:
@@ -84,18 +88,43 @@ def hold_out(
         examples: of --data. held_out: of --validation-data.
 
     Raises:
-        UserError: --eval-share leaves nothing to train on.
+        UserError: --eval-share leaves nothing to train on, or --validation-data holds what is trained on.
     """
     if held_out is not None:
         indices = list(range(len(examples), len(examples) + len(held_out)))
-        return examples, held_out.remove_columns("index").add_column("index", indices)
-    if args.eval_share is None:
-        return examples, None
+        held_out = held_out.remove_columns("index").add_column("index", indices)
+    elif args.eval_share is not None:
+        examples, held_out = _split(args, examples)
+    if held_out is not None:
+        trained, watched = row_digests(examples), row_digests(held_out)
+        if args.validation_data is not None and set(trained) == set(watched):
+            raise UserError(f"--validation-data {args.validation_data} holds what is trained on: name other examples")
+        note = note_on_overlap(trained, watched, "what is held out")
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note, flush=True)
+    return examples, held_out
+
+
+def _split(args: Any, examples: "datasets.Dataset") -> "tuple[datasets.Dataset, datasets.Dataset]":
+    """The examples without the part that --eval-share draws, and that part."""
     count = max(1, round(args.eval_share * len(examples)))
     if count >= len(examples):
         raise UserError(f"--eval-share {args.eval_share} of {len(examples)} examples leaves none to train on")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
     return examples.select(sorted(order[count:])), examples.select(sorted(order[:count]))
+
+
+def row_digests(examples: "datasets.Dataset") -> list[bytes]:
+    """Of each tokenised example a digest of its `input_ids` and `labels`."""
+    digests = []
+    for table in examples.with_format("arrow").iter(batch_size=1000):
+        columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels")]
+        ends = np.cumsum(columns[0].value_lengths().to_numpy(zero_copy_only=False))[:-1]
+        rows = (np.split(column.flatten().to_numpy(zero_copy_only=False), ends) for column in columns)
+        digests += [
+            hashlib.sha256(ids.tobytes() + labels.tobytes()).digest() for ids, labels in zip(*rows, strict=True)
+        ]
+    return digests
 
 
 def together(examples: "datasets.Dataset", held_out: "datasets.Dataset | None") -> "datasets.Dataset":

@@ -201,7 +201,7 @@ class Store:
 
     def add(self, key: str, value: Any) -> None:
         self.values[key] = value
-        with self._lock, open(self.path, "a") as file:
+        with self._lock, open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({"key": key, "value": value}, ensure_ascii=False) + "\n")
 
 

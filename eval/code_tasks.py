@@ -64,7 +64,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 # The code in a completion: the statements that Python's parser finds in it, whatever stands between them
 # ----------------------------------------------------------------------------------------------------------------------
 
-END_OF_TEXT = re.compile(r"<\|[\w ]+\|>|</s>[ \t]*$", re.MULTILINE)  # a model may go on after its own end
+# A model may go on after its own end, or with a problem that it makes up.
+END_OF_TEXT = re.compile(r"<\|[\w ]+\|>|</s>[ \t]*$|^(?:" + "|".join(benchmark.BEGINNINGS) + ")", re.MULTILINE)
 FENCE = re.compile(r"(.*?)(`{3,}|~{3,})(.*)")
 INLINE = re.compile(r"[ \t]*(?:(?:python3?|py)\b[ \t]*)?(?=\w)(.*?)(?:`{3,}|~{3,})(.*)", re.IGNORECASE)
 MARK = re.compile(r"([ \t]*)(?:>>>|\.\.\.|>)(?: |$)")  # an interpreter's prompts, a quotation

@@ -55,29 +55,64 @@ DECORATION = re.compile(r"(?:[\s*:+=`$€£]|(?:the )?(?:final )?answer(?: is)?\
 MOST_DIGITS = 100  # of a number; what a model repeats for ever is none
 
 
+# The second one is none where the sentence goes on to say how the answer is found.
+MARKERS = (
+    r"the (?:final )?answer is:",
+    r"the (?:final )?answer is\b(?!:|\s+(?:a|an|as|found|given|in|not|obtained|that|the)\b)",
+)
+# "18 + 24 = 42": the value comes after the last equals sign of the sentence.
+EQUATION = re.compile(r"\A(?:(?!\.\s).)*\d\s*[-+*/×÷](?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)")
+NAME = re.compile(r"\b[A-Za-z]_?\{?\d+\}?(?=\s*=)")  # "x2 = 18"
+MONEY = r"(?:\$\s?\d|\d[\d,.]* (?:dollars|cents|euros|pounds))"
+EACH = re.compile(
+    rf"\A\s*\d+ [a-z](?:(?!\.\s)[^\n\d$])*(?={MONEY}[^\n]* (?:each|apiece)\b)"
+)  # "4 friends pay $80 each"
+NO_END = re.compile(r"[:–-]\d|[²³^]|,\d")  # a time, a range, a power, a list: no number ends before it
+MIXED = re.compile(r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?!\d)")
+GROUPS = re.compile(r"(?<![\d.,/])(\d{1,3})((?:[ \u00a0\u2009\u202f'’]\d{3})+)(?![\d/])")
+DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])")
+POWER_OF_TEN = re.compile(
+    r"(?<![\d.])(\d+(?:\.\d+)?)(?:[eE]|\s*(?:\\times|\\cdot|[×x*])\s*10\s*(?:\^|\*\*)\s*\{?)([-+]?\d{1,2})\}?"
+)
+WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+WORDS += "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()  # noqa: SIM905
+WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|million|and)\b)", re.IGNORECASE)
+
+
 def extract_answer(text: str) -> Fraction | None:
-    """The first number after the last "The answer is:"; without one, the number right after the last "####", which is a
-    heading in Markdown too. None where there is neither."""
+    """The number after the last "The answer is:"; without these words the one right after the last "####", which is a
+    heading in Markdown too; without it, the one after "The answer is". None where there is none of them."""
     text = _plain(re.split("|".join(benchmark.BEGINNINGS), text)[0])
-    _, *answers = re.split("the answer is:", text, flags=re.IGNORECASE)
-    if answers:
-        found = next(filter(None, (NUMBER.search(EQUATION.sub("", answer)) for answer in reversed(answers))), None)
-    else:
-        headings = reversed(text.split("####")[1:])
-        found = next(filter(None, (NUMBER.match(part, DECORATION.match(part).end()) for part in headings)), None)
+    for marker in MARKERS:
+        _, *answers = re.split(marker, text, flags=re.IGNORECASE)
+        if answers:
+            return next((value for found, value in map(_answer, reversed(answers)) if found), None)
+        headings = (NUMBER.match(part, DECORATION.match(part).end()) for part in reversed(text.split("####")[1:]))
+        if found := next(filter(None, headings), None):
+            return _ended(found)
+    return None
+
+
+def _answer(text: str) -> tuple[bool, Fraction | None]:
+    """Whether an answer has a number, and the number, if that can be said."""
+    if word := WORD.match(text):
+        return True, Fraction(WORDS.index(word[1].lower()))
+    found = NUMBER.search(EACH.sub("", NAME.sub("", EQUATION.sub("", text))))
+    return found is not None, _ended(found)
+
+
+def _ended(found: re.Match | None) -> Fraction | None:
     return None if found is None or NO_END.match(found.string, found.end()) else _number(found)
 
 
-# "18 + 24 = 42": the value comes after the last equals sign of the sentence.
-EQUATION = re.compile(r"\A(?:(?!\.\s).)*\d\s*[-+*/×÷](?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)")
-NO_END = re.compile(r"[:–-]\d|[²³]")  # a time, a range, a power: no number ends before it
-MIXED = re.compile(r"(?<![\d.,/])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?!\d)")
-
-
 def _plain(text: str) -> str:
-    """LaTeX's thousands and fractions, mixed numbers and the minus sign as NUMBER reads them."""
-    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text.replace("\N{MINUS SIGN}", "-"))
+    """Thousands, fractions, mixed numbers, powers of ten and the minus sign as NUMBER reads them."""
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{ZERO WIDTH SPACE}", " ")
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text)
+    text = GROUPS.sub(lambda groups: groups[1] + re.sub(r"\D", "", groups[2]), text)
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
+    text = DECIMAL_COMMA.sub(r"\1.\2", text)
+    text = POWER_OF_TEN.sub(lambda found: str(Fraction(found[1]) * Fraction(10) ** int(found[2])), text)
     return MIXED.sub(lambda mixed: f"{int(mixed[1]) * int(mixed[3]) + int(mixed[2])}/{mixed[3]}", text)
 
 

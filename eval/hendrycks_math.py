@@ -22,6 +22,7 @@ What comes out, in --output-dir
     hendrycks_math.json      accuracy by both rules with 95 % Wilson intervals, by subject and by level
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,9 @@ from tqdm import tqdm
 from common.cli import UserError, option, parse_arguments, require_positive, run_script
 from common.intervals import score_line, share
 from eval import benchmark
-from eval.benchmark import PUBLISHED_MARKER, Run
+from eval.benchmark import BEGINNINGS, PUBLISHED_MARKER, Run
 from eval.generation import LoadBackend
-from eval.math_grader import SECONDS, Grader
+from eval.math_grader import SECONDS, Grader, same_spelling
 
 HUB_DATA = "DigitalLearningGmbH/MATH-lighteval"
 FORMAT = "MATH's format has problem and solution"
@@ -69,12 +70,83 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+MARKERS = (
+    r"the (?:final )?answer is\s*:\s*\**",  # the words that the models are trained on
+    r"the (?:final )?answer is\b(?!\s*:|\s+(?:not|in|on|a|an|as|given|that)\b)\**",
+    r"(?m:^)[#*\s]*(?:final )?answer\s*:?\s*\**:?\s+",  # a heading
+)
+BOX = re.compile(r"\\(?:boxed|fbox)\b\s*(\{|(?=[-\d\\]|[A-Za-z]\b)[^\s$.{}]+)|\\.|[{}]")
+# What two boxes of one answer have between them.
+BETWEEN_BOXES = re.compile(r"[\s$\\()]*(?:,|;|and|or)?[\s$\\()]*(?:(?:and|or)[\s$\\()]*)?(?:\w\s*=[\s$\\()]*)?")
+# Where an answer ends, outside of formulas and braces: at a sentence's or a line's end, or before its reason.
+END = re.compile(r"\.(?=\s|\Z)|\n|,?\s(?:because|since|so|which|as|where|that is|i\.e\.)\s")
+MOST_ENDS = 100
+MOST_CHARACTERS = 200_000  # from a text's end, for a box
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    """Where each outermost closed \\boxed{} (or \\fbox{}) stands, and what it holds."""
+    found: list[tuple[int, int, str]] = []
+    opened: list[tuple[int, int] | None] = []  # for each open brace the box that it belongs to
+    for token in BOX.finditer(text, max(0, len(text) - MOST_CHARACTERS)):
+        if token[1] not in (None, "{"):
+            found.append((token.start(), token.end(), token[1]))
+        elif token[0].endswith("{") and token[0] != r"\{":
+            opened.append((token.start(), token.end()) if token[1] else None)
+        elif token[0] == "}" and opened and (box := opened.pop()):
+            while found and found[-1][0] > box[0]:  # inside of this one
+                found.pop()
+            found.append((box[0], token.end(), text[box[1] : token.start()]))
+    return found
+
+
+def _joined(text: str) -> str | None:
+    """What the last box holds, after those that are parts of the same answer."""
+    found = boxes(text)
+    if not found:
+        return None
+    parts = [found[-1]]
+    for box in reversed(found[:-1]):
+        between = text[box[1] : parts[0][0]]
+        if "\n" in between or not BETWEEN_BOXES.fullmatch(between):
+            break
+        parts.insert(0, box)
+    return ", ".join(dict.fromkeys(holds.strip() for _, _, holds in parts)) or None
+
+
+def _to_its_end(text: str) -> str | None:
+    """An answer without what is said after it."""
+    text = text.strip()
+    for end in itertools.islice(END.finditer(text), MOST_ENDS):
+        before = text[: end.start()]
+        is_whole = before.strip() and all(
+            before.count(a) == before.count(b) for a, b in ("{}", (r"\[", r"\]"), ("\\begin", "\\end"))
+        )
+        if is_whole and len(re.findall(r"(?<!\\)\$", before)) % 2 == 0:
+            text = before
+            break
+    text = text.strip().removesuffix(".").strip()
+    return (text.removesuffix("**") if text.count("**") == 1 else text).strip() or None
+
+
 def extract_answer(text: str) -> str | None:
-    """What follows the last "The answer is:", up to a full stop at a line's end; else what the last \\boxed{} holds."""
+    """The answer in a completion, to its own end: after the last "The answer is:", else in the last box, else after the
+    same words without a colon or below a heading "Answer"."""
+    text = re.split("|".join(BEGINNINGS), text)[0]
+    for marker in MARKERS:
+        _, *answers = re.split(marker, text, flags=re.IGNORECASE)
+        if answer := next(filter(None, map(_to_its_end, reversed(answers))), None):
+            return _joined(answer) or answer
+        if boxed := _joined(text):
+            return boxed
+    return None
+
+
+def published_answer(text: str) -> str | None:
+    """What the published rule compares: what follows the last "The answer is:", up to a full stop at a line's end."""
     _, marker, answer = text.rpartition(ANSWER_MARKER)
-    if not marker:
-        return last_boxed(text)
-    return answer.partition(".\n")[0].strip().removesuffix(".").strip() or None
+    answer = answer.partition(".\n")[0].strip().removesuffix(".").strip()
+    return answer if marker and PUBLISHED_MARKER in text and answer else None
 
 
 def gold_answer(solution: str, index: int, source: str) -> str:
@@ -100,10 +172,12 @@ def grade(completions: list[str], golds: list[str], seconds: float = SECONDS) ->
         {
             "extracted": answer,
             "correct": verdict.get("value", False),
-            "correct_strict": verdict.get("spelling", False) and PUBLISHED_MARKER in completion,
+            "correct_strict": published is not None and same_spelling(published, gold),
             "problem": verdict.get("problem"),
         }
-        for completion, answer, verdict in zip(completions, answers, of_answers, strict=True)
+        for published, gold, answer, verdict in zip(
+            map(published_answer, completions), golds, answers, of_answers, strict=True
+        )
     ]
 
 

@@ -20,8 +20,10 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +112,184 @@ def _braced_fractions(text: str) -> str:
 # Value
 # ------------------------------------------------------------------------------------------------------------------
 
+WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+WORDS += "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()  # noqa: SIM905
+NOTHING = r"(?:there (?:is|are) )?(?:no (?:real |such )?(?:solutions?|values?)|none|(?:the )?empty set|\\varnothing|∅)"
+NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
+NO_UNITS = r"(?!(?:and|base|dozen|hundred|infinity|million|or|percent|pi|sqrt|thousand|times|to)\b)"
+SIGNS = {
+    "−": "-",
+    "π": r"\pi ",
+    "∞": r"\infty ",
+    "×": r"\times ",
+    "·": r"\cdot ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "≠": r"\ne ",
+}
+SIGNS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "\u200b": "", "\u00a0": " "}
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+# What math-verify does not read, or reads as something else, and how it is written for it; in this order.
+READINGS: tuple[tuple[str, Any], ...] = (
+    (r"\A\s*\*\*(?!\*)([^*]+)\*\*\s*\Z", r"\1"),  # Markdown's bold
+    (r"\A\$([^$]*)\$\Z|\A\\\((.*)\\\)\Z|\A\\\[(.*)\\\]\Z", lambda m: m[1] or m[2] or m[3] or ""),
+    (r"\A\\(?:boxed|fbox)\{([^{}]*)\}\Z", r"\1"),
+    (r"\A\\displaystyle\b", ""),
+    ("|".join(SIGNS), lambda sign: SIGNS[sign[0]]),
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda digits: f"^{{{digits[0].translate(SUPERSCRIPTS)}}}"),
+    (r"[¼-¾⅐-⅞]", lambda sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄"))),
+    (r"√\s*(\d+|[a-z]|\{[^{}]*\}|\([^()]*\))", lambda root: rf"\sqrt{{{root[1].strip('{}()')}}}"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<=[\w)}])\s*\*\*\s*(-?\w+|\([^()]*\))", r"^{\1}"),  # Python's power
+    (r"(?<![\d.}])(\d+)\s+(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+    (
+        r"\A([-+]?\\?\$?\d{1,3})((?:(?:\\[,!;: ]|\{,\}|~|\s)\s*\d{3})+)(?=\.\d|\Z)",
+        lambda m: m[1] + re.sub(r"\D", "", m[2]),
+    ),
+    (rf"\A({NUMBER})[eE]([-+]?\d+)\Z", r"\1 \\times 10^{\2}"),
+    (r"\A(-?\d*)\.(\d*)\\overline\{(\d+)\}\Z", lambda m: _repeating(*m.groups())),
+    (r"\s*(?:\\text\{)?\s*\(?\s*\(?(?:in )?base[ -](\w+)\)?\}?\Z", r"_{\1}"),
+    (r"_\{?(?:\\text\{)?(two|three|four|five|six|seven|eight|nine)\}?\}?\Z", lambda m: f"_{{{WORDS.index(m[1])}}}"),
+    (r"\A\\text\{[^{}]*\b(?:is|are|equals)\s*:?\s*\}\s*(?=\S)", ""),  # a sentence in the box
+    (
+        rf"\A({NUMBER}|\\[dt]?frac\{{\d+\}}\{{\d+\}})\s*{NO_UNITS}[A-Za-z]{{2,}}\.?(?: [a-z]+)*(?:\^\{{?\d\}}?)?\Z",
+        r"\1",
+    ),
+    (rf"(?i)\A(?:\\text\{{)?({'|'.join(WORDS)})\}}?\Z", lambda m: str(WORDS.index(m[1].lower()))),
+    (rf"(?i)\A(?:\\text\{{)?{NOTHING}\.?\}}?\Z", r"\\emptyset"),
+)
+COMPILED = [(re.compile(pattern), reading) for pattern, reading in READINGS]
+
+
+def _repeating(whole: str, digits: str, period: str) -> str:
+    """A repeating decimal as a fraction."""
+    nines = 10 ** len(period) - 1
+    value = Fraction(int(digits or 0) * nines + int(period), nines * 10 ** len(digits)) + abs(
+        int(whole.strip("-") or 0)
+    )
+    return r"{}\frac{{{}}}{{{}}}".format("-" if whole.startswith("-") else "", *value.as_integer_ratio())
+
+
+def _read(text: str) -> str:
+    """The text as math-verify is to read it."""
+    text = text.strip().removesuffix(".").strip()
+    for pattern, reading in COMPILED:
+        text = pattern.sub(reading, text).strip()
+    return text
+
+
+BASED = re.compile(r"(\d[0-9A-Z]*)_\{?(\d+)\}?")
+PERCENT = re.compile(rf"({NUMBER})\s*\\?%")
+DECIMAL = re.compile(r"[-+]?\d*\.\d+")
+CHOICE = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\Z)\}?")
+MARKED_CHOICE = re.compile(r"(?:\\text\{)?(?:\(([A-J])\)|([A-J])[.:)])\}?(?!\s*[-+=*/^])")
+UNIT_POWER = re.compile(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}\s*\^\{?(\d)")
+LESS = r"\s*(<|\\l[et](?:q|qslant)?\b)\s*"
+BETWEEN = re.compile(rf"(.+?){LESS}[A-Za-z]{LESS}(.+)")
+ONE_SIDE = re.compile(r"[A-Za-z]\s*(<|>|\\[lg][et](?:q|qslant)?\b)\s*(.+)")
+
+
+def _as_interval(text: str) -> str:
+    """0<x<5 as (0,5), x \\ge 2 as [2,\\infty); every other text as it is."""
+    is_open = {"<": True, ">": True, r"\lt": True, r"\gt": True}
+    if between := BETWEEN.fullmatch(text):
+        low, left, right, high = between.groups()
+        return f"{'(' if left in is_open else '['}{low},{high}{')' if right in is_open else ']'}"
+    if one := ONE_SIDE.fullmatch(text):
+        sign, end = one.groups()
+        if sign[0] == ">" or sign[:2] == r"\g":
+            return f"{'(' if sign in is_open else '['}{end},\\infty)"
+        return f"(-\\infty,{end}{')' if sign in is_open else ']'}"
+    return text
+
+
+def _words(text: str) -> str:
+    """The text without what marks it as text, and without the blanks and the case that tell nothing."""
+    text = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", text)
+    return " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split()).lower()
+
+
+def _decided(answer: str, gold: str) -> bool | None:
+    """The verdict on what math-verify is not asked about: words, bases, percentages, choices, powers of units."""
+    if _words(answer) == _words(gold) and answer:
+        return True
+    numbers = [BASED.fullmatch(text) for text in (answer, gold)]
+    if any(numbers):
+        values = []
+        for number, text in zip(numbers, (answer, gold), strict=True):
+            try:
+                values.append(int(number[1], int(number[2])) if number else int(text))
+            except ValueError:
+                return None
+        return values[0] == values[1] and bool(numbers[0] or not numbers[1])
+    percents = [PERCENT.fullmatch(text) for text in (answer, gold)]
+    if any(percents):
+        value = Fraction(percents[0][1]) / 100 if percents[0] else _fraction(answer)
+        if value is None or not (percents[1] or _fraction(gold) is not None):
+            return None
+        right = Fraction(percents[1][1]) / 100 if percents[1] else _fraction(gold)
+        return value == right or bool(percents[1] and not percents[0] and value == 100 * right)
+    choice, chosen = CHOICE.fullmatch(gold), MARKED_CHOICE.match(answer)
+    if choice and chosen:
+        return choice[1] == (chosen[1] or chosen[2])
+    units = [UNIT_POWER.search(text) for text in (answer, gold)]
+    if all(units) and units[0][2] != units[1][2]:
+        return False
+    return None
+
+
+def _fraction(text: str) -> Fraction | None:
+    """A number that is written out, or a fraction of two."""
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    try:
+        return Fraction(text.replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+
 
 def same_value(answer: str, gold: str) -> bool:
-    """Whether math-verify holds two answers for equal. Takes as long, and as much memory, as they make it take."""
+    """Whether two answers have one value, by math-verify where it can tell. Takes as long, and as much memory, as they
+    make it take."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    return verify(
-        parse(_delimited(gold), parsing_timeout=None),
-        parse(_delimited(answer), parsing_timeout=None),
-        timeout_seconds=None,
-    )
+    answer, gold = _read(answer), _read(gold)
+    decided = _decided(answer, gold)
+    if decided is not None:
+        return decided
+    if re.match(r"(?:\\left)?\s*[\[(].*,", gold) and not re.search(r"[<>]|\\[lg][et]", gold):
+        answer = _as_interval(answer)
+
+    def value(text: str) -> list:
+        return parse(_delimited(text), parsing_timeout=None)
+
+    def are_equal(one: list, other: list) -> bool:
+        return verify(one, other, timeout_seconds=None)
+
+    golden, found = value(gold), value(answer)
+    if not are_equal(golden, found):
+        return False
+    sides = answer.split("=")
+    if len(sides) > 1 and "=" not in gold:  # "97 = 84" is no 84
+        constants = [side for side in map(value, sides) if side and getattr(side[0], "is_number", False)]
+        if not all(are_equal(constants[-1], side) for side in constants[:-1]):
+            return False
+    return not any(map(DECIMAL.fullmatch, (answer, gold))) or _is_exact(found[0], golden[0], answer, gold)
+
+
+def _is_exact(found: Any, golden: Any, answer: str, gold: str) -> bool:
+    """Whether two numbers that are equal to six decimals are equal, one of them a decimal."""
+    from sympy import Rational
+
+    exact = [Rational(text) if DECIMAL.fullmatch(text) else value for text, value in ((answer, found), (gold, golden))]
+    try:
+        return bool((exact[0] - exact[1]).equals(0))
+    except (TypeError, AttributeError):  # a set, an interval
+        return True
 
 
 def _delimited(text: str) -> str:
-    """As math-verify looks for formulas: in \\boxed{}, or between dollar signs; without Markdown's bold around it."""
-    text = re.sub(r"\A\s*\*\*(?!\*)([^*]+)\*\*\s*\Z", r"\1", text)
+    """As math-verify looks for formulas: in \\boxed{}, or between dollar signs."""
     return text if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", text) else f"${text}$"
 
 

@@ -48,7 +48,6 @@ def snapshots(method: str, head: str, learning_rate: float) -> list[Outputs]:
             taken.append(run_model(model, robustness.POOLS["movies"].examples, robustness.PARTS["collator"]))
             return float(len(taken))  # rises: the last state is the best
 
-        take()
         nlu.fit(model, examples, robustness.PARTS["collator"], args, take, quiet=True)
     return taken
 
@@ -107,9 +106,8 @@ def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
 
 def save(figure, path: Path) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
-    return [str(path.with_suffix(suffix)) for suffix in (".png", ".svg")]
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    return [str(path.with_suffix(".png"))]
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 """The paper's claim, measured: is BA-LoRA more robust to label noise, class imbalance and a change of domain?
 
     python experiments/nlu_robustness.py            tunes, runs every cell that results.jsonl lacks; then the report
-    python experiments/nlu_robustness.py --report   tables and pictures of what is there
+    python experiments/nlu_robustness.py --report   writes the page of what is there
 
 MiniLM, movie-review sentences of at most 24 tokens (data/sentiment.py). One cell is one training of 600 sentences, 3
 epochs, r = 8, fp32 on the CPU, by one of full, lora, pissa and ba-lora, from one of two heads:
@@ -41,16 +41,19 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import yaml
 
 import finetune_bert_l_sst2 as nlu
 from common.classifiers import encode, final_linear, load_classifier, run_model, set_head
 from common.cli import UserError, option, parse_arguments, run_script
+from common.intervals import holm, paired_interval
 from common.labelled import demo_data
 from common.markdown import markdown
 from common.metrics import score
 from common.probe import apply_probe, fit_probe
 from experiments import study
 
+HERE = Path(__file__).parent / "robustness"
 METHODS = ("full", "lora", "pissa", "ba-lora")
 HEADS = ("initial", "probe")
 CONDITIONS = ("noise 0", "noise 10", "noise 20", "noise 40", "imbalance 10", "imbalance 50")
@@ -65,12 +68,12 @@ TERMS = {"CR": "lambda_consistency", "DR": "lambda_diversity", "SVDR": "lambda_s
 
 @dataclass
 class Arguments:
-    """What is run, and where results and pictures go."""
+    """What is run, and where results and the page go."""
 
     results: str = option("experiments/results/nlu_robustness.jsonl", "file that runs are appended to")
     processes: int = option(2, "how many runs at a time, one thread each")
-    report: bool = option(False, "run nothing; print the tables and draw the pictures of what is there")
-    pictures: str = option("docs/results", "folder for the report's pictures")
+    report: bool = option(False, "run nothing; write the page of what is there")
+    page: str = option("docs/results/nlu-robustness.md", "the page; its pictures go beside it")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -301,45 +304,44 @@ def values(rows: dict[Cell, dict], condition: str, method: str, head: str, name:
     return found
 
 
-def report(rows: dict[Cell, dict[str, Any]], pictures: Path) -> str:
-    """Markdown tables: accuracies, differences, other domains; draws the curves."""
-    chosen = {(cell.method, cell.head): cell.learning_rate for cell in rows if cell.phase == "study"}
-    counts = [sum(cell.phase == phase for cell in rows) for phase in ("tuning", "study")]
+def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
+    """Every table of the page by its name there."""
+    counts = [sum(cell.phase == phase for cell in rows) for phase in ("study", "tuning", "terms", "auc")]
     domains = list(next(row for cell, row in rows.items() if cell.phase == "study")["scores"])
     by_condition = {condition: (condition, domains[0]) for condition in CONDITIONS}
     imbalances = {condition: (condition, domains[0]) for condition in CONDITIONS if condition.startswith("imb")}
     by_domain = {domain: (CONDITIONS[0], domain) for domain in domains}
     noisy_domains = {domain: ("noise 20", domain) for domain in domains}
-    rates = [f"{method}/{head} {rate:g}" for (method, head), rate in sorted(chosen.items()) if method != "probe"]
-    lines = [
-        f"{counts[1]} runs ({counts[0]} more for tuning); accuracy in percent, mean ± standard deviation over seeds. "
-        "Differences have 95 % intervals: of twenty that are nothing but chance, one excludes 0.",
-        f"Learning rates chosen: {', '.join(rates)}",
-    ]
-    for title, name, columns in (
-        ("Movie reviews, by condition of the training data:", "accuracy", by_condition),
-        ("The same, accuracy on the rare class alone:", "minority", imbalances),
-        ("Other domains, trained without noise:", "accuracy", by_domain),
-        ("Other domains, trained with 20 % noise:", "accuracy", noisy_domains),
-        ("Calibration error (percent), movie reviews:", "calibration_error", by_condition),
-    ):
-        lines += [f"\n{title}\n", table_of_scores(rows, name, columns)]
-    for title, name, columns in (
-        (
-            "BA-LoRA minus another method from the same head, movie reviews (points; * excludes 0):",
-            "accuracy",
-            by_condition,
+    return {
+        "counts": "{}, and {} for the learning rates, {} of the terms one by one and {} for AUC".format(*counts),
+        "accuracy": table_of_scores(rows, "accuracy", by_condition),
+        "minority": table_of_scores(rows, "minority", imbalances),
+        "domains": table_of_scores(rows, "accuracy", by_domain),
+        "noisy_domains": table_of_scores(rows, "accuracy", noisy_domains),
+        "calibration": table_of_scores(rows, "calibration_error", by_condition),
+        "accuracy_differences": table_of_differences(rows, "accuracy", by_condition),
+        "domain_differences": table_of_differences(rows, "accuracy", by_domain),
+        "calibration_differences": table_of_differences(rows, "calibration_error", by_condition),
+        "losses": table_of_losses(rows),
+        "loss_differences": table_of_loss_differences(rows),
+        "terms_seeds": ", ".join(
+            f"{len(effect(rows, 'accuracy', head, OF_TERMS[1], 'CR'))} of {len(SEEDS)} from the {head} head"
+            for head in ("probe", "initial")
         ),
-        ("The same on each domain, trained without noise:", "accuracy", by_domain),
-        (
-            "The same of the calibration error (below 0: BA-LoRA is calibrated better):",
-            "calibration_error",
-            by_condition,
-        ),
-    ):
-        lines += [f"\n{title}\n", table_of_differences(rows, name, columns)]
-    files = draw(rows, pictures, domains[0])
-    return "\n".join([*lines, f"\npictures: {', '.join(files)}"])
+        "terms": table_of_terms(rows),
+        "effects": table_of_effects(rows),
+        "joint_effects": table_of_joint_effects(rows),
+        "predictions": table_of_predictions(rows),
+        "auc": table_of_auc(rows),
+    }
+
+
+def page_text(rows: dict[Cell, dict[str, Any]]) -> str:
+    """The page: experiments/robustness/page.md with its tables."""
+    text = (HERE / "page.md").read_text()
+    for name, table in tables(rows).items():
+        text = text.replace("{" + name + "}", table)
+    return text
 
 
 Columns = dict[str, tuple[str, str]]  # condition and domain of each
@@ -369,6 +371,151 @@ def table_of_differences(rows: dict[Cell, dict[str, Any]], name: str, columns: C
         for head, other in itertools.product(HEADS, METHODS[:-1])
     ]
     return markdown([["", *columns], *body])
+
+
+# What a method loses from clean labels to labels that are not, pooled over the levels.
+LEVELS = {"noise 10, 20, 40": CONDITIONS[1:4], "imbalance 10, 50": CONDITIONS[4:]}
+
+
+def losses(rows: dict[Cell, dict], method: str, head: str, conditions: tuple[str, ...]) -> dict[int, float]:
+    """Accuracy on clean labels minus the mean accuracy over `conditions`, by seed, in points."""
+    clean, *others = (values(rows, c, method, head, "accuracy", "movies") for c in (CONDITIONS[0], *conditions))
+    return {seed: clean[seed] - statistics.mean(other[seed] for other in others) for seed in clean}
+
+
+def table_of_losses(rows: dict[Cell, dict[str, Any]]) -> str:
+    """A row per method and head; a column per level, and the levels pooled."""
+    columns = {condition: (condition,) for condition in CONDITIONS[1:]} | LEVELS
+    body = [
+        [
+            "linear probe alone" if method == "probe" else f"{method}, {head} head",
+            *(study.mean_and_deviation(list(losses(rows, method, head, at).values())) for at in columns.values()),
+        ]
+        for method, head in VARIANTS
+    ]
+    return markdown([["", *columns], *body])
+
+
+def with_holm(title: list[str], differences: list[list[dict[int, float]]], names: list[str]) -> str:
+    """A row per list of differences by seed: each mean with its interval, and Holm's p over the whole table."""
+    from scipy import stats
+
+    flat = [list(by_seed.values()) for row in differences for by_seed in row]
+    adjusted = iter(holm([float(stats.ttest_1samp(values, 0.0).pvalue) for values in flat]))
+    body = [
+        [name, *(f"{study.paired_difference(d, dict.fromkeys(d, 0.0))}, p = {next(adjusted):.3f}" for d in row)]
+        for name, row in zip(names, differences, strict=True)
+    ]
+    return markdown([title, *body])
+
+
+def table_of_loss_differences(rows: dict[Cell, dict[str, Any]]) -> str:
+    """What BA-LoRA loses minus what another method from the same head loses."""
+    pairs = list(itertools.product(HEADS, METHODS[:-1]))
+    differences = []
+    for head, other in pairs:
+        of_both = [[losses(rows, method, head, at) for method in ("ba-lora", other)] for at in LEVELS.values()]
+        differences.append([{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in of_both])
+    return with_holm(["", *LEVELS], differences, [f"− {other}, {head} head" for head, other in pairs])
+
+
+MEASURES = {"calibration_error": "calibration error", "accuracy": "accuracy", "auc": "AUC", "margin": "margin"}
+OF_TERMS = ("noise 0", "noise 20")
+
+
+def of_terms(rows: dict[Cell, dict], measure: str, head: str, condition: str) -> dict[frozenset, dict[int, float]]:
+    """A measure by the terms that were on, and by seed: percent, the margin as it is."""
+    found: dict[frozenset, dict[int, float]] = {}
+    for cell, row in rows.items():
+        if (cell.phase, cell.head, cell.condition) == ("terms", head, condition):
+            value = row["scores"]["movies"][measure] * (1 if measure == "margin" else 100)
+            found.setdefault(frozenset(cell.terms.split("+")) - {"none"}, {})[cell.seed] = value
+    return found
+
+
+def effect(
+    rows: dict[Cell, dict], measure: str, head: str, condition: str, term: str, given: str | None = None
+) -> dict[int, float]:
+    """With `term` minus without it, by seed: the mean over the other terms' combinations, or with `given` alone. From
+    the probe head, where L_SVDR is constant, it is always on. Seeds that lack a run are left out."""
+    found = of_terms(rows, measure, head, condition)
+    always = {"SVDR"} if head == "probe" else set()
+    free = sorted(TERMS.keys() - always - {term})
+    others = [{given}] if given else [set(c) for n in range(len(free) + 1) for c in itertools.combinations(free, n)]
+    pairs = [(found.get(frozenset(o | always | {term}), {}), found.get(frozenset(o | always), {})) for o in others]
+    seeds = set.intersection(*(set(part) for pair in pairs for part in pair))
+    return {seed: statistics.mean(on[seed] - off[seed] for on, off in pairs) for seed in sorted(seeds)}
+
+
+def heads_of_terms(rows: dict[Cell, dict]) -> list[str]:
+    """The heads from which two whole seeds have run."""
+    return [head for head in ("probe", "initial") if len(effect(rows, "accuracy", head, OF_TERMS[1], "CR")) > 1]
+
+
+def table_of_terms(rows: dict[Cell, dict[str, Any]]) -> str:
+    """A row per head and combination of terms."""
+    body = []
+    for head in heads_of_terms(rows):
+        combinations = sorted(of_terms(rows, "accuracy", head, OF_TERMS[1]), key=lambda on: (len(on), sorted(on)))
+        for on in combinations:
+            cells = [
+                study.mean_and_deviation(list(of_terms(rows, measure, head, condition)[on].values()))
+                for measure, condition in itertools.product(MEASURES, OF_TERMS)
+            ]
+            names = ", ".join(f"L_{name}" for name in TERMS if name in on) or "none"
+            body.append([head, names, str(len(of_terms(rows, "accuracy", head, OF_TERMS[1])[on])), *cells])
+    columns = [f"{name}, {condition}" for name, condition in itertools.product(MEASURES.values(), OF_TERMS)]
+    return markdown([["head", "terms", "seeds", *columns], *body])
+
+
+def table_of_effects(rows: dict[Cell, dict[str, Any]]) -> str:
+    """A row per head and term: its effect on each measure, Holm's p within the measure."""
+    tables_ = []
+    for measure, title in MEASURES.items():
+        names, differences = [], []
+        for head in heads_of_terms(rows):
+            for term in ("CR", "DR") if head == "probe" else TERMS:
+                names.append(f"L_{term}, {head} head")
+                differences.append([effect(rows, measure, head, condition, term) for condition in OF_TERMS])
+        tables_.append(with_holm([title, *OF_TERMS], differences, names))
+    return "\n\n".join(tables_)
+
+
+def table_of_joint_effects(rows: dict[Cell, dict[str, Any]]) -> str:
+    """What L_CR adds to L_DR, and L_DR to L_CR, to the calibration error."""
+    body = []
+    for head, (term, given) in itertools.product(heads_of_terms(rows), (("CR", "DR"), ("DR", "CR"))):
+        of_both = (effect(rows, "calibration_error", head, condition, term, given) for condition in OF_TERMS)
+        cells = [study.paired_difference(by_seed, dict.fromkeys(by_seed, 0.0)) for by_seed in of_both]
+        body.append([f"L_{term} given L_{given}, {head} head", *cells])
+    return markdown([["calibration error", *OF_TERMS], *body])
+
+
+def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:
+    """Each prediction of experiments/robustness/predictions.yaml, and what came."""
+    body = []
+    for told in yaml.safe_load((HERE / "predictions.yaml").read_text())["predictions"]:
+        where = (told["measure"], told["head"], told["condition"], told["term"], told.get("given"))
+        differences = list(effect(rows, *where).values())
+        came = ["not run", ""]
+        if len(differences) > 1:
+            mean, half = paired_interval(differences)
+            place = "below 0" if mean + half < 0 else "above 0" if mean - half > 0 else "around 0"
+            came = [f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]", "yes" if place == told["expect"] else "no"]
+        given = f" given L_{told['given']}" if "given" in told else ""
+        name = f"{MEASURES[told['measure']]}: L_{told['term']}{given}, {told['head']} head, {told['condition']}"
+        body.append([name, told["expect"], *came])
+    return markdown([["effect", "predicted", "came", "as predicted"], *body])
+
+
+def table_of_auc(rows: dict[Cell, dict[str, Any]]) -> str:
+    """Accuracy and AUC of the runs that have both, 1 positive sentence to 50."""
+    body = []
+    for method in METHODS:
+        found = [row["scores"]["movies"] for cell, row in rows.items() if (cell.phase, cell.method) == ("auc", method)]
+        cells = [study.mean_and_deviation([100 * one[name] for one in found]) for name in ("accuracy", "auc")]
+        body.append([f"{method}, probe head", str(len(found)), *cells])
+    return markdown([["", "seeds", "accuracy", "AUC"], *body])
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; each method has a marker of its own as well.
@@ -426,9 +573,8 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
         axes[0].set_ylabel("accuracy on movie reviews, %")
         axes[0].legend(frameon=False, fontsize=8)
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix in ("png", "svg"):
-            files.append(str(folder / f"nlu_{kind}.{suffix}"))
-            figure.savefig(files[-1], dpi=150)
+        files.append(str(folder / f"nlu_{kind}.png"))
+        figure.savefig(files[-1], dpi=150)
         plt.close(figure)
     return files
 
@@ -453,7 +599,10 @@ def main(argv: list[str]) -> None:
     rows = read_results(path)
     if not any(cell.phase == "study" for cell in rows):
         raise UserError(f"{path} has no run of the study yet: leave out --report")
-    print(report(rows, Path(args.pictures)))
+    page = Path(args.page)
+    files = draw(rows, page.parent, "movies")
+    page.write_text(page_text(rows))
+    print(f"page: {page}; pictures: {', '.join(files)}")
 
 
 if __name__ == "__main__":

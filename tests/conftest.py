@@ -155,6 +155,16 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what is marked slow without SLOW=1, and what is marked gpu without a GPU."""
+    left_out = {"slow": "SLOW" not in os.environ, "gpu": not torch.cuda.is_available()}
+    reasons = {"slow": "takes minutes: SLOW=1", "gpu": "no CUDA GPU"}
+    for item in items:
+        for name in left_out:
+            if left_out[name] and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reasons[name]))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """transformers collects garbage in every run: what the imports made is none."""
     gc.collect()

@@ -446,31 +446,54 @@ def test_a_finished_run_is_left_alone_by_another_number_of_processes(
         train.main(arguments(folder, uninterrupted, "--gradient-accumulation", 4, "--resume"))
 
 
-def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(folder, uninterrupted):
-    """Files above 60 kB cannot be written: neither a checkpoint's nor the exported model's."""
-    output = folder / "full-disk"
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(ended, folder, uninterrupted):
+    """Files above 60 kB cannot be written: neither a checkpoint's nor the exported model's. The export can be made from
+    the training's end where that has a checkpoint, else from an earlier step, which then says so."""
+    output = folder / f"full-disk-{ended}"
     shutil.copytree(uninterrupted, output)
     (output / "run.json").unlink()
     for name in ("adapter", "merged"):
         shutil.rmtree(output / name)
-    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    if not ended:
+        shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    newest = newest_checkpoint(output)
     before = {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()}
     code, text = run(folder, output, "--resume", file_size=60_000)
-    assert "the checkpoint of step 24 could not be written" in text
-    assert "the last one is" in text
+    assert ended or "the checkpoint of step 24 could not be written" in text
+    assert ended or f"the last one is {newest}" in text
     assert code == 1
     assert "cannot write the trained model" in text
+    assert "with --resume" in text
+    assert ("--export-from" in text.splitlines()[-1]) == ended
     assert "Traceback" not in text
     assert not [name for name in ("adapter", "merged") if (output / name).exists()], "half an export"
     assert {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()} == before
-    again = start_script("train", ["--export-from", output], folder / "full-disk-again.log")  # as the message says
+    log = folder / f"full-disk-again-{ended}.log"
+    again = start_script("train", ["--export-from", output], log)
     again.join(120)
     assert again.exitcode == 0
-    checkpoint = load_file(output / "checkpoints" / "checkpoint-20" / TRAINED_TENSORS)
+    for text in (log.read_text(), (output / "adapter" / "README.md").read_text()):
+        assert ("step 20 of 24" in text) != ended
+    checkpoint = load_file(newest / TRAINED_TENSORS)
     exported = load_file(output / "adapter" / "adapter_model.safetensors")
     name = next(name for name in exported if name.endswith("lora_A.weight"))
     trained = checkpoint[name.removeprefix("base_model.model.").removesuffix("weight").rstrip(".")]
     assert torch.equal(exported[name][: len(trained)], trained)
+
+
+def test_a_teacher_cache_takes_its_room_before_it_is_mapped(folder, tmp_path):
+    """A disk that fills up later would end the process by SIGBUS. One that has no room is one line."""
+    states = tmp_path / "states"
+    code, text = run(folder, tmp_path / "small", "--teacher-cache", states, file_size=60_000)
+    assert code == 2
+    assert "cannot be made" in text.splitlines()[-1]
+    assert "Traceback" not in text
+    assert list(states.iterdir()) == []
+    code, text = run(folder, tmp_path / "large", "--teacher-cache", states, "--max-steps", 1)
+    assert code == 0, text
+    (file,) = states.glob("*.states")
+    assert file.stat().st_blocks * 512 >= file.stat().st_size
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "ba-lora"])

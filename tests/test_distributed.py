@@ -216,8 +216,6 @@ def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, printed, folder):
 
 # ---------------------------------------------------------------------------------------------- another number of ranks
 
-SLOW = pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW=1 runs it too")
-
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
 def test_micro_batches_are_the_same_for_every_number_of_ranks(num_ranks):
@@ -246,7 +244,7 @@ def unfinished_by_two_ranks(folder: Path, output: Path, argv: list) -> None:
     assert not (output / "run.json").exists(), "it ended before it was killed"
 
 
-@pytest.mark.parametrize("name", ["torchrun", "zero2", pytest.param("zero3", marks=SLOW)])
+@pytest.mark.parametrize("name", ["torchrun", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_ranks_killed_go_on_as_one_and_as_four(name, folder):
     """In the midst of an epoch whose last step has 5 examples instead of 8."""
     rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(61)]

@@ -198,7 +198,7 @@ def looks_like_a_path(word: str) -> bool:
 
 
 def test_the_first_page_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
 
 
 def test_the_first_page_links_every_other():

@@ -539,7 +539,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
 
 
 @needs_snakemake
-@pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes: SLOW=1")
+@pytest.mark.slow
 def test_three_kills_of_a_whole_experiment_leave_the_same_folder(tmp_path, monkeypatch):
     """Two trainings to their table: files, merges, all five benchmarks, forgetting, records, both reports."""
     monkeypatch.chdir(ROOT)

@@ -3,9 +3,12 @@
 import collections
 import functools
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +28,36 @@ def test_the_kernels_by_tritons_interpreter():
     finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-3000:]
     assert "15 passed" in finished.stdout
+
+
+GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_step_of_llama_2_7b_on_a_gpu_waits_three_times_and_copies_twice(tmp_path):
+    """tests/fake_gpu_step.py: nothing on another device or in another type, and no wait that grows with the layers."""
+    (tmp_path / "guard.cpp").write_text(GUARD)
+    torch_folder = Path(torch.__file__).parent
+    words = ["g++", "-std=c++20", "-shared", "-fPIC", "guard.cpp", "-o", "guard.so", f"-I{torch_folder}/include"]
+    subprocess.run([*words, f"-L{torch_folder}/lib", "-lc10"], cwd=tmp_path, check=True)
+    command = [sys.executable, "tests/fake_gpu_step.py", tmp_path / "guard.so", tmp_path / "found.json"]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    # L_SVDR alone looks: at the norm, and at its decomposition's verdict and residual (the iteration) or verdict alone.
+    for formulation, waits in (("iclr2026", 3), ("arxiv2024", 2)):
+        on_gpu, on_meta = found[formulation]["cuda"], found[formulation]["meta"]
+        places = list(on_gpu["forward"]["waits"])
+        assert sum(on_gpu["forward"]["waits"].values()) == len(places) == waits, places
+        assert all(", chunked.py: " in place for place in places)
+        copies = on_gpu["forward"]["copies"]  # the ends of the sequences, for the teacher and for the student
+        assert sum(copies.values()) == 2 and all("packing.py: ends = " in place for place in copies), copies
+        empty = {"waits": {}, "copies": {}}
+        assert on_gpu["update"] == on_meta["backward"] == on_meta["update"] == empty
+        assert on_gpu["types"] == ["torch.float32 of torch.float32 on cuda"]
+        assert on_meta["types"] == ["torch.float32 of torch.float32 on meta"]
 
 
 def test_on_a_cpu_the_plain_form_serves():

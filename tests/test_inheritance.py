@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import train
+from common.intervals import holm
 from experiments.inheritance import measures as M
 from experiments.inheritance import report, study
 from experiments.inheritance import training as T
@@ -208,7 +209,7 @@ def test_statistics_agree_with_scipy():
     upper = scipy.stats.ttest_1samp(small, 0.1, alternative="less").pvalue
     assert report.Paired.of(small).p_equivalent == pytest.approx(max(lower, upper))
     # Holm by hand: 0.01·4, 0.02·3, 0.03·2, then never less than the one before.
-    assert report.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
     assert np.isnan(report.Paired.of(np.array([0.2])).low)
 
 
@@ -269,7 +270,7 @@ study.run_jobs([runs[::2], runs[1::2]], Path(sys.argv[1]), Path(sys.argv[2]))
     return start
 
 
-@pytest.mark.skipif("SLOW" not in os.environ, reason="minutes: SLOW=1")
+@pytest.mark.slow
 def test_a_study_killed_three_times_ends_with_the_same_rows(small_study, tmp_path):
     def rows(name: str) -> list[str]:
         timed = study.read_rows(tmp_path / f"{name}.jsonl")

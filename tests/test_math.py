@@ -52,6 +52,23 @@ def test_the_last_box(text, expected):
         (r"So \boxed{3}.", "3"),
         ("The answer is: ", None),
         ("It is 5", None),
+        ("The answer is: 12. So the larger one is 7.", "12"),
+        ("The answer is: 12\n\nLet me know!", "12"),
+        ("The answer is: 12\n\n### Instruction:\nThe answer is: 7", "12"),
+        ("The answer is: 12, because 5 + 7 = 12", "12"),
+        (r"The answer is: $\frac{3}{4}$, since $3/4 = 0.75$", r"$\frac{3}{4}$"),
+        ("The answer is:\n\\[\n\\frac{3}{4}\n\\]", "\\[\n\\frac{3}{4}\n\\]"),
+        ("The answer is: $12$ or $13$", "$12$ or $13$"),
+        ("**The answer is: 12**", "12"),
+        (r"So \boxed{12}. I have marked it with \boxed as asked.", "12"),
+        (r"\boxed{12}, \boxed{12", "12"),
+        (r"The roots are $\boxed{1}$ and $\boxed{2}$.", "1, 2"),
+        (r"First \boxed{8}. So again \boxed{9}.", "9"),
+        ("the answer is: 12", "12"),
+        ("So the answer is 12.", "12"),
+        ("The answer is not 12.", None),
+        ("**Final Answer**\n\n$12$", "$12$"),
+        (r"The answer is 7, I thought; no: \boxed{8}", "8"),
     ],
 )
 def test_extracted_answers(text, expected):
@@ -118,10 +135,12 @@ HOSTILE = {
 def test_no_answer_takes_longer_than_its_limit_or_ends_the_run():
     limit = 1.0
     with math_grader.Grader(limit, servers=2) as grader:
+        grader.compare([("5", "5")] * 4)  # both servers have started
         for name, answer in HOSTILE.items():
             started = time.monotonic()
             (verdict,) = grader.compare([(answer, "5")])
-            assert time.monotonic() - started < limit + 2, name
+            # CPU time is limited; others may keep a comparison waiting.
+            assert time.monotonic() - started < math_grader.PATIENCE * limit + 2, name
             assert (verdict["value"], verdict["spelling"]) == (False, False), name
         assert grader.compare([("10^{10^{10}}", "5")])[0]["problem"] == "time"
         assert grader.compare([("5", "5"), ("6", "5")]) == [
@@ -138,9 +157,9 @@ def test_extraction_is_quick_on_long_completions():
         r"\boxed" * 10**5,
         r"\boxed{" + "{}" * 10**6,
     ):
-        started = time.monotonic()
+        started = time.process_time()
         hendrycks_math.extract_answer(text)
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
 
 
 def test_a_killed_server_is_replaced():

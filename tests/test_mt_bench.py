@@ -112,6 +112,8 @@ def run(files, checkpoint):
         ("Rating: [[7]]", 7),
         ("Rating: [[7.5]] of 10", 7.5),
         ("[[3]] ... [[9]]", 3),
+        ("Scale [1] to [10]. Rating: [[6]]", 6),
+        ("arr[0] ... [8]", 0),  # FastChat's rule: the first one
         ("Rating: [8]", 8),
         ("see [1]. Rating: [[8]]", 8),
         ("Rating: 8", None),
@@ -336,6 +338,19 @@ def test_a_judge_that_refuses_the_key_or_is_not_there(mt_bench_error, run, stub,
     _, summary = run(judge=stub)
     assert summary["both_turns"]["value"] == 6
     assert (files / "out" / "mt_bench.completions.jsonl").read_text() == completions
+
+
+def test_half_a_character_is_written_and_read_again(run, stub, files):
+    """A lone surrogate in a judgment, and in the answers of a results file."""
+    said = "Half a smile \ud83d. Rating: [[6]]"
+    stub.reply = lambda body, count: said
+    items, summary = run(judge=stub)
+    assert [item["judgment"] for item in items] == [said] * 6
+    assert summary["both_turns"]["value"] == 6
+    rows = [item | {"completion": "\ud83d"} for item in items]
+    (files / "again.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again, _ = run("--overwrite", judge=stub, answers=("--rescore", files / "again.jsonl"))
+    assert [item["completion"] for item in again] == ["\ud83d"] * 6
 
 
 def test_an_answer_too_long_for_the_judge_is_missing_and_the_others_are_judged(run, stub):

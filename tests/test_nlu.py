@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ import oracle
 import pytest
 import torch
 import transformers
-from conftest import on_ranks, relative_error, start_script
-from safetensors.torch import load_file
+from conftest import ROOT, on_ranks, relative_error, start_script
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import matthews_corrcoef
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -22,9 +23,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 import finetune_bert_l_sst2 as nlu
 import train
 from common import probe
+from common.best_state import BEST_TENSORS, BestState
 from common.checkpoints import complete_checkpoints
 from common.classifiers import encode, final_linear, load_classifier, run_model
-from common.cli import UserError, run_script
+from common.cli import RunStopped, UserError, run_script
 from common.labelled import Split, demo_data, set_aside, to_split
 from common.metrics import calibration_error, score, softmax
 from common.probe import apply_probe, fit_probe
@@ -268,6 +270,31 @@ def test_peft_restores_adapter_and_head_on_the_untouched_encoder(tmp_path, encod
     assert (before - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("kind", "labels"), [("bert", "cab"), ("gpt2", "cab"), ("roberta", range(20))])
+def test_autopeft_needs_the_adapters_folder_alone(tmp_path, encoders, kind, labels):
+    """A trained head of other names and another order included: the classes' names are the adapter's."""
+    import peft
+
+    torch.manual_seed(1)
+    config = CONFIGS[kind]()
+    config.id2label, config.pad_token_id = dict(enumerate("bcx")), 0
+    base = tmp_path / "base"
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+    make_tokenizer(kind).save_pretrained(base)
+    rng = np.random.default_rng(1)
+    data = [{"sentence": sentence(rng), "label": labels[i % len(labels)]} for i in range(60)]
+    task = [] if labels == "cab" else ["--task=stsb", "--fields=sentence"]
+    run(tmp_path, "--model", base, "--data", write_jsonl(tmp_path / "data.jsonl", data), "--max-length=16", *task)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged").eval()
+    line = (tmp_path / "out" / "adapter" / "README.md").read_text().partition("```python\n")[2].partition("\n```")[0]
+    assert ("ignore_mismatched_sizes" in line) == (kind == "roberta")  # there the base has a head of another size
+    loaded = eval(line.replace('"this folder"', f"{str(tmp_path / 'out' / 'adapter')!r}"), {"peft": peft})
+    batch = {"input_ids": torch.randint(4, 24, (5, 9)), "attention_mask": torch.ones(5, 9, dtype=torch.long)}
+    with torch.no_grad():
+        assert (loaded.eval()(**batch).logits - merged(**batch).logits).abs().max() < 1e-5
+    assert list(loaded.config.id2label.values()) == (list("abc") if labels == "cab" else ["LABEL_0"])
+
+
 def test_the_script_predicts_what_its_merged_checkpoint_predicts(tmp_path, encoders):
     data = reviews(tmp_path / "reviews.jsonl")
     run(tmp_path, "--model", encoders["gpt2"], "--data", data, "--test-data", data)
@@ -498,7 +525,7 @@ def test_labels_of_a_csv_file(tmp_path):
 
     assert data("10", "9").class_names == ["9", "10"]
     assert data("1", "²").class_names == ["1", "²"]
-    with pytest.raises(UserError, match="label '' is none of the training classes 1, 2"):
+    with pytest.raises(UserError, match="it has no label: fill it in"):
         data("1", "2", "")
     with pytest.raises(UserError, match="--task stsb"):
         data("0.5", "1")
@@ -618,7 +645,7 @@ def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
         "--evals-per-epoch=4")  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "validation" in line]
-    assert steps == [-(-7 * i // 4) for i in range(1, 7)]  # the sixth is step 11, the last
+    assert steps == [-(-7 * i // 4) for i in range(7)]  # the first before training; the last is step 11, the last
 
 
 def test_a_rare_class_is_among_the_probes_examples(monkeypatch):
@@ -658,7 +685,7 @@ BAD_DATA = {
     "one class": ([row | {"label": 1} for row in GOOD], GOOD, [], "1 class"),
     "empty text": ([*GOOD, {"sentence": "  ", "label": 0}], GOOD, [], "example 21: 'sentence' is empty"),
     "no text": (GOOD, [*GOOD, {"sentence": None, "label": 0}], [], "example 21: 'sentence' is empty"),
-    "no label": ([*GOOD, {"sentence": "odd", "label": None}], GOOD, [], "example 21: label None"),
+    "no label": ([*GOOD, {"sentence": "odd", "label": None}], GOOD, [], "example 21: it has no label: fill it in"),
     "no example": (GOOD[:1], GOOD, ["--task", "rte"], "no field 'sentence1'"),
     "three fields": (GOOD, GOOD, ["--fields", "a", "b", "c"], "one or two columns"),
     "regression on words": ([row | {"label": "high"} for row in GOOD], GOOD, ["--task=stsb"], "no number: 'high'"),
@@ -695,11 +722,11 @@ def test_bad_data_is_named_in_the_last_line_before_any_weight_is_read(tmp_path, 
 
 
 def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monkeypatch):
-    scores = iter([0.5, 0.9, 0.4, 0.3, 0.2, 0.1])
+    scores = iter([0.6, 0.5, 0.9, 0.4, 0.3])  # the first before training
     states = []
 
     def metric(name, predicted, labels):
-        if len(labels) == 6 and len(states) < 4:
+        if len(labels) == 6 and len(states) < 5:
             states.append(predicted.copy())
             return next(scores)
         return original(name, predicted, labels)
@@ -714,7 +741,35 @@ def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monk
     assert summary["validation"]["step"] == 2 * steps_per_epoch
     assert summary["steps"] == 4 * steps_per_epoch
     logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["validation"] for row in logged if "validation" in row] == [0.5, 0.9, 0.4, 0.3]
+    assert [row["validation"] for row in logged if "validation" in row] == [0.6, 0.5, 0.9, 0.4, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("scores", "step"),
+    [
+        ([0.6, 0.5, 0.5], 0),
+        ([0.6, 0.6, 0.5], 1),  # of equals the trained one, the first
+        ([0.6, 0.5, 0.7], 2),
+        ([-math.inf, 0.5, -math.inf], 1),
+        ([0.6, -math.inf, -math.inf], None),
+        ([-math.inf] * 3, None),
+    ],
+)
+def test_the_state_before_training_may_be_the_best_but_saves_no_training_without_a_score(tmp_path, scores, step):
+    model, best = torch.nn.Linear(2, 1), BestState(patience=9)
+    for number, value in enumerate(scores):
+        model.weight.data.fill_(number)
+        best.update(value, number, model)
+    tensors, summary = best.for_checkpoint()[BEST_TENSORS]
+    save_file(tensors, tmp_path / BEST_TENSORS, summary)
+    best = BestState(patience=9)
+    best.load(tmp_path)
+    if step is None:
+        with pytest.raises(RunStopped, match="NaN or Inf, or one number for all"):
+            best.put_back(model)
+    else:
+        best.put_back(model)
+        assert (best.best_step, model.weight[0, 0].item()) == (step, step)
 
 
 # ---------------------------------------------------------------------------------------------- labels by name
@@ -844,12 +899,14 @@ def test_every_class_has_its_share_of_what_is_held_out():
     assert {*rest.texts, *held.texts} == {(str(i),) for i in range(1000)}
 
 
-def test_a_state_is_selected_on_the_validation_file_by_the_metric_asked_for(tmp_path, encoders):
+def test_a_state_is_selected_on_the_validation_file_by_the_metric_asked_for(tmp_path, encoders, capsys):
     from sklearn.metrics import f1_score
 
     data, other = reviews(tmp_path / "train.jsonl"), reviews(tmp_path / "other.jsonl", 23)
     argv = ["--model", encoders["bert"], "--data", data, "--validation-data", other, "--test-data", other]
     summary = run(tmp_path, *argv, "--metric=macro_f1", "--class-weights=balanced", "--evals-per-epoch=2")
+    shared = "23 of the 23 examples of validation are trained on too"  # the same reviews, fewer of them
+    assert shared in capsys.readouterr().out
     assert summary["examples"] == {"train": 60, "validation": 23}
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     labels, predicted = zip(*((row["label"], row["predicted"]) for row in rows), strict=True)
@@ -933,6 +990,14 @@ def test_a_tiny_twin_of_every_run_of_glue_takes_a_step(tmp_path, encoders, exper
         summary = json.loads((tmp_path / "-".join(key) / "results.json").read_text())
         assert (summary["steps"], summary["class_names"][0]) == (1, "entailment")
     assert len(seen) == 4 * len({model for model, _ in seen})
+
+
+def test_a_model_that_classifies_by_its_last_position_is_refused(tmp_path):
+    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16, pad_token_id=0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer("bert").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="by its last position, which padding fills here: take a model"):
+        nlu.load_tokenizer(nlu.Arguments(model=str(tmp_path)), str(tmp_path), 2)
 
 
 def test_a_model_without_padding_or_end_token_is_refused(tmp_path):
@@ -1072,7 +1137,7 @@ def test_a_run_killed_and_resumed_is_an_uninterrupted_run(tmp_path, encoders):
     lines = [[json.loads(line) for line in (output / "metrics.jsonl").open()] for output in (killed, whole)]
     ours, theirs = ([row["validation"] for row in rows if "validation" in row] for rows in lines)
     assert ours == theirs
-    assert len(ours) == 8
+    assert len(ours) == 9
     process, log = start(killed, "--resume", "--seed=42")
     process.join(60)
     assert process.exitcode == 0
@@ -1259,3 +1324,67 @@ def test_a_dry_run_says_what_the_run_then_is(method, tmp_path, encoders, capsys)
     assert (
         f"{summary['examples']['train']} examples to train on, {summary['examples']['validation']} to select by" in said
     )
+
+
+@pytest.fixture(scope="module")
+def kept_rows() -> dict:
+    return robustness.read_results(ROOT / robustness.Arguments.results)
+
+
+def test_the_page_is_printed_from_the_committed_rows(kept_rows):
+    page = (ROOT / robustness.Arguments.page).read_text()
+    assert page == robustness.page_text(kept_rows)
+    assert not re.search(r"\{\w+\}", page)
+
+
+def test_effects_of_terms_and_losses_are_those_of_the_rows():
+    """A made-up calibration error, 1·CR + 2·DR + 4·SVDR + 8·CR·DR in percent, and a seed that lacks a run."""
+    rows = {}
+    for head, seed in itertools.product(robustness.HEADS, range(3)):
+        for names in itertools.chain.from_iterable(itertools.combinations(robustness.TERMS, n) for n in range(4)):
+            c, d, s = (name in names for name in robustness.TERMS)
+            cell = robustness.Cell("terms", seed, "noise 20", "ba-lora", head, 1e-3, "+".join(names) or "none")
+            value = (seed + c + 2 * d + 4 * s + 8 * c * d) / 100
+            if (seed, names) != (2, ("CR", "SVDR")):
+                rows[cell] = {"scores": {"movies": {"calibration_error": value}}}
+    found = {
+        (head, term, given): robustness.effect(rows, "calibration_error", head, "noise 20", term, given)
+        for head, term, given in itertools.product(robustness.HEADS, ("CR", "DR"), (None, "CR", "DR"))
+        if term != given
+    }
+    for head in robustness.HEADS:
+        assert found[head, "CR", None] == pytest.approx({0: 5, 1: 5})
+        assert found[head, "DR", None] == pytest.approx({0: 6, 1: 6})
+        assert found[head, "DR", "CR"] == pytest.approx({0: 10, 1: 10} | ({2: 10} if head == "initial" else {}))
+        assert found[head, "CR", "DR"] == pytest.approx({0: 9, 1: 9, 2: 9})
+    assert robustness.effect(rows, "calibration_error", "initial", "noise 20", "SVDR") == pytest.approx({0: 4, 1: 4})
+    rows = {
+        robustness.Cell("study", seed, condition, "lora", "probe", 1e-3): {"scores": {"movies": {"accuracy": value}}}
+        for seed in range(2)
+        for condition, value in zip(robustness.CONDITIONS, (0.9 + 0.01 * seed, 0.8, 0.7, 0.6, 0.5, 0.5), strict=True)
+    }
+    pooled = robustness.losses(rows, "lora", "probe", robustness.LEVELS["noise 10, 20, 40"])
+    assert pooled == pytest.approx({0: 20, 1: 21})
+
+
+def test_what_the_page_says_of_holm_s_correction_is_so(kept_rows):
+    """Of the 36 comparisons of accuracy: how many differ at all, and which three remain."""
+    from scipy import stats
+
+    found = {}
+    for head, other, condition in itertools.product(robustness.HEADS, robustness.METHODS[:-1], robustness.CONDITIONS):
+        ours, theirs = (
+            robustness.values(kept_rows, condition, method, head, "accuracy", "movies") for method in ("ba-lora", other)
+        )
+        differences = [ours[seed] - theirs[seed] for seed in ours]
+        if len(set(differences)) > 1:
+            found[head, other, condition] = stats.ttest_1samp(differences, 0).pvalue
+    ranked = sorted(found, key=found.get)
+    remaining = {arm for place, arm in enumerate(ranked) if all(
+        found[ranked[before]] * (len(ranked) - before) < 0.05 for before in range(place + 1)
+    )}  # fmt: skip
+    assert remaining == {
+        ("probe", "lora", "imbalance 10"),
+        ("probe", "lora", "noise 20"),
+        ("probe", "full", "imbalance 10"),
+    }

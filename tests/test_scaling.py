@@ -132,7 +132,7 @@ def rows_of(row):
 def test_held_out_examples_may_be_others_and_changed_data_are_refused(runs, monkeypatch, capsys):
     others = runs / "others.jsonl"
     others.write_text("\n".join((runs / "data.jsonl").read_text().splitlines()[:3]))
-    out = export(runs, "lora", "--scale", "auto", "--eval-data", others)
+    out = export(runs, "lora", "--scale", "auto", "--validation-data", others)
     assert json.loads((out / "run.json").read_text())["export"]["held_out_examples"] == 3
     text = (runs / "data.jsonl").read_text()
     (runs / "data.jsonl").write_text(text.replace("Add 3", "Add three"))

@@ -314,8 +314,8 @@ def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
     assert len(parsed) == len({args.output_dir for args in parsed}) == len(expected)
     assert {(args.model, args.epochs) for args in parsed} == {("FacebookAI/roberta-large", 2.0)}
     assert report[2:-3] == [args.output_dir for args in parsed]
-    rates = {args.learning_rate for args in parsed if args.method == "full"}, {args.learning_rate for args in parsed}
-    assert rates == ({2e-5}, {2e-5, 2e-4})  # the configuration's own is the adapters'
+    rates = {args.method: args.learning_rate for args in parsed}
+    assert rates == {"full": 2e-5, "lora": 4e-4, "pissa": 1e-4, "ba-lora": 1e-4}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)

@@ -19,7 +19,7 @@ from eval.backends import TransformersBackend, eos_token_ids_of
 from eval.generation import Sampling
 
 pytestmark = [
-    pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 starts four real servers"),
+    pytest.mark.slow,  # four real servers
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
 ]
 TALKS = [

@@ -53,6 +53,8 @@ def test_a_training_reads_its_options_before_it_imports_models(name):
         assert finished.returncode == code
         assert "common.training" in modules
         assert not modules & later
+        if code == 0:  # what is set first stands first
+            assert finished.stdout.index("--learning-rate") < finished.stdout.index("data options")
 
 
 def test_the_published_tables_need_nothing_heavy():

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,7 @@ from conftest import MERGED, encode_turn, make_model, make_tokenizer, relative_e
 from safetensors.torch import load_file
 
 import train
-from common import chunked
+from common import chunked, estimates
 from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.prompts import ALPACA_PROMPT, encode_prompt
@@ -438,3 +442,40 @@ def test_another_seed_is_another_run(checkpoint, data_file, tmp_path):
         run(checkpoint, data_file, tmp_path / seed, "--seed", seed)
     one, two = ((tmp_path / seed / "adapter" / "adapter_model.safetensors").read_bytes() for seed in ("1", "2"))
     assert one != two
+
+
+def test_the_last_lines_of_a_training_ask_the_model(checkpoint, data_file, tmp_path, capsys):
+    """The printed command answers as the merged model does when it generates behind the template's prompt."""
+    run(checkpoint, data_file, tmp_path / "run")
+    command = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert command.startswith("ask it:")
+    words = shlex.split(command.removeprefix("ask it:"))
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged = tmp_path / "run" / "merged"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+    model = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    chat = [{"role": "user", "content": "What is 3 and 4?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1] :]
+    answer = tokenizer.decode(output, skip_special_tokens=True)
+    assert len(answer) > 20
+    assert done.stdout.split() == answer.split()  # what a pipe makes of line ends aside
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "total", "said"),
+    [
+        ({}, 19, 7e9, ["19 optimizer steps are few"]),
+        ({}, 200, 7e9, []),
+        ({}, 200, 135e6, ["--learning-rate 2e-05 is low for a model of 135 M"]),
+        ({"method": "lora"}, 200, 7e9, ["low for LoRA's start"]),
+        ({"method": "full"}, 200, 135e6, []),
+        ({"learning_rate": 1e-4}, 2, 135e6, ["2 optimizer steps are few", "the warm-up takes 1 of 2 steps"]),
+        ({"warmup_ratio": 0.0}, 20, 7e9, []),
+    ],
+)
+def test_defaults_that_do_not_fit_are_said(options, steps, total, said):
+    notes = estimates.notes_on_defaults(train.Arguments(**options), steps, int(total))
+    assert len(notes) == len(said)
+    assert all(part in note and note.startswith("note: ") for part, note in zip(said, notes, strict=True))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,6 +17,7 @@ import train
 from common import ranks
 from common.cli import UserError, parse_arguments, run_script
 from common.peft_format import export_adapter
+from common.prompts import ALPACA_PROMPT
 from common.targets import TARGET_MODULES
 from eval import gsm8k, report
 
@@ -105,6 +107,9 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--validation-data", "nowhere.jsonl"], "no such data file or folder: nowhere.jsonl"),
         (["--eval-share", "0.1", "--eval-steps", "0"], "--eval-steps is 0"),
         (["--eval-share", "0.1", "--patience", "0"], "--patience is 0"),
+        (["--seed", "4294967296"], "--seed is 4294967296"),
+        (["--lr-scheduler", "polynomial", "--learning-rate", "1e-7"], "--learning-rate must be above"),
+        (["--lr-scheduler", "cosine_with_min_lr"], "unknown --lr-scheduler 'cosine_with_min_lr': one of cosine"),
         (["--keep-best"], "--keep-best needs a validation"),
         (["--patience", "2"], "--patience needs a validation"),
         (["--sample-prompts", "README.md"], "--sample-prompts are answered at validations"),
@@ -139,9 +144,40 @@ def test_held_out_data_that_does_not_serve(train_error, tmp_path, monkeypatch):
     ):
         prompts.write_text(text)
         assert expected in train_error("--eval-share", 0.5, "--sample-prompts", prompts)
+    rows = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+    held_out.write_text("".join(reversed(rows)))  # the training data in another order
+    assert f"{held_out} holds what is trained on" in train_error("--validation-data", held_out)
     prompts.write_text('{"prompt": "one"}\n')
     zero3 = ("--deepspeed", ROOT / "configs" / "ds_zero3.json")
     assert "ZeRO-3 splits them" in train_error("--eval-share", 0.5, "--sample-prompts", prompts, *zero3)
+
+
+def test_a_table_of_positions_bounds_the_length_and_rotary_ones_are_told(train_error, tmp_path, checkpoint, capsys):
+    sizes = {"vocab_size": 258, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.OPTForCausalLM(
+        transformers.OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=64)
+    )
+    model.save_pretrained(tmp_path / "opt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, tmp_path / "opt")
+    assert "--max-length is 65, and" in train_error("--max-length", 65, model=tmp_path / "opt")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text('{"instruction": "x", "output": "y"}\n' * 2)
+    train.main(["--model", str(checkpoint), "--data", str(twice), "--eval-share", "0.5", "--rank", "4", "--dry-run"])
+    printed = capsys.readouterr().out
+    length = len(ALPACA_PROMPT.format(instruction="x")) + len("y") + 1  # a token a byte, and the end
+    assert f"the longest example has {length} tokens, the model 64 positions" in printed
+    assert "note: 1 of the 1 examples of what is held out are trained on too" in printed
+
+
+def test_a_disk_that_takes_no_file_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as exit_info:
+        run_script(lambda argv: Path("/dev/full").write_text("x"))
+    assert exit_info.value.code == 1
+    assert capsys.readouterr().err == "train.py: stopped: No space left on device\n"
 
 
 def test_a_push_without_a_token(train_error, monkeypatch):

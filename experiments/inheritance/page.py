@@ -10,6 +10,7 @@ import yaml
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from common.intervals import holm
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
@@ -17,7 +18,6 @@ from experiments.inheritance.report import (
     Results,
     at_entropy_of,
     gates,
-    holm,
     on_drift_curve,
     ungated,
 )

@@ -49,16 +49,6 @@ class Paired:
         return cls(n, mean, mean - half, mean + half, p_sign_flip, float(max(above, below)))
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's adjusted p-values, in the order given."""
-    order = np.argsort(p_values)
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Rows to measures
 # ------------------------------------------------------------------------------------------------------------------
