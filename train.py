@@ -146,6 +146,7 @@ class DataArguments:
     output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
+    dry_run_gpu: float | None = option(None, "GiB of a GPU that --dry-run estimates for, such as 80, on any machine")
     export_from: str | None = option(
         None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
     )
@@ -287,7 +288,9 @@ def resolve_arguments(args: Arguments) -> Arguments:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
     scaling.read_scale(args)
-    cli.require_positive(args, "logging_steps", "objective_memory")
+    cli.require_positive(args, "logging_steps", "objective_memory", "dry_run_gpu")
+    if args.dry_run_gpu is not None and not args.dry_run:
+        raise UserError("--dry-run-gpu names the GPU that --dry-run estimates for: add --dry-run")
     cli.require_not_negative(args, "entropy_top_k")
     if len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes instruction and response, or one name, not {len(args.fields)}")
@@ -382,8 +385,11 @@ class LoRALinear(nn.Module):
 
 @torch.no_grad()
 def stack_factors(model: nn.Module, hold: bool = True) -> None:
-    """Stacks and casts every adapter's factors once for all passes of an optimizer step; without `hold`, lets them go,
-    as the update must be preceded by: fused ones leave no trace. Under ZeRO-3 each pass stacks anew."""
+    """Stacks and casts every adapter's factors once for all passes of an optimizer step; under ZeRO-3 each pass does.
+
+    Args:
+        hold: False lets the stacked factors go. This has to be done before the update, which they would not see.
+    """
     dtype = model.get_input_embeddings().weight.dtype
     for layer in adapter_layers(model).values():
         held = hold and not is_partitioned(layer.lora_A)
@@ -458,7 +464,7 @@ def _principal_factors_of_all(
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
         if cache is None:
             return principal_factors(weight, rank, scaling)
-        # Under the weight's own content: a stale entry cannot be met.
+        # The file's name is a hash of the weight, so an outdated entry is never read.
         file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
@@ -1036,7 +1042,8 @@ class BALoRAModel(nn.Module):
         if self.head_is_linear:
             head = model.get_output_embeddings()
             head.forward = functools.partial(_head_forward, head)
-        # The last feed-forward mixes no positions, and only the valid ones of what it gives are read.
+        # The last feed-forward layer works on each position alone, and only valid positions are read. Elsewhere it is
+        # skipped.
         self._last_positions: list[Tensor] = []
         last_mlp = getattr(getattr(model.get_decoder(), "layers", [None])[-1], "mlp", None)
         if last_mlp is not None:
@@ -1289,9 +1296,9 @@ def inspect_base(args: Arguments) -> Base:
     found = find_target_modules(skeleton, args.target_modules, args.rank)
     if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
         args.target_modules = targets.plain_names(skeleton, found)
-    dense = targets.dense_beside_experts(skeleton, found)
-    if dense:
-        raise UserError(f"PEFT would take the factors of {dense[0]} for those of experts: leave it out of the targets")
+    obstacle = targets.obstacle_to_adapters(skeleton, found)
+    if obstacle:
+        raise UserError(f"no adapter on {', '.join(args.target_modules)}: {obstacle}; name other --target-modules")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
     coverage = targets.coverage(skeleton, found)
     return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
@@ -1305,6 +1312,7 @@ def dry_run(args: Arguments, base: Base) -> str:
             raise HubError("the model has no tokenizer here")
         records = load_training_records(args)
         dataset, num_dropped = encoded(args, base.tokenizer, records)
+        pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
         screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
         lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
@@ -1415,7 +1423,7 @@ def make_ready(
     obstacle = None
     if args.packing:
         obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
-    if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
+    if args.method != "full" and not args.gradient_checkpointing:  # checkpointing keeps almost no activations anyway
         save_activations(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1436,8 +1444,7 @@ def make_ready(
     if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
         return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
-    pad, end = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-    return wrapped, PaddingCollator(end if pad is None else pad)
+    return wrapped, PaddingCollator(base.tokenizer.eos_token_id)  # an added padding token may have no embedding
 
 
 def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:

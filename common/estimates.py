@@ -17,6 +17,11 @@ from common.ranks import read_deepspeed
 PROGRAM_BYTES = 0.85 * 2**30
 
 
+def card_of(args: Any) -> int | None:
+    """Bytes of the GPU that the run is to have: --dry-run-gpu's, or this machine's; None: a CPU."""
+    return card_bytes() if args.dry_run_gpu is None else int(args.dry_run_gpu * 2**30)
+
+
 def adapter_bytes(args: Any, trainable: int) -> int:
     """Of the factors in fp32, PiSSA's frozen ones included."""
     return trainable * 4 * (1 if args.method == "lora" else 2)
@@ -47,7 +52,7 @@ def estimated_memory(
         tokens, valid: of the largest micro-batch; those at which the objective is computed.
     """
     zero = read_deepspeed(args.deepspeed).get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage, card = zero.get("stage", 0), card_of(args)
     split = {name: num_processes if stage >= needed else 1 for name, needed in (("o", 1), ("g", 2), ("w", 3))}
     full = args.method == "full"
     item = dtype.itemsize
@@ -58,7 +63,7 @@ def estimated_memory(
         parts["adapters"] = adapter_bytes(args, trainable) * (1 + stacked)
     parts["gradients"] = trainable * (item if args.deepspeed else 4) / split["g"]
     masters = 4 if args.deepspeed and item < 4 else 0
-    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and torch.cuda.is_available()
+    offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu" and card is not None
     parts["optimizer"] = 0 if offloaded else trainable * (8 + masters) / split["o"]
 
     d, layers = config.hidden_size, config.num_hidden_layers
@@ -79,12 +84,16 @@ def estimated_memory(
         parts["objective"] = valid * vocabulary * (3 * 4 + item)
     else:
         # As the plain form takes it; the fused kernels take less.
-        row = bytes_per_row(vocabulary, 2, 4, item, torch.cuda.is_available())
-        rows = min(most_rows(row, args.objective_memory, card_bytes()), valid)
+        row = bytes_per_row(vocabulary, 2, 4, item, card is not None)
+        rows = min(most_rows(row, args.objective_memory, card), valid)
         parts["objective"] = rows * row + 3 * valid * d * 4 + 12 * d * d
     # What a layer's backward pass holds beside: a feed-forward's gradients.
     parts["transient"] = 4 * tokens * f * item
-    if not torch.cuda.is_available():
+    # DeepSpeed's step makes a rank's gradients fp32 first. It comes when what the passes take is free again.
+    passes = parts["activations"] + parts["objective"] + parts["transient"]
+    if masters and not offloaded and (more := trainable * 4 / split["o"] - passes) > 0:
+        parts["update"] = more
+    if card is None:
         parts["program"] = PROGRAM_BYTES
     return parts
 
@@ -106,7 +115,9 @@ def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
     Args:
         base: the model: train.py's Base. data: why it is not known, where it is not.
     """
-    dtype = resolve_dtype(args.dtype)
+    dtype, is_cpu = resolve_dtype(args.dtype), card_of(args) is None
+    if args.dry_run_gpu is not None and args.dtype == "auto":
+        dtype = torch.bfloat16
     num_processes = int(os.environ.get("WORLD_SIZE", max(1, torch.cuda.device_count())))
     lines = [f"parameters: {base.trainable / 1e6:.1f} M trainable, {base.total / 1e6:.1f} M in the model"]
     per_step = args.batch_size * args.gradient_accumulation * num_processes
@@ -127,7 +138,7 @@ def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
     parameters = {"total": base.total, "trainable": base.trainable}
     sizes = {"num_adapters": base.num_adapters, "tokens": tokens, "valid": valid, "num_processes": num_processes}
     parts = estimated_memory(args, base.config, dtype, **parameters, **sizes)
-    device = "GPU" if torch.cuda.is_available() else "process"
+    device = "process" if is_cpu else "GPU"
     lines.append(f"memory per {device}, estimated for a micro-batch of {tokens} tokens in {str(dtype)[6:]}:")
     lines += [f"  {name:<12} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<12} {sum(parts.values()) / 2**30:8.2f} GiB")

@@ -1,6 +1,6 @@
 """What a run leaves for other programs: written for transformers 4 and 5 alike, then opened again and compared."""
 
-import importlib.util
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,14 +22,25 @@ FITTING_GIB = 32  # a larger model is not loaded again
 
 
 def save_merged(model: "transformers.PreTrainedModel", folder: Path, dtype: torch.dtype) -> None:
-    """Writes a plain checkpoint, with the rotary settings under the names of transformers 4 beside those of 5."""
+    """Writes a plain checkpoint, with the rotary settings under the names of transformers 4 beside those of 5, unless
+    5 would read them otherwise then, as it does for Gemma-4, which 4 does not know."""
     model.to(dtype).save_pretrained(folder)
-    path = folder / "config.json"
+    path, rope = folder / "config.json", getattr(model.config, "rope_parameters", None)
     config = json.loads(path.read_text())
-    config |= classic_rope(config)
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for classic in (classic_rope(config), {}):
+        path.write_text(json.dumps(config | classic, indent=2, sort_keys=True) + "\n")
+        with contextlib.suppress(KeyError, ValueError):
+            if not classic or _has_all(type(model.config).from_pretrained(folder).rope_parameters, rope):
+                break
+
+
+def _has_all(found: Any, wanted: Any) -> bool:
+    """Whether `found` has every entry of `wanted`, at every depth."""
+    if not isinstance(wanted, Mapping):
+        return found == wanted
+    return isinstance(found, Mapping) and all(_has_all(found.get(name), value) for name, value in wanted.items())
 
 
 def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +131,7 @@ class ReadBack:
             self._require_files(folder, model)
             for name in ("merged", "adapter"):
                 if (folder / name).is_dir():
-                    _require_tokenizer(folder / name, template, sample)
+                    _require_tokenizer(folder / name, template, sample, model.generation_config)
             if self.fits:
                 self._require_loaded(folder, model, options)
         except ValueError:
@@ -129,7 +140,8 @@ class ReadBack:
             raise ValueError(f"reading back: {first_line(error)}") from error
 
     def _require_files(self, folder: Path, model: "transformers.PreTrainedModel") -> None:
-        """Every tensor is there with its shape and type; W + s·B·A of the adapter's file is the merged weight."""
+        """Every tensor is there with its shape, type, first and last row; W + s·B·A of the adapter's file is the merged
+        weight."""
         dtype, expected = next(model.parameters()).dtype, model.state_dict()
         stored = {}
         for path in sorted((folder / "merged").glob("*.safetensors")):
@@ -146,6 +158,9 @@ class ReadBack:
                 part = file.get_slice(name)
                 if name in expected and tuple(part.get_shape()) != tuple(expected[name].shape):
                     raise ValueError(f"reading back: {name} in merged/ has the shape {part.get_shape()}")
+                for rows in (slice(0, 1), slice(-1, None)) if name in expected and part.get_shape() else ():
+                    if not same_bits(part[rows], expected[name][rows]):
+                        raise ValueError(f"reading back: {name} in merged/ differs from the trained model's")
                 if layer not in self.weights or not name.endswith(".weight"):
                     continue
                 found = file.get_tensor(name)
@@ -170,7 +185,7 @@ class ReadBack:
             if name in expected and not same_bits(tensor, expected[name]):
                 raise ValueError(f"reading back: {name} in merged/ differs from the trained model's")
         self._require_logits("merged/", merged)
-        if not self.adapted or importlib.util.find_spec("peft") is None:
+        if not self.adapted:
             return
         import peft
 
@@ -207,15 +222,19 @@ def _factors(folder: Path, adapted: set[str]) -> tuple[dict[str, tuple[Tensor, T
     return factors, config["lora_alpha"] / config["r"]
 
 
-def _require_tokenizer(folder: Path, template: Any, sample: Any) -> None:
-    """The stored tokenizer gives the tokens of training: of a text, and of the prompts of `sample`."""
-    from transformers import AutoTokenizer
+def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "transformers.GenerationConfig") -> None:
+    """The stored tokenizer gives the tokens of training, of a text and of the prompts of `sample`; answers end as the
+    trained model's."""
+    from transformers import AutoTokenizer, GenerationConfig
 
     found, text, tokenizer = AutoTokenizer.from_pretrained(folder), "Two 2s are 4, naïve 你好\n", template.tokenizer
     if found.chat_template != template.plain_jinja:
         raise ValueError(f"reading back: {folder.name}/ has another chat template")
     if found(text)["input_ids"] != tokenizer(text)["input_ids"] or found.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(f"reading back: the tokenizer of {folder.name}/ gives other tokens")
+    ends = GenerationConfig.from_pretrained(folder)
+    if (ends.eos_token_id, ends.do_sample) != (generation.eos_token_id, generation.do_sample):
+        raise ValueError(f"reading back: {folder.name}/ ends or samples its answers otherwise")
     for talk in sample:
         try:
             template.require_served(talk.messages, talk.pieces(template), talk.tools, found)

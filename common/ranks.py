@@ -87,6 +87,8 @@ def deepspeed_config(args: Any, num_micro_batches: int, mixed: bool, width: int)
     config.pop("fp16", None)
     zero = config["zero_optimization"]
     sizes = {"reduce_bucket_size": width * width}
+    # The gradients of adapters fill less than a bucket: nothing to overlap, and buffers of a second stream to hold.
+    sizes["overlap_comm"] = args.method == "full"
     if zero["stage"] == 3:
         sizes |= {"stage3_prefetch_bucket_size": int(0.9 * width * width)}
         sizes |= {"stage3_param_persistence_threshold": 10 * width}
@@ -130,6 +132,8 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     if config is not None:
         import deepspeed
 
+        if on_cpu:  # for inference alone; a run killed while it is compiled leaves a lock that all later ones wait for
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # ZeRO-3 asks how many ranks there are before the first weight is read
     if torch.cuda.device_count() > 1 and accelerator.num_processes == 1:
         print(
@@ -214,6 +218,12 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
     def guarded(argv: list[str]) -> None:
         try:
             main(argv)
+        except torch.OutOfMemoryError as error:
+            raise RunStopped(
+                f"{first_line(error)} Less takes a smaller --batch-size (of which L_SVDR is the spectrum) with more "
+                "--gradient-accumulation, or a shorter --max-length; in train.py --gradient-checkpointing, --load-in "
+                "4bit, --objective-memory 128 or --deepspeed configs/ds_zero3.json. --dry-run says what a run takes"
+            ) from error
         except RuntimeError as error:
             if not is_lost_rank(error):
                 raise

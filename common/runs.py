@@ -45,7 +45,7 @@ def clear_folder(folder: Path) -> None:
 
 
 # What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
-NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "export_from", "resume", "save_steps"}
+NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "dry_run_gpu", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
 NOT_IDENTITY |= {"gradient_checkpointing", "trust_remote_code", "skip_done", "scale", "scale_tolerance"}
@@ -69,7 +69,8 @@ def first_difference(
 
 def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
-    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "export_from", "scale", "scale_tolerance")
+    once = ("config", "overwrite", "skip_done", "resume", "dry_run", "dry_run_gpu", "export_from", "scale")
+    once += ("scale_tolerance",)
     entries = {name: value for name, value in dataclasses.asdict(args).items() if name not in once}
     return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
@@ -183,7 +184,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
         remedy: how they are written again.
 
     Raises:
-        RunStopped: the disk does not take them.
+        RunStopped: the disk does not take them, or a ValueError of what is done inside.
     """
     from safetensors import SafetensorError
 
@@ -195,8 +196,11 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
             shutil.rmtree(output_dir / folder.name, ignore_errors=True)
             folder.rename(output_dir / folder.name)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        room = (
+            "" if isinstance(error, ValueError) else "make room, then "
+        )  # what is read back differs, or it is the disk
         raise RunStopped(
-            f"cannot write the trained model to {output_dir} ({first_line(error)}): make room, then {remedy}"
+            f"cannot write the trained model to {output_dir} ({first_line(error)}): {room}{remedy}"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

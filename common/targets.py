@@ -1,12 +1,16 @@
 """Which linear layers of a model get an adapter."""
 
+import copy
+import functools
+import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 
 # The attention and feed-forward projections of Llama, Mistral, Gemma and Qwen2, and their fused forms in Phi-3. The
 # experts of Mixtral are no linear layers in transformers: there, attention alone.
@@ -25,7 +29,7 @@ def default_target_modules(model: nn.Module) -> list[str]:
     found = [name for name in (*TARGET_MODULES, *FUSED_TARGET_MODULES) if name in linear]
     if not found:
         raise UserError(f"no known projection in {type(model).__name__}: name --target-modules among {_known(model)}")
-    if dense_beside_experts(model, find_target_modules(model, found, 1)):
+    if obstacle_to_adapters(model, find_target_modules(model, found, 1)):
         found = [name for name in found if name not in FEED_FORWARD]
     return found
 
@@ -38,21 +42,45 @@ def _known(model: nn.Module) -> str:
     return ", ".join(names) + (f"; {', '.join(conv)} are Conv1D, which get no adapters here" if conv else "")
 
 
-def dense_beside_experts(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Layers of `names` that stand where other layers of the model have experts: PEFT takes their factors for those."""
-    with_experts = {
-        re.sub(r"\d+", "*", name.rpartition(".")[0])
-        for name, module in model.named_modules()
-        if name.endswith(".experts") and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-    }
-    return [name for name in names if re.sub(r"\d+", "*", name.rpartition(".")[0]) in with_experts]
+def obstacle_to_adapters(model: nn.Module, found: Iterable[str]) -> str | None:
+    """Why adapters on the layers `found` would not act everywhere as they are trained; None where they would.
+
+    PEFT is asked, because its readers of mixtures take some names for those of experts. A layer's parent is read,
+    because the fused kernels of state-space layers take the weight and pass the adapter by.
+    """
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names, modules = list(found), dict(model.named_modules())
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        if re.search(rf"\bself\.{child}\.weight\b(?!\[|\.(dtype|device|shape))", _source(type(modules[parent]))):
+            return f"{type(modules[parent]).__name__} reads the weight of {child} past an adapter"
+    try:
+        config = peft.LoraConfig(r=1, target_modules=plain_names(model, names))
+        with warnings.catch_warnings(action="ignore"):
+            adapted = peft.get_peft_model(copy.deepcopy(model), config).base_model.model
+    except (ValueError, TypeError) as error:
+        return first_line(error)
+    taken = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+    others = sorted(taken ^ set(names))
+    return f"PEFT would read the adapter otherwise at {others[0]}" if others else None
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # a class without a file
+        return ""
 
 
 def plain_names(model: nn.Module, found: Iterable[str]) -> list[str]:
     """Targets that any reader of an adapter understands: last names where these name `found` alone, else whole ones."""
     names = list(found)
-    last = sorted({name.rpartition(".")[2] for name in names})
-    return last if find_target_modules(model, last, 1).keys() == set(names) else names
+    last = {name.rpartition(".")[2] for name in names}
+    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    return sorted(last) if named == set(names) else names
 
 
 def coverage(model: nn.Module, found: Iterable[str]) -> dict[str, dict[str, int]]:

@@ -98,7 +98,7 @@ NLU = {  # on the development sets; MNLI's is the matched one
     "rte": Column("RTE", items=277),
     "stsb": Column("STS-B", "pearson", items=1500),
 }
-# What is measured beside the benchmarks: there is no published number, and no average with one.
+# Measured beside the benchmarks. Nobody has published a number for it, and averages leave it out.
 BESIDE = {"forgetting": Column("forgetting, nats", "forgetting", scale=1.0, form="{:+.3f}")}
 PARTS = {"nlg": NLG, "nlu": NLU}
 METHODS = {"full": "Full FT", "lora": "LoRA", "pissa": "PiSSA", "ba-lora": "BA-LoRA"}

@@ -99,13 +99,22 @@ setup_experiments() {
     install experiments packages .venv-experiments -r requirements-experiments.txt
 }
 
-# What tests alone compare with or run on: a peer, and bitsandbytes, which every import of PEFT would import too. Their
-# environment takes from .venv what is there, and holds what is not.
-setup_harness() {
-    if [ ! -x .venv-harness/bin/python ]; then
-        .venv/bin/python -m venv --without-pip .venv-harness
+# setup_peer NAME   what tests alone compare with or run on: harness is a peer, and bitsandbytes, which every import of PEFT
+# would import too; transformers4 is the software before transformers 5. Its environment takes from .venv what is there,
+# and holds what is not or is another version.
+setup_peer() {
+    if [ ! -x ".venv-$1/bin/python" ]; then
+        .venv/bin/python -m venv --without-pip ".venv-$1"
         packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-        .venv/bin/python -c "$packages" >"$(.venv-harness/bin/python -c "$packages")/project.pth"
+        .venv/bin/python -c "$packages" >"$(".venv-$1/bin/python" -c "$packages")/project.pth"
     fi
-    install harness packages .venv-harness -r requirements-harness.txt
+    install "$1" packages ".venv-$1" -r "requirements-$1.txt"
+}
+
+# llama.cpp's converters for tests/test_gguf.py, out of the package that brings its source. Those tests are skipped without.
+setup_llama_cpp() {
+    mkdir -p .llama.cpp
+    (install llama.cpp sh -c '.venv/bin/pip download llama-cpp-python==0.3.36 --no-deps --no-binary llama-cpp-python --dest .llama.cpp &&
+        tar -xzf .llama.cpp/llama_cpp_python-0.3.36.tar.gz -C .llama.cpp --strip-components 3 --wildcards \
+            "*/vendor/llama.cpp/convert_*" "*/vendor/llama.cpp/conversion/*" "*/vendor/llama.cpp/gguf-py/*"') || true
 }

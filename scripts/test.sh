@@ -22,7 +22,8 @@ if uses "demo|sentiment"; then
     { python data/demo.py && python data/sentiment.py; } >/dev/null &
 fi
 if uses trl; then install trl packages .venv --no-deps trl==1.16.0; fi
-if uses harness; then setup_harness; fi
+for peer in harness transformers4; do if uses "$peer"; then setup_peer "$peer"; fi; done
+if uses gguf; then setup_llama_cpp; fi
 wait
 say "ruff"
 ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import PUBLISHED, make_model, make_tokenizer, relative_error
+from conftest import PUBLISHED, ROOT, encode_turn, make_model, make_tokenizer, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_docs import fences
 
 import train
 from common import exports
 from common.cli import RunStopped, UserError
 from common.peft_format import export_adapter
+from common.prompts import encode_prompt
 from common.targets import TARGET_MODULES
 from common.tensors import save_tensors
 
@@ -319,6 +322,8 @@ FAULTS = {
     "theta": lambda out: edit_json(
         out / "merged" / "config.json", rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     ),
+    "the end token": lambda out: edit_json(out / "adapter" / "generation_config.json", eos_token_id=3),
+    "sampling": lambda out: edit_json(out / "merged" / "generation_config.json", do_sample=True),
     "the chat template": lambda out: (out / "merged" / "chat_template.jinja").write_text("{{ messages }}"),
 }
 INDEX = torch.tensor([3])
@@ -330,23 +335,49 @@ def other_base(out: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_export_is_found_and_the_checkpoint_stays(fault, run_folder, tmp_path, monkeypatch):
-    """Put in between the writing and the reading back, with --export-from."""
+def export_with(fault: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--export-from, with a fault put in between the writing and the reading back."""
     require_same = exports.ReadBack.require_same
 
     def damaged(self, folder, *args):
         FAULTS[fault](folder)
         require_same(self, folder, *args)
 
+    monkeypatch.setattr(exports.ReadBack, "require_same", damaged)
+    with pytest.raises(RunStopped, match=r"reading back: .*give this command again"):
+        train.main(["--export-from", str(out), "--overwrite"])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_export_is_found_and_the_checkpoint_stays(fault, run_folder, tmp_path, monkeypatch):
     shutil.copytree(run_folder / "out", tmp_path / "out")
     before = sorted((tmp_path / "out").rglob("*"))
-    monkeypatch.setattr(exports.ReadBack, "require_same", damaged)
-    with pytest.raises(RunStopped, match=r"reading back: .*--export-from"):
-        train.main(["--export-from", str(tmp_path / "out"), "--overwrite"])
+    export_with(fault, tmp_path / "out", monkeypatch)
     assert before == sorted((tmp_path / "out").rglob("*"))
     monkeypatch.undo()
     train.main(["--export-from", str(tmp_path / "out"), "--overwrite"])
+
+
+FOUND_WITHOUT_LOADING = set(FAULTS) - {
+    "a number in another tensor",
+    "alpha",
+    "a target left out",
+    "a wrong base",
+    "theta",
+}
+
+
+@pytest.mark.parametrize("fault", [*sorted(FOUND_WITHOUT_LOADING), "the first number of another tensor"])
+def test_a_model_that_does_not_fit_twice_is_read_back_in_part(fault, run_folder, tmp_path, monkeypatch):
+    """The factors and W + ΔW of a sample, and of every tensor the shape and the first and last row."""
+    monkeypatch.setattr(exports, "FITTING_GIB", 0)
+    monkeypatch.setattr(exports.ReadBack, "_require_loaded", lambda *args: pytest.fail("loaded again"))
+    first = {
+        "the first number of another tensor": lambda out: edit_tensor(out / MERGED, NORM, lambda x: x + (x == x[0]))
+    }
+    monkeypatch.setitem(FAULTS, *first.popitem())
+    shutil.copytree(run_folder / "out", tmp_path / "out")
+    export_with(fault, tmp_path / "out", monkeypatch)
 
 
 CHOICES = {  # PEFT's ways to choose layers
@@ -376,11 +407,32 @@ def test_targets_as_pefts_users_name_them(model):
     ]
 
 
+MIXTURE = {
+    **{"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 16},
+    **{"num_experts_per_tok": 2, "eos_token_id": 257},
+}
+GPTQ = {"quant_method": "gptq", "bits": 4}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+# --target-modules where the default would be refused, or would not meet what is tried
+TARGETS = {"BERT": ["query", "value"], "a state-space layer's output": ["all-linear"]}
+TARGETS["dense layers among experts, all of them adapted"] = ["all-linear"]
 UNTRAINABLE = {
     "an adapter beside the weights": (lambda base: (base / "adapter_config.json").write_text("{}"), "holds an adapter"),
-    "quantized": (
-        lambda base: edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is quantized",
+    "GPTQ": (lambda base: edit_json(base / "config.json", quantization_config=GPTQ), r"is quantized \(gptq\)"),
+    "bitsandbytes": (lambda base: edit_json(base / "config.json", quantization_config=BNB), "is quantized"),
+    "a vision part": (lambda base: another(base, gemma3_with_vision()), r"more than a text model \(gemma3\)"),
+    "no embedding for a token of the data": (
+        lambda base: new_token(base, "Add 1 and 1"),
+        "token 258 of the data is beyond the model's 258 embeddings",
+    ),
+    "dense layers among experts, all of them adapted": (
+        lambda base: another(base, transformers.Qwen3MoeConfig(**MIXTURE, mlp_only_layers=[0])),
+        "PEFT would read the adapter otherwise at model.layers.0.mlp",
+    ),
+    "a state-space layer's output": (
+        lambda base: another(base, transformers.MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=1)),
+        "reads the weight of x_proj past an adapter",
     ),
     "GPT-2": (lambda base: another(base, transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2)), "Conv1D"),
     "BERT": (
@@ -391,7 +443,23 @@ UNTRAINABLE = {
 
 
 def another(base: Path, config: transformers.PretrainedConfig) -> None:
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    kinds = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else None
+    (kinds or transformers.AutoModelForCausalLM).from_config(config).save_pretrained(base)
+
+
+def gemma3_with_vision() -> transformers.PretrainedConfig:
+    """As the sizes from 4 B on are published."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 258, "num_key_value_heads": 2, "head_dim": 8}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def new_token(base: Path, token: str) -> None:
+    """The tokenizer gets one that the model has no row for."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(base)
 
 
 @pytest.mark.parametrize("kind", UNTRAINABLE)
@@ -400,6 +468,118 @@ def test_a_model_that_cannot_be_trained_is_one_line(kind, run_folder, tmp_path):
     edit, expected = UNTRAINABLE[kind]
     edit(tmp_path / "base")
     files = ("--model", tmp_path / "base", "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / "out")
-    targets = ["query", "value"] if kind == "BERT" else None
-    with pytest.raises(UserError, match=expected):
-        train.main([*map(str, files), "--rank", "2", *(["--target-modules", *targets] if targets else [])])
+    targets = ["--target-modules", *TARGETS[kind]] if kind in TARGETS else []
+    with pytest.raises(UserError, match=expected) as error:
+        train.main([*map(str, files), "--rank", "2", *targets])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def trained(base: Path, run_folder: Path, out: Path, *options: object) -> Path:
+    """The folder of a run of two steps on `base`."""
+    files = ("--model", base, "--data", run_folder / "data.jsonl", "--output-dir", out)
+    settings = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--save-steps", 0, "--logging-steps", 1)
+    train.main([*map(str, (*files, *settings, *options))])
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merged_has_the_type_of_the_base(dtype, run_folder, tmp_path):
+    """W + ΔW, added in fp32, is rounded once: half a unit in the last place of float64's sum, but for ties."""
+    make_model().to(dtype).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    out = trained(tmp_path / "base", run_folder, tmp_path / "out")
+    merged, base = load_file(out / MERGED), load_file(tmp_path / "base" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {dtype}
+    assert json.loads((out / "merged" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    factors = load_file(out / ADAPTER)
+    A, B = (factors[A_FACTOR.replace("lora_A", f"lora_{which}")].double() for which in "AB")
+    name = A_FACTOR.removeprefix("base_model.model.").replace("lora_A.", "")
+    exact = base[name].double() + B @ A
+    assert ((merged[name].double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * 2 * exact.abs() + 1e-7).all()
+    assert not torch.equal(merged[name], base[name])
+
+
+def test_a_base_that_decodes_greedily_with_leftover_sampling_values(run_folder, tmp_path):
+    shutil.copytree(run_folder / "base", tmp_path / "base")
+    settings = {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "eos_token_id": 257}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
+    out = trained(tmp_path / "base", run_folder, tmp_path / "out")
+    for name in ("merged", "adapter"):
+        written = json.loads((out / name / "generation_config.json").read_text())
+        assert not written.keys() & {"temperature", "top_p", "top_k"}  # vLLM would sample by them
+        assert not written.get("do_sample")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    with torch.no_grad():
+        first = model(INPUT_IDS[:1]).logits[0, -1].argmax()
+        assert model.generate(INPUT_IDS[:1], max_new_tokens=1)[0, -1] == first
+
+
+def test_attention_capped_by_the_configuration_is_capped_in_training(run_folder, tmp_path, capsys):
+    """Gemma-2's cap, small enough to be felt: the first loss is that of transformers' eager attention."""
+    sizes = {name: value for name, value in MIXTURE.items() if "experts" not in name and "moe" not in name}
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=2.0, initializer_range=0.5)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    out = trained(tmp_path / "base", run_folder, tmp_path / "out")
+    assert "attends eagerly" in capsys.readouterr().out
+    row = encode_turn(make_tokenizer(), "Add 1 and 1", "2", 512)
+    losses = {}
+    for attention in ("eager", "sdpa"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation=attention)
+        with torch.no_grad():
+            losses[attention] = float(model(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss)
+    found = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["task"]
+    assert found == pytest.approx(losses["eager"], rel=1e-5)
+    assert abs(losses["sdpa"] - losses["eager"]) > 1e-2
+
+
+def test_the_routers_loss_is_said_to_be_left_out(run_folder, tmp_path, capsys):
+    another(tmp_path / "base", transformers.Qwen3MoeConfig(**MIXTURE, output_router_logits=True))
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    trained(tmp_path / "base", run_folder, tmp_path / "out", "--dry-run")
+    assert "the router's loss (output_router_logits) is not part of the objective" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- what the pages say
+
+
+def test_the_snippet_for_the_adapter_answers_as_merged_does(run_folder, capsys):
+    """As it stands in the page, with this run's folder in the place of output/mine."""
+    page = (ROOT / "docs" / "own-model.md").read_text()
+    (snippet,) = [block for language, block in fences(page) if language == "python" and "AutoPeft" in block]
+    assert snippet.count("output/mine") == 1
+    exec(snippet.replace("output/mine", str(run_folder / "out")), {})
+    answer = capsys.readouterr().out
+    merged = transformers.AutoModelForCausalLM.from_pretrained(run_folder / "out" / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run_folder / "out" / "merged")
+    prompt = encode_prompt(tokenizer, re.search(r'"content": "(.*?)"', snippet)[1])
+    tokens = merged.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)[0, len(prompt) :]
+    assert answer == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+@torch.no_grad()
+def test_which_of_pefts_combinations_are_averages(method, tmp_path):
+    """The mean of two weight changes: `cat` and `svd` at a rank that holds both give it, `linear` twice as much."""
+    changes, name = [], "model.layers.0.self_attn.q_proj"
+    for seed in (1, 2):
+        model = make_model()
+        train.add_adapters(model, method, 4, 8, TARGET_MODULES)
+        layers = train.adapter_layers(model)
+        for layer in layers.values():
+            for factor in (layer.lora_A, layer.lora_B):
+                factor += 0.01 * torch.randn(factor.shape, generator=torch.Generator().manual_seed(seed))
+        export_adapter(layers, tmp_path / str(seed), "some/base", TARGET_MODULES, "CAUSAL_LM")
+        changes.append(layers[name].merged_weight() - layers[name].base.weight)
+    model = peft.PeftModel.from_pretrained(make_model(), tmp_path / "1", adapter_name="1")
+    model.load_adapter(tmp_path / "2", "2")
+    mean = (changes[0] + changes[1]) / 2
+    for kind in ("cat", "svd", "linear"):
+        model.add_weighted_adapter(["1", "2"], [0.5, 0.5], kind, combination_type=kind, svd_rank=16)
+        found = model.base_model.model.get_submodule(name).get_delta_weight(kind)
+        if kind == "linear":
+            assert 1.8 < found.norm() / mean.norm() < 2.2
+        else:
+            assert relative_error(found, mean) < 1e-4

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import greedy_by_vllm
 import peft
 import pytest
@@ -85,6 +86,33 @@ def test_every_architecture_trains_exports_loads_in_peft_and_generates(name, met
     ]  # `base` has the adapter merged in by now
     assert generated[0].tolist() == generated[1].tolist()
     assert generated[0].shape[1] > input_ids.shape[1]
+
+
+@pytest.fixture(scope="module")
+def committed_rows() -> dict[str, list[str]]:
+    """The cells of the table in docs/adapters.md by the architecture's name."""
+    lines = (ROOT / "docs" / "adapters.md").read_text().partition("| architecture |")[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row for row in rows}
+
+
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_an_architecture_has_transformers_loss_and_one_set_of_logits_or_is_refused(name, committed_rows, tmp_path):
+    """The trained model, merged/ and base + adapter/ alike, as the committed table says."""
+    result = architectures.trained(name, tmp_path)
+    assert architectures.cells(name, result) == committed_rows[name]
+    if "refused" in result:
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+        return
+    loss, of_transformers = result["loss"]
+    assert loss == pytest.approx(of_transformers, rel=2e-5)
+    assert max(result["errors"]) < 1e-4 < result["moved"]
+    for names in result["layers"].values():  # printed before training, too
+        assert all(f"{count} {layer}" in result["printed"] for layer, count in names.items())
+
+
+def test_every_row_of_the_table_is_tried(committed_rows):
+    assert committed_rows.keys() == architectures.ARCHITECTURES.keys()
 
 
 def test_sequences_beyond_a_sliding_window_are_padded(data_file, tmp_path, capsys):

@@ -32,6 +32,10 @@ OTHERS = {
         "--model",
     },
     "tensorboard": {"--logdir"},
+    "pip": {"--no-deps", "--no-binary", "--dest"},
+    "convert_hf_to_gguf.py": {"--outfile", "--outtype"},
+    "convert_lora_to_gguf.py": {"--outfile", "--outtype", "--base"},
+    "llama-server": {"--model", "--lora", "--jinja"},
     "snakemake": {
         "--executor",
         "--jobs",
@@ -156,7 +160,7 @@ def takers(words: list[str]) -> list[tuple[str, frozenset[str]]]:
     for word in words:
         name = Path(word).name
         if name.endswith(".py"):
-            known = options_of(word)
+            known = frozenset(OTHERS[name]) if name in OTHERS else options_of(word)
         elif name.endswith(".sh"):
             behind = BEHIND.get(name.removesuffix(".sh"), [])
             known = frozenset().union(*(OTHERS[other] if other in OTHERS else options_of(other) for other in behind))

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, make_model, relative_error
 from test_training import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunked, chunks, token_kernel
+from common import chunked, chunks, packing, ranks, token_kernel
 from common.targets import TARGET_MODULES
 
 
@@ -60,6 +62,70 @@ def test_a_step_of_llama_2_7b_on_a_gpu_waits_three_times_and_copies_twice(tmp_pa
         assert on_meta["types"] == ["torch.float32 of torch.float32 on meta"]
 
 
+def memory_of(capsys, tmp_path, *options):
+    """GiB by part that --dry-run prints for LLaMA-2-7B, and the lines above."""
+    transformers.LlamaConfig().save_pretrained(tmp_path / "model")
+    words = [
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        "metamath",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--dry-run",
+    ]
+    train.main([*words, *options])
+    head, _, parts = capsys.readouterr().out.partition("memory per ")
+    found = dict(re.findall(r"^  (\w+) +([\d.]+) GiB$", parts, re.MULTILINE))
+    return {name: float(size) for name, size in found.items()}, head, parts.splitlines()[0]
+
+
+def test_a_dry_run_estimates_for_the_gpu_that_is_named(tmp_path, capsys, monkeypatch):
+    """bf16 and a GPU's chunks, on a machine without one; the gradients in fp32 that DeepSpeed's step makes."""
+    parts, _, first = memory_of(capsys, tmp_path, "--dry-run-gpu", "80")
+    assert first == "GPU, estimated for a micro-batch of 2048 tokens in bfloat16:"
+    # 2,048 tokens: logits of both models in fp32 and one buffer more beside the head's bf16; three states; a factor.
+    expected = 2048 * 32_000 * (3 * 4 + 2) + 3 * 2048 * 4096 * 4 + 12 * 4096**2
+    assert parts["objective"] == pytest.approx(expected / 2**30, abs=0.01)
+    assert "program" not in parts and "update" not in parts
+    smaller, _, _ = memory_of(capsys, tmp_path, "--dry-run-gpu", "8")
+    assert smaller["objective"] == pytest.approx((expected - 1024 * 32_000 * 14) / 2**30, abs=0.01)
+    on_cpu, _, first = memory_of(capsys, tmp_path)
+    assert first.startswith("process, ") and first.endswith("in float32:") and "program" in on_cpu
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    deepspeed = ["--method", "full", "--deepspeed", str(ROOT / "configs" / "ds_zero2.json"), "--batch-size", "1"]
+    parts, _, _ = memory_of(capsys, tmp_path, "--dry-run-gpu", "80", *deepspeed, "--max-length", "64")
+    count = 6_738_415_616
+    assert parts["optimizer"] == pytest.approx(count * 12 / 8 / 2**30, abs=0.01)
+    passes = parts["activations"] + parts["objective"] + parts["transient"]
+    assert passes + parts["update"] == pytest.approx(count * 4 / 8 / 2**30, abs=0.02)
+    assert parts["together"] == pytest.approx(sum(parts.values()) - parts["together"], abs=0.03)
+
+
+def test_an_error_of_a_full_gpu_is_one_line_with_what_takes_less(capsys, monkeypatch):
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity ...")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        ranks.run_rank(main)
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: stopped: CUDA out of memory. Tried to allocate 2.00 GiB. Less takes")
+    named = {word.strip(",.;") for word in line.split() if word.startswith("--")}
+    assert {option.removeprefix("--").replace("-", "_") for option in named} <= set(
+        train.Arguments.__dataclass_fields__
+    )
+
+
+@pytest.mark.parametrize(("method", "expected"), [("full", True), ("ba-lora", False)])
+def test_communication_overlaps_where_gradients_fill_buckets(method, expected):
+    """Not where adapters are trained, unless the configuration says so itself."""
+    for path in sorted(ROOT.glob("configs/ds_*.json")):
+        args = train.Arguments(method=method, deepspeed=str(path))
+        assert ranks.deepspeed_config(args, 4, True, 64)["zero_optimization"]["overlap_comm"] is expected
+
+
 def test_on_a_cpu_the_plain_form_serves():
     assert not token_kernel.is_usable(torch.zeros(2, 2), chunked.plain_token_terms)
 
@@ -89,6 +155,30 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.counts[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+class WholeGradients(TorchDispatchMode):
+    """How often the gradient of a slice was made as large as a tensor of this many tokens."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.count = tokens, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.count += function.overloadpacket.__name__ == "slice_backward" and out.shape[2] == self.tokens
+        return out
+
+
+@pytest.mark.parametrize("count", [2, 4, 32])
+def test_packed_attentions_backward_does_not_grow_with_the_square_of_the_sequences(count):
+    """Queries, keys and values have one slice each whose gradient is as large as they are."""
+    tokens = 20 + (count - 1) * 12
+    qkv = [torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2)]
+    output, _ = packing.attend_per_sequence(None, *qkv, None, sequence_lengths=[20] * count, shared_length=8)
+    with WholeGradients(tokens) as whole:
+        output.square().sum().backward()
+    assert whole.count == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,80 @@
+"""What goes out, read by transformers 4.57 and PEFT 0.17: the logits of transformers 5, the same tokens.
+
+`. scripts/setup.sh; setup_peer transformers4` makes the environment, as scripts/test.sh does.
+"""
+
+import json
+import subprocess
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, make_tokenizer, relative_error
+from read_by_transformers4 import read
+from safetensors.torch import load_file
+
+import train
+from common import exports
+
+PYTHON = ROOT / ".venv-transformers4" / "bin" / "python"
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-transformers4")
+SHAPE = {
+    **{"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "eos_token_id": 257},
+    **{"bos_token_id": None, "pad_token_id": 257},
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.1, 2.2, 2.3]}
+LLAMA, PHI = transformers.LlamaConfig, transformers.Phi3Config
+CONFIGURATIONS = {  # and the rotary settings of each, in the form of transformers 5
+    "llama": (LLAMA, {}, {"rope_type": "default", "rope_theta": 5e5}),
+    "llama3": (LLAMA, {}, {"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3),
+    "yarn": (LLAMA, {}, {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4, "original_max_position_embeddings": 128}),
+    "linear": (LLAMA, {}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    "qwen2": (transformers.Qwen2Config, {}, {"rope_type": "default", "rope_theta": 1e6}),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8}, {"rope_type": "default", "rope_theta": 1e5}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 400}, {"rope_type": "default", "rope_theta": 1e6}),
+    "phi3": (PHI, {}, {"rope_type": "default", "rope_theta": 1e5}),
+    "longrope": (PHI, {"original_max_position_embeddings": 64}, {"rope_type": "longrope", "rope_theta": 1e4} | LONG),
+    "partial": (
+        transformers.StableLmConfig,
+        {},
+        {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each configuration, its base as transformers 4 publishes it, all read by transformers 4."""
+    folder = tmp_path_factory.mktemp("transformers4")
+    (folder / "data.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1", "output": "2"}) + "\n")
+    for name, (kind, settings, rope) in CONFIGURATIONS.items():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(kind(**SHAPE | settings, rope_parameters=rope))
+        exports.save_merged(model, folder / name / "base", torch.float32)
+        make_tokenizer().save_pretrained(folder / name / "base")
+        files = ("--model", folder / name / "base", "--data", folder / "data.jsonl")
+        options = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--save-steps", 0)
+        train.main([*map(str, files), "--output-dir", str(folder / name / "out"), *map(str, options)])
+        for part in ("merged", "adapter"):
+            (folder / name / "out" / part).rename(folder / name / part)
+    script = ROOT / "tests" / "read_by_transformers4.py"
+    words = [str(folder / name) for name in CONFIGURATIONS]
+    result = subprocess.run([str(PYTHON), str(script), *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_transformers_4_reads_what_transformers_5_does(name, runs):
+    theirs, ours = load_file(runs / name / "read.safetensors"), read(runs / name)
+    assert theirs.keys() == ours.keys()
+    for what, tensor in ours.items():
+        if tensor.is_floating_point():
+            assert relative_error(theirs[what], tensor) < 1e-5, what
+        else:
+            assert torch.equal(theirs[what], tensor), what
+    assert torch.equal(ours["tokens"], ours["tokens of adapter"])
+    config = json.loads((runs / name / "base" / "config.json").read_text())  # transformers 5's form alone is not enough
+    assert config["rope_theta"] == CONFIGURATIONS[name][2]["rope_theta"]
