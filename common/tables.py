@@ -9,6 +9,7 @@ import csv
 import datetime
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -445,21 +446,27 @@ def _split_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
 def _is_quoted(file: Path) -> bool:
     """Whether a tsv file was written with csv's quoting, as spreadsheets do, and not line by line, as GLUE's are.
 
-    Cells with tabs, line ends or quotation marks inside are quoted, or all are; every row has the first one's width.
+    Then every row has the first one's width, and cells with tabs, line ends or quotation marks are quoted, or all are.
+    A row of several lines, most of them of that width, is what csv makes of lines with lone marks.
     """
-    lines = [len(cells) for _, cells in _split_lines(file)]
-    has_need, rows, width = False, 0, None
+    lines = dict(_split_lines(file))
+    has_need, starts, width = False, [], None
     try:
-        for _, cells in _csv_cells(file, "\t"):
+        for start, cells in _csv_cells(file, "\t"):
             if len(cells) != (width := width or len(cells)):
                 return False
-            rows += 1
+            for cell, text in zip(cells, lines.get(start, ()), strict=False):
+                if cell == text and '"' in cell:  # a spreadsheet would have quoted it
+                    return False
+            starts.append(start)
             has_need = has_need or any(re.search(r'[\t\n"]', cell) for cell in cells)
     except UserError:
         return False
-    if has_need:  # lines of one width that csv would join are lines
-        return len(set(lines)) > 1 or rows == len(lines)
-    return all(re.fullmatch(r'"[^"]*"', cell) for _, row in _split_lines(file) for cell in row)
+    for start, end in itertools.pairwise([*starts, max(lines, default=0) + 1]):
+        widths = [len(lines[number]) for number in range(start, end) if number in lines]
+        if len(widths) > 1 and 2 * widths.count(width) > len(widths):
+            return False
+    return has_need or all(re.fullmatch(r'"[^"]*"', cell) for row in lines.values() for cell in row)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -136,6 +136,33 @@ def test_a_tsv_of_lines_is_text_and_one_of_a_spreadsheet_is_quoted(header, tmp_p
         assert [[row[name] for name in names] for row in table] == expected
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_random_lines_with_quotation_marks_are_rows_or_the_odd_one_is_named(seed, tmp_path):
+    """100 files each: marks that open, close, do both or stand inside; in every second file a line of another width."""
+    draw, path, refused = random.Random(seed), tmp_path / "lines.tsv", 0
+    forms = ['"{}', '{}"', '"{}"', '{} "{}" {}', '""{}', "{}", "{}", "{}", "{} ' {}"]
+    for number in range(100):
+        lines = []
+        for _ in range(draw.randrange(4, 40)):
+            form = draw.choice(forms)
+            words = (
+                " ".join(draw.choices(("a", "film", "né", "--", "it's"), k=draw.randrange(1, 4))) for _ in range(3)
+            )
+            lines.append([form.format(*words), draw.choice("01")])
+        odd = draw.randrange(1, len(lines)) if number % 2 else None
+        if odd is not None:
+            lines[odd] = draw.choice(([*lines[odd], ""], [*lines[odd], "0"], [lines[odd][0].replace('"', "")]))
+        end = draw.choice(("\n", "\r\n"))
+        path.write_text(end.join("\t".join(line) for line in lines) + draw.choice(("", end)), newline="")
+        if odd is None:
+            assert [[row["0"], row["1"]] for row in read_table(str(path), ["0"], "1")] == lines
+        else:
+            with pytest.raises(UserError, match=rf"line {odd + 1}: \d columns, where the first line has 2"):
+                read_table(str(path), ["0"], "1")
+            refused += 1
+    assert refused == 50
+
+
 def test_held_out_files_are_not_trained(tmp_path):
     for names, expected in ((("data", "eval"), "data"), (("train", "dev"), "train"), (("train", "held_out"), "train")):
         folder = tmp_path / "_".join(["x", *expected, names[1][0]])
