@@ -132,6 +132,8 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     if config is not None:
         import deepspeed
 
+        if on_cpu:  # for inference alone; a run killed while it is compiled leaves a lock that all later ones wait for
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # ZeRO-3 asks how many ranks there are before the first weight is read
     if torch.cuda.device_count() > 1 and accelerator.num_processes == 1:
         print(

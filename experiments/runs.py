@@ -262,6 +262,7 @@ def tuning_runs(
       learning-rate: [1e-4, 3e-4]    the option that is chosen, and its grid
       seed: [100, 101]               seeds of their own
       score: gsm8k.accuracy          what is compared, the mean over those seeds; `mode: min` for a loss
+    within: 0.01                   the smallest value that is no further from the best is taken
       per: [method]                  axes that have a choice of their own (all but the seed); others stand at their
       at: {noise: clean}             place here, or at their first label
       evaluation: ...                as above: the validation items
@@ -284,6 +285,7 @@ def tuning_runs(
         "option": option,
         "score": tune["score"],
         "mode": tune.get("mode", "max"),
+        "within": tune.get("within", 0.0),
         "config": run.settings.get("config"),
         "runs": [],
     }
