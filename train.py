@@ -385,8 +385,11 @@ class LoRALinear(nn.Module):
 
 @torch.no_grad()
 def stack_factors(model: nn.Module, hold: bool = True) -> None:
-    """Stacks and casts every adapter's factors once for all passes of an optimizer step; without `hold`, lets them go,
-    as the update must be preceded by: fused ones leave no trace. Under ZeRO-3 each pass stacks anew."""
+    """Stacks and casts every adapter's factors once for all passes of an optimizer step; under ZeRO-3 each pass does.
+
+    Args:
+        hold: False lets the stacked factors go. This has to be done before the update, which they would not see.
+    """
     dtype = model.get_input_embeddings().weight.dtype
     for layer in adapter_layers(model).values():
         held = hold and not is_partitioned(layer.lora_A)
@@ -461,7 +464,7 @@ def _principal_factors_of_all(
     def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
         if cache is None:
             return principal_factors(weight, rank, scaling)
-        # Under the weight's own content: a stale entry cannot be met.
+        # The file's name is a hash of the weight, so an outdated entry is never read.
         file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
         return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
@@ -1039,7 +1042,8 @@ class BALoRAModel(nn.Module):
         if self.head_is_linear:
             head = model.get_output_embeddings()
             head.forward = functools.partial(_head_forward, head)
-        # The last feed-forward mixes no positions, and only the valid ones of what it gives are read.
+        # The last feed-forward layer works on each position alone, and only valid positions are read. Elsewhere it is
+        # skipped.
         self._last_positions: list[Tensor] = []
         last_mlp = getattr(getattr(model.get_decoder(), "layers", [None])[-1], "mlp", None)
         if last_mlp is not None:
@@ -1419,7 +1423,7 @@ def make_ready(
     obstacle = None
     if args.packing:
         obstacle = obstacle_to_packing(model, args.attn_implementation, map(len, everything["input_ids"]))
-    if args.method != "full" and not args.gradient_checkpointing:  # which keeps next to nothing by itself
+    if args.method != "full" and not args.gradient_checkpointing:  # checkpointing keeps almost no activations anyway
         save_activations(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

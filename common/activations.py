@@ -16,7 +16,8 @@ def save_activations(model: "transformers.PreTrainedModel") -> int:
 
     Each is tried against the module's own forward first. Returns how many were replaced.
     """
-    count, dtype = 0, model.get_input_embeddings().weight.dtype  # adapters are fp32, quantized weights no numbers
+    # The embedding has the activations' type: adapters are fp32, and quantized weights are stored as integers.
+    count, dtype = 0, model.get_input_embeddings().weight.dtype
     for module in model.modules():
         if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             linear = getattr(module.gate_proj, "base", module.gate_proj)

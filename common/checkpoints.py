@@ -155,7 +155,7 @@ def _whole_state(parameter: Tensor, optimizer: Any, key: str) -> Tensor | None:
 def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
     """Puts what `optimizer_tensors` gave, and is now in `folder`, into the optimizer; each rank takes its part.
 
-    Under DeepSpeed also the parameters themselves in full precision, of which a rank holds its part there too.
+    DeepSpeed also keeps the parameters in full precision, shared out among the ranks. Each rank gets its part of them.
     """
     files = {key: safe_open(state_file(folder, key), "pt") for key in STATE}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -252,7 +252,7 @@ def require_same_contents(checkpoint: Path | None, contents: Mapping[str, str], 
 
 
 def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint, and the FOLLOWING.
+    """The settings that must be the same for a run to go on from a checkpoint.
 
     Args:
         micro_batches: how many an optimizer step has on all processes together.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Task:
     """A GLUE task: its texts' columns on the hub, its classes in the hub's order (none: a number is predicted), its
-    metrics, of which the first selects the best state, and its evaluation splits."""
+    metrics (the first selects the best state), and its evaluation splits."""
 
     fields: tuple[str, ...]
     classes: tuple[str, ...]

@@ -32,8 +32,8 @@ def attend_per_sequence(
 
     Args:
         query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
-        sequence_lengths: of each sequence; None: one sequence, of which the query may be the newest token alone.
-        shared_length: the beginning that all of them have and only the first still holds.
+        sequence_lengths: None: one sequence, and the query may be its newest token alone.
+        shared_length: how many tokens all sequences begin with. Only the first sequence still holds them.
     """
     lengths = sequence_lengths or [key.shape[2]]
     if sliding_window is not None and max(lengths) > sliding_window:
@@ -78,7 +78,7 @@ def enable_packing(model: "transformers.PreTrainedModel") -> bool:
     transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
     transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
-    # FlashAttention has a form for packed sequences of its own, which has none for a beginning that stands there once.
+    # FlashAttention's own form for packed sequences cannot share a beginning, so each sequence keeps the whole of it.
     packable, shared = (before, 0) if before == "flash_attention_2" else (PER_SEQUENCE, 2)
     device = device_of(model.get_input_embeddings().weight)
 
@@ -109,7 +109,7 @@ def obstacle_to_packing(
     Args:
         attention: the one that was asked for by name. lengths: of the sequences.
     """
-    if attention == "eager":  # packing would take another
+    if attention == "eager":  # packing would replace it by another attention
         return "attends eagerly"
     window = getattr(model.config, "sliding_window", None)
     longest = max(lengths) if window else 0

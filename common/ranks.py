@@ -132,6 +132,8 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     if config is not None:
         import deepspeed
 
+        if on_cpu:  # for inference alone; a run killed while it is compiled leaves a lock that all later ones wait for
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # ZeRO-3 asks how many ranks there are before the first weight is read
     if torch.cuda.device_count() > 1 and accelerator.num_processes == 1:
         print(
@@ -223,6 +225,9 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
                 "4bit, --objective-memory 128 or --deepspeed configs/ds_zero3.json. --dry-run says what a run takes"
             ) from error
         except RuntimeError as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                raise UserError(f"port {port} is in use, by another run perhaps: --master_port names one") from error
             if not is_lost_rank(error):
                 raise
             rank = os.environ.get("RANK", "0")

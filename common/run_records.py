@@ -5,7 +5,8 @@ Format, version 1. What is not known is null.
     version         1; a file of another version is refused
     experiment, run, arm, phase         names; phase is "study", or "tuning" for a run that only chooses a rate
     labels          the run's place on each axis of its experiment
-    chooses         of a tuning run: {"option", "score", "mode"}: what it chooses by which score; mode is "max" or "min"
+    chooses         of a tuning run: {"option", "score", "mode", "within"}: what it chooses by which score; mode is
+                    "max" or "min", and `within` says how far from the best still counts as equal
     status          "done"; "failed": a step ended with an error; "unfinished": a step has not run, or was interrupted
     error           of a failed run: {"step": ..., "code": its exit code, "message": the last line that it wrote}
     script, settings                    train.py or finetune_bert_l_sst2.py, with every argument as it was used
@@ -73,7 +74,7 @@ def load_record(path: Path) -> dict[str, Any]:
     return found
 
 
-def load_records(folder: Path) -> dict[str, dict[str, Any]]:
+def records_in(folder: Path) -> dict[str, dict[str, Any]]:
     """All records in a folder, by run."""
     paths = sorted(folder.glob("*.json"))
     if not paths:

@@ -66,7 +66,8 @@ class TeacherCache:
         sizes = [self.offsets[i + 1] - self.offsets[i] for i in example_ids]
         for i, rows in zip(example_ids, states.split(sizes), strict=True):
             self.states[self.offsets[i] : self.offsets[i + 1]] = rows.to(self.states)
-            self.done[i] = True  # after the states: a kill in between costs this example, never its truth
+            # Marked last: a kill between the two lines loses the example's states, and never leaves wrong ones.
+            self.done[i] = True
 
 
 def allocate(file: Path, num_bytes: int) -> None:

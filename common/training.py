@@ -84,9 +84,9 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
 class MicroBatches:
     """Which examples each optimizer step has, shared out among ranks: the same micro-batches for any number of ranks.
 
-    The n-th micro-batch of an epoch belongs to rank n mod `num_ranks`. No example comes twice in an epoch: where the
-    last round has fewer micro-batches than there are ranks, a rank stands in with one that counts for nothing, because
-    gradients are averaged by all ranks or none.
+    The n-th micro-batch of an epoch belongs to rank n mod `num_ranks`. No example comes twice in an epoch. Where the
+    last round has fewer micro-batches than there are ranks, a rank without one runs a dummy micro-batch with weight 0,
+    because all ranks must take part when gradients are averaged.
 
     Args:
         order: gives an epoch's order of the examples.
@@ -359,7 +359,7 @@ class Training:
         """The gradient of one micro-batch's part of the step's loss. Ranks average gradients, and the parts add up.
 
         Args:
-            counts: False: the micro-batch stands in for one that is not there.
+            counts: False: a dummy micro-batch, with weight 0.
         """
         loss = loss * (self.num_ranks if counts else 0)
         if self.engine is not None:

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Chooses the setting of an arm that scores best on validation, the mean over the tuning seeds; of equals the smaller.
 
+A curve over rates is flat near its best, so `within` says what counts as equal: the smallest value that is at most so
+far from the best is taken.
+
     python experiments/choose.py output/NAME/plan.json output/NAME/chosen/ARM.yaml
 
 What comes out is a configuration for --config: the setting, and what the arm's own configuration says beside it.
@@ -43,10 +46,11 @@ def curve(records: list[dict[str, Any]], option: str, score: str) -> dict[str, l
     return dict(sorted(found.items(), key=lambda item: float(item[0])))
 
 
-def best(scores: dict[str, list[float]], mode: str) -> str:
-    """The value with the best mean; of equals the smaller."""
+def best(scores: dict[str, list[float]], mode: str, within: float = 0.0) -> str:
+    """The smallest value of those with a mean that is at most `within` from the best."""
     sign = -1 if mode == "min" else 1
-    return max(scores, key=lambda value: (sign * statistics.mean(scores[value]), -float(value)))
+    means = {value: sign * statistics.mean(found) for value, found in scores.items()}
+    return min((value for value, mean in means.items() if mean >= max(means.values()) - within), key=float)
 
 
 def is_at_edge(value: str, scores: dict[str, list[float]]) -> bool:
@@ -63,7 +67,7 @@ def main(argv: list[str]) -> None:
     choice = plan["choices"][argv[1]]
     records = [run_record.write_record(plan, name) for name in choice["runs"]]
     scores = curve(records, choice["option"], choice["score"])
-    value = best(scores, choice["mode"])
+    value = best(scores, choice["mode"], choice["within"])
     entries = {}
     if choice["config"]:
         entries = yaml.safe_load((ROOT / choice["config"]).read_text()) or {}

@@ -41,7 +41,7 @@ EXPERIMENTS = ROOT / "experiments"
 ENTRIES = {"about", "like", "script", "settings", "axes", "files", "report", "needs-gpu", "keep-merged"}
 OF_A_LABEL = {"sequences-per-step", "processes", "benchmarks", "evaluation", "forgetting", "tune", "row"}
 REPORT_ENTRIES = {"published", "baseline", "curve", "effects", "scores"}
-TUNE_ENTRIES = {"seed", "score", "mode", "per", "at", "evaluation", "benchmarks"}
+TUNE_ENTRIES = {"seed", "score", "mode", "within", "per", "at", "evaluation", "benchmarks"}
 
 
 def names() -> list[str]:

@@ -83,13 +83,12 @@ def spread(values: list[float], column: Column) -> str:
 
 
 def interval(differences: list[float], column: Column) -> str:
-    """The mean of paired differences with its 95 % t-interval; * where that excludes 0."""
+    """The mean of paired differences with its 95 % t-interval."""
     form = f"{{:+.{digits(column)}f}}"
     if len(differences) < 2:
         return f"{form.format(differences[0])} (one pair)"
     mean, half = paired_interval(differences)
-    low, high = form.format(mean - half), form.format(mean + half)
-    return f"{form.format(mean)} [{low}, {high}]" + (" *" if abs(mean) > half else "")
+    return f"{form.format(mean)} [{form.format(mean - half)}, {form.format(mean + half)}]"
 
 
 def without_value(members: list[Record], column: Column) -> str:
@@ -197,7 +196,7 @@ def tuning_lines(records: list[Record]) -> list[str]:
     for arm, members in arms([record for record in records if record.get("chooses")]).items():
         chooses = members[0]["chooses"]
         scores = choose.curve(members, chooses["option"], chooses["score"])
-        chosen = choose.best(scores, chooses["mode"])
+        chosen = choose.best(scores, chooses["mode"], chooses.get("within") or 0.0)
         cells = [
             f"**{value}** {statistics.mean(found):.4f}" if value == chosen else f"{value} {statistics.mean(found):.4f}"
             for value, found in scores.items()
@@ -295,10 +294,10 @@ def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> 
         "Mean ± standard deviation over seeds; shares in percent; minutes of training; GiB of the fullest process.",
     ]
     for axis, baseline in (options.get("baseline") or {}).items():
-        lines += ["", f"Differences by {axis}, seed by seed, with 95 % t-intervals (* excludes 0):", ""]
+        lines += ["", f"Differences by {axis}, seed by seed, with 95 % t-intervals:", ""]
         lines.append(differences(done, columns, axis, baseline))
     if options.get("effects"):
-        lines += ["", "Parts of the difference, seed by seed, with 95 % t-intervals (* excludes 0):", ""]
+        lines += ["", "Parts of the difference, seed by seed, with 95 % t-intervals:", ""]
         lines.append(effects(done, columns, options["effects"]))
     tuned = tuning_lines([record for record in records.values() if record["status"] == "done"])
     if tuned:
@@ -317,7 +316,7 @@ def main(argv: list[str]) -> None:
         raise UserError("expected a plan.json, or a folder of records")
     path = Path(argv[0])
     if path.is_dir():
-        records = run_records.load_records(path)
+        records = run_records.records_in(path)
         print(summary(f"records of {path}", records, options_of(records)))
         return
     plan = run_record.load_plan(path)

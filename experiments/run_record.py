@@ -110,7 +110,7 @@ def record_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
         "arm": run["arm"],
         "phase": run["phase"],
         "labels": run["labels"],
-        "chooses": {key: chooses[key] for key in ("option", "score", "mode")} if chooses else None,
+        "chooses": {key: chooses[key] for key in ("option", "score", "mode", "within")} if chooses else None,
         "status": "done" if is_done else "failed" if error else "unfinished",
         "error": error,
         "script": run["script"],

@@ -2,11 +2,10 @@
 """Tables and pictures of `smollm2`, from its records: learning, forgetting, diversity, stereotypes.
 
     python experiments/smollm2.py experiments/results/smollm2                            the tables, on the terminal
-    python experiments/smollm2.py output/smollm2/records --pictures docs/results         and four pictures
+    python experiments/smollm2.py output/smollm2/records --pictures docs/results         and two pictures
 
-At equal learning: a run's checkpoints, with the base as step 0, are points of (response loss, forgetting); between two
-of them the line. All arms are read off at one response loss, the highest that any run of the study ended with, so that
-no run is asked for what it has not reached. Differences to PiSSA are taken seed by seed.
+At equal learning: the ends of an arm's tuning runs, one per rate up to its best, are points of (response loss, KL).
+Between two of them the line is read off. A step of a run under way is no such point: its schedule has not ended.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from typing import Any
 from common.cli import UserError, run_script
 from common.intervals import paired_interval
 from common.markdown import markdown
-from common.run_records import load_records
+from common.run_records import records_in
 from experiments.report import STYLES
 
 Record = dict[str, Any]
@@ -27,6 +26,8 @@ Point = tuple[float, float]  # response loss, and what is read off at it
 BASELINE = "pissa"
 MEASURES = ("forgetting", "kl_base_tuned", "kl_tuned_base")
 LAMBDAS = {"pissa": 0.0, "pissa-cr": 0.025, "pissa-cr-0.15": 0.15, "pissa-cr-1": 1.0}
+LOSSES = (1.135, 1.14, 1.15)  # response losses that the arms are compared at: what nearly all of them reach
+SHOWN = {"full": "full fine-tuning", "lora": "LoRA", "pissa": "PiSSA", "pissa-cr-0.15": "PiSSA, λ₁ = 0.15"}
 ORDER = ["full", "lora", "lora-terms", *LAMBDAS, "pissa-dr", "pissa-svdr", "ba-lora"]
 
 
@@ -47,17 +48,18 @@ def points(record: Record, measure: str) -> list[Point]:
     return [(scores[f"response_loss@{step}"], scores[f"{measure}@{step}"]) for step in steps]
 
 
+def ends(tuning: list[Record], arm: str, measure: str) -> list[Point]:
+    """The ends of the arm's runs, the smallest rate first, up to the rate with the lowest response loss."""
+    found = [points(record, measure)[-1] for record in by_rate(tuning, arm)]
+    return found[: found.index(min(found)) + 1]
+
+
 def at_loss(curve: list[Point], loss: float) -> float | None:
-    """What the curve has where it first reaches the response loss; None where it never does."""
+    """What the line through the ends has at the response loss; None beyond them."""
     for (before, old), (after, new) in itertools.pairwise(curve):
         if after <= loss <= before:
             return new if before == after else old + (new - old) * (before - loss) / (before - after)
     return None
-
-
-def common_loss(records: list[Record]) -> float:
-    """The highest response loss that a run ended with."""
-    return max(points(record, "forgetting")[-1][0] for record in records)
 
 
 def done(records: list[Record], phase: str) -> list[Record]:
@@ -92,15 +94,14 @@ def spread(values: list[float | None], form: str) -> str:
 
 
 def difference(values: dict[int, float | None], others: dict[int, float | None], form: str = "{:+.3f}") -> str:
-    """Mean of the differences seed by seed with its 95 % t-interval; * where that excludes 0."""
+    """Mean of the differences seed by seed with its 95 % t-interval."""
     known = values.keys() & others.keys()
     pairs = [(values[seed], others[seed]) for seed in sorted(known)]
     found = [one - two for one, two in pairs if one is not None and two is not None]
     if len(found) < 2:
         return form.format(found[0]) + " (one pair)" if found else "-"
     mean, half = paired_interval(found)
-    low, high = form.format(mean - half), form.format(mean + half)
-    return f"{form.format(mean)} [{low}, {high}]" + (" *" if abs(mean) > half else "")
+    return f"{form.format(mean)} [{form.format(mean - half)}, {form.format(mean + half)}]"
 
 
 def learning_table(arms: dict[str, dict[int, Record]]) -> str:
@@ -117,18 +118,12 @@ def learning_table(arms: dict[str, dict[int, Record]]) -> str:
     return markdown(rows)
 
 
-def equal_learning_table(arms: dict[str, dict[int, Record]], loss: float) -> str:
-    """Every arm where it has learned the same, and its difference to PiSSA."""
-    rows = [["arm", *(f"{name}, minus {BASELINE}" if i else name for name in MEASURES for i in (0, 1))]]
-    for arm, runs in arms.items():
-        cells = []
-        for name in MEASURES:
-            ours, theirs = (
-                {seed: at_loss(points(record, name), loss) for seed, record in found.items()}
-                for found in (runs, arms.get(BASELINE, {}))
-            )
-            cells += [spread(list(ours.values()), "{:.3f}"), "" if arm == BASELINE else difference(ours, theirs)]
-        rows.append([arm, *cells])
+def equal_learning_table(tuning: list[Record]) -> str:
+    """Every arm's KL and forgetting where it has learned the same, by the ends of its runs."""
+    rows = [["arm", *(f"{name} at {loss:.3f}" for name in MEASURES[1::-1] for loss in LOSSES)]]
+    for arm in (arm for arm in ORDER if by_rate(tuning, arm)):
+        found = [at_loss(ends(tuning, arm, name), loss) for name in MEASURES[1::-1] for loss in LOSSES]
+        rows.append([arm, *("-" if value is None else f"{value:.3f}" for value in found)])
     return markdown(rows)
 
 
@@ -165,89 +160,40 @@ def stereotype_table(arms: dict[str, dict[int, Record]]) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def figure_of(width: float, count: int) -> tuple[Any, Any, Any]:
+def draw(path: Path, lines: dict[str, list[Point]], log: bool) -> Path:
+    """KL against the response loss, a line per arm with its name at its end."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, count, figsize=(width, 3.6), squeeze=False, layout="constrained")
-    for axis in axes[0]:
-        axis.grid(linewidth=0.4, alpha=0.6)
-    return plt, figure, axes[0]
-
-
-def mean_curve(curves: list[list[Point]]) -> list[Point]:
-    """The mean over runs, checkpoint by checkpoint."""
-    return [tuple(map(statistics.mean, zip(*step, strict=True))) for step in zip(*curves, strict=True)]
-
-
-def draw_curves(axis: Any, curves: dict[str, list[Point]], ylabel: str) -> None:
-    """A line per curve."""
-    for number, (name, curve) in enumerate(curves.items()):
-        colour, marker = STYLES[number % len(STYLES)]
-        line = "--" if number >= len(STYLES) else "-"
-        places = ([loss for loss, _ in curve], [value for _, value in curve])
-        axis.plot(*places, color=colour, marker=marker, linestyle=line, markersize=3, linewidth=1, label=name)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (name, line), (colour, marker) in zip(lines.items(), STYLES, strict=False):
+        axis.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5)
+        axis.annotate(name, line[-1], (8, -3), textcoords="offset points", color=colour)
     axis.invert_xaxis()
+    axis.margins(x=0.3 if log else 0.25)
+    if log:
+        axis.set_yscale("log")
+    axis.grid(linewidth=0.4, alpha=0.6)
     axis.set_xlabel("response loss, nats (learning: to the right)")
-    axis.set_ylabel(ylabel)
+    axis.set_ylabel("KL(base ‖ tuned), nats per token")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
 
 
-def pictures(arms: dict[str, dict[int, Record]], tuning: list[Record], folder: Path) -> list[Path]:
-    """Forgetting against learning; λ₁ against rates; spectrum and diversity; stereotypes by type."""
-    paths = [folder / f"smollm2-{name}.png" for name in ("forgetting", "lambda", "diversity", "stereotypes")]
-    plt, figure, axes = figure_of(11, 2)
-    for axis, name in zip(axes, MEASURES[:2], strict=True):
-        groups = {arm: mean_curve([points(record, name) for record in runs.values()]) for arm, runs in arms.items()}
-        draw_curves(axis, groups, f"{name}, nats per token")
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(paths[0], dpi=130)
-
-    plt, figure, axes = figure_of(6, 1)
-    groups = {}
-    for arm, weight in LAMBDAS.items():
-        ends = [points(record, "kl_base_tuned")[-1] for record in by_rate(tuning, arm)]
-        groups[f"λ₁ = {weight:g}, {len(ends)} rates"] = ends
-    draw_curves(axes[0], groups, "KL(base ‖ tuned), nats per token")
-    axes[0].set_yscale("log")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(paths[1], dpi=130)
-
-    plt, figure, axes = figure_of(11, 3)
-    for axis, name in zip(axes, ("energy.10", "entropy_change", "distinct_answers"), strict=True):
-        bars(axis, arms, lambda record, name=name: score(record, "curve", name))
-        axis.set_title(name, fontsize=9, loc="left")
-    figure.savefig(paths[2], dpi=130)
-
-    plt, figure, axes = figure_of(11, 1)
-    scored = {arm: [one for one in runs.values() if "crows_pairs" in one["scores"]] for arm, runs in arms.items()}
-    scored = {arm: runs for arm, runs in scored.items() if runs}
-    first = next(iter(scored.values()))[0]
-    names = sorted(n.split(".")[1] for n in first["scores"]["crows_pairs"] if n.endswith(".change"))
-    width = 0.8 / len(scored)
-    for i, (arm, runs) in enumerate(scored.items()):
-        values = [[score(one, "crows_pairs", f"by_type.{name}.change") for one in runs] for name in names]
-        means = [statistics.mean(found) for found in values]
-        colour, is_second_round = STYLES[i % len(STYLES)][0], i >= len(STYLES)
-        places = [x + i * width for x in range(len(names))]
-        axes[0].bar(places, means, width, label=arm, color=colour, alpha=0.4 if is_second_round else 1.0)
-    axes[0].set_xticks([x + 0.4 for x in range(len(names))], names, fontsize=7)
-    axes[0].set_ylabel("change of preference, nats")
-    axes[0].legend(frameon=False, fontsize=7, ncols=5)
-    figure.savefig(paths[3], dpi=130)
-    plt.close("all")
-    return paths
-
-
-def bars(axis: Any, arms: dict[str, dict[int, Record]], value_of: Any) -> None:
-    """A point per run, a row per arm."""
-    for row, runs in enumerate(arms.values()):
-        values = [value for value in map(value_of, runs.values()) if value is not None]
-        axis.plot(values, [row] * len(values), "o", color=STYLES[1][0], markersize=4)
-    axis.locator_params(axis="x", nbins=4)
-    axis.set_yticks(range(len(arms)), list(arms), fontsize=7)
-    axis.invert_yaxis()
+def pictures(tuning: list[Record], folder: Path) -> list[Path]:
+    """KL at equal learning for four arms, and for every λ₁ over all rates."""
+    lines = {name: ends(tuning, arm, "kl_base_tuned") for arm, name in SHOWN.items() if by_rate(tuning, arm)}
+    weights = {
+        f"λ₁ = {weight:g}": [points(record, "kl_base_tuned")[-1] for record in by_rate(tuning, arm)]
+        for arm, weight in LAMBDAS.items()
+        if by_rate(tuning, arm) and arm != "pissa-cr"  # which lies on PiSSA's line
+    }
+    names = ("forgetting", "lambda")
+    paths = [folder / f"smollm2-{name}.png" for name in names]
+    return [draw(path, found, log) for path, found, log in zip(paths, (lines, weights), (False, True), strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -261,11 +207,11 @@ def tables(records: list[Record]) -> str:
     others = [f"- {record['run']}: {record['status']}" for record in records if record["status"] != "done"]
     text = [f"{len(records)} runs, {len(others)} of them not done.", *others]
     if study:
-        arms, loss = by_arm(study), common_loss(study)
+        arms = by_arm(study)
         text += ["", "Each arm at its own rate:", "", learning_table(arms)]
-        text += ["", f"At the response loss {loss:.3f}:", "", equal_learning_table(arms, loss)]
         text += ["", "Stereotypes:", "", stereotype_table(arms)]
     if tuning:
+        text += ["", "At equal response loss, seed 100:", "", equal_learning_table(tuning)]
         text += ["", "λ₁ against the rate, seed 100:", "", rate_table(tuning)]
     return "\n".join(text)
 
@@ -275,13 +221,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("records", type=Path, help="folder of the records")
     parser.add_argument("--pictures", type=Path, help="folder that gets the pictures")
     args = parser.parse_args(argv)
-    records = list(load_records(args.records).values())
+    records = list(records_in(args.records).values())
     if not any("curve" in record["scores"] for record in records):
         raise UserError(f"{args.records} has no record of smollm2")
     print(tables(records))
     if args.pictures:
-        drawn = pictures(by_arm(done(records, "study")), done(records, "tuning"), args.pictures)
-        print("\n".join(map(str, drawn)))
+        print("\n".join(map(str, pictures(done(records, "tuning"), args.pictures))))
 
 
 if __name__ == "__main__":

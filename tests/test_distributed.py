@@ -315,7 +315,7 @@ def test_nan_skips_on_every_rank(name, runs):
 MEASURE = """
 import json, sys, threading, time
 import deepspeed, torch, transformers
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see warm.py
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see ranks.py
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig

@@ -254,11 +254,11 @@ def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record("a") | {"version": 99}))
     with pytest.raises(UserError, match=r"a\.json has version 99 of the format and this script reads 1") as error:
-        run_records.load_records(tmp_path)
+        run_records.records_in(tmp_path)
     assert "\n" not in str(error.value)
     path.write_text("[]")
     with pytest.raises(UserError, match="is no record of a run"):
-        run_records.load_records(tmp_path)
+        run_records.records_in(tmp_path)
 
 
 def made_plan(folder: Path, monkeypatch) -> dict:
@@ -277,7 +277,7 @@ def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkey
     ((name, run),) = plan["runs"].items()
     assert run_record.record_of(plan, name)["status"] == "unfinished"
     Path(run["folder"], "run.json").write_text(
-        json.dumps({"seed": 42, "steps": 4, "trainable_parameters": 7, "processes": 1})
+        json.dumps({"seed": 42, "steps": 4, "trainable_parameters": 7, "processes": 1, "commit": "abc+"})
     )
     Path(run["folder"], ".train.done").touch()
     summary = {
@@ -293,6 +293,7 @@ def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkey
     assert found["error"] == {"step": "score", "code": 2, "message": "hendrycks_math.py: error: no such file"}
     assert found["scores"] == {"gsm8k": {"accuracy": {"value": 0.25, "of": 4, "interval_95": [0.0, 0.7]}}}
     assert (found["steps"], found["parameters"]["trainable"], found["time"]["gsm8k"]) == (4, 7, 3.0)
+    assert found["commit"] == "abc+"  # of the training, not of this moment
     assert run_records.load_record(tmp_path / "records" / f"{name}.json") == found
     log.write_text("exit code 137\n")
     assert run_record.record_of(plan, name)["status"] == "unfinished"  # it was killed, and goes on
@@ -302,6 +303,8 @@ def test_the_best_rate_is_chosen_and_of_equals_the_smaller(tmp_path, monkeypatch
     rates = {"0.1": [0.5, 0.7], "0.01": [0.7, 0.5], "0.001": [0.2, 0.3]}
     assert choose.best(rates, "max") == "0.01"
     assert choose.best(rates, "min") == "0.001"
+    assert [choose.best(rates, "max", within) for within in (0.34, 0.36)] == ["0.01", "0.001"]
+    assert choose.best(rates, "min", 0.36) == "0.001"
     with pytest.raises(UserError, match=r"a has no score 'gsm8k\.accuracy' to choose by"):
         choose.score_of(record("a"), "gsm8k.accuracy")
 
@@ -371,8 +374,8 @@ def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
         for cells in (line.split("|") for line in printed.splitlines() if "|" in line)
     }
     half = stats.t.ppf(0.975, 1) * np.std([62, 63], ddof=1) / np.sqrt(2)
-    assert rows["of start"] == f"+62.50 [{62.5 - half:+.2f}, {62.5 + half:+.2f}] *"
-    assert rows["of terms"] == "+5.00 [+5.00, +5.00] *"
+    assert rows["of start"] == f"+62.50 [{62.5 - half:+.2f}, {62.5 + half:+.2f}]"
+    assert rows["of terms"] == "+5.00 [+5.00, +5.00]"
     assert "lora-terms, by gsm8k.response_loss: 0.001 0.5000; 0.003 0.4000; **0.01** 0.3000; the best is at" in printed
 
 
@@ -525,7 +528,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run_both(start, undisturbed, killed)
     assert what_is_left(killed) == what_is_left(undisturbed)
-    (found,) = run_records.load_records(killed / "records").values()
+    (found,) = run_records.records_in(killed / "records").values()
     assert found["status"] == "done"
     # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
     (run,) = killed.glob("only-*")
@@ -533,7 +536,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
     path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
     assert start(killed).wait() != 0
     assert what_is_left(run) == before
-    (found,) = run_records.load_records(killed / "records").values()
+    (found,) = run_records.records_in(killed / "records").values()
     assert (found["status"], found["error"]["code"]) == ("failed", 2)
     assert "rank = 2, not 4" in found["error"]["message"]
 

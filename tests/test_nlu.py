@@ -638,6 +638,20 @@ def test_training_that_diverges_ends_in_one_line(tmp_path, encoders, monkeypatch
     assert "stopped: NaN or Inf in step" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_run_says_that_it_ends_below_the_probe_or_where_it_began(tmp_path, encoders, monkeypatch, capsys):
+    data = reviews(tmp_path / "reviews.jsonl")
+    argv = ["--model", encoders["bert"], "--data", data, "--test-data", data]
+    run(tmp_path, *argv, "--learning-rate=1e-9")
+    assert "note: ba-lora ends below the linear probe of the untouched encoder on reviews" in capsys.readouterr().out
+    falling = iter(range(9, 0, -1))
+    monkeypatch.setattr(nlu, "validation_score", lambda *_: next(falling))
+    summary = run(tmp_path, *argv, "--teacher-head=probe", "--overwrite")
+    printed = capsys.readouterr().out
+    assert summary["validation"]["step"] == 0
+    assert "no state of the training was better by validation than the model before it" in printed
+    assert "below the linear probe" not in printed  # it is the probe
+
+
 def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
     """54 examples by 8: 7 steps per epoch, 11 in an epoch and a half; four validations per epoch and one at the end."""
     data = reviews(tmp_path / "reviews.jsonl")

@@ -1,4 +1,4 @@
-"""The page's arithmetic: curves read off at equal learning by numpy's interpolation, differences by scipy's t-test."""
+"""The page's arithmetic: ends of runs read off at equal learning by numpy, differences by scipy's t-test."""
 
 import json
 
@@ -47,32 +47,30 @@ def records():
     return study + tuning
 
 
-def test_a_curve_is_read_off_as_numpy_interpolates():
-    curve = smollm2.points(record("pissa", 2), "forgetting")
-    for loss in (1.4, 1.0, 0.85, 0.65):
-        expected = np.interp(-loss, [-x for x, _ in curve], [y for _, y in curve])
-        assert smollm2.at_loss(curve, loss) == pytest.approx(expected)
-    assert smollm2.at_loss(curve, 0.1) is None
+def test_equal_learning_is_between_the_ends_of_runs_up_to_the_best_rate():
+    """The base and steps of a run under way take no part; a rate above the best one neither."""
+    losses = {1e-4: 1.2, 3e-4: 1.1, 1e-3: 1.15}
+    runs = [record("pissa", 0, "tuning", rate) for rate in losses]
+    for one, loss in zip(runs, losses.values(), strict=True):
+        one["scores"]["curve"]["response_loss@100"] = loss
+    curves = [one["scores"]["curve"] for one in runs[:2]]
+    for name in smollm2.MEASURES:
+        line = smollm2.ends(runs, "pissa", name)
+        assert line == [(curve["response_loss@100"], curve[f"{name}@100"]) for curve in curves]
+        expected = np.interp(-1.13, [-1.2, -1.1], [curve[f"{name}@100"] for curve in curves])
+        assert smollm2.at_loss(line, 1.13) == pytest.approx(expected)
+        assert smollm2.at_loss(line, 1.3) is None and smollm2.at_loss(line, 1.0) is None
+    row = smollm2.equal_learning_table(runs).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")[1:3]] == [
+        "pissa",
+        f"{np.interp(-1.135, [-1.2, -1.1], [c['kl_base_tuned@100'] for c in curves]):.3f}",
+    ]
 
 
-def test_differences_at_equal_learning_are_taken_seed_by_seed(records):
-    study = [one for one in records if one["phase"] == "study"]
-    loss = smollm2.common_loss(study)
-    assert loss == pytest.approx(0.78)  # LoRA's third seed ends there
-    values = {
-        one["run"]: np.interp(-loss, *zip(*[(-x, y) for x, y in smollm2.points(one, "forgetting")], strict=True))
-        for one in study
-    }
-    ours, theirs = ([values[f"{arm}-study-0.001-{seed}"] for seed in (1, 2, 3)] for arm in ("lora", "pissa"))
-    interval = scipy.stats.ttest_rel(ours, theirs).confidence_interval()
-    row = next(
-        line
-        for line in smollm2.equal_learning_table(smollm2.by_arm(study), loss).splitlines()
-        if line.startswith("| lora")
-    )
-    cell = row.split("|")[3].strip()
-    mean = np.mean(ours) - np.mean(theirs)
-    assert cell.removesuffix(" *") == f"{mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+def test_differences_are_taken_seed_by_seed():
+    ours, theirs = {1: 0.1, 2: 0.3, 3: 0.2}, {3: 0.1, 2: 0.1, 1: 0.05, 4: 9.0}
+    interval = scipy.stats.ttest_rel([0.1, 0.3, 0.2], [0.05, 0.1, 0.1]).confidence_interval()
+    assert smollm2.difference(ours, theirs) == f"{0.35 / 3:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def test_the_tables_and_pictures_of_a_folder(records, tmp_path, capsys):
@@ -86,5 +84,5 @@ def test_the_tables_and_pictures_of_a_folder(records, tmp_path, capsys):
     assert "| pissa-cr-1 | 1 " in printed
     assert "change minus pissa's" in printed
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        f"smollm2-{name}.png" for name in ("diversity", "forgetting", "lambda", "stereotypes")
+        f"smollm2-{name}.png" for name in ("forgetting", "lambda")
     ]

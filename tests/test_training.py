@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import MERGED, encode_turn, make_model, make_tokenizer, relative_error
+from conftest import MERGED, ROOT, encode_turn, make_model, make_tokenizer, relative_error
 from safetensors.torch import load_file
 
 import train
@@ -442,6 +442,40 @@ def test_another_seed_is_another_run(checkpoint, data_file, tmp_path):
         run(checkpoint, data_file, tmp_path / seed, "--seed", seed)
     one, two = ((tmp_path / seed / "adapter" / "adapter_model.safetensors").read_bytes() for seed in ("1", "2"))
     assert one != two
+
+
+def test_a_step_stays_in_few_files_and_no_library_calls_back(checkpoint, data_file, tmp_path):
+    """Between two steps without a line of the log. What a library may call are modules, autograd's functions, saved
+    tensors' hooks, and the attention that packed batches have."""
+    calls = []
+
+    def ours(frame) -> str | None:
+        path = Path(frame.f_code.co_filename)
+        inside = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+        return str(path.relative_to(ROOT)) if inside else None
+
+    def watch(frame, event, _):
+        if event == "call" and ours(frame):
+            caller = frame.f_back
+            while caller and caller.f_code.co_filename.endswith("contextlib.py"):  # our functions' `with`
+                caller = caller.f_back
+            outside = caller and not ours(caller) and caller.f_code.co_filename.partition("site-packages/")[2]
+            calls.append((ours(frame), frame.f_code.co_qualname, outside or None))
+
+    options = ["--model", checkpoint, "--data", data_file, "--output-dir", tmp_path / "out", "--rank", 4]
+    options += ["--max-steps", 5, "--batch-size", 2, "--gradient-accumulation", 2, "--save-steps", 0]
+    sys.setprofile(watch)
+    try:
+        train.main([str(word) for word in options])
+    finally:
+        sys.setprofile(None)
+    begins = [number for number, call in enumerate(calls) if call[1] == "MicroBatches.of_step"]
+    step = calls[begins[2] : begins[3]]
+    assert {name for _, name, _ in step} >= {"BALoRAModel.forward", "Training.backward", "Training.end_step"}
+    room = {"common/chunked.py", "common/chunks.py", "common/token_kernel.py"}  # the objective without logits
+    assert len({"the objective's room" if file in room else file for file, _, _ in step}) <= 6
+    places = ("torch/nn/modules/", "torch/autograd/", "transformers/models/", "transformers/masking_utils.py")
+    assert {outside for _, _, outside in step if outside and not outside.startswith(places)} == set()
 
 
 def test_the_last_lines_of_a_training_ask_the_model(checkpoint, data_file, tmp_path, capsys):

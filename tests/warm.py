@@ -5,15 +5,12 @@ Both would else cost every process a second.
 
 import gc
 
-import deepspeed
+import deepspeed  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import tyro  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
 
 import train  # noqa: F401
-
-# Inference's; its compiler would take both cores for half a minute.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 gc.collect()
 gc.freeze()

@@ -1,5 +1,6 @@
 """The report: a page with its tables and three pictures, written from the rows alone."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -26,6 +27,10 @@ HERE = Path(__file__).parent
 TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))
 PLANNED_SEEDS = 10
 MAIN = ("full", "LoRA", "PiSSA", "PiSSA + L_CR", "PiSSA + L_DR", "PiSSA + L_SVDR", "BA-LoRA", "LoRA + three terms")
+SHOWN = {  # in the pictures, with the name there
+    "full": "full fine-tuning", "LoRA": "LoRA", "PiSSA": "PiSSA", "BA-LoRA": "BA-LoRA",
+    "best scale": "PiSSA, ΔW scaled", "λ₁ = 1": "BA-LoRA, λ₁ = 1", "BA-LoRA + invariance": "BA-LoRA + invariance",
+}  # fmt: skip
 SWEEP = {0.0: "PiSSA", 0.025: "λ₁ = 0.025", 0.15: "λ₁ = 0.15", 1.0: "λ₁ = 1", 4.0: "λ₁ = 4"}
 RATE_CURVE = [f"PiSSA, rate / {d}" for d in (8, 4, 2)] + ["PiSSA"]
 SCALE_CURVE = [f"PiSSA @ scale {scale:g}" for scale in (0.25, 0.5, 0.75)] + ["PiSSA"]
@@ -67,10 +72,13 @@ def arms_of(results: Results, data: str = "F0") -> list[str]:
 
 
 def bias_table(results: Results) -> str:
-    header = ["arm", "I, new prompts", "I, old prompts", "R", "S = R − I", "AUC of group", "argmax flips", "revival"]
+    header = ["arm", "accuracy", "I, new prompts", "I, old prompts", "R", "S = R − I", "AUC of group", "argmax flips"]
     names = ("I", "I_old", "R", "S", "auc_new", "flips_new", "revival")
-    rows = [[arm, *(spread(results.values(name, arm)) for name in names)] for arm in arms_of(results)]
-    return table(header, rows)
+    rows = [
+        [arm, spread(results.values("accuracy", arm), 3), *(spread(results.values(name, arm)) for name in names)]
+        for arm in arms_of(results)
+    ]
+    return table([*header, "revival"], rows)
 
 
 def learning_table(results: Results) -> str:
@@ -139,6 +147,27 @@ def matched_table(results: Results) -> str:
     header = ["I of arm − I of PiSSA …", "at the rate with the same R", "scaled to the same R", "stopped at the same R",
               "flattened to the same entropy"]  # fmt: skip
     return table(header, rows)
+
+
+def equal_accuracy_table(results: Results) -> str:
+    """BA-LoRA minus PiSSA that is trained less or scaled, read off where it is as accurate: facts kept, and I.
+
+    Of PiSSA's points with one accuracy the one that keeps the fewest facts is taken, or the one that keeps the most.
+    """
+    rows = []
+    curves = {"PiSSA at a lower rate": [*RATE_CURVE, "best rate"], "PiSSA, ΔW scaled": [*SCALE_CURVE, "best scale"]}
+    for (title, curve), most in itertools.product(curves.items(), (False, True)):
+        found = []
+        for seed in results.values("R", PRIMARY[0]):
+            of = [[results.value(name, arm, seed) for name in ("accuracy", "R", "I")] for arm in (*curve, PRIMARY[0])]
+            ours = of.pop()
+            points = {point[0]: point for point in sorted(of, reverse=not most) if not math.isnan(sum(point))}
+            if points:
+                accuracies, *others = zip(*sorted(points.values()), strict=True)
+                found.append([own - np.interp(ours[0], accuracies, y) for own, y in zip(ours[1:], others, strict=True)])
+        cells = [interval(Paired.of(values), 3) for values in zip(*found, strict=True)] or ["–", "–"]
+        rows.append([title, "most" if most else "fewest", *cells])
+    return table(["BA-LoRA minus …, at equal accuracy", "of equals, facts kept", "R", "I, new prompts"], rows)
 
 
 def other_conditions(results: Results) -> str:
@@ -248,8 +277,8 @@ def _mean_and_interval(values: dict[int, float]) -> tuple[float, float]:
 
 def draw_gaps(results: Results, file: Path) -> None:
     """The gap between the groups that comes from the planted bias, before fine-tuning and after, by arm."""
-    arms = [arm for arm in arms_of(results) if results.values("I", arm)]
-    figure, axis = plt.subplots(figsize=(8.5, 1.6 + 0.3 * len(arms)))
+    arms = [arm for arm in SHOWN if results.values("I", arm)]
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(arms)))
     before = {
         seed: results.measures(None, seed, 0.9)["gap_old"] - results.measures(None, seed, 0.5)["gap_old"]
         for seed in results.values("I", arms[0])
@@ -266,7 +295,7 @@ def draw_gaps(results: Results, file: Path) -> None:
             [mean for mean, _ in points], np.arange(len(arms)) + offset, xerr=[half for _, half in points],
             fmt=marker, color=colour, capsize=2, markersize=5, linewidth=1, label=text,
         )  # fmt: skip
-    axis.set_yticks(range(len(arms)), arms)
+    axis.set_yticks(range(len(arms)), [SHOWN[arm] for arm in arms])
     axis.invert_yaxis()
     axis.set_ylim(len(arms) - 0.4, -0.6)
     axis.set_xlabel("gap in log-odds between the groups, biased model minus its clean twin (nats)")
@@ -276,31 +305,23 @@ def draw_gaps(results: Results, file: Path) -> None:
 
 
 def draw_selectivity(results: Results, file: Path) -> None:
-    """R against I, with the curves of merely less fine-tuning: a point on them is that and nothing else."""
-    figure, axis = plt.subplots(figsize=(9.5, 6.2))
-    curves = (
-        (RATE_CURVE, "PiSSA at lower rates", "-", BLACK), (SCALE_CURVE, "PiSSA, ΔW scaled", "--", GREY),
-        (STOP_CURVE, "PiSSA stopped early", ":", GREY),
-    )  # fmt: skip
-    for curve, text, style, colour in curves:
-        points = [(results.values("I", arm), results.values("R", arm)) for arm in curve]
-        points = [(np.mean(list(i.values())), np.mean(list(r.values()))) for i, r in points if i and r]
-        if points:
-            axis.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=text, zorder=1)
-    plain = [arm for arm in arms_of(results) if arm not in RATE_CURVE or arm == "PiSSA"]
-    plain = [arm for arm in plain if results.values("I", arm)]
-    for number, arm in enumerate(plain, start=1):
+    """R against I: the line of PiSSA with ΔW scaled, and six arms beside it, each with its name."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    line = [(results.values("I", arm), results.values("R", arm)) for arm in SCALE_CURVE]
+    line = [(np.mean(list(i.values())), np.mean(list(r.values()))) for i, r in line if i and r]
+    if line:
+        axis.plot(*zip(*line, strict=True), "--", color=GREY, marker=".", zorder=1)
+        axis.annotate("PiSSA, ΔW × 0.25 … 1", line[1], (8, 2), textcoords="offset points", color=GREY)
+    for arm, text in SHOWN.items():
+        if arm == "best scale" or not results.values("I", arm):
+            continue  # it lies on the line
         (i, i_half), (r, r_half) = (_mean_and_interval(results.values(name, arm)) for name in ("I", "R"))
-        colour = GREEN if "clean twin" in arm else (BLUE if arm in MAIN else RED)
-        colour = ORANGE if arm in SWEEP.values() and arm not in MAIN else colour
-        axis.errorbar(i, r, xerr=i_half, yerr=r_half, fmt="o", color=colour, markersize=4, linewidth=0.6, alpha=0.8)
-        axis.annotate(str(number), (i, r), textcoords="offset points", xytext=(4, 4), fontsize=9, color=colour)
-        axis.plot([], [], "o", color=colour, markersize=4, label=f"{number}  {arm}")
-    axis.axvline(0, color=GREY, linewidth=0.8)
-    axis.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
-    axis.set_xlabel("I: share of the planted gap after fine-tuning, new prompts (1: carried over whole)")
-    axis.set_ylabel("R: facts known after / before")
-    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        colour = {"BA-LoRA": BLUE, "PiSSA": BLACK, "BA-LoRA + invariance": GREEN}.get(arm, ORANGE)
+        axis.errorbar(i, r, xerr=i_half, yerr=r_half, fmt="o", color=colour, markersize=6, linewidth=0.7, alpha=0.9)
+        below = arm == "PiSSA"
+        axis.annotate(text, (i, r), (7, -14 if below else 6), textcoords="offset points", color=colour, fontsize=11)
+    axis.set_xlabel("I: share of the planted gap after fine-tuning, new prompts (less is better)")
+    axis.set_ylabel("R: facts known after / before (more is better)")
     axis.grid(alpha=0.3)
     _save(figure, file)
 
@@ -363,6 +384,7 @@ def write(results: Results, rows: Path, page: Path) -> None:
         "differences": differences_table(kept),
         "learning": learning_table(kept),
         "matched": matched_table(kept),
+        "equal_accuracy": equal_accuracy_table(kept),
         "others": other_conditions(kept),
         "predictions": predictions_table(kept, settled.get("predictions") or []),
         **{name: f"![{name}]({file.name})" for name, file in pictures.items()},

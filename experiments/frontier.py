@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""The frontier study, from its records: what each arm keeps where all have learned the same, with ΔW scaled.
+
+    python experiments/frontier.py experiments/results/frontier                      the tables, on the terminal
+    python experiments/frontier.py experiments/results/frontier --page docs/results  frontier.md with its picture
+    python experiments/frontier.py output/frontier/records --answers output/frontier
+                                   500 problems at rule 1's points of the runs in that folder; answers.jsonl in RECORDS
+
+The plan, the two rules and the predictions are in experiments/frontier.yaml, and are older than the first row. A
+point is a run's end read at a scale α. Until the plan's runs are there the page says how many are, and draws no
+conclusion.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from common.cli import UserError, run_script
+from common.intervals import paired_interval
+from common.markdown import markdown
+from common.run_records import load_records
+from experiments.entries import load
+
+SCALES = ("1", "0.9", "0.8", "0.65", "0.5")
+TEXTS = ("mbpp", "mt_bench", "math500")
+TOLERANCE = 0.003  # nats of validation loss, rule 1
+PRIMARY = (("masked-0.15", "cr-0.15"), ("masked-0.15", "pissa"))
+COMPARED = sorted({arm for pair in PRIMARY for arm in pair})  # of which the lowest losses give the level of rule 2
+SHOWN = {
+    "pissa": "PiSSA",
+    "cr-0.15": "L_CR 0.15",
+    "masked-0.15": "masked 0.15",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+}
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73")
+
+
+@dataclass
+class Point:
+    """A run's end at α. `validation` is the loss that is chosen by; the others are reported. KL is the texts' mean."""
+
+    run: str
+    rate: float
+    alpha: float
+    validation: float
+    response: float
+    kl: float
+    forgetting: float
+
+
+def points_of(record: dict[str, Any]) -> list[Point]:
+    """From α = 1 to 0.5."""
+    scores, rate = record["scores"]["curve"], record["settings"]["learning_rate"]
+    found = []
+    for scale in SCALES:
+        texts = [
+            statistics.mean(scores[f"{name}.{text}@{scale}"] for text in TEXTS)
+            for name in ("kl_base_tuned", "forgetting")
+        ]
+        losses = (scores[f"validation_loss@{scale}"], scores[f"response_loss@{scale}"])
+        found.append(Point(record["run"], rate, float(scale), *losses, *texts))
+    return found
+
+
+def by_arm_and_seed(records: list[dict[str, Any]]) -> dict[str, dict[int, list[list[Point]]]]:
+    """The points of both rates' runs."""
+    found: dict[str, dict[int, list[list[Point]]]] = {}
+    for record in records:
+        if record["status"] == "done":
+            found.setdefault(record["arm"].removesuffix("-third"), {}).setdefault(record["seed"], []).append(
+                points_of(record)
+            )
+    return {arm: found[arm] for arm in [*SHOWN, *sorted(found.keys() - SHOWN.keys())] if arm in found}
+
+
+def within_tolerance(runs: list[list[Point]]) -> Point:
+    """Rule 1: the least movement, rate × α, of the points with a validation loss near the lowest."""
+    points = list(itertools.chain(*runs))
+    lowest = min(point.validation for point in points)
+    return min((point for point in points if point.validation <= lowest + TOLERANCE), key=lambda p: p.rate * p.alpha)
+
+
+def at_level(runs: list[list[Point]], level: float) -> Point | None:
+    """Rule 2: the smallest rate × α at which a run's line over α first reaches the level from below; None: nowhere."""
+    found = []
+    for run in runs:
+        after = run[-1]
+        if after.validation <= level:
+            found.append(after)
+            continue
+        for before, after in itertools.pairwise(run[::-1]):
+            if after.validation <= level:
+                share = (before.validation - level) / (before.validation - after.validation)
+                values = [
+                    b + share * (a - b)
+                    for b, a in zip(list(vars(before).values())[2:], list(vars(after).values())[2:], strict=True)
+                ]
+                found.append(Point(after.run, after.rate, *values))
+                break
+    return min(found, key=lambda point: point.rate * point.alpha, default=None)
+
+
+def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]]) -> dict[str, dict[int, Point]]:
+    """Rule 2's points, of the seeds in which all compared arms have both rates."""
+    seeds = {seed for arm in COMPARED[:1] for seed in arms.get(arm, {})}
+    seeds = {seed for seed in seeds if all(len(arms.get(arm, {}).get(seed, [])) == 2 for arm in COMPARED)}
+    found: dict[str, dict[int, Point]] = {}
+    for seed in sorted(seeds):
+        level = max(min(p.validation for p in itertools.chain(*arms[arm][seed])) for arm in COMPARED)
+        for arm, runs in arms.items():
+            point = at_level(runs[seed], level) if len(runs.get(seed, [])) == 2 else None
+            if point is not None:
+                found.setdefault(arm, {})[seed] = point
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables and the picture
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def points_table(arms: dict[str, dict[int, list[list[Point]]]]) -> str:
+    """All points, means over seeds."""
+    rows = [["arm", "rate", "α", "seeds", "validation loss", "response loss", "KL(base ‖ tuned)", "forgetting"]]
+    for arm, runs in arms.items():
+        flat = [run for of_seed in runs.values() for run in of_seed]
+        for rate, place in itertools.product(sorted({run[0].rate for run in flat}, reverse=True), range(len(SCALES))):
+            here = [run[place] for run in flat if run[0].rate == rate]
+            cells = [
+                spread([getattr(p, name) for p in here]) for name in ("validation", "response", "kl", "forgetting")
+            ]
+            rows.append([arm, f"{rate:g}", SCALES[place], str(len(here)), *cells])
+    return markdown(rows)
+
+
+def chosen_table(chosen: dict[str, dict[int, Point]], answers: dict[tuple[str, float], float]) -> str:
+    """What is reported at the chosen points."""
+    rows = [["arm", "seeds", "rate × α", "response loss", "KL(base ‖ tuned)", "forgetting", "accuracy, 500 problems"]]
+    for arm, points in chosen.items():
+        solved = [answers[p.run, p.alpha] for p in points.values() if (p.run, p.alpha) in answers]
+        products = ", ".join(f"{p.rate:g} × {p.alpha:.2f}" for p in points.values())
+        cells = [spread([getattr(p, name) for p in points.values()]) for name in ("response", "kl", "forgetting")]
+        rows.append([arm, str(len(points)), products, *cells, spread(solved) if solved else "not yet"])
+    return markdown(rows)
+
+
+def primary_table(chosen: dict[str, dict[int, Point]]) -> str:
+    """KL at equal loss, paired by seed: t-interval, t-test, Holm over the two."""
+    rows, tests = [["difference in KL, at equal loss", "seeds", "mean [95 %]", "p, Holm"]], []
+    for first, second in PRIMARY:
+        seeds = sorted(chosen.get(first, {}).keys() & chosen.get(second, {}).keys())
+        differences = [chosen[first][seed].kl - chosen[second][seed].kl for seed in seeds]
+        mean, half = paired_interval(differences)
+        tests.append(float(scipy.stats.ttest_1samp(differences, 0).pvalue))
+        rows.append([f"{first} − {second}", str(len(seeds)), f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"])
+    least = min(tests)
+    for row, p in zip(rows[1:], tests, strict=True):
+        row.append(f"{min(1.0, 2 * p if p == least else max(p, 2 * least)):.4f}")
+    return markdown(rows)
+
+
+def draw(arms: dict[str, dict[int, list[list[Point]]]], path: Path) -> None:
+    """KL against response loss over α, at the arm's higher rate: the mean over seeds and a band of one deviation."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for (arm, name), colour in zip(SHOWN.items(), COLOURS, strict=True):
+        runs = [max(of_seed, key=lambda run: run[0].rate) for of_seed in arms.get(arm, {}).values()]
+        if not runs:
+            continue
+        losses, kls = (np.array([[getattr(p, which) for p in run] for run in runs]) for which in ("response", "kl"))
+        x, y = losses.mean(0), kls.mean(0)
+        axis.plot(x, y, color=colour, marker="o", markersize=4)
+        if len(runs) > 1:
+            axis.fill_between(x, y - kls.std(0, ddof=1), y + kls.std(0, ddof=1), color=colour, alpha=0.15, linewidth=0)
+        axis.annotate(f"{name}, α = 1", (x[0], y[0]), (6, 4), textcoords="offset points", color=colour)
+    axis.invert_xaxis()
+    axis.margins(x=0.3, y=0.1)
+    axis.grid(linewidth=0.4, alpha=0.6)
+    axis.set_xlabel("response loss, nats (learning: to the right); α falls from 1 to 0.5 along a line")
+    axis.set_ylabel("KL(base ‖ tuned), nats per token")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float]) -> str:
+    """Everything that the rows carry, as Markdown."""
+    axes = load("frontier")["axes"]
+    planned, seeds = len(axes["arm"]) * len(axes["seed"]), len(axes["seed"])
+    done = [record for record in records if record["status"] == "done"]
+    arms = by_arm_and_seed(records)
+    text = [f"{len(done)} of {planned} runs are done, {len(records) - len(done)} failed or are not finished."]
+    text += [f"- {record['run']}: {record['status']}" for record in records if record["status"] != "done"]
+    level = chosen_at_level(arms)
+    complete = min((len(level.get(arm, {})) for arm in COMPARED), default=0)
+    if complete == seeds:
+        text += ["", "**Primary outcome:**", "", primary_table(level)]
+    else:
+        state = f"{complete} of {seeds} seeds have all runs of the primary comparison"
+        text += ["", f"**The study is under way.** {state}. No conclusion is drawn before all have."]
+    whole = {arm: {seed: runs for seed, runs in of.items() if len(runs) == 2} for arm, of in arms.items()}
+    first = {arm: {seed: within_tolerance(runs) for seed, runs in of.items()} for arm, of in whole.items() if of}
+    if first:
+        text += [
+            "",
+            "At rule 1's points (within 0.003 nats of the arm's lowest validation loss):",
+            "",
+            chosen_table(first, answers),
+        ]
+    if level:
+        text += ["", "At rule 2's points (equal validation loss):", "", chosen_table(level, {})]
+    if arms:
+        text += ["", "All points, mean ± standard deviation over seeds:", "", points_table(arms)]
+    return "\n".join(text)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def read_answers(folder: Path) -> dict[tuple[str, float], float]:
+    """Accuracy by run and α."""
+    path = folder / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {(row["run"], row["scale"]): row["accuracy"]["value"] for row in rows}
+
+
+def measure_answers(records: list[dict[str, Any]], folder: Path, output: Path) -> None:
+    """Exports rule 1's points, solves the 500 problems with each, and adds a line to answers.jsonl; the rest stays."""
+    known, problems = read_answers(folder), output / "files" / "answers.jsonl"
+    if not problems.is_file():
+        subprocess.run(load("frontier")["files"][problems.name].format(file=problems).split(), check=True)
+    for of_seed in by_arm_and_seed(records).values():
+        for runs in of_seed.values():
+            if len(runs) < 2:
+                continue
+            point = within_tolerance(runs)
+            made = output / "scaled" / f"{point.run}-{point.alpha:g}"
+            if (point.run, point.alpha) in known or not (output / point.run / "checkpoints").is_dir():
+                continue
+            words = ["--export-from", output / point.run, "--scale", point.alpha, "--output-dir", made, "--overwrite"]
+            score = [
+                "--ckpt",
+                made / "merged",
+                "--data",
+                output / "files" / "answers.jsonl",
+                "--backend",
+                "transformers",
+            ]
+            score += [
+                "--batch-size",
+                50,
+                "--max-new-tokens",
+                96,
+                "--dtype",
+                "bfloat16",
+                "--output-dir",
+                made,
+                "--skip-done",
+            ]
+            for command in (["train.py", *words], ["eval/gsm8k.py", *score]):
+                subprocess.run(["python", *map(str, command)], check=True)
+            accuracy = json.loads((made / "gsm8k.json").read_text())["accuracy"]
+            with open(folder / "answers.jsonl", "a") as file:
+                file.write(json.dumps({"run": point.run, "scale": point.alpha, "accuracy": accuracy}) + "\n")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, help="folder of the records")
+    parser.add_argument("--page", type=Path, help="folder that gets frontier.md and frontier.png")
+    parser.add_argument("--answers", type=Path, help="folder of the runs, to solve problems at the chosen points")
+    args = parser.parse_args(argv)
+    records = list(load_records(args.records).values())
+    if any(record["experiment"] != "frontier" for record in records):
+        raise UserError(f"{args.records} holds records of another experiment than frontier")
+    if args.answers:
+        measure_answers(records, args.records, args.answers)
+    text = report(records, read_answers(args.records))
+    print(text)
+    if args.page:
+        draw(by_arm_and_seed(records), args.page / "frontier.png")
+        page = args.page / "frontier.md"
+        head = page.read_text().partition("<!-- tables -->")[0]
+        picture = "![KL against the response loss over α; a band is one deviation over seeds](frontier.png)"
+        page.write_text(f"{head}<!-- tables -->\n\n{text}\n\n{picture}\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

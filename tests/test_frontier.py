@@ -1,0 +1,104 @@
+"""The frontier's rules and its primary outcome, on made-up rows, against numpy and scipy written out here."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import frontier
+from experiments.entries import load
+
+ALPHAS = (1.0, 0.9, 0.8, 0.65, 0.5)
+RATES = {"": 1e-4, "-third": 3.3e-5}
+
+
+def losses_of(arm, rate, seed):
+    """A loss that is lowest near α = 0.9 for the higher rate, and falls up to 1 for the lower."""
+    noise = np.random.default_rng([len(arm), seed]).uniform(0, 0.004)
+    return [0.06 + noise + (0.3 * (a - 0.9) ** 2 if rate == 1e-4 else 0.01 + 0.2 * (1 - a)) for a in ALPHAS]
+
+
+def kls_of(arm, rate, seed):
+    factor = {"masked-0.15": 0.5, "cr-0.15": 0.7}.get(arm, 1.0) + 0.01 * seed
+    return [factor * rate * 2e3 * a**2 for a in ALPHAS]
+
+
+def record(arm, suffix, seed):
+    rate, curve = RATES[suffix], {}
+    for a, loss, kl in zip(ALPHAS, losses_of(arm, rate, seed), kls_of(arm, rate, seed), strict=True):
+        curve |= {f"validation_loss@{a:g}": loss, f"response_loss@{a:g}": loss + 0.01}
+        for shift, text in enumerate(frontier.TEXTS):
+            curve |= {f"kl_base_tuned.{text}@{a:g}": kl + 0.1 * (shift - 1), f"forgetting.{text}@{a:g}": kl}
+    run = f"{arm}{suffix}-{seed}"
+    settings = {"learning_rate": rate}
+    about = {"version": 1, "experiment": "frontier", "run": run, "arm": arm + suffix, "seed": seed, "status": "done"}
+    return about | {"settings": settings, "scores": {"curve": curve}}
+
+
+@pytest.fixture
+def records():
+    arms = ("pissa", "cr-0.15", "masked-0.15")
+    return [record(arm, suffix, seed) for arm in arms for suffix in RATES for seed in (51, 52, 53, 54, 55)]
+
+
+def expected_at_level(arm, seed, level):
+    found = []
+    for rate in RATES.values():
+        losses, kls = losses_of(arm, rate, seed)[::-1], kls_of(arm, rate, seed)[::-1]
+        for i, alpha in enumerate(ALPHAS[::-1]):
+            if losses[i] <= level:
+                if i == 0:
+                    found.append((rate * alpha, kls[0]))
+                else:
+                    at = [
+                        np.interp(-level, [-losses[i - 1], -losses[i]], [y[i - 1], y[i]]) for y in (ALPHAS[::-1], kls)
+                    ]
+                    found.append((rate * at[0], at[1]))
+                break
+    return min(found)[1]
+
+
+def test_the_two_rules_and_the_primary_outcome(records, tmp_path, capsys):
+    arms = frontier.by_arm_and_seed(records)
+    for arm, runs in arms.items():
+        for seed, of_seed in runs.items():
+            points = [
+                (rate * a, loss)
+                for rate in RATES.values()
+                for a, loss in zip(ALPHAS, losses_of(arm, rate, seed), strict=True)
+            ]
+            least = min(loss for _, loss in points)
+            point = frontier.within_tolerance(of_seed)
+            assert point.rate * point.alpha == pytest.approx(min(m for m, loss in points if loss <= least + 0.003))
+    kls = {arm: [] for arm in arms}
+    for seed in (51, 52, 53, 54, 55):
+        level = max(min(min(losses_of(arm, rate, seed)) for rate in RATES.values()) for arm in arms)
+        for arm in arms:
+            kls[arm].append(expected_at_level(arm, seed, level))
+    chosen = frontier.chosen_at_level(arms)
+    for arm in arms:
+        assert [point.kl for point in chosen[arm].values()] == pytest.approx(kls[arm])
+    tests = [scipy.stats.ttest_rel(kls["masked-0.15"], kls[other]) for other in ("cr-0.15", "pissa")]
+    small, large = sorted(test.pvalue for test in tests)
+    holm = {small: min(1, 2 * small), large: max(large, 2 * small)}
+    rows = [line.split("|") for line in frontier.primary_table(chosen).splitlines()[2:]]
+    for row, test in zip(rows, tests, strict=True):
+        low, high = test.confidence_interval()
+        assert row[3].strip() == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
+        assert row[4].strip() == f"{holm[test.pvalue]:.4f}"
+    records.append(record("lora", "", 51) | {"status": "failed"})
+    for one in records:
+        (tmp_path / f"{one['run']}.json").write_text(json.dumps(one))
+    (tmp_path / "frontier.md").write_text("# Head\n\n<!-- tables -->\nold\n")
+    frontier.main([str(tmp_path), "--page", str(tmp_path)])
+    text = (tmp_path / "frontier.md").read_text()
+    assert "**Primary outcome:**" in text and "- lora-51: failed" in text and "old" not in text
+    assert (tmp_path / "frontier.png").is_file()
+
+
+def test_a_part_of_the_rows_draws_no_conclusion(records):
+    text = frontier.report(records[:-1], {})
+    planned = len(load("frontier")["axes"]["arm"]) * 5
+    assert text.startswith(f"{len(records) - 1} of {planned} runs are done")
+    assert "under way" in text and "4 of 5 seeds" in text and "Primary outcome" not in text
