@@ -747,6 +747,8 @@ def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
             f"note: {args.method} ends below the linear probe of the untouched encoder on {', '.join(below)}: train "
             "longer, or with another --learning-rate"
         )
+    if best["step"] == 0:
+        lines.append("note: no state of the training was better by validation than the model before it, which is kept")
     lines += [
         f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
         f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"

@@ -261,9 +261,12 @@ class Format:
         else:
             parts = [_read_messages(record[name], name, where, unused) for name in self.columns]
         earlier = _read_history(beside.get("history"), where)
-        system = next((beside[name] for name in ("system", "system_prompt") if name in beside), None)
-        if system is not None and parts[0][0]["role"] != "system":
-            earlier.insert(0, {"role": "system", "content": as_text(system)})
+        has_one = parts[0][0]["role"] == "system"
+        systems = {as_text(beside[name]) for name in ("system", "system_prompt") if name in beside}
+        if len(systems | ({parts[0][0]["content"]} if has_one else set())) > 1:
+            raise UserError(f"{where} has two different system turns: leave one out")
+        if not has_one:
+            earlier[:0] = [{"role": "system", "content": text} for text in systems]
         messages = [*earlier, *(message for part in parts for message in part)]
         masked = {i for i, message in enumerate(messages) if not _is_trained(message, f"{where}, message {i + 1}")}
         messages = [{key: value for key, value in message.items() if key not in _MASKS} for message in messages]

@@ -81,7 +81,8 @@ def require_trainable(name: str, config: "transformers.PretrainedConfig") -> Non
     if config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder with a decoder ({config.model_type}): only decoders can be trained")
     if config.get_text_config() is not config:
-        raise UserError(f"{name} is more than a text model ({config.model_type}): save its language model by itself")
+        kind = config.model_type
+        raise UserError(f"{name} is more than a text model ({kind}): save its language model first (docs/adapters.md)")
 
 
 def require_causal(model: "transformers.PreTrainedModel") -> None:

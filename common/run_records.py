@@ -74,7 +74,7 @@ def load_record(path: Path) -> dict[str, Any]:
     return found
 
 
-def load_records(folder: Path) -> dict[str, dict[str, Any]]:
+def records_in(folder: Path) -> dict[str, dict[str, Any]]:
     """All records in a folder, by run."""
     paths = sorted(folder.glob("*.json"))
     if not paths:

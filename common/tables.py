@@ -4,15 +4,19 @@ A cell is read as it is written. Text stays text; a number stays a number only w
 else it is the text (1e17, 1.50, an integer of more than 64 bits). No type is inferred from the cells of a column.
 """
 
+import contextlib
 import csv
 import datetime
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -27,6 +31,8 @@ ONE_KIND = {".jsonl": ".json"}
 SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation")
 BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # what is held of a file before it is written to the cache
+
+UNUSED_SECONDS = 30 * 24 * 3600  # a table that nobody reads so long is removed from the cache
 
 Row = dict[str, Any]
 
@@ -168,6 +174,11 @@ def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
             os.replace(being_written, table)
         finally:
             Path(being_written).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removes the same
+            for other in folder.parent.iterdir():  # a file that changes often would fill the disk
+                if time.time() - other.stat().st_mtime > UNUSED_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
+    os.utime(folder)
     return datasets.Dataset.from_file(str(table))
 
 
@@ -264,7 +275,7 @@ def _open(file: Path) -> TextIO:
     return opened(file, "rt", encoding=encoding, errors="surrogateescape", newline="\n")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends. They end at line feeds alone: texts have other separators in them.
 
     Raises:
@@ -325,7 +336,7 @@ _DECODER = json.JSONDecoder(
 def _json_rows(file: Path) -> Iterator[tuple[Row, int]]:
     """Objects line by line; where the first line is no object, those of a list, or one after the other."""
     is_by_line = False
-    for number, line in _lines(file):
+    for number, line in numbered_lines(file):
         text = line.strip()
         if not text:
             continue
@@ -348,7 +359,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Row, int]]:
 
 
 def _document_rows(file: Path) -> Iterator[tuple[Row, int]]:
-    text, at, number = "".join(line for _, line in _lines(file)), 0, 1
+    text, at, number = "".join(line for _, line in numbered_lines(file)), 0, 1
     space = re.compile(r"\s*")
     at = start = space.match(text).end()
     is_list = text[at] == "["
@@ -417,7 +428,7 @@ def _table_rows(file: Path, sep: str, has_header: bool) -> Iterator[tuple[Row, i
 
 def _csv_cells(file: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line for _, line in _lines(file)), delimiter=sep, strict=True)
+    reader = csv.reader((line for _, line in numbered_lines(file)), delimiter=sep, strict=True)
     first = 1
     try:
         for cells in reader:
@@ -429,27 +440,33 @@ def _csv_cells(file: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _split_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
-    return ((number, line.rstrip("\r\n").split("\t")) for number, line in _lines(file) if line.strip("\r\n"))
+    return ((number, line.rstrip("\r\n").split("\t")) for number, line in numbered_lines(file) if line.strip("\r\n"))
 
 
 def _is_quoted(file: Path) -> bool:
     """Whether a tsv file was written with csv's quoting, as spreadsheets do, and not line by line, as GLUE's are.
 
-    Cells with tabs, line ends or quotation marks inside are quoted, or all are; every row has the first one's width.
+    Then every row has the first one's width, and cells with tabs, line ends or quotation marks are quoted, or all are.
+    A row of several lines, most of them of that width, is what csv makes of lines with lone marks.
     """
-    lines = [len(cells) for _, cells in _split_lines(file)]
-    has_need, rows, width = False, 0, None
+    lines = dict(_split_lines(file))
+    has_need, starts, width = False, [], None
     try:
-        for _, cells in _csv_cells(file, "\t"):
+        for start, cells in _csv_cells(file, "\t"):
             if len(cells) != (width := width or len(cells)):
                 return False
-            rows += 1
+            for cell, text in zip(cells, lines.get(start, ()), strict=False):
+                if cell == text and '"' in cell:  # a spreadsheet would have quoted it
+                    return False
+            starts.append(start)
             has_need = has_need or any(re.search(r'[\t\n"]', cell) for cell in cells)
     except UserError:
         return False
-    if has_need:  # lines of one width that csv would join are lines
-        return len(set(lines)) > 1 or rows == len(lines)
-    return all(re.fullmatch(r'"[^"]*"', cell) for _, row in _split_lines(file) for cell in row)
+    for start, end in itertools.pairwise([*starts, max(lines, default=0) + 1]):
+        widths = [len(lines[number]) for number in range(start, end) if number in lines]
+        if len(widths) > 1 and 2 * widths.count(width) > len(widths):
+            return False
+    return has_need or all(re.fullmatch(r'"[^"]*"', cell) for row in lines.values() for cell in row)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from common import tables
 from common.cli import UserError, option, require_positive
 from common.conversations import read_template_args
 from common.pretrained import resolve_demo
@@ -223,28 +224,28 @@ def summary(history: Sequence[Mapping[str, float]], last_step: int, exported: Pa
 
 
 def read_prompts(path: str, field: str) -> list[str]:
-    """The prompts of a text file, one per line, or of a jsonl file: strings, or objects with `field` or "prompt".
+    """The prompts of a text file, one per line; of a jsonl file of strings, or objects with `field` or "prompt"; or of
+    such a column of another table.
 
     Raises:
         UserError: no such file, none in it, or a line that is none.
     """
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --sample-prompts {path}: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    if not Path(path).is_file():
+        raise UserError(f"cannot read --sample-prompts {path}: no such file")
+    kind, prompts = tables.kind_of(Path(path)), []
+    is_text, is_table = kind not in tables.KINDS, kind in (".csv", ".tsv", ".parquet")
+    for number, row in enumerate(tables.load_records(path), 1) if is_table else tables.numbered_lines(Path(path)):
+        if isinstance(row, str) and not row.strip():
             continue
-        if path.endswith((".jsonl", ".json")):
+        if isinstance(row, str) and not is_text:
             try:
-                row = json.loads(line)
+                row = json.loads(row)
             except ValueError as error:
                 raise UserError(f"--sample-prompts {path}, line {number} is no JSON: {error}") from error
-            line = row.get(field, row.get("prompt")) if isinstance(row, dict) else row
-            if not isinstance(line, str):
-                raise UserError(f"--sample-prompts {path}, line {number}: no text in the field {field!r} or 'prompt'")
-        prompts.append(line)
+        prompt = row.get(field, row.get("prompt")) if isinstance(row, dict) else row
+        if not isinstance(prompt, str):
+            raise UserError(f"--sample-prompts {path}, line {number}: no text in the field {field!r} or 'prompt'")
+        prompts.append(prompt.strip("\r\n") if is_text else prompt)
     if not prompts:
         raise UserError(f"--sample-prompts {path} holds no prompt: write one per line")
     return prompts

@@ -210,7 +210,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def checkpoint_identity(name: str, config: Any = None) -> Any:
+def weights_identity(name: str, config: Any = None) -> Any:
     """What tells a checkpoint from others, without reading its weights: a folder's files with their sizes and times;
     on the hub, the commit."""
     folder = Path(name)
@@ -557,8 +557,8 @@ class Run(Results):
         args = self.args
         versions = package_versions()
         return {
-            "ckpt": checkpoint_identity(self.ckpt, self.config),
-            "adapter": None if args.adapter is None else checkpoint_identity(args.adapter),
+            "ckpt": weights_identity(self.ckpt, self.config),
+            "adapter": None if args.adapter is None else weights_identity(args.adapter),
             "backend": self._origin["backend"],
             "dtype": str(resolve_dtype(args.dtype)),
             "tensor_parallel_size": args.tensor_parallel_size,

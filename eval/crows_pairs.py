@@ -38,7 +38,7 @@ from common.cli import UserError, option, parse_arguments, require_positive, run
 from common.intervals import mean, ratio, score_line, share, slope
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.tables import load_records, require_fields
-from eval.benchmark import Results, check_context, checkpoint_identity, read_jsonl
+from eval.benchmark import Results, check_context, read_jsonl, weights_identity
 from eval.generation import batches, load_backend
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def log_likelihoods(
         check_adapter(args.adapter, ckpt, config, "transformers")
     lengths = [len(start) + len(tokens) for start, tokens in sentences]
     check_context(config, args.ckpt, max(lengths), "a sentence is too long for it")
-    names = [name and checkpoint_identity(name) for name in (ckpt, args.adapter)]
+    names = [name and weights_identity(name) for name in (ckpt, args.adapter)]
     options = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": max(lengths), "adapter": args.adapter}
     model = functools.cache(lambda: load_backend("transformers", ckpt, tokenizer, config, **options))
 

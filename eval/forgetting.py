@@ -54,7 +54,7 @@ from common.prompts import encode_opening
 from common.runs import package_versions
 from common.tables import read_table, require_fields
 from data import sentiment
-from eval.benchmark import Results, check_context, checkpoint_identity, read_jsonl
+from eval.benchmark import Results, check_context, read_jsonl, weights_identity
 from eval.generation import batches
 
 if TYPE_CHECKING:
@@ -343,7 +343,7 @@ def measure(
 
     dtype = resolve_dtype(args.dtype)
     versions = package_versions()
-    how = [{key: name and checkpoint_identity(name) for key, name in names.items()}, str(dtype)]
+    how = [{key: name and weights_identity(name) for key, name in names.items()}, str(dtype)]
     how += [{name: versions.get(name) for name in ("torch", "transformers")}]
     lengths = [len(tokens) for tokens in documents]
     most_tokens = MOST_LOGITS // config.get_text_config().vocab_size

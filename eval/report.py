@@ -36,7 +36,7 @@ import yaml
 
 from common.cli import UserError, option, parse_arguments, run_script
 from common.markdown import markdown
-from common.run_records import holds_records, load_records
+from common.run_records import holds_records, records_in
 from common.runs import NOT_IDENTITY, first_difference, write_whole
 from eval.benchmark import NOT_DECIDING, full_name, read_failures, read_jsonl
 from eval.html_report import require_writable, write_html
@@ -122,7 +122,7 @@ class Row:
     notes: dict[str, str] = field(default_factory=dict)  # what else a cell must say: an interval, another count
     without: dict[str, list[str]] = field(default_factory=dict)  # for each run without a score: why it has none
     remarks: list[str] = field(default_factory=list)  # what is said of it below the table
-    origins: dict[str, list["Run"]] = field(default_factory=dict)  # of ours
+    origins: dict[str, list["ReportedRun"]] = field(default_factory=dict)  # of ours
 
     def mean(self, benchmark: str) -> float | None:
         scores = self.scores.get(benchmark)
@@ -169,7 +169,7 @@ def published_row(version: str, method: str, cells: dict[str, Any], columns: dic
 
 
 @dataclass
-class Run:
+class ReportedRun:
     """What a results folder holds: one method with one seed.
 
     Attributes:
@@ -195,7 +195,7 @@ class Run:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def load_runs(folder: str, name: str | None) -> list[Run]:
+def load_runs(folder: str, name: str | None) -> list[ReportedRun]:
     """The run of a results folder of either kind, or all runs of a folder of records, but those that chose a rate.
 
     Raises:
@@ -203,7 +203,7 @@ def load_runs(folder: str, name: str | None) -> list[Run]:
     """
     if not holds_records(Path(folder)):
         return [load_run(folder, name)]
-    records = {run: record for run, record in load_records(Path(folder)).items() if record["phase"] == "study"}
+    records = {run: record for run, record in records_in(Path(folder)).items() if record["phase"] == "study"}
     without = [f"{run} ({record['status']})" for run, record in records.items() if not record["scores"]]
     if len(without) == len(records):
         raise UserError(f"no run has a score in the records of {folder}")
@@ -212,7 +212,7 @@ def load_runs(folder: str, name: str | None) -> list[Run]:
     return [_recorded_run(record, f"{folder}/{run}", name) for run, record in records.items() if record["scores"]]
 
 
-def load_run(folder: str, name: str | None) -> Run:
+def load_run(folder: str, name: str | None) -> ReportedRun:
     """The run of a results folder of either kind; raises as `load_runs`."""
     if (Path(folder) / "results.json").is_file():
         return _classification_run(folder, name)
@@ -227,7 +227,7 @@ def load_run(folder: str, name: str | None) -> Run:
         model = str(next(iter(summaries.values())).get("ckpt"))
     metrics = made / "metrics.jsonl" if made else None
     failures = {name: failure["error"] for name, failure in read_failures(folder).items() if name not in summaries}
-    return Run(folder, name, model, method, params, deciding(settings), NLG, summaries, metrics, failures)
+    return ReportedRun(folder, name, model, method, params, deciding(settings), NLG, summaries, metrics, failures)
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def deciding(settings: dict[str, Any]) -> dict[str, Any]:
 NO_ROWS = {"seed", "model", "data", "task"}
 
 
-def _recorded_run(record: dict[str, Any], path: str, name: str | None) -> Run:
+def _recorded_run(record: dict[str, Any], path: str, name: str | None) -> ReportedRun:
     """A run from its record. Its row is named after its place on the experiment's axes, most often the method."""
     settings, scores = record["settings"], record["scores"]
     label = "-".join(label for axis, label in record["labels"].items() if axis not in NO_ROWS) or settings["method"]
@@ -251,7 +251,9 @@ def _recorded_run(record: dict[str, Any], path: str, name: str | None) -> Run:
     error = record["error"] or {}
     failures = {error["step"]: error["message"]} if error else {}
     params = _millions(params) if params else ""
-    return Run(path, name, model, METHODS.get(label, label), params, deciding(settings), columns, known, None, failures)
+    return ReportedRun(
+        path, name, model, METHODS.get(label, label), params, deciding(settings), columns, known, None, failures
+    )
 
 
 def _classified(args: dict[str, Any], scores: dict[str, dict]) -> tuple[dict[str, Column], str, dict[str, dict]]:
@@ -266,7 +268,7 @@ def _classified(args: dict[str, Any], scores: dict[str, dict]) -> tuple[dict[str
     return {test: Column(test, score) for test in scores}, f"{args['model']} on {args['data']}", scores
 
 
-def _classification_run(folder: str, name: str | None) -> Run:
+def _classification_run(folder: str, name: str | None) -> ReportedRun:
     """A run of finetune_bert_l_sst2.py."""
     path = Path(folder) / "results.json"
     try:
@@ -284,7 +286,7 @@ def _classification_run(folder: str, name: str | None) -> Run:
     metrics = path.parent / "metrics.jsonl"
     method = METHODS.get(method, method)
     metrics = metrics if metrics.is_file() else None
-    return Run(folder, name, model, method, params, deciding(args), columns, scores, metrics)
+    return ReportedRun(folder, name, model, method, params, deciding(args), columns, scores, metrics)
 
 
 def load_summaries(folder: str) -> dict[str, dict]:
@@ -343,14 +345,14 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.{1 if count >= 10e6 else 2}f}M"
 
 
-def make_tables(runs: list[Run]) -> list[Table]:
+def make_tables(runs: list[ReportedRun]) -> list[Table]:
     """One table per model, published rows first where the model has some; without runs all published tables.
 
     Raises:
         UserError: two runs that would be seeds of one row differ in more than the seed, or not in the seed.
     """
     published = published_tables()
-    by_model: dict[str, list[Run]] = {} if runs else {table.model: [] for table in published}
+    by_model: dict[str, list[ReportedRun]] = {} if runs else {table.model: [] for table in published}
     for run in runs:
         known = [table.model for table in published if PARTS[table.part] is run.columns]
         by_model.setdefault(_published_name(run.model, known), []).append(run)
@@ -360,7 +362,7 @@ def make_tables(runs: list[Run]) -> list[Table]:
     ]
 
 
-def make_table(model: str, runs: list[Run], published: list[PublishedTable]) -> Table:
+def make_table(model: str, runs: list[ReportedRun], published: list[PublishedTable]) -> Table:
     """A model's table; seeds of one method become one row."""
     table = Table(model, PARTS[published[0].part] if published else {}, [])
     versions = formulations(runs) if runs else {source.version for source in published}
@@ -377,7 +379,7 @@ def make_table(model: str, runs: list[Run], published: list[PublishedTable]) -> 
     return table
 
 
-def formulations(runs: list[Run]) -> set[str]:
+def formulations(runs: list[ReportedRun]) -> set[str]:
     """Those by which the runs with regularizers were made; where none has any, those of all."""
     acting = [run for run in runs if run.settings.get("method") == "ba-lora" or run.settings.get("regularize")]
     return {run.settings["formulation"] for run in acting or runs if "formulation" in run.settings}
@@ -389,7 +391,7 @@ def _published_name(model: str, published: list[str]) -> str:
     return next(names, model)
 
 
-def _require_seeds(row: Row, benchmark: str, run: Run) -> None:
+def _require_seeds(row: Row, benchmark: str, run: ReportedRun) -> None:
     """Raises UserError where `run` is not one more seed of the runs that the row has of this benchmark."""
     remedy = "name rows by hand: NAME=FOLDER"
     ours = scoring(run.summaries[benchmark])
@@ -403,7 +405,7 @@ def _require_seeds(row: Row, benchmark: str, run: Run) -> None:
             raise UserError(f"{other.folder} and {run.folder} are the same run, of {row.method}: give one, or {remedy}")
 
 
-def _add(row: Row, run: Run) -> None:
+def _add(row: Row, run: ReportedRun) -> None:
     for name, error in run.failures.items():
         row.without.setdefault(name, []).append(FAILED)
         label = (NLG | BESIDE)[name].label if name in NLG | BESIDE else name
@@ -743,7 +745,7 @@ def main(argv: list[str]) -> None:
 
 
 def write_page(
-    path: Path, tables: list[Table], runs: dict[str, Run], of_gsm8k: dict[str, dict], metrics: list[str]
+    path: Path, tables: list[Table], runs: dict[str, ReportedRun], of_gsm8k: dict[str, dict], metrics: list[str]
 ) -> None:
     """The report as one page."""
     shown = [{"title": table.model, "cells": cells(table), "notes": notes(table)} for table in tables]

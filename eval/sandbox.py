@@ -2,8 +2,8 @@
 
 Protects, where the kernel has namespaces (Linux 5.12 or newer; as root, or as a user where unprivileged user namespaces
 are allowed):
-- files: a program sees Python's standard library and system libraries, read-only, and an empty /tmp of its own; it can
-  lock or watch none of them;
+- files: a program sees Python's standard library, system libraries and numpy, read-only, /dev/null, and an empty /tmp
+  of its own; it can lock or watch none of them;
 - the network, other processes, this process's environment, number and memory: none is reachable; no process can be
   started;
 - what the kernel keeps apart from files (System V memory, queues and semaphores, keys, asynchronous I/O, sockets with
@@ -21,11 +21,12 @@ code that tries to look as if it passed; keep no secret on a machine that runs c
 
 Two differences from running program and tests in one plain process. Arguments are copies: a test cannot see what the
 program does to a list that it is given (HumanEval and MBPP have no such test), and a program cannot change a test's
-data. And a program that imports what is not in Python's standard library, such as numpy, fails.
+data. And a program that imports what is neither in Python's standard library nor numpy fails.
 """
 
 import contextlib
 import functools
+import importlib.util
 import os
 import select
 import signal
@@ -91,14 +92,14 @@ class Isolation:
         if self.level == "namespaces":
             text = "namespaces" + (" and a list of allowed system calls" if self.filter else ", no system-call filter")
             text += (
-                ": programs see Python's library and an empty /tmp, have no network, no other processes and none of"
-                " this environment; not isolated: the kernel itself"
+                ": programs see Python's library, numpy and an empty /tmp, have no network, no other processes and none"
+                " of this environment; not isolated: the kernel itself"
             )
         elif self.level == "landlock":
             text = (
-                "Landlock and a list of allowed system calls: programs see Python's library and an empty folder, have"
-                " no network and start no processes; not isolated: the kernel itself, free disk space, whether a file"
-                " exists, with its size, owner, rights and times, the host's name"
+                "Landlock and a list of allowed system calls: programs see Python's library, numpy and an empty folder,"
+                " have no network and start no processes; not isolated: the kernel itself, free disk space, whether a"
+                " file exists, with its size, owner, rights and times, the host's name"
             )
         else:
             text = "NONE: programs can read and change whatever this user can" + (
@@ -184,7 +185,7 @@ class _Starter:
         # without which the order of a set, and with it a verdict, may change from run to run.
         self.process = subprocess.Popen(
             [_interpreter(), "-s", "-S", "-P", "-B", "-u", str(INSIDE)],
-            env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},
+            env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -229,7 +230,7 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
     starter = waiting.pop() if waiting else _Starter()
     with _folder(found) as folder:
         settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
-        settings |= {"visible": _visible_folders(), "hidden": _package_folders()}
+        settings |= {"visible": _visible_folders(), "hidden": _package_folders(), "packages": _packages()}
         try:
             messages = starter.run(settings, program, PATIENCE * limits.timeout + GRACE)
         except TimeoutError:
@@ -273,6 +274,14 @@ def _visible_folders() -> list[str]:
     folders = [library, sysconfig.get_path("platstdlib", vars={"base": sys.base_prefix, "platbase": sys.base_prefix})]
     folders += [os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
     return sorted({folder for folder in folders if folder and os.path.isdir(folder)})  # parents before children
+
+
+@functools.cache
+def _packages() -> list[str]:
+    """What a program may import beside the standard library: numpy, where it is installed, with its own libraries."""
+    found = importlib.util.find_spec("numpy")
+    folder = os.path.realpath(os.path.dirname(found.origin)) if found else ""
+    return [path for path in (folder, f"{folder}.libs") if folder and os.path.isdir(path)]
 
 
 @functools.cache

@@ -27,6 +27,7 @@ import struct
 import sys
 import time
 import types
+from importlib.util import spec_from_file_location
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 2**28  # bytes of one message between judge and candidate
@@ -54,7 +55,7 @@ def _call(name: str, *args: Any) -> int:
 
 # All that a program may ask of the kernel: what Python's interpreter and standard library need within one process.
 # system call: its number on x86_64 and on aarch64 (None: that machine has none)
-ALLOWED = {
+ALLOWED: dict[str, tuple] = {
     # open descriptors
     "read": (0, 63),
     "write": (1, 64),
@@ -184,26 +185,22 @@ ALLOWED = {
     "getegid": (108, 177),
     "getgroups": (115, 158),
     "uname": (63, 160),
-}
-STREAM, CLOEXEC, NONBLOCK = 1, 0x80000, 0x800
-# system call: its numbers; for each argument that decides, by its number, the values that it may have
-CONDITIONAL = {
-    "prlimit64": ((302, 261), {0: [0]}),  # one's own limits
+    # these for some of their arguments: for the number of each that decides, the values that it may have
+    "prlimit64": (302, 261, {0: [0]}),  # one's own limits
     # A pair of connected streams, as asyncio has: with datagrams a program reaches any socket that has a name.
-    "socketpair": ((53, 199), {0: [1], 1: [STREAM, STREAM | CLOEXEC, STREAM | NONBLOCK, STREAM | CLOEXEC | NONBLOCK]}),
-    "sendto": ((44, 206), {4: [0], 4.5: [0]}),  # both halves of the address: none
+    "socketpair": (53, 199, {0: [1], 1: [1, 0x80001, 0x801, 0x80801]}),
+    "sendto": (44, 206, {4: [0], 4.5: [0]}),  # both halves of the address: none
     # Duplicates, flags and a pipe's size; not locks, leases, watches, nor who gets a descriptor's signals.
-    "fcntl": ((72, 25), {1: [0, 1, 2, 3, 4, 1030, 1032]}),
-    "ioctl": ((16, 29), {1: [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]}),  # is it a terminal, FIO*
-    "prctl": ((157, 167), {0: [15, 16]}),  # a thread's name
+    "fcntl": (72, 25, {1: [0, 1, 2, 3, 4, 1030, 1032]}),
+    "ioctl": (16, 29, {1: [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]}),  # is it a terminal, FIO*
+    "prctl": (157, 167, {0: [15, 16]}),  # a thread's name
 }
 CLONE, CLONE3, PIVOT_ROOT = (56, 220), (435, 435), (155, 41)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 
 
 def filter_system_calls() -> None:
-    """Installs a seccomp filter: what neither ALLOWED nor CONDITIONAL lets through fails with EPERM, and `clone` makes
-    threads only.
+    """Installs a seccomp filter: what ALLOWED does not let through fails with EPERM, and `clone` makes threads only.
 
     Raises:
         OSError: the kernel or the machine has no such filter.
@@ -216,22 +213,20 @@ def filter_system_calls() -> None:
     number, arch, argument = 0, 4, lambda i: int(16 + 8 * i)  # offsets in struct seccomp_data
     program = [(load, 0, 0, arch), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
     program += [(jump_greater, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x86's second set of numbers
-    for columns in ALLOWED.values():
-        if columns[column] is not None:
-            program += [(jump_equal, 0, 1, columns[column]), (give, 0, 0, allow)]
-    # clone3 hides its flags in memory, where a filter cannot look; told that it is missing, the C library takes clone.
-    program += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, unknown)]
-    thread = 0x10000
-    program += [(jump_equal, 0, 4, CLONE[column]), (load, 0, 0, argument(0)), (jump_set, 0, 1, thread)]
-    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    for columns, arguments in CONDITIONAL.values():
+    for *numbers, arguments in ((*call, {})[:3] for call in ALLOWED.values()):
         decide = []
         for index, values in arguments.items():
             decide.append((load, 0, 0, argument(index)))
             decide += [(jump_equal, len(values) - i, 0, value) for i, value in enumerate(values)]
             decide.append((give, 0, 0, refuse))
         decide.append((give, 0, 0, allow))
-        program += [(jump_equal, 0, len(decide), columns[column]), *decide]
+        if numbers[column] is not None:
+            program += [(jump_equal, 0, len(decide), numbers[column]), *decide]
+    # clone3 hides its flags in memory, where a filter cannot look; told that it is missing, the C library takes clone.
+    program += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, unknown)]
+    thread = 0x10000
+    program += [(jump_equal, 0, 4, CLONE[column]), (load, 0, 0, argument(0)), (jump_set, 0, 1, thread)]
+    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     program += [(give, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
@@ -247,15 +242,17 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _call("mount", source.encode(), target.encode(), kind.encode(), flags, data.encode())
 
 
-def enter_namespaces(visible: list[str], hidden: list[str], disk_mib: int, uid: int, gid: int) -> None:
+def enter_namespaces(settings: dict[str, Any], uid: int, gid: int) -> None:
     """Leaves the host's file system, network, IPC and host name; the next fork leaves its processes.
 
-    What is left of the file system: `visible` without `hidden`, read-only, and an empty /tmp of `disk_mib` MiB.
+    What is left of the file system: `visible` without `hidden`, and `packages`, read-only; /dev/null; an empty /tmp of
+    `disk_mib` MiB.
     As an ordinary user this needs unprivileged user namespaces, as root it needs CAP_SYS_ADMIN.
 
     Raises:
         OSError: the kernel refuses.
     """
+    visible, hidden, packages, disk_mib = (settings[name] for name in ("visible", "hidden", "packages", "disk_mib"))
     users, mounts, processes, network, ipc, names = 1 << 28, 1 << 17, 1 << 29, 1 << 30, 1 << 27, 1 << 26
     flags = mounts | processes | network | ipc | names
     if os.getuid() == 0:
@@ -279,20 +276,29 @@ def enter_namespaces(visible: list[str], hidden: list[str], disk_mib: int, uid: 
         elif os.path.isdir("/host" + sources[path]):
             os.makedirs(path, exist_ok=True)
             _mount("/host" + sources[path], path, "", BIND | REC)
-    _call("umount2", b"/host", 2)  # MNT_DETACH
-    os.rmdir("/host")
+    os.mkdir("/dev")
+    os.close(os.open("/dev/null", os.O_CREAT))
+    _mount("/host/dev/null", "/dev/null", "", BIND)
     for path in hidden:
         if os.path.isdir(path):
-            _mount("tmpfs", path, "tmpfs", RDONLY, "size=4k,mode=755")
+            _mount("tmpfs", path, "tmpfs", 0, "size=4k,mode=755")
+    for path in packages:
+        os.makedirs(path, exist_ok=True)
+        _mount("/host" + path, path, "", BIND | REC)
+    _call("umount2", b"/host", 2)  # MNT_DETACH
+    os.rmdir("/host")
     os.makedirs("/tmp", exist_ok=True)
-    read_only = ctypes.create_string_buffer(struct.pack("QQQQ", RDONLY | NOSUID | NODEV, 0, 0, 0))
-    _call("syscall", 442, -100, b"/", 0x8000, ctypes.addressof(read_only), 32)  # mount_setattr of the whole tree
+    for path, given, taken in ((b"/", RDONLY | NOSUID | NODEV, 0), (b"/dev/null", 0, RDONLY | NODEV)):
+        attributes = ctypes.create_string_buffer(struct.pack("QQQQ", given, taken, 0, 0))
+        _call(
+            "syscall", 442, -100, path, 0x8000, ctypes.addressof(attributes), 32
+        )  # mount_setattr, and of what is below
     options = f"size={disk_mib}m,nr_inodes=4096,mode=700,uid={uid},gid={gid}"
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV | NOEXEC, options)
 
 
 def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None:
-    """Forbids every file but what lies under `visible` and not under `hidden`, to read, and `writable`.
+    """Forbids every file but what lies under `visible` and not under `hidden`, to read, `writable` and /dev/null.
 
     Raises:
         OSError: the kernel has no Landlock.
@@ -326,6 +332,7 @@ def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None
 
     for path in visible:
         allow_to_read(os.path.realpath(path))
+    allow("/dev/null", (1 << rights) - 1 & (read_file | 1 << 1 | 1 << 14))  # to write, to truncate
     allow(writable, (1 << rights) - 1 & ~not_granted)
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     _call("syscall", restrict_self, ruleset, 0)
@@ -352,10 +359,8 @@ def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: i
         resource.RLIMIT_CPU: int(seconds) + 2,  # where the judge's clock cannot look
         resource.RLIMIT_FSIZE: file_mib * 2**20,
         resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
         resource.RLIMIT_NPROC: processes,
+        **dict.fromkeys((resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE), 0),
     }
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]
@@ -734,6 +739,16 @@ class Clock:
         return self.is_over()
 
 
+def find_packages(folders: list[str]) -> None:
+    """Lets Python import the packages in these folders, and nothing that lies beside them."""
+
+    def find_spec(name: str, *_: Any) -> Any:
+        folder = next((folder for folder in folders if os.path.basename(folder) == name), None)
+        return folder and spec_from_file_location(name, f"{folder}/__init__.py", submodule_search_locations=[folder])
+
+    sys.meta_path.append(types.SimpleNamespace(find_spec=find_spec))
+
+
 def confine(settings: dict[str, Any]) -> None:
     """Gives this process the isolation of `settings["level"]`, with its limits; returns in a new process of its own."""
     level, uid, gid = settings["level"], os.getuid(), os.getgid()
@@ -744,7 +759,7 @@ def confine(settings: dict[str, Any]) -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out on the host, this goes first
     if level == "namespaces":
-        enter_namespaces(settings["visible"], settings["hidden"], settings["disk_mib"], uid, gid)
+        enter_namespaces(settings, uid, gid)
         _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG again: a new user may have cleared it
         child = os.fork()  # process 1 of its own process namespace: when it ends, the kernel ends all the others
         if child:
@@ -757,7 +772,7 @@ def confine(settings: dict[str, Any]) -> None:
     processes = 64 if level == "namespaces" else 4096
     limit_resources(settings["memory_mib"], settings["timeout"], settings["file_mib"], processes)
     if level == "landlock":
-        enter_landlock(settings["visible"], settings["hidden"], settings["folder"])
+        enter_landlock(settings["visible"] + settings["packages"], settings["hidden"], settings["folder"])
 
 
 def become_candidate(settings: dict[str, Any], output: int, requests: int, replies: int) -> NoReturn:
@@ -772,6 +787,7 @@ def become_candidate(settings: dict[str, Any], output: int, requests: int, repli
         _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the judge
         if settings["filter"]:
             filter_system_calls()
+        find_packages(settings["packages"])
         run_candidate(requests, replies)
     finally:
         os._exit(1)

@@ -21,7 +21,7 @@ import yaml
 
 from common.cli import UserError, run_script
 from experiments.entries import load, names
-from experiments.runs import Plan, Run, as_words, expand, measure_script, read_config
+from experiments.runs import Plan, PlannedRun, as_words, expand, measure_script, read_config
 
 PLAN_VERSION = 1
 
@@ -31,7 +31,7 @@ PLAN_VERSION = 1
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def training_command(plan: Plan, run: Run) -> list[str]:
+def training_command(plan: Plan, run: PlannedRun) -> list[str]:
     """What trains the run; started again, it goes on or leaves alone what is done."""
     launcher = ["python"]
     if run.processes > 1:
@@ -43,11 +43,11 @@ def training_command(plan: Plan, run: Run) -> list[str]:
     return [*launcher, run.script, *as_words(settings), "--output-dir", run.folder, again, *plan.extra]
 
 
-def results_folder(run: Run) -> str:
+def results_folder(run: PlannedRun) -> str:
     return f"{run.folder}/results/{run.settings.get('method', 'ba-lora')}"
 
 
-def measuring_commands(run: Run) -> dict[str, list[str]]:
+def measuring_commands(run: PlannedRun) -> dict[str, list[str]]:
     """By step what measures the merged model: `score` for all benchmarks together, or one by name; `forgetting`."""
     merged_model = ["--ckpt", f"{run.folder}/merged"]
     where = ["--output-dir", results_folder(run), "--skip-done"]

@@ -34,7 +34,7 @@ from common.cli import UserError
 from common.estimates import adapter_bytes, estimated_memory
 from common.targets import default_target_modules, find_target_modules
 from experiments.entries import ROOT
-from experiments.runs import Plan, Run, parse_training
+from experiments.runs import Plan, PlannedRun, parse_training
 
 SHAPES = ROOT / "data" / "shapes"
 # FLOP/s, dense: bfloat16 on tensor cores, and float32, in which classification trains.
@@ -150,7 +150,7 @@ def linear_parameters(model: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def price_of(plan: Plan, run: Run) -> Price:
+def price_of(plan: Plan, run: PlannedRun) -> Price:
     """What one run takes.
 
     Raises:
@@ -162,7 +162,7 @@ def price_of(plan: Plan, run: Run) -> Price:
     return classifier_price(plan, run, args)
 
 
-def language_model_price(plan: Plan, run: Run, args: Any) -> Price:
+def language_model_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     """Of a run of train.py."""
     on_gpu = bool(plan.entries.get("needs-gpu"))
     model = skeleton(args.model)
@@ -218,7 +218,7 @@ def language_model_price(plan: Plan, run: Run, args: Any) -> Price:
     )
 
 
-def scored(run: Run) -> list[tuple[str, dict[str, Any]]]:
+def scored(run: PlannedRun) -> list[tuple[str, dict[str, Any]]]:
     """The run's benchmarks with their options."""
     return [(name, run.evaluation) for name in run.benchmarks] + list(run.alone.items())
 
@@ -230,7 +230,7 @@ def generation(name: str, options: dict[str, Any], per_token: float) -> float:
     return float(per_token) * items * options.get("samples", 1) * (PROMPT + new)
 
 
-def classifier_price(plan: Plan, run: Run, args: Any) -> Price:
+def classifier_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     """Of a run of finetune_bert_l_sst2.py, which trains in float32 on one device."""
     name = "demo-encoder" if args.model == "demo" else args.model
     model = skeleton(name, num_classes={"mnli": 3, "stsb": 1}.get(args.task, 2))

@@ -316,7 +316,7 @@ def main(argv: list[str]) -> None:
         raise UserError("expected a plan.json, or a folder of records")
     path = Path(argv[0])
     if path.is_dir():
-        records = run_records.load_records(path)
+        records = run_records.records_in(path)
         print(summary(f"records of {path}", records, options_of(records)))
         return
     plan = run_record.load_plan(path)

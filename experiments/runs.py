@@ -31,7 +31,7 @@ PLAIN_AXES = {"method", "seed", "task", "model", "data", "arm"}
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """One training with what is measured on it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Plan:
     experiment: str
     folder: str
     entries: dict[str, Any]
-    runs: list[Run]
+    runs: list[PlannedRun]
     files: dict[str, str]
     choices: dict[str, dict[str, Any]]  # by the file of a chosen rate: the runs that it is chosen from, and how
     extra: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def filled(value: Any, places: dict[str, str], where: str) -> Any:
 
 def make_run(
     plan: Plan, part: dict[str, Any], labels: dict[str, str], name: str, phase: str, processes: int | None
-) -> Run:
+) -> PlannedRun:
     """One run from its combined entries `part`.
 
     Raises:
@@ -145,7 +145,7 @@ def make_run(
         count = processes
     if count == 1:
         settings.pop("deepspeed", None)  # ZeRO splits nothing there
-    run = Run(
+    run = PlannedRun(
         name=name,
         labels=labels,
         arm="-".join(label for axis, label in labels.items() if axis != "seed") or plan.experiment,
@@ -183,7 +183,7 @@ def make_run(
     return run
 
 
-def batch_size(run: Run) -> int:
+def batch_size(run: PlannedRun) -> int:
     """Sequences per micro-batch, from the run's settings, its configuration, or the script's default."""
     if "batch-size" in run.settings or not run.settings.get("config"):
         return run.settings.get("batch-size", arguments_of(run.script).batch_size)
@@ -200,7 +200,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
 
 
-def need(plan: Plan, run: Run, path: str, places: dict[str, str], where: str) -> None:
+def need(plan: Plan, run: PlannedRun, path: str, places: dict[str, str], where: str) -> None:
     """Enters the file `path`, with the command that makes it, among what the run and the plan need."""
     name = path.removeprefix(f"{plan.folder}/files/").partition("/")[0]
     target = f"{plan.folder}/files/{name}"
@@ -253,7 +253,9 @@ def expand(
     return plan
 
 
-def tuning_runs(plan: Plan, part: dict[str, Any], run: Run, values: dict[str, dict], processes: int | None) -> str:
+def tuning_runs(
+    plan: Plan, part: dict[str, Any], run: PlannedRun, values: dict[str, dict], processes: int | None
+) -> str:
     """Adds the runs that choose the setting of `run`'s arm, once per arm, and returns the file with the choice.
 
     tune:
@@ -386,7 +388,7 @@ def measure_script(name: str) -> str:
     return "experiments/curve.py" if name == "curve" else f"eval/{name}.py"
 
 
-def measured(run: Run) -> list[tuple[str, dict[str, Any]]]:
+def measured(run: PlannedRun) -> list[tuple[str, dict[str, Any]]]:
     """The scripts that measure the run's model, with their options."""
     found = [(measure_script(name), options) for name, options in run.alone.items()]
     if run.benchmarks:
@@ -410,7 +412,7 @@ def as_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
-def parse_training(plan: Plan, run: Run) -> Any:
+def parse_training(plan: Plan, run: PlannedRun) -> Any:
     """The run's arguments as its script reads them.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import Any
 from common.cli import UserError, run_script
 from common.intervals import paired_interval
 from common.markdown import markdown
-from common.run_records import load_records
+from common.run_records import records_in
 from experiments.report import STYLES
 
 Record = dict[str, Any]
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("records", type=Path, help="folder of the records")
     parser.add_argument("--pictures", type=Path, help="folder that gets the pictures")
     args = parser.parse_args(argv)
-    records = list(load_records(args.records).values())
+    records = list(records_in(args.records).values())
     if not any("curve" in record["scores"] for record in records):
         raise UserError(f"{args.records} has no record of smollm2")
     print(tables(records))

@@ -455,6 +455,14 @@ def gemma3_with_vision() -> transformers.PretrainedConfig:
     return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
 
 
+def mistral3() -> transformers.PretrainedConfig:
+    config = gemma3_with_vision()
+    text = {name: value for name, value in MIXTURE.items() if "experts" not in name and "moe" not in name}
+    vision = {name: getattr(config.vision_config, name) for name in ("image_size", "patch_size")}
+    vision |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.Mistral3Config(text_config=text | {"model_type": "mistral"}, vision_config=vision)
+
+
 def new_token(base: Path, token: str) -> None:
     """The tokenizer gets one that the model has no row for."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -557,6 +565,22 @@ def test_the_snippet_for_the_adapter_answers_as_merged_does(run_folder, capsys):
     prompt = encode_prompt(tokenizer, re.search(r'"content": "(.*?)"', snippet)[1])
     tokens = merged.generate(torch.tensor([prompt]), max_new_tokens=256, do_sample=False)[0, len(prompt) :]
     assert answer == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("config", [gemma3_with_vision, mistral3])
+def test_the_language_model_of_a_larger_one_is_saved_as_the_page_says(config, run_folder, tmp_path):
+    torch.manual_seed(0)
+    another(tmp_path / "whole", config())
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    (snippet,) = [block for language, block in fences(page) if language == "python" and "ImageTextToText" in block]
+    snippet = snippet.replace("google/gemma-3-4b-it", str(tmp_path / "whole"))
+    exec(snippet.replace("output/text", str(tmp_path / "text")), {})
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    with torch.no_grad():
+        assert relative_error(text(INPUT_IDS).logits, whole(INPUT_IDS).logits) < 1e-6
+    assert (trained(tmp_path / "text", run_folder, tmp_path / "out") / MERGED).is_file()
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa"])

@@ -254,11 +254,11 @@ def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record("a") | {"version": 99}))
     with pytest.raises(UserError, match=r"a\.json has version 99 of the format and this script reads 1") as error:
-        run_records.load_records(tmp_path)
+        run_records.records_in(tmp_path)
     assert "\n" not in str(error.value)
     path.write_text("[]")
     with pytest.raises(UserError, match="is no record of a run"):
-        run_records.load_records(tmp_path)
+        run_records.records_in(tmp_path)
 
 
 def made_plan(folder: Path, monkeypatch) -> dict:
@@ -528,7 +528,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run_both(start, undisturbed, killed)
     assert what_is_left(killed) == what_is_left(undisturbed)
-    (found,) = run_records.load_records(killed / "records").values()
+    (found,) = run_records.records_in(killed / "records").values()
     assert found["status"] == "done"
     # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
     (run,) = killed.glob("only-*")
@@ -536,7 +536,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
     path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
     assert start(killed).wait() != 0
     assert what_is_left(run) == before
-    (found,) = run_records.load_records(killed / "records").values()
+    (found,) = run_records.records_in(killed / "records").values()
     assert (found["status"], found["error"]["code"]) == ("failed", 2)
     assert "rank = 2, not 4" in found["error"]["message"]
 

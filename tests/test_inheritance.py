@@ -255,9 +255,9 @@ from experiments.inheritance import study, training
 training.pretrain.__defaults__ = (12_800,)
 bases = [training.Base(seed, beta) for seed in (0, 1) for beta in (0.5, 0.9)]
 arms = [("PiSSA", 2e-3), ("λ₁ = 1, clean twin", 2e-3), ("LoRA", float("nan"))]
-runs = [study.Run(base) for base in bases]
-runs += [study.Run(base, "F0", arm, rate) for arm, rate in arms[:2] for base in bases]
-runs += [study.Run(bases[0], "no such data", "LoRA", 1e-3)]
+runs = [study.StudyRun(base) for base in bases]
+runs += [study.StudyRun(base, "F0", arm, rate) for arm, rate in arms[:2] for base in bases]
+runs += [study.StudyRun(bases[0], "no such data", "LoRA", 1e-3)]
 study.run_jobs([runs[::2], runs[1::2]], Path(sys.argv[1]), Path(sys.argv[2]))
 """
     )

@@ -380,7 +380,8 @@ def test_the_probes_head_is_where_every_method_starts(tmp_path, encoders):
 
 
 def test_full_trains_every_parameter_and_writes_no_adapter(tmp_path, encoders):
-    results = run(tmp_path, "--model", encoders["bert"], "--data", reviews(tmp_path / "r.jsonl"), "--method=full")
+    argv = ["--model", encoders["bert"], "--data", reviews(tmp_path / "r.jsonl"), "--method=full"]
+    results = run(tmp_path, *argv, "--learning-rate=1e-4")  # at 0.01 the state before training is the best
     assert not (tmp_path / "out" / "adapter").exists()
     before = transformers.AutoModel.from_pretrained(encoders["bert"]).state_dict()
     after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged").bert.state_dict()
@@ -636,6 +637,20 @@ def test_training_that_diverges_ends_in_one_line(tmp_path, encoders, monkeypatch
         run_script(nlu.main)
     assert exit_.value.code == 1
     assert "stopped: NaN or Inf in step" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_says_that_it_ends_below_the_probe_or_where_it_began(tmp_path, encoders, monkeypatch, capsys):
+    data = reviews(tmp_path / "reviews.jsonl")
+    argv = ["--model", encoders["bert"], "--data", data, "--test-data", data]
+    run(tmp_path, *argv, "--learning-rate=1e-9")
+    assert "note: ba-lora ends below the linear probe of the untouched encoder on reviews" in capsys.readouterr().out
+    falling = iter(range(9, 0, -1))
+    monkeypatch.setattr(nlu, "validation_score", lambda *_: next(falling))
+    summary = run(tmp_path, *argv, "--teacher-head=probe", "--overwrite")
+    printed = capsys.readouterr().out
+    assert summary["validation"]["step"] == 0
+    assert "no state of the training was better by validation than the model before it" in printed
+    assert "below the linear probe" not in printed  # it is the probe
 
 
 def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):

@@ -259,6 +259,15 @@ def test_plain_data_comes_back_as_it_was(value, level):
         ("f = 3", "assert f == 3"),
         ("def f(a, *b, c=0): return a + sum(b) + c", "assert f(1, 2, 3, c=4) == 10"),
         ("import sys, math, json, re, itertools, heapq, datetime, bisect, hashlib, zlib\ndef f(): return 1", "f()"),
+        (
+            "import numpy as np\nimport numpy.linalg\ndef f(x): return int(np.linalg.det(np.eye(2) * x))",
+            "assert f(3) == 9",
+        ),
+        (
+            "import os, contextlib\ndef f(x):\n    with open(os.devnull, 'w') as d, contextlib.redirect_stdout(d):\n"
+            "        print(x)\n    return open(os.devnull).read()",
+            "assert f(1) == ''",
+        ),
         ("import dataclasses\n@dataclasses.dataclass\nclass P:\n    x: int\ndef f(): return P(4)", "assert f().x == 4"),
         (
             "import tempfile\ndef f():\n    with tempfile.TemporaryFile() as t: return t.write(b'abc')",
@@ -281,6 +290,7 @@ def test_an_honest_program_passes(candidate, tests, level):
         ("def g(): pass", "f()", "NameError: name 'f' is not defined"),
         ("def f(:", "f()", "SyntaxError: invalid syntax (<candidate>, line 1)"),
         ("import numpy_is_not_here", "f()", "ModuleNotFoundError: No module named 'numpy_is_not_here'"),
+        ("import pytest", "f()", "ModuleNotFoundError: No module named 'pytest'"),  # beside numpy
         ("def f(): exit_code", "f()", "NameError: name 'exit_code' is not defined at: f()"),
         ("def f(): raise SystemExit", "f()", "the program raised SystemExit at: f()"),
         ("import os\ndef f(): os._exit(0)", "f()", "the program ended before its tests did at: f()"),
@@ -452,6 +462,10 @@ def f(call):
         ("os.readlink({link!r}) == {canary!r}", set()),
         ("os.listdir(os.path.dirname({canary!r}))", set()),
         ("os.getppid() == {pid}", set()),
+        (
+            "os.listdir(os.path.dirname(os.path.dirname(__import__('numpy').__file__)))[2:]",
+            set(),
+        ),  # numpy.libs beside it
         ("os.statvfs('.').f_blocks * os.statvfs('.').f_frsize > 2**27", {"landlock"}),
     ],
 )
@@ -535,7 +549,6 @@ def test_system_call_numbers_are_the_kernels():
     headers = [Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h")]
     known = sandbox_inside.ALLOWED | {"clone": sandbox_inside.CLONE, "clone3": sandbox_inside.CLONE3}
     known["pivot_root"] = sandbox_inside.PIVOT_ROOT
-    known |= {name: rule[0] for name, rule in sandbox_inside.CONDITIONAL.items()}
     compared = 0
     for column, header in enumerate(headers):
         if header.is_file():

@@ -5,13 +5,17 @@ import csv
 import datetime
 import io
 import json
+import os
 import random
+import shutil
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from common.cli import UserError
+from common.conversations import Format
 from common.tables import load_records, read_table
 
 
@@ -132,6 +136,33 @@ def test_a_tsv_of_lines_is_text_and_one_of_a_spreadsheet_is_quoted(header, tmp_p
         assert [[row[name] for name in names] for row in table] == expected
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_random_lines_with_quotation_marks_are_rows_or_the_odd_one_is_named(seed, tmp_path):
+    """100 files each: marks that open, close, do both or stand inside; in every second file a line of another width."""
+    draw, path, refused = random.Random(seed), tmp_path / "lines.tsv", 0
+    forms = ['"{}', '{}"', '"{}"', '{} "{}" {}', '""{}', "{}", "{}", "{}", "{} ' {}"]
+    for number in range(100):
+        lines = []
+        for _ in range(draw.randrange(4, 40)):
+            form = draw.choice(forms)
+            words = (
+                " ".join(draw.choices(("a", "film", "né", "--", "it's"), k=draw.randrange(1, 4))) for _ in range(3)
+            )
+            lines.append([form.format(*words), draw.choice("01")])
+        odd = draw.randrange(1, len(lines)) if number % 2 else None
+        if odd is not None:
+            lines[odd] = draw.choice(([*lines[odd], ""], [*lines[odd], "0"], [lines[odd][0].replace('"', "")]))
+        end = draw.choice(("\n", "\r\n"))
+        path.write_text(end.join("\t".join(line) for line in lines) + draw.choice(("", end)), newline="")
+        if odd is None:
+            assert [[row["0"], row["1"]] for row in read_table(str(path), ["0"], "1")] == lines
+        else:
+            with pytest.raises(UserError, match=rf"line {odd + 1}: \d columns, where the first line has 2"):
+                read_table(str(path), ["0"], "1")
+            refused += 1
+    assert refused == 50
+
+
 def test_held_out_files_are_not_trained(tmp_path):
     for names, expected in ((("data", "eval"), "data"), (("train", "dev"), "train"), (("train", "held_out"), "train")):
         folder = tmp_path / "_".join(["x", *expected, names[1][0]])
@@ -139,6 +170,22 @@ def test_held_out_files_are_not_trained(tmp_path):
         for name in names:
             (folder / f"{name}.jsonl").write_text(json.dumps({"from": name}) + "\n")
         assert read(folder) == [{"from": expected}]
+
+
+def test_a_table_that_nobody_reads_leaves_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    for content in (1, 2, 3, 2):
+        path.write_text(json.dumps({"a": content}))
+        read(path)
+    folders = sorted((tmp_path / "cache" / "tables").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    for folder in folders[:-1]:
+        os.utime(folder, (0, 0))
+    path.write_text('{"a": 4}')
+    read(path)
+    left = set((tmp_path / "cache" / "tables").iterdir())
+    assert len(left) == 2
+    assert folders[-1] in left
 
 
 def random_value(draw: random.Random, depth: int = 0):
@@ -165,6 +212,7 @@ def fuzz(folder, count: int, seed: int = 0) -> tuple[int, int]:
         ascii_only = draw.random() < 0.5
         data = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows).encode()
         path.write_bytes(data)
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         for row, found in zip(rows, read(path), strict=True):
             assert {name: cell for name, cell in found.items() if cell is not None} == {
                 name: cell for name, cell in row.items() if cell is not None
@@ -184,6 +232,74 @@ def fuzz(folder, count: int, seed: int = 0) -> tuple[int, int]:
     return count, refused
 
 
-def test_whatever_the_bytes_are(tmp_path):
-    count, refused = fuzz(tmp_path, 150)
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 300))  # 100,000 take an hour
+
+
+def test_whatever_the_bytes_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    count, refused = fuzz(tmp_path, INPUTS // 2)
     assert 0 < refused < count
+
+
+WRITTEN = ("instruction", "output", "input", "context", "system", "history", "messages", "conversations", "prompt")
+WRITTEN += ("completion", "tools", "weight", "label", "chosen", "images", "topic")
+
+
+class Records(list):
+    """Rows, with the names of their columns as a data set has them."""
+
+    @property
+    def column_names(self):
+        return list(self[0])
+
+
+def random_cell(draw: random.Random, texts: list[str], depth: int = 0):
+    def text():
+        texts.append(f"t{len(texts)}t")
+        return texts[-1]
+
+    def message():
+        keys = [("role", "content"), ("from", "value"), ("role", "content", "thinking"), ("role", "weight", "content")]
+        cells = {"role": draw.choice(["user", "assistant", "system", "tool", "gpt", "x"])}
+        cells |= {"from": draw.choice(["human", "gpt"]), "weight": draw.choice([0, 1, 2, "", None])}
+        return {key: cells[key] if key in cells else random_cell(draw, texts, 2) for key in draw.choice(keys)}
+
+    kinds = [text, text, text, lambda: draw.choice([None, "", " ", 0, 1, 0.5, True, False, [], {}])]
+    if depth < 2:
+        kinds += [lambda: [message() for _ in range(draw.randrange(1, 5))]] * 2
+        kinds += [lambda: [[text(), text()]], lambda: json.dumps([message()]), lambda: {text(): text()}]
+        kinds += [
+            lambda: [
+                {"role": r, "content": text()}
+                for r in ("system",) * draw.randrange(2) + ("user", "assistant") * draw.randrange(1, 3)
+            ]
+        ] * 3
+    elif draw.random() < 0.2:
+        return [{"type": "text", "text": text()}]
+    return draw.choice(kinds)()
+
+
+def test_whatever_a_record_is_no_known_key_is_lost():
+    """Each text under a known name is in the conversation, or its column or key is announced, or all is refused."""
+    draw, read_whole, refused = random.Random(0), 0, 0
+    for _ in range(INPUTS):
+        texts, record = [], {}
+        names = draw.choice([("instruction", "output"), ("messages",), ("conversations",), ("prompt", "completion")])
+        for name in (*names, *draw.sample(WRITTEN, draw.randrange(3))):
+            record[name] = random_cell(draw, texts)
+        try:
+            format = Format.of(Records([record]), ["instruction", "output"], "x")
+            conversation = format.read(record, 1)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        if conversation is None:
+            continue
+        read_whole += 1
+        found = json.dumps([conversation.messages, conversation.tools])
+        announced = {name.partition(" ")[2] for name in conversation.unused}
+        for name, cell in record.items():
+            if name not in announced:
+                assert all(text in found for text in texts if text in json.dumps(cell)), record
+    assert min(read_whole, refused) > INPUTS // 20

@@ -24,7 +24,7 @@ from common.prompts import encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
 from common.training import Training, random_order
-from common.validation import is_out_of_patience, vain_validations
+from common.validation import is_out_of_patience, read_prompts, vain_validations
 
 STEPS, EVAL_STEPS = 12, 3
 
@@ -380,3 +380,17 @@ def test_a_failed_push_loses_nothing_and_is_made_again_by_resume(folder, monkeyp
     assert pushed[0] == ("me/mine", {"private": True, "exist_ok": True})
     assert (pushed[1]["repo_id"], pushed[1]["folder_path"]) == ("me/mine", output / "adapter")
     assert (output / "adapter" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "\ufeffHow \u2028many?\r\n\r\n Who?\r\n".encode()),
+        ("a.txt", "How \u2028many?\n Who?\n".encode("utf-16")),
+        ("a.jsonl", '{"prompt": "How \u2028many?"}\n" Who?"\n'.encode()),
+        ("a.csv", '"prompt"\n"How \u2028many?"\n" Who?"\n'.encode()),
+    ],
+)
+def test_prompts_are_read_as_they_are_written(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(str(tmp_path / name), "instruction") == ["How \u2028many?", " Who?"]

@@ -87,7 +87,7 @@ SHORT_SEEDS = SEEDS[:5]
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """A pre-training (no arm) or a fine-tuning: what a row is known by."""
 
     base: Base
@@ -117,7 +117,7 @@ def rate_of(arm: str) -> float:
 
 
 def key_of(row: dict) -> str:
-    return json.dumps({name: row[name] for name in Run(Base(0, 0.5)).fields()}, sort_keys=True)
+    return json.dumps({name: row[name] for name in StudyRun(Base(0, 0.5)).fields()}, sort_keys=True)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -170,7 +170,7 @@ def _data(seed: int, condition: str) -> W.Prompts:
     return W.finetuning_data(W.World.of_seed(seed), seed, condition, T.EXAMPLES)
 
 
-def execute(run: Run, cache: Path) -> dict:
+def execute(run: StudyRun, cache: Path) -> dict:
     """The run's row. A failure is a row with its error."""
     started = time.perf_counter()
     try:
@@ -182,7 +182,7 @@ def execute(run: Run, cache: Path) -> dict:
     return row | {"seconds": round(time.perf_counter() - started, 1), "finished": now}
 
 
-def measured(run: Run, cache: Path) -> dict:
+def measured(run: StudyRun, cache: Path) -> dict:
     """What `run` gives: measures, and in `points` those of what came out on the way."""
     base = base_model(run.base, cache)
     if run.arm is None:
@@ -221,20 +221,20 @@ def _rounded(value):
 
 def _stage(
     seed: int, betas: Iterable[float], arms: Iterable[str], data: Iterable[str] = ("F0",), **base_settings
-) -> list[Run]:
+) -> list[StudyRun]:
     bases = [Base(seed, beta, **base_settings) for beta in betas]
     tuned = [(arm, rate_of(arm)) for arm in arms]
-    finetunings = [Run(base, which, arm, rate) for which in data for arm, rate in tuned for base in bases]
-    return [Run(base) for base in bases] + finetunings
+    finetunings = [StudyRun(base, which, arm, rate) for which in data for arm, rate in tuned for base in bases]
+    return [StudyRun(base) for base in bases] + finetunings
 
 
-def short_plan() -> list[list[Run]]:
+def short_plan() -> list[list[StudyRun]]:
     """β = 0.5 and 0.9, five seeds, F0, the main arms, the controls and the sweep."""
     arms = [*MAIN, *SWEEP, *CONTROLS]
     return [_stage(seed, (0.5, 0.9), arms) + _stage(seed, (0.5, 0.9), ["PiSSA"], ("F2",)) for seed in SHORT_SEEDS]
 
 
-def confirmatory_plan() -> list[list[Run]]:
+def confirmatory_plan() -> list[list[StudyRun]]:
     """The primary outcome and what explains it first; then other data, another β, noise, another world."""
     jobs = [_stage(seed, (0.5, 0.9), CORE) + _stage(seed, (0.5, 0.9), ["PiSSA"], ("F2",)) for seed in SEEDS]
     jobs += [_stage(seed, (0.5, 0.9), TUNED) for seed in SEEDS]
@@ -247,7 +247,7 @@ def confirmatory_plan() -> list[list[Run]]:
     return jobs
 
 
-def run_jobs(jobs: list[list[Run]], rows: Path, cache: Path, workers: int = 1) -> None:
+def run_jobs(jobs: list[list[StudyRun]], rows: Path, cache: Path, workers: int = 1) -> None:
     """Runs what has no row yet, `workers` jobs at a time, one thread each."""
     mend_rows(rows)
     done = {key_of(row) for row in read_rows(rows)}
@@ -273,7 +273,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_job(runs: list[Run], rows: Path, cache: Path) -> None:
+def _run_job(runs: list[StudyRun], rows: Path, cache: Path) -> None:
     for run in runs:
         row = execute(run, cache)
         append_row(rows, row)
@@ -316,7 +316,9 @@ def select_rates(rows: Path, cache: Path) -> dict[str, float]:
         )
         for _ in range(7):
             bases = [Base(seed, 0.9) for seed in SELECTION_SEEDS]
-            run_jobs([[Run(base, "F0", arm, rate, task_alone=True) for rate in grid for base in bases]], rows, cache)
+            run_jobs(
+                [[StudyRun(base, "F0", arm, rate, task_alone=True) for rate in grid for base in bases]], rows, cache
+            )
             done = read_rows(rows)
             losses = {rate: validation_loss(done, arm, rate) for rate in grid}
             best = min(rate for rate in grid if losses[rate] <= min(losses.values()) + ENOUGH)
@@ -349,13 +351,13 @@ def search_trials() -> dict[str, list[Arm]]:
 def search(rows: Path, cache: Path) -> dict[str, dict]:
     """Of each kind the setting of the smallest |I| (new prompts), accuracy no more than a point below PiSSA's."""
     bases = [Base(seed, beta) for seed in SELECTION_SEEDS for beta in (0.5, 0.9)]
-    runs, names = [Run(base) for base in bases], {}
+    runs, names = [StudyRun(base) for base in bases], {}
     for which, arms in {"PiSSA": [MAIN["PiSSA"]], **search_trials()}.items():
         for index, arm in enumerate(arms):
             name = f"trial {which} {index + 1}" if which != "PiSSA" else "trial PiSSA"
             names[name] = (which, arm)
             rate = SETTLED["learning_rates"][arm.rate_of or "PiSSA"] * arm.rate_factor
-            runs += [Run(base, "F0", name, rate, arm) for base in bases]
+            runs += [StudyRun(base, "F0", name, rate, arm) for base in bases]
     run_jobs([runs], rows, cache)
     by_trial: dict[tuple, dict] = {
         (row["arm"], row["seed"], row["beta"]): row["measures"] for row in read_rows(rows) if "measures" in row
