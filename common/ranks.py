@@ -225,6 +225,9 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
                 "4bit, --objective-memory 128 or --deepspeed configs/ds_zero3.json. --dry-run says what a run takes"
             ) from error
         except RuntimeError as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                raise UserError(f"port {port} is in use, by another run perhaps: --master_port names one") from error
             if not is_lost_rank(error):
                 raise
             rank = os.environ.get("RANK", "0")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,19 @@ def test_a_table_of_positions_bounds_the_length_and_rotary_ones_are_told(train_e
     length = len(ALPACA_PROMPT.format(instruction="x")) + len("y") + 1  # a token a byte, and the end
     assert f"the longest example has {length} tokens, the model 64 positions" in printed
     assert "note: 1 of the 1 examples of what is held out are trained on too" in printed
+
+
+def test_a_port_that_another_run_has_is_one_line(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        with pytest.raises(SystemExit) as exit_info:
+            ranks.run_rank(lambda argv: torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True))
+    assert exit_info.value.code == 2
+    assert f"error: port {port} is in use" in capsys.readouterr().err
 
 
 def test_a_disk_that_takes_no_file_is_one_line(monkeypatch, capsys):
