@@ -1,6 +1,7 @@
 """What only a GPU uses, tested without one: Triton's interpreter for the kernels, the arithmetic of chunks, counts."""
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from common import chunked, chunks, packing, ranks, token_kernel
 from common.targets import TARGET_MODULES
+from experiments import bf16_forms
 
 
 def test_the_kernels_by_tritons_interpreter():
@@ -155,6 +157,59 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.counts[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["differences", "residual"])
+@pytest.mark.parametrize("initial", [True, False])
+def test_the_forms_of_the_bf16_study_are_the_same_function(form, initial):
+    """In fp64 terms: value and gradients of train.py's form, after the factors have moved."""
+    torch.manual_seed(0)
+    weight, x, G = torch.randn(10, 14), torch.randn(2, 3, 14), torch.randn(2, 3, 10)
+    factors = train.principal_factors(weight, 4, 2.0) if initial else None
+    found = {}
+    for name in ("stacked", form):
+        with contextlib.ExitStack() as stack:
+            for patch in bf16_forms.patches(name):
+                stack.enter_context(patch)
+            base = torch.nn.Linear(14, 10, bias=False).requires_grad_(False)
+            base.weight.data = weight.clone()
+            torch.manual_seed(1)
+            layer = train.LoRALinear(base, 4, 8.0, factors)
+            with torch.no_grad():
+                layer.lora_A += 0.1 * torch.randn(4, 14)
+                layer.lora_B += 0.1 * torch.randn(10, 4)
+            given = x.clone().requires_grad_()
+            y = layer(given)
+            y.backward(G)
+            found[name] = (y, given.grad, layer.lora_A.grad, layer.lora_B.grad)
+    for ours, theirs in zip(found[form], found["stacked"], strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_the_bf16_study_runs_what_is_missing(checkpoint, data_file, tmp_path, monkeypatch, capsys):
+    """A row for each run, fp32 at distance 0 from itself; started again, it trains nothing and prints the table."""
+    main, started = train.main, []
+    tiny = ["--model", str(checkpoint), "--data", str(data_file), "--fields", "instruction", "output", "--rank", "4"]
+
+    def on_tiny(words):
+        started.append(words)
+        main([*words, *tiny, "--eval-share", "0.25", "--init-cache", str(tmp_path / "cache")])
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(train, "main", on_tiny)
+    monkeypatch.setattr(bf16_forms, "ROWS", tmp_path / "results" / "rows.jsonl")
+    monkeypatch.setattr(bf16_forms, "ARMS", (("pissa", 1e-2, 3), ("lora", 1e-2, 3)))
+    monkeypatch.setattr(sys, "argv", ["bf16_forms.py", "--seeds", "42"])
+    for _ in range(2):
+        bf16_forms.main()
+        assert len(started) == 7
+    rows = bf16_forms.rows()
+    assert [row["form"] for row in rows] == [*bf16_forms.FORMS, *bf16_forms.FORMS[:3]]
+    for row in rows:
+        assert row["distance"] == 0 if row["form"] == "fp32" else 0 < row["distance"] < 0.5, row
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=0.3)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| lora   | 3     | differences | 42   |")
 
 
 class WholeGradients(TorchDispatchMode):
