@@ -509,10 +509,14 @@ def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:
 
 
 def table_of_auc(rows: dict[Cell, dict[str, Any]]) -> str:
-    """Accuracy and AUC of the runs that have both, 1 positive sentence to 50."""
-    body = []
-    for method in METHODS:
-        found = [row["scores"]["movies"] for cell, row in rows.items() if (cell.phase, cell.method) == ("auc", method)]
+    """Accuracy and AUC, 1 positive sentence to 50, of the seeds that all methods have run."""
+    by_method: dict[str, dict[int, dict]] = {method: {} for method in METHODS}
+    for cell, row in rows.items():
+        if cell.phase == "auc":
+            by_method[cell.method][cell.seed] = row["scores"]["movies"]
+    seeds, body = set.intersection(*map(set, by_method.values())), []
+    for method, of_seed in by_method.items():
+        found = [of_seed[seed] for seed in sorted(seeds)]
         cells = [study.mean_and_deviation([100 * one[name] for one in found]) for name in ("accuracy", "auc")]
         body.append([f"{method}, probe head", str(len(found)), *cells])
     return markdown([["", "seeds", "accuracy", "AUC"], *body])
