@@ -37,13 +37,18 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Progress:
-    """How far a training is: optimizer steps, those left out for NaN or Inf, seconds of training, the log."""
+    """How far a training is: optimizer steps, those left out for NaN or Inf, seconds of training, the log.
+
+    Attributes:
+        window: what the next line of the log has gathered so far: the loss, sums, steps and seconds.
+    """
 
     max_steps: int
     step: int = 0
     skipped_steps: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    window: dict[str, Any] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -292,7 +292,11 @@ class Training:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.schedule.load_state_dict(self.schedule.state_dict() | {"last_epoch": self.step, "_last_lr": rates})
-        self._reset_window()
+        window = self.progress.window
+        self._loss += window["loss"]
+        # The sums are over all ranks: one of them holds them now.
+        self._sums = {name: value if self.is_main else 0 * value for name, value in window["sums"].items()}
+        self._window_steps = window["steps"]
 
     @contextlib.contextmanager
     def underway(self) -> Iterator[None]:
@@ -303,7 +307,7 @@ class Training:
             SystemExit: a signal came; a checkpoint is written.
         """
         self._started = time.monotonic()
-        self._reset_window()
+        self._window_began = self._started - self.progress.window.get("seconds", 0.0)
         bar = tqdm(total=self.progress.max_steps, initial=self.step, disable=self.quiet or not self.is_main)
         self._bar = bar
         try:
@@ -555,6 +559,14 @@ class Training:
     def save(self) -> None:
         """Writes a checkpoint: whole, or not at all with a warning."""
         self.progress.seconds = self.seconds
+        loss, sums = self._loss, {name: torch.as_tensor(value).item() for name, value in self._sums.items()}
+        if self.num_ranks > 1:
+            loss = self.accelerator.reduce(loss, reduction="mean")
+            totals = torch.tensor([sums[name] for name in sorted(sums)], dtype=torch.float64, device=self.device)
+            sums = dict(zip(sorted(sums), self.accelerator.reduce(totals, reduction="sum").tolist(), strict=True))
+        seconds = time.monotonic() - self._window_began
+        window = {"loss": loss.item(), "sums": sums, "steps": self._window_steps, "seconds": seconds}
+        self.progress.window = window
         checkpoints.write_checkpoint(self)
 
 

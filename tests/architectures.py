@@ -176,7 +176,7 @@ ARCHITECTURES = {
         None,
     ),
 }
-IN_VLLM = {"Llama, tied": "yes"}  # SmolLM2 in tests/test_architectures.py; tiny ones have heads that vLLM does not take
+IN_VLLM = {"Llama, tied": "yes"}  # SmolLM2 in tests/test_architectures.py; a tiny Llama and Qwen2 gave other tokens
 EXAMPLES = [("Count to 3", "One two three"), ("Count to 1 please", "One"), ("Add 2 and 2", "It is four, I think")]
 IDS = torch.arange(3, 43).view(2, 20)
 

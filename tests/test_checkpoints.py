@@ -132,6 +132,27 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(number, code, folder
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
+def test_a_line_of_the_log_spans_an_interruption(folder):
+    """Means over seven steps, and run.json's mean loss: a checkpoint holds what the next line has gathered so far."""
+    options, lines, losses = ("--logging-steps", 7, "--save-steps", 1), {}, {}
+    output = folder / "spans"
+    process = start_script("train", arguments(folder, output, *options), folder / "spans.log")
+    while not (output / "checkpoints" / "checkpoint-9").is_dir():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert 9 <= saved_step(output) < STEPS
+    assert run(folder, output, *options, "--resume")[0] == 0
+    assert run(folder, folder / "spans-whole", *options)[0] == 0
+    for each in (output, folder / "spans-whole"):
+        rows = map(json.loads, (each / "metrics.jsonl").read_text().splitlines())
+        machine = ("tokens_per_second", "peak_memory_gib")
+        lines[each] = [{name: value for name, value in row.items() if name not in machine} for row in rows]
+        losses[each] = json.loads((each / "run.json").read_text())["train_loss"]
+    assert lines[output] == lines[folder / "spans-whole"]
+    assert losses[output] == losses[folder / "spans-whole"]
+
+
 LAUNCHER = """
 import os, subprocess, sys
 environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}

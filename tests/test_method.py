@@ -13,6 +13,7 @@ from conftest import ROOT, relative_error
 from test_objective import SETTINGS, definition, fused, make_inputs
 
 import train
+from eval import html_report, report
 
 OPTION, FUNCTION = re.findall(r"```python\n(.*?)```", (ROOT / "docs/method.md").read_text(), re.DOTALL)
 
@@ -54,9 +55,11 @@ def test_the_pages_term_trains_and_stands_in_log_card_and_report(tmp_path, check
     validated = [line["eval_mean"] for line in logs[100] if "eval_mean" in line]
     assert len(validated) == 3 and validated[-1] < validated[0]  # the weight pulls the means to 0
     assert "mean 100" in (tmp_path / "100" / "adapter" / "README.md").read_text()
-    run("eval/report.py", tmp_path / "100", "--html", tmp_path / "page.html", cwd=copy)
-    page = (tmp_path / "page.html").read_text()
-    assert '"title": "mean"' in page or '"title":"mean"' in page
+    titles = [panel["title"] for panel in html_report.curves({"run": tmp_path / "100" / "metrics.jsonl"})]
+    assert {"mean", "lambda_mean", "validation, mean"} <= {*titles}
+    figure = report.plot_training({"run": logs[100]})
+    drawn = {line.get_label() for axis in figure.axes for line in axis.get_lines()}
+    assert "mean" in drawn and any(label.startswith("λ of mean") for label in drawn)
 
 
 def test_a_term_that_is_not_fused_is_added_to_the_fused_ones(monkeypatch):
