@@ -26,7 +26,7 @@ import scipy.stats
 from common.cli import UserError, run_script
 from common.intervals import paired_interval
 from common.markdown import markdown
-from common.run_records import load_records
+from common.run_records import records_in
 from experiments.entries import load
 
 SCALES = ("1", "0.9", "0.8", "0.65", "0.5")
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--page", type=Path, help="folder that gets frontier.md and frontier.png")
     parser.add_argument("--answers", type=Path, help="folder of the runs, to solve problems at the chosen points")
     args = parser.parse_args(argv)
-    records = list(load_records(args.records).values())
+    records = list(records_in(args.records).values())
     if any(record["experiment"] != "frontier" for record in records):
         raise UserError(f"{args.records} holds records of another experiment than frontier")
     if args.answers:
