@@ -13,10 +13,10 @@ One item of SST-2, and of a task with two texts (RTE):
     {"sentence": "one long string of cliches", "label": 0}
     {"sentence1": "No weapons were found in Iraq.", "sentence2": "Weapons were found in Iraq.", "label": 1}
 
-Two traps of the published form. With k ≥ D (5, on two or three classes) L_SVDR is the constant -1: --spectral-k 1 acts.
+The published form has two traps. L_SVDR is the constant -1 if k ≥ D (k is 5, and D is 2 or 3): set --spectral-k 1.
 And the "pre-trained" classifier behind Z_P is random. --teacher-head initial leaves it so; --teacher-head probe first
-fits a linear probe on the frozen encoder's features, and teacher and student both start from it. The two together leave
-L_SVDR without effect on two classes: a probe's two logits are each other's negative, Z_F has rank 1, and stays so.
+fits a linear probe on the frozen encoder's features, and teacher and student both start from it. With a probe, L_SVDR
+has no effect on two classes, with any k: a probe's two logits are each other's negative, so Z_F keeps rank 1.
 
 How to run
     python finetune_bert_l_sst2.py                BERT-large on SST-2 with a GPU and the hub, else MiniLM on the demo
@@ -36,8 +36,8 @@ What comes out, in --output-dir
 The state that scores best on a held-out part of the training data (the demo has a file of its own) is kept; the
 evaluation sets are read once, at the end.
 
-Read from top to bottom: arguments, data, adapters and objective, the training loop, the stages of a run, main. What is
-not the method has a file of its own in common/.
+Read from top to bottom: arguments, data, adapters and objective, the training loop, the stages of a run, main.
+Everything that is not the method stands in common/.
 """
 
 import json
@@ -155,7 +155,7 @@ TARGET_MODULES += ["c_attn", "c_fc", "c_proj"]
 
 @dataclass
 class DataArguments:
-    """What is trained, on what."""
+    """The model, its data, and the output folder."""
 
     config: str | None = option(
         None, "YAML file with any of these options by name; the command line overrides it", first=True
@@ -197,7 +197,7 @@ class DataArguments:
 
 @dataclass
 class AdapterArguments(train.AdapterArguments):
-    """What is trained of the model; the classifier is, with every method."""
+    """The part of the model that is trained; every method trains the classifier too."""
 
     method: Literal["full", "lora", "pissa", "ba-lora"] = option(
         "ba-lora", "what to train beside the classifier", first=True
@@ -225,7 +225,7 @@ class RegularizerArguments(train.RegularizerArguments):
 
 @dataclass
 class OptimizationArguments(train.OptimizationArguments):
-    """How it is trained."""
+    """Length and optimizer of the training."""
 
     epochs: float = option(3.0, "passes over the data", first=True)
     batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one", first=True)
@@ -247,7 +247,7 @@ class OptimizationArguments(train.OptimizationArguments):
 
 @dataclass
 class InterruptionArguments(train.InterruptionArguments):
-    """What is kept of a run that does not end; a run that ends deletes its checkpoints."""
+    """Checkpoints, and how an interrupted run goes on; a run that ends deletes its checkpoints."""
 
     save_steps: int = option(500, "optimizer steps between two checkpoints; 0: none, except after a signal")
 
@@ -258,7 +258,7 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
 ):
     """Everything that a run is told."""
 
-    loss_weights = None  # no option: of each class, as `load_data` counts them for --class-weights
+    loss_weights = None  # no option: the weight of each class, which `load_data` computes for --class-weights
 
 
 def resolve_arguments(argv: list[str]) -> Arguments:
@@ -324,14 +324,14 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def default_experiment() -> tuple[Path, str]:
-    """The experiment of a command line that names none, and why it is that one."""
+    """The experiment for a command line that names none, and the reason for the choice."""
     if choose_device().type == "cpu":
         return DEMO_EXPERIMENT, "no CUDA GPU, so the demo instead of BERT-large on SST-2"
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(HUB_MODEL, timeout=10)
-    except Exception:  # offline mode, no network, a proxy's page: each has its own kind
+    except Exception:  # offline mode, no network and a proxy's page raise different kinds
         return DEMO_EXPERIMENT, "the model hub cannot be reached, so the demo instead of BERT-large on SST-2"
     return HUB_EXPERIMENT, "a CUDA GPU and the model hub"
 
@@ -349,7 +349,7 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def add_trainable(model: "transformers.PreTrainedModel", args: Arguments) -> "transformers.PreTrainedModel":
-    """Makes `model` ready to train by --method, in place: adapters in the encoder, the head as it is."""
+    """Makes `model` ready to train by --method, in place: adapters in the encoder, a head that is trained whole."""
     add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
     for name in head_modules(model):
         model.get_submodule(name).requires_grad_(True)
@@ -395,7 +395,7 @@ def nlu_objective(
         terms["diversity"] = covariance_loss(logits)
         loss = loss + args.lambda_diversity * factor * terms["diversity"]
     if args.lambda_spectral > 0 and not regression and args.spectral_k < logits.shape[1]:
-        acts = args.spectral_k < len(logits)  # in an epoch's last batch, where that is too small, it is the constant -1
+        acts = args.spectral_k < len(logits)  # in a last batch of at most k examples the term is the constant -1
         terms["spectral"] = spectral_loss(logits, args.spectral_k, "nuclear") if acts else -logits.new_ones(())
         if acts:
             loss = loss + args.lambda_spectral * factor * terms["spectral"]
@@ -409,12 +409,12 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
     if num_classes == 1:
         return "note: regression: consistency is a mean squared error of predictions; L_DR and L_SVDR are off"
     if args.lambda_spectral > 0 and args.teacher_head == "probe" and num_classes == 2:
-        # The probe's logits add up to 0, and the gradients of all terms with respect to the two do too.
+        # The probe's two logits add up to 0, and so do every term's gradients with respect to them.
         return (
             "note: L_SVDR is the constant -1 with every k: a probe's logits on two classes are each other's negative, "
             "and training keeps them so; with --teacher-head initial --spectral-k 1 it acts"
         )
-    # Centred as a probe's are, the logits of D classes have rank D − 1: k = D − 1 takes in all of it.
+    # A probe's logits on D classes are centred and have rank D − 1, so k = D − 1 covers all singular values.
     rank = min(num_classes - (args.teacher_head == "probe"), args.batch_size)
     if args.lambda_spectral > 0 and args.spectral_k >= rank:
         from_probe = args.spectral_k < min(num_classes, args.batch_size)
@@ -450,10 +450,10 @@ def fit(
 
     Args:
         examples: encoded, with `labels`, and for BA-LoRA `teacher_logits`.
-        validate: gives the score of the model as it is; the model ends in its best state, which may be that before
-            training. None: in its last.
-        quiet: neither a bar nor a log nor checkpoints.
-        checkpoint: the one to go on from.
+        validate: returns the model's present score. The model ends in its best state, which may be the state before
+            training; None: in its last state.
+        quiet: no bar, no log and no checkpoints.
+        checkpoint: the checkpoint to go on from.
     """
     accelerator, steps = accelerator or start_ranks(args), accumulation(args, checkpoint)
     order = partial(by_length, examples, args.batch_size * steps * accelerator.num_processes, args.seed)
@@ -504,7 +504,7 @@ def fit(
 
 
 def by_length(examples: list[dict[str, Any]], size: int, seed: int, epoch: int) -> list[int]:
-    """An epoch's order: examples of like length together, within `size` of a step the longest first."""
+    """An epoch's order: steps of `size` examples of similar length, in each step the longest example first."""
     lengths = [len(example["input_ids"]) for example in examples]
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -524,7 +524,7 @@ def is_validation_due(training: Training, per_epoch: int) -> bool:
 
 
 def model_path(args: Arguments) -> str:
-    """What --model names; 'demo' is the embedded encoder."""
+    """The hub name or folder of --model; 'demo' is the embedded encoder."""
     if args.model != "demo":
         return args.model
     from data import sentiment
@@ -536,11 +536,11 @@ def model_path(args: Arguments) -> str:
 
 
 def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, transformers.PretrainedConfig]":
-    """The tokenizer, and the configuration of the model with a head of `num_classes`; reads no weights.
+    """The tokenizer, and the configuration of the model with a head of `num_classes`; reads no weights. Fills in the
+    target modules of `args`.
 
     Raises:
-        UserError: not a readable checkpoint, or one whose head, targets or positions do not fit `args`, which also gets
-            its target modules here.
+        UserError: not a readable checkpoint, or its head, targets or positions do not fit `args`.
     """
     check_checkpoint(path)
     tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
@@ -580,19 +580,19 @@ class Base:
     path: str
     tokenizer: "transformers.PreTrainedTokenizerBase"
     config: "transformers.PretrainedConfig"
-    shift: float = 0.0  # of the numbers to predict; see Data
+    shift: float = 0.0  # shift and unit of the numbers to predict; see Data
     unit: float = 1.0
 
 
 def inspect_base(args: Arguments, data: Data) -> Base:
-    """What --model names, with a classifier for `data`, which gets the scale that it is trained in; see
-    `load_tokenizer`."""
+    """The model of --model with a classifier for `data`; see `load_tokenizer`. Standardizes numbers to predict, in
+    place."""
     path = model_path(args)
     tokenizer, config = load_tokenizer(args, path, data.num_outputs)
     if data.is_regression:
         with torch.device("meta"):
             layer = final_linear(transformers.AutoModelForSequenceClassification.from_config(config))
-        data.standardize(centre=layer.bias is not None)  # without bias the layer cannot give the mean back
+        data.standardize(centre=layer.bias is not None)  # a layer without bias cannot restore the mean
     else:
         config.id2label = dict(enumerate(data.class_names))
         config.label2id = {name: number for number, name in enumerate(data.class_names)}
@@ -600,10 +600,10 @@ def inspect_base(args: Arguments, data: Data) -> Base:
 
 
 def load_pretrained(args: Arguments, base: Base, device: torch.device) -> "transformers.PreTrainedModel":
-    """The model before training, on its device: the teacher, and what the linear probes read."""
+    """The model before training, on its device: the teacher, and the encoder of the linear probes."""
     model = load_classifier(base.path, base.config, args.seed, args.model_revision)
     model.to(device)
-    if model.has_trained_head:  # it gives the units of the file
+    if model.has_trained_head:  # the trained head predicts in the units of the file
         rescale_outputs(model, -base.shift / base.unit, 1 / base.unit)
     if num_ranks() == 1 or dist.get_rank() == 0:
         if model.new_modules:
@@ -614,23 +614,23 @@ def load_pretrained(args: Arguments, base: Base, device: torch.device) -> "trans
 
 
 def sizes(args: Arguments, data: Data) -> str:
-    """What the run is: its examples, its classes, and what may not be meant."""
+    """The run's examples and classes, and notes on data that may not be as the user means it."""
     counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
     train_size, select_size = len(data.train), len(data.validation)
     line = f"{args.model}: {train_size} examples to train on, {select_size} to select by; to test: {counts}"
     return "\n".join([line, data.counts(), *data.notes])
 
 
-Scores = dict[str, dict[str, Any]]  # of each test set, by what is scored
+Scores = dict[str, dict[str, Any]]  # by test set, then by method or probe
 
 
 def probe_encoder(
     model: "transformers.PreTrainedModel", data: Data, collator: Collator
 ) -> tuple[Outputs, tuple[Tensor, Tensor], Scores]:
-    """What the frozen encoder knows already: two linear probes, fitted on the training examples.
+    """Scores the frozen encoder by two linear probes, fitted on the training examples.
 
     Returns:
-        the model's outputs on the training examples; the probe of what the final layer is given, weight and bias; the
+        the model's outputs on the training examples; the probe of the final layer's inputs, weight and bias; the
         scores of this `probe` on every test set, and those of `probe_mean_states`, which reads the mean hidden states.
     """
     outputs = run_model(model, data.train.examples, collator, title="pre-trained model")
@@ -652,7 +652,7 @@ def probe_encoder(
 def start_head(
     model: "transformers.PreTrainedModel", args: Arguments, probe: tuple[Tensor, Tensor], outputs: Outputs
 ) -> np.ndarray:
-    """Gives `model` the head that --teacher-head names, in place; the teacher's logits of the training examples."""
+    """Gives `model` the head that --teacher-head names; returns the teacher's logits of the training examples."""
     if args.teacher_head == "initial":
         return outputs.logits
     set_head(model, probe)
@@ -660,7 +660,7 @@ def start_head(
 
 
 def count_parameters(model: "transformers.PreTrainedModel") -> tuple[int, int]:
-    """How many are trained outside of the head, and how many the head has."""
+    """How many parameters are trained outside of the head, and how many the head has."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     modules = map(model.get_submodule, head_modules(model))
     head = sum(parameter.numel() for module in modules for parameter in module.parameters())
@@ -668,11 +668,11 @@ def count_parameters(model: "transformers.PreTrainedModel") -> tuple[int, int]:
 
 
 def validation_score(model: "transformers.PreTrainedModel", data: Data, collator: Collator) -> float:
-    """The first metric; −∞ where a logit is NaN or Inf, and where all examples are given the same number."""
+    """The first metric; −∞ if a logit is NaN or Inf, or if the model predicts one number for all examples."""
     logits = run_model(model, data.validation.examples, collator).logits
     if not np.isfinite(logits).all():
         return -math.inf
-    if data.is_regression and np.ptp(logits) < 1e-6:  # of standardized labels: a correlation with noise
+    if data.is_regression and np.ptp(logits) < 1e-6:  # in standardized units; the metric would correlate with noise
         return -math.inf
     return metric(data.metrics[0], predictions(logits), np.asarray(data.validation.labels))
 
@@ -698,7 +698,7 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
         conv1d: the layers that `linear_for_conv1d` has replaced.
 
     Raises:
-        RunStopped: the disk does not take them.
+        RunStopped: the files cannot be written.
     """
     rescale_outputs(model, base.shift, base.unit)
     output_dir, source = Path(args.output_dir), base.path
@@ -720,7 +720,7 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
 
 
 def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
-    """The summary for the terminal: a row per evaluation set and metric, then what lies behind the first set's."""
+    """The summary for the terminal: a row per evaluation set and metric, then the first set's confusion matrix."""
     table = score_table(summary["results"], args.method, data.metrics, data.class_names)
     lines = [
         "",
@@ -813,14 +813,14 @@ def run(args: Arguments, data: Data, started: float) -> None:
         "seconds": round(time.time() - started, 1),
     }
     export(model, args, base, conv1d)
-    # Last of all files: a run that has it is done, and goes on no more.
+    # results.json is written last: a run that has it is finished and is not resumed.
     write_whole(Path(args.output_dir) / "results.json", json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(Path(args.output_dir) / "checkpoints", ignore_errors=True)
     print(report(summary, data, args))
 
 
 def dry_run(args: Arguments, data: Data) -> str:
-    """What a run with these arguments would be: configuration, examples and classes, parameters, steps."""
+    """Describes a run with these arguments: configuration, examples and classes, parameters, steps."""
     base = inspect_base(args, data)
     notes = [note] if (note := note_on_regularizers(args, data.num_outputs)) else []
     examples = encode(base.tokenizer, base.config, data.train.texts, WHOLE)

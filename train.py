@@ -20,7 +20,7 @@ What comes out, in --output-dir
     metrics.jsonl   one line per logging step and validation; the same in tensorboard/
 
 Read from top to bottom: arguments, adapters, regularizers, objective, data, model, the training loop, the stages of
-a run, main. What is not the method has a file of its own in common/.
+a run, main. Everything that is not the method stands in common/.
 """
 
 import contextlib
@@ -111,7 +111,7 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class DataArguments:
-    """What is trained, on what."""
+    """The model, its data, and the output folder."""
 
     config: str | None = option(
         None, "YAML file with any of these options by name; the command line overrides it", first=True
@@ -154,7 +154,7 @@ class DataArguments:
 
 @dataclass
 class AdapterArguments:
-    """What is trained of the model."""
+    """The part of the model that is trained."""
 
     method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
     rank: int = option(128, "adapter rank r", first=True)
@@ -183,7 +183,7 @@ class RegularizerArguments:
 
 @dataclass
 class TermArguments:
-    """What the terms have for language models alone; None: the formulation's published value."""
+    """The terms' options for language models alone; None: the formulation's published value."""
 
     regularize: bool = option(False, "add the terms to --method lora or pissa; ba-lora is pissa with them")
     mask_target: bool = option(False, "L_CR without the target token: both distributions over the others, renormalised")
@@ -193,7 +193,7 @@ class TermArguments:
 
 @dataclass
 class BatchArguments:
-    """What one step takes; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
+    """The size of one step; the defaults are the paper's, for 8 GPUs: 4 x 4 x 8 = 128 sequences."""
 
     batch_size: int = option(
         4, "sequences per device and micro-batch; L_SVDR is the spectrum of one micro-batch", first=True
@@ -203,7 +203,7 @@ class BatchArguments:
 
 @dataclass
 class OptimizationArguments:
-    """How it is trained; the defaults are the paper's."""
+    """Length and optimizer of the training; the defaults are the paper's."""
 
     epochs: float = option(1.0, "passes over the data", first=True)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
@@ -217,7 +217,7 @@ class OptimizationArguments:
 
 @dataclass
 class InterruptionArguments:
-    """What is kept of a run that does not end."""
+    """Checkpoints, and how an interrupted run goes on."""
 
     resume: bool = option(
         False,
@@ -324,8 +324,8 @@ class LoRALinear(nn.Module):
     LoRA (arXiv 2106.09685):   ΔW = s·B A,  A Kaiming-uniform, B zero.
     PiSSA (arXiv 2404.02948):  ΔW = s·(B A − B₀ A₀),  s·B₀A₀ the best rank-r approximation of W; A, B start at A₀, B₀.
 
-    PiSSA's paper subtracts s·B₀A₀ from W once and for all. Subtracted here instead, W stays the published weight: the
-    pre-trained model is this model with the adapters off, and the trained adapter is a LoRA of rank 2r on W.
+    PiSSA's paper subtracts s·B₀A₀ from W once and for all. Here every forward pass subtracts it, and W stays the
+    published weight: with the adapters off this is the pre-trained model, and the adapter is a LoRA of rank 2r on W.
 
     Attributes:
         base: the layer itself, nn.Linear, (out × in).
@@ -368,7 +368,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        if type(self.base) is not nn.Linear:  # bitsandbytes gives views of its own functions, which nothing may change
+        if type(self.base) is not nn.Linear:  # bitsandbytes returns views, which must not be changed in place
             y = y.clone()
         factors = (self.lora_A, self.lora_B, self.initial_A, self.initial_B)
         return _AddLowRank.apply(y, x, *factors, self.scaling, self.stacked)
@@ -385,10 +385,10 @@ class LoRALinear(nn.Module):
 
 @torch.no_grad()
 def stack_factors(model: nn.Module, hold: bool = True) -> None:
-    """Stacks and casts every adapter's factors once for all passes of an optimizer step; under ZeRO-3 each pass does.
+    """Stacks and casts every adapter's factors once for an optimizer step; under ZeRO-3 each pass stacks its own.
 
     Args:
-        hold: False lets the stacked factors go. This has to be done before the update, which they would not see.
+        hold: False drops the stacked factors. The update needs this: stacked factors would keep the old values.
     """
     dtype = model.get_input_embeddings().weight.dtype
     for layer in adapter_layers(model).values():
@@ -405,7 +405,7 @@ def _stack(A: Tensor, B: Tensor, initial_A: Tensor | None, initial_B: Tensor | N
 class _AddLowRank(torch.autograd.Function):
     """y + s·B'A' x in place of y; keeps x and the low-rank A'x for the backward pass. `stacked` None: stacks anew.
 
-    y: (…, out), x: (…, in). The products run in x's type, the factors' gradients come back in theirs.
+    y: (…, out), x: (…, in). The products run in x's type; each factor's gradient has the factor's type.
     """
 
     @staticmethod
@@ -415,7 +415,7 @@ class _AddLowRank(torch.autograd.Function):
         low_rank = rows @ stacked_A.T  # (tokens, R)
         y.view(-1, y.shape[-1]).addmm_(low_rank, stacked_B.T, alpha=scaling)
         ctx.mark_dirty(y)
-        # Only the trainable half of A'x has a gradient to give.
+        # Only the trainable half of A'x is needed for a gradient.
         ctx.save_for_backward(x, low_rank[:, : len(A)].contiguous(), A, B, initial_A, initial_B)
         ctx.scaling, ctx.stacked = scaling, stacked
         return y
@@ -439,8 +439,8 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     With W = U S Vᵀ: A₀ = (S_r/s)^{1/2} V_rᵀ, B₀ = U_r (S_r/s)^{1/2} (arXiv 2404.02948, eq. 2 and 3, where s = 1; for
     other s this is PEFT's reading, under which the residual W − s·B₀A₀ does not depend on alpha).
 
-    The leading singular vectors are the leading eigenvectors of the smaller Gram matrix, several times cheaper than the
-    whole decomposition. Squaring loses what lies below σ₁·√ε: where σ_r comes within two digits of that in fp32, fp64.
+    The leading singular vectors are the leading eigenvectors of the smaller Gram matrix, which is several times cheaper
+    than a full SVD. Squaring loses singular values below σ₁·√ε: if σ_r is below 100 times that in fp32, fp64 is used.
     """
     W = weight.detach().float()
     wide = W if W.shape[0] <= W.shape[1] else W.T  # (n, m), n ≤ m
@@ -448,7 +448,7 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     if eigenvalues[-rank] < 1e4 * torch.finfo(torch.float32).eps * eigenvalues[-1]:
         _, vectors = torch.linalg.eigh(wide.double() @ wide.double().T)
     basis = vectors[:, -rank:].to(W.dtype)
-    # Exact within the basis, so that values and balance do not carry the squared rounding.
+    # An exact SVD within the basis keeps the rounding error of the squares out of the factors.
     rotation, S, Vh = torch.linalg.svd(basis.T @ wide, full_matrices=False)
     root = (S / scaling).sqrt()
     left, right = (basis @ rotation) * root, root[:, None] * Vh
@@ -518,7 +518,7 @@ def add_adapters(
     elif method != "lora":
         factors = _principal_factors_of_all(list(found.values()), rank, alpha / rank, cache)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
-    # `factors` first: zip then runs it to its end, where it gives the threads back.
+    # `factors` comes first, so that zip exhausts the generator, which frees its threads at its end.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LoRALinear(module, rank, alpha, pair))
@@ -556,7 +556,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor]) -> nn.Module:
-    """`add_adapters` with the factors of `tensors` (see `trained_tensors`) in them, in place; returns `model`."""
+    """Adds adapters and loads the factors in `tensors` (see `trained_tensors`), in place; returns `model`."""
     initial = checkpoints.initial_factors(tensors)
     method = "lora" if args.method != "full" and not initial else args.method
     device = next(iter(model.parameters())).device
@@ -569,8 +569,8 @@ def attach_adapters(model: nn.Module, args: Arguments, tensors: dict[str, Tensor
 
 @torch.no_grad()
 def round_factors(model: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds adapters and PiSSA's frozen factors alike to `dtype`, in which DeepSpeed starts what it trains: rounded
-    apart, B A − B₀A₀ would not be zero at the start."""
+    """Rounds the adapters and PiSSA's frozen factors to `dtype`, the type in which DeepSpeed starts its parameters. If
+    the frozen factors were not rounded too, B A − B₀A₀ would not be zero at the start."""
     for layer in adapter_layers(model).values():
         for factor in (layer.lora_A, layer.lora_B, layer.initial_A, layer.initial_B):
             if factor is not None:
@@ -590,8 +590,8 @@ def consistency_loss(
 
     Args:
         student_logits, teacher_logits: Z_F and Z_P, (M, V).
-        left_out: one token of each row, (M,), that is taken out of both distributions, which are then renormalised;
-            with --mask-target the target. None: no token, as published.
+        left_out: one token per row, (M,), that is removed from both distributions before they are renormalised: the
+            target with --mask-target. None: no token, as published.
     """
     student, teacher = (_at_least_fp32(logits) / temperature for logits in (student_logits, teacher_logits))
     if left_out is not None:  # a finite number, because the divergence of two infinite logits is NaN
@@ -613,7 +613,7 @@ def topk_entropy_loss(logits: Tensor, top_k: int | None) -> Tensor:
 
     Args:
         logits: Z_F, (M, V).
-        top_k: K, at most V of them are taken; None: the whole vocabulary (`arxiv2024`).
+        top_k: K; above V it counts as V. None: the whole vocabulary (`arxiv2024`).
     """
     logits = _at_least_fp32(logits)
     if top_k is not None:
@@ -645,13 +645,13 @@ def spectral_loss(logits: Tensor, k: int, norm: str) -> Tensor:
     logits = _at_least_fp32(logits)
     if logits.numel() == 0:
         return logits.sum() * 0.0
-    if not torch.isfinite(logits).all():  # the decomposition may raise an error for them
+    if not torch.isfinite(logits).all():  # the decomposition may raise an error for NaN or Inf
         return logits.sum() * math.nan
     sigma = torch.linalg.svdvals(logits)  # (min(M, V),)
     noise = 4 * len(sigma) ** 0.5 * torch.finfo(sigma.dtype).eps * sigma[0].detach()
     sigma = torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
     if norm == "frobenius":
-        # From the values, not the entries: the gradient of both then runs through one decomposition.
+        # The norm is computed from the singular values, so that both gradients run through one decomposition.
         total = sigma.square().sum()
         total = torch.where(total > 0, total, torch.ones_like(total)).sqrt()
     elif norm == "nuclear":
@@ -671,7 +671,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def schedule_factor(schedule: str, progress: float, warmup_fraction: float) -> float:
-    """What a weight λ is multiplied with at `progress`, the fraction of training done in [0, 1] (the authors' code).
+    """The factor of a weight λ at `progress`, the fraction of training done, in [0, 1] (the authors' code).
 
     constant: 1. cosine: 1 to 0.1. two_phase: 0 for the first 20 %, a linear ramp over the next 5 %, then 1.
     linear_warmup, quadratic_warmup: rises over `warmup_fraction`. adaptive depends on the teacher: see `objective`.
@@ -696,7 +696,7 @@ def adaptive_factor(confidence: Tensor) -> Tensor:
 
 
 def teacher_confidence(teacher_logits: Tensor) -> Tensor:
-    """1 − H(softmax(Z_P)) / ln V for each row of Z_P (M, V): 0 knows nothing, 1 is certain. Returns (M,)."""
+    """1 − H(softmax(Z_P)) / ln V for each row of Z_P (M, V), from 0 (uniform) to 1 (certain). Returns (M,)."""
     log_p = F.log_softmax(_at_least_fp32(teacher_logits), dim=-1)
     return 1 + (log_p.exp() * log_p).sum(dim=-1) / math.log(teacher_logits.shape[-1])
 
@@ -711,10 +711,10 @@ class Term:
     """One term of the objective: L = L_task + Σ λ·term.
 
     Attributes:
-        function: its value from Z_F (M, V), Z_P (M, V) or None, the targets (M,) and the options of `Arguments`: a
-            mean over rows; where `per_token` is False a value of the whole micro-batch.
+        function: computes the term from Z_F (M, V), Z_P (M, V) or None, the targets (M,) and the run's `Arguments`.
+        per_token: whether the term is a mean over rows; False: one value of the whole micro-batch.
         schedule: the option that names the schedule of its weight.
-        needs_teacher: it is left out where there is no Z_P.
+        needs_teacher: the term is left out where there is no Z_P.
     """
 
     function: Callable[[Tensor, Tensor | None, Tensor, Any], Tensor]
@@ -729,8 +729,8 @@ TERMS: dict[str, Term] = {}
 def term(name: str, **about: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Makes a function a term of the objective. It is logged as `name`; --lambda-`name` is its weight, 0 leaves it out.
 
-    common/chunked.py's FUSED_TERMS lists the terms that the fused objective has. Another one is computed from whole
-    logits beside it. docs/method.md, "Add a term", goes through an example.
+    common/chunked.py's FUSED_TERMS lists the terms that the fused objective has. Every other term is computed from
+    whole logits. docs/method.md, "Add a term", goes through an example.
     """
     if f"lambda_{name}" not in Arguments.__dataclass_fields__:
         raise TypeError(f"the term {name!r} has no weight: add the option lambda_{name} to RegularizerArguments")
@@ -762,7 +762,7 @@ class Regularizers:
     """The terms at one step of training.
 
     Attributes:
-        weights: the λ of each term that is on. Where a schedule makes it 0, the term is reported, without gradient.
+        weights: the λ of each term that is on. While a schedule makes λ 0, the term is reported, without gradient.
         settings: the terms' other options, which `Arguments` names and explains.
     """
 
@@ -789,7 +789,7 @@ class Regularizers:
         return self.settings.consistency_schedule == "adaptive" and "consistency" in self.weights
 
     def adapted(self, confidence: Tensor) -> "Regularizers":
-        """The same with λ₁ scaled by the teacher's `confidence` (M,)."""
+        """These terms with λ₁ scaled by the teacher's `confidence` (M,)."""
         scaled = self.weights["consistency"] * adaptive_factor(confidence)
         return dataclasses.replace(self, weights=self.weights | {"consistency": scaled})
 
@@ -848,7 +848,7 @@ def weighted_terms(
     num_tokens: int | Tensor,
     num_micro_batches: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ λ·term and each term, one micro-batch's part of the step's; the arguments of `objective`."""
+    """One micro-batch's part of the step's Σ λ·term, and of each term. Arguments: see `objective`."""
     loss, values = 0.0, {}
     for name, weight in regularizers.weights.items():
         about = TERMS[name]
@@ -889,7 +889,7 @@ def objective_from_hidden(
         head_weight: E, (V, d), without gradient.
         head_factor: from `head_factor`, (d, d); needed for L_SVDR.
         targets, regularizers, num_tokens, num_micro_batches: see `objective`.
-        memory_mib: what the chunks' buffers may take; the tokens per chunk follow from it (None: see `most_rows`).
+        memory_mib: MiB for the chunks' buffers; it decides the tokens per chunk (None: see `most_rows`).
     """
     if regularizers is None:
         regularizers = Regularizers({}, None)
@@ -933,13 +933,13 @@ def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_
 
 @dataclass
 class PackingCollator:
-    """Makes a micro-batch of examples without padding: laid end to end in one row, each with its own positions.
+    """Makes a micro-batch without padding: the examples lie end to end in one row, each with its own positions.
 
-    What all prompts begin with (the prompt template's head, at least) stands there once, at the front: causal states
-    depend on nothing that follows, so those of a shared beginning are the same in every example.
+    The tokens that all prompts begin with (at least the template's head) stand once, at the front. Causal states do not
+    depend on later tokens, so the states of a shared beginning are the same in every example.
 
-    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints, each with the shared beginning;
-    `shared_length`: tokens of that. `valid_positions`, `targets`: see PaddingCollator.
+    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints that include the shared beginning;
+    `shared_length`: the tokens of the shared beginning. `valid_positions`, `targets`: see PaddingCollator.
     """
 
     share_beginning: bool = True
@@ -969,7 +969,7 @@ class PackingCollator:
 
 
 def shared_beginning(examples: list[dict[str, list[int]]]) -> int:
-    """How many tokens all examples begin with, short of the first position that predicts a response token."""
+    """How many first tokens all examples share, up to the first position that predicts a response token."""
     beginnings = []
     for example in examples:
         first = next((i for i, label in enumerate(example["labels"][1:]) if label != IGNORE_INDEX), 0)
@@ -980,11 +980,11 @@ def shared_beginning(examples: list[dict[str, list[int]]]) -> int:
 
 @dataclass
 class PaddingCollator:
-    """Makes a micro-batch of examples: padded on the right, attention by length. For models that cannot be packed.
+    """Makes a micro-batch that is padded on the right and masked by length, for models that cannot be packed.
 
     `input_ids`, `attention_mask`: (B, L). `valid_positions`: (M,) indices into the flattened (B·L) positions whose next
-    token is a response token. `targets`: (M,) those next tokens. Which token pads never matters: where it is the
-    end-of-sequence token too, the real ones stay attended and learnt.
+    token is a response token. `targets`: (M,) those next tokens. Any token can pad: even if it is the end-of-sequence
+    token, the real end-of-sequence tokens are attended and trained.
     """
 
     pad_token_id: int
@@ -1000,7 +1000,7 @@ class PaddingCollator:
             labels[row, :length] = torch.tensor(example["labels"])
             attention_mask[row, :length] = 1
         next_token = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        # Found here, on the CPU: a boolean mask on the device would make it wait for the count.
+        # The positions are found on the CPU: a boolean mask on the device would make the host wait for the count.
         valid_positions = (next_token != IGNORE_INDEX).nonzero().squeeze(1)
         return {
             "input_ids": input_ids,
@@ -1017,7 +1017,7 @@ class PaddingCollator:
 
 
 class BALoRAModel(nn.Module):
-    """Student, teacher and objective in one forward pass: what `fit` trains, and DDP and DeepSpeed wrap.
+    """Student, teacher and objective in one forward pass: the module that `fit` trains and DDP or DeepSpeed wraps.
 
     The objective is computed without logits where the head is a frozen linear map, else by its definition.
 
@@ -1078,7 +1078,7 @@ class BALoRAModel(nn.Module):
         return self.model.get_output_embeddings()(states(inputs), fused)
 
     def _lacks_on_any_rank(self, teacher: Tensor | None) -> bool:
-        """Whether the teacher's pass is needed: under ZeRO-3, which gathers the weights for it, on all or none."""
+        """Whether the teacher's pass is needed. ZeRO-3 gathers weights in it, so all ranks run it there or none."""
         weight = self.model.get_input_embeddings().weight
         if self.teacher_cache is None or num_ranks() == 1 or not is_partitioned(weight):
             return teacher is None
@@ -1089,7 +1089,7 @@ class BALoRAModel(nn.Module):
     def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states at the valid positions, (M, d)."""
         positions = inputs["valid_positions"]
-        if not self.model.is_gradient_checkpointing:  # whose second pass comes later
+        if not self.model.is_gradient_checkpointing:  # it runs the layer again after the positions are cleared
             self._last_positions.append(positions)
         try:
             states = self.model.get_decoder()(**model_inputs(inputs), use_cache=False).last_hidden_state
@@ -1117,7 +1117,7 @@ class BALoRAModel(nn.Module):
 
 
 def _at_positions(forward: Callable[[Tensor], Tensor], positions: list[Tensor], x: Tensor) -> Tensor:
-    """`forward` at the one tensor of flat positions in `positions`, zeros elsewhere; everywhere where it is empty."""
+    """`forward` at the flat positions in `positions[0]`, zeros elsewhere; at all positions if the list is empty."""
     if not positions:
         return forward(x)
     rows = x.flatten(0, 1)
@@ -1176,7 +1176,7 @@ def fit(
                     loss, terms = training.model(batch, regularizers, num_tokens, num_micro_batches)
                     training.backward(loss, counts)
                 training.record(terms, num_positions(batch), counts, batch["example_ids"])
-            stack_factors(student, hold=False)  # fused in a forward pass, they would hide the update
+            stack_factors(student, hold=False)  # factors that stay stacked would hide the update
             norm = training.clip_gradients()
             if training.is_finite(norm):
                 training.optimizer.step()
@@ -1200,8 +1200,8 @@ def validate(
     collate: Callable[[list[dict]], dict[str, Any]],
     sampler: validation.Sampler | None,
 ) -> bool:
-    """Logs the means over the held-out examples and answers the prompts; whether the loss is the lowest so far. Ends
-    the training where --patience is spent."""
+    """Logs the means over the held-out examples, answers the prompts, and ends the training when --patience is spent.
+    Returns whether the loss is the lowest so far."""
     args, started = training.args, time.monotonic()
     regularizers = Regularizers.at(args, 1.0) if args.has_terms else None
 
@@ -1234,7 +1234,7 @@ class Base:
     Attributes:
         path: the folder or hub name behind --model.
         skeleton: the model on the meta device: shapes only.
-        adapter: what --init-adapter names.
+        adapter: the adapter that --init-adapter names.
         num_adapters: how many layers get an adapter.
         trainable: how many parameters --method trains.
         coverage: which linear layers get an adapter and which do not; see `targets.coverage`.
@@ -1271,7 +1271,7 @@ def inspect_base(args: Arguments) -> Base:
         print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
     if getattr(config, "output_router_logits", False):
         print("note: the router's loss (output_router_logits) is not part of the objective")
-    attention = None if args.dry_run else args.attn_implementation  # which another machine may have
+    attention = None if args.dry_run else args.attn_implementation  # only the run's machine needs to have it
     try:
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(
@@ -1281,7 +1281,7 @@ def inspect_base(args: Arguments) -> Base:
         raise UserError(
             f"cannot make {args.model} as a causal language model with these options: {first_line(error)}"
         ) from error
-    if not getattr(config, "rope_parameters", None):  # rotary positions go on, others are looked up in a table
+    if not getattr(config, "rope_parameters", None):  # rotary positions have no end, a table of positions has one
         pretrained.require_positions(args.model, skeleton, args.max_length)
     adapter = None
     if args.init_adapter is not None:
@@ -1305,7 +1305,7 @@ def inspect_base(args: Arguments) -> Base:
 
 
 def dry_run(args: Arguments, base: Base) -> str:
-    """What a run with these arguments would be: configuration, parameters, memory, disk, steps and tokens."""
+    """Describes a run with these arguments: configuration, parameters, memory, disk, steps and tokens."""
     screen = ""
     try:
         if base.tokenizer is None:
@@ -1324,7 +1324,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         if args.packing:
             tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
         data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
-    except HubError as error:  # the machine of the run may have it
+    except HubError as error:  # the run's machine may have the data
         data = error
     return screen + "\n".join(estimates.report(args, base, data)) + "\n\n" + runs.config_text(args)
 
@@ -1337,7 +1337,7 @@ def is_mixed(args: Arguments) -> bool:
 def encoded(
     args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
 ) -> "tuple[datasets.Dataset, int]":
-    """`build_dataset` of what --data names.
+    """`build_dataset` of the records of --data.
 
     Raises:
         UserError: no example is left, or one cannot be trained on.
@@ -1355,10 +1355,10 @@ def encoded(
 def encode_records(
     args: Arguments, base: Base, records: "datasets.Dataset", accelerator: "Accelerator"
 ) -> "datasets.Dataset":
-    """`encoded`, by the first process for all; shows what is trained.
+    """`encoded`, by the first process for all; prints an example as it is trained.
 
     Raises:
-        UserError: no example is left, or --teacher-cache has no room for their states.
+        UserError: no example is left, or --teacher-cache has no room for the teacher's states.
     """
     with accelerator.main_process_first():
         dataset, _ = encoded(args, base.tokenizer, records)
@@ -1382,7 +1382,7 @@ def load_student(
     """The pre-trained model on its device, with its adapters, ready to train: from `checkpoint` where there is one."""
     transformers.set_seed(args.seed)
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
-    # The masters that full fine-tuning needs; with adapters the base is frozen and its own type is enough.
+    # Full fine-tuning needs fp32 masters. With adapters the base is frozen, and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
     model = pretrained.load_model(args, base.path, load_dtype)
     if args.load_in is None and not any(is_partitioned(parameter) for parameter in model.parameters()):
@@ -1417,8 +1417,8 @@ def make_ready(
     held_out: "datasets.Dataset | None",
     is_main: bool = True,
 ) -> "tuple[BALoRAModel, PackingCollator | PaddingCollator]":
-    """What `fit` trains, and what makes its micro-batches: packed, and with lean activations, where the model can; else
-    says so."""
+    """The module that `fit` trains, and the collator of its micro-batches. Packing and lean activations are used where
+    the model can; a note says why it cannot be packed."""
     everything = validation.together(dataset, held_out)
     obstacle = None
     if args.packing:
@@ -1464,12 +1464,12 @@ def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
 def trained_model(
     args: Arguments, base: Base, training: Training, finished: Path | None
 ) -> "transformers.PreTrainedModel | None":
-    """The model to export, on the first process; None on the others. Every rank has a part to give.
+    """The model to export, on the first process; None on the others. Collective.
 
-    From the published weights, where the trained model holds parts of them or rounded ones.
+    It is rebuilt from the published weights where the trained model holds only parts of them, or rounded ones.
 
     Args:
-        finished: the checkpoint that has it all already, or the best state.
+        finished: the checkpoint to export: a finished training's, or the best state's. None: the model as it is.
     """
     model, is_main = training.trained, training.is_main
     if args.deepspeed is not None or args.load_in is not None:
@@ -1505,13 +1505,12 @@ def export_model(
     """Writes adapter/ and merged/, whole or not at all; the adapters are merged away in `model`.
 
     Args:
-        remedy: how they are written again where this fails.
-        about: the scale of ΔW, which `model` acts with already, and where it comes from; how far the
-            training is, where it has not ended.
+        remedy: tells the user how to write them again if this fails.
+        about: the scale of ΔW (already set in `model`) and its origin; the step, if the training has not ended.
         sample: conversations of training; the exported tokenizers have to give their prompts.
 
     Raises:
-        RunStopped: the disk does not take them, or the files, read back, are not the trained model.
+        RunStopped: the files cannot be written, or are not the trained model when they are read back.
     """
     with runs.written_whole(output_dir, remedy) as staging:
         layers = adapter_layers(model)
@@ -1533,10 +1532,10 @@ def export_model(
 def held_out_examples(
     args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
 ) -> "datasets.Dataset":
-    """For --scale auto: those of --validation-data, or else those that the run held out.
+    """The examples for --scale auto: those of --validation-data, else those that the run held out.
 
     Raises:
-        UserError: there are none, or the run's --data changed, so that others would be held out than before.
+        UserError: there are none, or the run's --data changed, so that other examples would be held out.
     """
     if args.validation_data is not None:
         run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
@@ -1597,7 +1596,7 @@ def export_again(args: Arguments) -> None:
 
 def run(args: Arguments, base: Base, started: float) -> None:
     """A whole run: data, model, training, export. --output-dir is this run's alone."""
-    records = load_training_records(args)  # fills in the template, which is part of what a checkpoint belongs to
+    records = load_training_records(args)  # fills in the template, which a checkpoint's settings must match
     checkpoint = checkpoints.checkpoint_to_resume(args)
     eval_args = validation.arguments_of_validation_data(args)
     eval_records = eval_args and load_training_records(eval_args)

@@ -12,9 +12,9 @@ from common.partitioned import device_of, gathered, shape_of
 
 
 def save_activations(model: "transformers.PreTrainedModel") -> int:
-    """Replaces the forward of gated SiLU MLPs and of frozen RMSNorms by ones that keep half for the backward pass.
+    """Replaces the forward of gated SiLU MLPs and frozen RMSNorms by one that keeps half as much for the backward pass.
 
-    Each is tried against the module's own forward first. Returns how many were replaced.
+    Each replacement is tried against the module's own forward first. Returns how many were replaced.
     """
     # The embedding has the activations' type: adapters are fp32, and quantized weights are stored as integers.
     count, dtype = 0, model.get_input_embeddings().weight.dtype
@@ -40,7 +40,7 @@ def save_activations(model: "transformers.PreTrainedModel") -> int:
 def _lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     product = _SwiGLU.apply(gate, up)
-    # down_proj's adapter would keep the product for its gradient, and it is cheap to have again.
+    # down_proj's adapter would keep the product for its gradient; the product is cheap to compute again.
     kept = gate.detach(), up.detach()
 
     def pack(tensor: Tensor) -> Any:
@@ -58,7 +58,7 @@ def _lean_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate)·up, keeping the two and nothing else."""
+    """silu(gate)·up; keeps only gate and up for the backward pass."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -72,7 +72,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) · weight with a frozen weight, computed in fp32, keeping x and the row's 1 / rms."""
+    """x / rms(x) · weight with a frozen weight, computed in fp32; keeps x and each row's 1 / rms."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):

@@ -20,8 +20,8 @@ class BestState:
         patience: validations in a row without a better score after which training ends.
 
     Attributes:
-        best: the highest score so far. best_step: when; 0 is before training. tensors: the trained tensors then, on the
-            CPU.
+        best: the highest score so far. best_step: the step of that score; 0: before training. tensors: that step's
+            trained tensors, on the CPU.
         has_trained: whether a state after step 0 had a score.
     """
 
@@ -35,8 +35,8 @@ class BestState:
         return self.vain >= self.patience
 
     def update(self, score: float, step: int, model: nn.Module) -> None:
-        """Keeps the model's state where its score, the same on all ranks, is the best so far; −∞ is no score. A trained
-        state that is as good as the one before training is taken."""
+        """Keeps the model's state if its score, the same on all ranks, is the best so far; −∞ is no score. A trained
+        state that ties with the state before training replaces it."""
         self.has_trained |= step > 0 and score > -math.inf
         if score > self.best or (score == self.best > -math.inf and self.best_step == 0):
             self.best, self.best_step, self.vain = score, step, 0
@@ -45,13 +45,13 @@ class BestState:
             self.vain += 1
 
     def for_checkpoint(self) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
-        """The file that a checkpoint has of it: tensors and metadata by name."""
+        """The best state as a file of a checkpoint: tensors and metadata by name."""
         summary = {"best": repr(self.best), "best_step": str(self.best_step), "vain": str(self.vain)}
         summary["has_trained"] = str(self.has_trained)
         return {BEST_TENSORS: (self.tensors, summary)}
 
     def load(self, checkpoint: Path) -> None:
-        """Goes on from what a checkpoint has."""
+        """Goes on from the best state in a checkpoint."""
         with safe_open(checkpoint / BEST_TENSORS, "pt") as file:
             summary = file.metadata()
         self.tensors = load_file(checkpoint / BEST_TENSORS)

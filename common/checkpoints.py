@@ -37,10 +37,10 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Progress:
-    """How far a training is: optimizer steps, those left out for NaN or Inf, seconds of training, the log.
+    """How far a training is: optimizer steps, skipped steps (NaN or Inf), seconds of training, the log.
 
     Attributes:
-        window: what the next line of the log has gathered so far: the loss, sums, steps and seconds.
+        window: the values for the next line of the log so far: the loss, sums, steps and seconds.
     """
 
     max_steps: int
@@ -59,8 +59,8 @@ class Progress:
 def trained_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Trainable parameters in full precision and PiSSA's frozen factors, whole, on the CPU.
 
-    Collective, one parameter at a time: no device holds two of them whole. Without `keep` nothing is returned, for a
-    rank that only gives its parts.
+    Collective, one parameter at a time: no device holds two of them whole. Without `keep` nothing is returned: such a
+    rank only contributes its parts.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -79,7 +79,7 @@ def _initial_factors_in(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def is_held_in_parts(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's optimizer has the parameter: a copy in fp32 and its moments, each rank a part."""
+    """Whether DeepSpeed's optimizer holds the parameter: an fp32 copy and its moments, partitioned among the ranks."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 
 
@@ -97,7 +97,7 @@ def load_trained_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts `trained_tensors` of a model of the same shape into `model`.
 
     Raises:
-        KeyError: one is missing.
+        KeyError: a tensor is missing.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -129,12 +129,12 @@ def state_file(folder: Path, key: str) -> Path:
 def optimizer_tensors(
     model: nn.Module, optimizer: Any, *, keep: bool = True
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """For each of STATE, its tensors of all trained parameters, whole, on the CPU.
+    """For each key of STATE, the tensors of all trained parameters, whole, on the CPU.
 
-    Collective, one parameter at a time. Without `keep` they are empty, for a rank that only gives its parts.
+    Collective, one parameter at a time. Without `keep` they are empty: such a rank only contributes its parts.
 
     Args:
-        optimizer: torch's, or DeepSpeed's around it.
+        optimizer: torch's optimizer, or DeepSpeed's wrapper of it.
     """
     _link_moments(optimizer)
     for key in STATE:
@@ -150,7 +150,7 @@ def _whole_state(parameter: Tensor, optimizer: Any, key: str) -> Tensor | None:
     """None where the parameter has never had a gradient."""
     if not is_held_in_parts(parameter):
         return optimizer.state[parameter].get(key)
-    if key == "step":  # one for all parameters of a part
+    if key == "step":  # all parameters of a partition have one step count
         return torch.tensor(float(max(state["step"] for state in optimizer.optimizer.state.values())))
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -158,9 +158,9 @@ def _whole_state(parameter: Tensor, optimizer: Any, key: str) -> Tensor | None:
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Puts what `optimizer_tensors` gave, and is now in `folder`, into the optimizer; each rank takes its part.
+    """Loads the tensors of `optimizer_tensors` from `folder` into the optimizer; each rank takes its part.
 
-    DeepSpeed also keeps the parameters in full precision, shared out among the ranks. Each rank gets its part of them.
+    DeepSpeed also keeps the parameters in full precision, partitioned among the ranks. Each rank loads its part.
     """
     files = {key: safe_open(state_file(folder, key), "pt") for key in STATE}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -187,7 +187,7 @@ def _make_empty_state(zero: Any, step: Tensor) -> None:
     """Gives DeepSpeed's optimizer the state that it otherwise makes in its first step: moments of zero, at `step`."""
     places = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
     parts = next(getattr(zero, name) for name in places if hasattr(zero, name))  # ZeRO-3; ZeRO-2; bf16 without ZeRO
-    is_torch = isinstance(zero.optimizer, torch.optim.AdamW)  # DeepSpeed's own count by a plain number
+    is_torch = isinstance(zero.optimizer, torch.optim.AdamW)  # DeepSpeed's own optimizers count steps by an int
     for part in parts:
         moments = {key: torch.zeros_like(part) for key in STATE[1:]}
         zero.optimizer.state[part] = {"step": step.clone() if is_torch else int(step), **moments}
@@ -195,15 +195,15 @@ def _make_empty_state(zero: Any, step: Tensor) -> None:
 
 
 def _link_moments(zero: Any) -> None:
-    """Lets ZeRO-2 tell each parameter where its moments are. By itself it does so once, after the first group's first
-    step, when those of the other groups are not there yet."""
+    """Lets ZeRO-2 tell each parameter where its moments are. By itself ZeRO-2 does so once, after the first group's
+    first step, when the moments of the other groups do not exist yet."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
 def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
-    """Puts this rank's part of a whole tensor to its place: of a moment, or without `key` of the parameter itself."""
+    """Loads this rank's part of a whole tensor into the moment `key`, or without `key` into the parameter itself."""
     from deepspeed import utils
 
     if not hasattr(parameter, "ds_tensor"):
@@ -212,14 +212,14 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
         else:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         return
-    size = parameter.ds_tensor.numel()  # the last rank's is filled up
+    size = parameter.ds_tensor.numel()  # the last rank's part is padded
     first = size * dist.get_rank()
     part = value.flatten()[first : first + size]
     part = F.pad(part, (0, size - part.numel()))
     if key is None:
         utils.safe_set_local_fp32_param(parameter, part)
-        parameter.ds_tensor.data.copy_(part)  # what the passes gather
-        if parameter.data.numel() == value.numel():  # a small one, which every rank keeps whole
+        parameter.ds_tensor.data.copy_(part)  # the forward and backward passes gather this copy
+        if parameter.data.numel() == value.numel():  # every rank keeps a small parameter whole
             parameter.data.copy_(value)
     else:
         utils.safe_set_local_optimizer_state(parameter, part, key)
@@ -230,7 +230,7 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-# What these options name may be moved. What is there must stay the same: `require_same_contents` compares it.
+# The paths in these options may change, their contents may not: `require_same_contents` compares the contents.
 NAMES_OF_CONTENTS = {"model", "data", "validation_data", "test_data"}
 
 
@@ -243,7 +243,7 @@ def require_same_contents(checkpoint: Path | None, contents: Mapping[str, str], 
     """Raises a UserError where the data or the base model are not those that the checkpoint was trained with.
 
     Args:
-        contents: digests by what they are of. accept_changes: the user insists.
+        contents: digests by name, such as "data". accept_changes: the user insists.
     """
     if checkpoint is None:
         return
@@ -260,7 +260,7 @@ def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str
     """The settings that must be the same for a run to go on from a checkpoint.
 
     Args:
-        micro_batches: how many an optimizer step has on all processes together.
+        micro_batches: micro-batches of an optimizer step, on all processes together.
     """
     left_out = NOT_IDENTITY | NAMES_OF_CONTENTS
     identity = {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
@@ -271,9 +271,9 @@ FOLLOWING = ("gradient_accumulation", "micro_batches")  # what `accumulation` co
 
 
 def write_checkpoint(training: Any) -> None:
-    """Writes a checkpoint of a `Training`, whole or with a warning not at all; deletes those beyond --keep-checkpoints.
-
-    Each rank gives its parts of all tensors, whatever becomes of the first one's files: else the others would wait.
+    """Writes a checkpoint of a `Training`, whole or not at all (with a warning); deletes those beyond
+    --keep-checkpoints. Each rank contributes its parts of all tensors even if the first rank fails to write its files:
+    otherwise the other ranks would wait for ever.
     """
     args, progress = training.args, training.progress
     folder = Path(args.output_dir) / "checkpoints"
@@ -286,7 +286,7 @@ def write_checkpoint(training: Any) -> None:
         if training.is_main and not problems:
             try:
                 part()
-            except (OSError, RuntimeError, SafetensorError) as error:  # each writer has its own for a full disk
+            except (OSError, RuntimeError, SafetensorError) as error:  # each writer reports a full disk differently
                 problems.append(first_line(error))
 
     def begin() -> None:
@@ -321,7 +321,7 @@ def write_checkpoint(training: Any) -> None:
 
 
 def _seal(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes the manifest, and everything through to the disk: what is renamed after this is complete."""
+    """Writes the manifest and flushes everything to disk: a folder that is renamed after this is complete."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     made = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = folder / MANIFEST
@@ -412,11 +412,11 @@ def newest_checkpoint(
 
 
 def checkpoint_to_resume(args: Any) -> Path | None:
-    """What --resume goes on from; None: from the start.
+    """The checkpoint that --resume goes on from; None: from the start.
 
     Raises:
-        UserError: there are complete checkpoints, and all are another run's: starting anew would delete them. Or this
-            number of processes cannot go on from it.
+        UserError: all complete checkpoints are another run's, and starting anew would delete them; or this number of
+            processes cannot go on from the checkpoint.
     """
     if not args.resume:
         return None
@@ -438,11 +438,11 @@ def checkpoint_to_resume(args: Any) -> Path | None:
 
 
 def accumulation(args: Any, checkpoint: Path | None) -> int:
-    """Micro-batches per optimizer step and process: as many on all together as the run of `checkpoint` has.
+    """Micro-batches per optimizer step and process; all processes together have as many as the run of `checkpoint`.
 
     Raises:
-        UserError: its micro-batches cannot be shared out equally, or --gradient-accumulation is neither that run's nor
-            what follows.
+        UserError: that run's micro-batches cannot be divided equally among the processes, or --gradient-accumulation is
+            neither that run's nor the quotient.
     """
     if checkpoint is None:
         return args.gradient_accumulation
@@ -463,7 +463,7 @@ def accumulation(args: Any, checkpoint: Path | None) -> int:
 
 
 def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
-    """Whether a run's checkpoint is of its last step, of all or by `patience`: only the export is missing."""
+    """Whether a checkpoint ends its run, by the last step or by `patience`, so that only the export is missing."""
     if checkpoint is None:
         return False
     progress = load_progress(checkpoint)
@@ -471,7 +471,7 @@ def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
 
 
 def way_to_export(args: Any) -> str:
-    """How a training that has just ended is exported where that failed: its end may have no checkpoint."""
+    """The user's remedy if the export failed after a training; the end of the training may have no checkpoint."""
     newest = newest_checkpoint(args.output_dir)
     if is_complete(newest, args.patience):
         return f"give the same command with --resume, or train.py --export-from {args.output_dir}"
@@ -479,7 +479,7 @@ def way_to_export(args: Any) -> str:
 
 
 def best_checkpoint(history: Sequence[Mapping[str, float]], folders: list[Path]) -> Path | None:
-    """Of these checkpoints the one of the lowest validation loss in a run's log, the earliest such; None of none."""
+    """The checkpoint with the lowest validation loss in a run's log, the earliest of equals; None without any."""
     losses = {step: loss for step, loss in losses_by_step(history).items() if math.isfinite(loss)}
     validated = {int(folder.name.partition("-")[2]): folder for folder in folders}
     steps = sorted(validated.keys() & losses.keys())

@@ -14,7 +14,7 @@ from torch import Tensor
 from common import token_kernel
 from common.chunks import blocks, chunks, top_k
 
-FUSED_TERMS = ("consistency", "diversity", "spectral")  # of train.py's TERMS, the ones that are computed here
+FUSED_TERMS = ("consistency", "diversity", "spectral")  # the terms of train.py's TERMS that are computed here
 
 
 class WithGradient(torch.autograd.Function):
@@ -102,7 +102,7 @@ def token_sums(
             return _token_sums(*given, fused=True)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler's, for other shapes than the trial's
+        except Exception as error:  # the compiler may fail on shapes that the trial did not have
             token_kernel.give_up(error)
     return _token_sums(*given, fused=False)
 
@@ -118,7 +118,7 @@ def _token_sums(
     memory_mib: float | None,
     fused: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`token_sums`, by the fused kernels or plainly."""
+    """`token_sums`, by the fused kernels or in plain torch."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(4, dtype=dtype, device=hidden.device)
     gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
@@ -146,8 +146,8 @@ def plain_token_terms(
 ) -> None:
     """Adds one block's L_task, L_CR and L_DR, summed over its tokens, to `sums`; z becomes the gradient of all three.
 
-    Overwrites `z` and `teacher`, (m, V): next to the two there is one more buffer of their size, and nothing else.
-    With --mask-target both softmax of L_CR are over the tokens other than y.
+    Overwrites `z` and `teacher`, (m, V), and needs one more buffer of their size. With --mask-target both softmax of
+    L_CR leave out the token y.
 
         ∂L_task/∂z = softmax(z) − onehot(y)
         ∂L_CR/∂z   = T·(softmax(z/T) − softmax(z_P/T))
@@ -159,7 +159,7 @@ def plain_token_terms(
     top_values, diversity = None, weights.get("diversity")
     if diversity is not None and settings.entropy_top_k:
         top_values, top_indices = top_k(z, settings.entropy_top_k)
-        z -= top_values[:, :1].clone()  # shifted by the row's maximum, softmax is the same and exp does not overflow
+        z -= top_values[:, :1].clone()  # minus the row's maximum: exp cannot overflow, and softmax stays the same
         top_values = top_values - top_values[:, :1]
     else:
         z -= z.amax(dim=1, keepdim=True)
@@ -248,10 +248,10 @@ def spectral_value_and_gradient(Y: Tensor, k: int, norm: str) -> tuple[Tensor, T
     With Y = U S Vᵀ the gradient of Σ_{i≤k} σ_i is U_k V_kᵀ. Where σ_k = σ_{k+1} it is one of the subgradients.
     """
     total = torch.linalg.vector_norm(Y, dtype=torch.float64)
-    size = total.item()  # the one look at Y that a GPU must wait for
+    size = total.item()  # the only value that the host waits for
     if size == 0:
         return Y.new_zeros(()), torch.zeros_like(Y)
-    if not math.isfinite(size):  # the decomposition may raise an error for them
+    if not math.isfinite(size):  # the decomposition may raise an error for NaN or Inf
         return Y.new_full((), math.nan), torch.full_like(Y, math.nan)
     if norm == "frobenius":
         iterate = min(Y.shape) > max(SPECTRAL_EXACT_SIZE, 4 * k)
@@ -276,7 +276,7 @@ def leading_by_eigh(Y: Tensor, *counts: int) -> tuple[Tensor, ...]:
     exact = Y.double() if wide else Y.double().T
     eigenvalues, vectors = torch.linalg.eigh(exact @ exact.T)
     sigma, U = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    # Y itself is rounded: below this a singular value is noise, its vectors arbitrary.
+    # Y itself is rounded: a singular value below this limit is noise, and its vectors are arbitrary.
     noise = 4 * len(sigma) ** 0.5 * torch.finfo(Y.dtype).eps * sigma[0]
     sigma = torch.where(sigma > noise, sigma, torch.zeros_like(sigma))
     inverse = torch.where(sigma > 0, 1 / sigma, torch.zeros_like(sigma))
@@ -289,9 +289,9 @@ def leading_by_iteration(
 ) -> tuple[Tensor, Tensor]:
     """The k leading singular values of Y in fp64, and U_k V_kᵀ, by block subspace iteration with Rayleigh–Ritz.
 
-    Converged when every leading pair's residual ‖Y Yᵀ u − σ² u‖ is at most `tolerance`·σ². Where that does not come,
-    the eigendecomposition takes over. On a GPU, where each look at the residual makes the host wait, the basis is wider
-    and the first looks are left out.
+    It has converged when every leading pair's residual ‖Y Yᵀ u − σ² u‖ is at most `tolerance`·σ²; if it does not
+    converge, the eigendecomposition takes over. On a GPU, the host waits for every residual that is read: there the
+    basis is wider, and the first residuals are not read.
     """
     width, unseen = (min(6 * k + 4, *Y.shape), 4) if on_gpu else (3 * k + 10, 1)
     generator = torch.Generator(Y.device).manual_seed(0)

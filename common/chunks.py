@@ -1,4 +1,4 @@
-"""In how many pieces the objective's logits are computed: what fits, and what the device likes."""
+"""How many chunks and blocks the objective's logits are computed in: what fits, and what is fast on the device."""
 
 import math
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ from torch import Tensor
 
 CPU_MEMORY = 128.0  # MiB
 CARD_SHARE, CARD_MOST = 1 / 32, 1 / 8  # of a GPU's memory
-FEWEST_ROWS = 1024  # below, a product with the head leaves a GPU's matrix units idle
-CACHED_BYTES = 2**21  # of one operand of a block on a CPU
+FEWEST_ROWS = 1024  # with fewer rows, the product with the head leaves a GPU's matrix units idle
+CACHED_BYTES = 2**21  # size of a block's operand that stays in a CPU's cache
 
 
 def bytes_per_row(vocabulary: int, num_buffers: int, itemsize: int, head_itemsize: int, one_more: bool) -> int:
-    """Of `num_buffers` rows of logits, held in `itemsize` bytes an entry.
+    """The bytes that one row of logits needs in `num_buffers` buffers with `itemsize` bytes an entry.
 
     Args:
-        head_itemsize: of what the head itself gives, which is there beside it where it is smaller.
-        one_more: whether the terms need another buffer of a whole chunk; on a CPU it is one of a block.
+        head_itemsize: bytes an entry of the head's own output; if smaller than `itemsize`, that output is held too.
+        one_more: whether the terms need another buffer of a whole chunk; on a CPU they need one of a block only.
     """
     rounded = head_itemsize if head_itemsize < itemsize else 0
     return vocabulary * ((num_buffers + one_more) * itemsize + rounded)
@@ -27,8 +27,8 @@ def most_rows(row: int, memory_mib: float | None, card: int | None) -> int:
     """How many rows of `row` bytes a chunk may have.
 
     Args:
-        memory_mib: what the user gives; None: 128 MiB on a CPU, and on a GPU a 32nd of its memory, or what 1,024 rows
-            take, as far as that is no more than an eighth. Not of what is free: a resumed run has the same chunks.
+        memory_mib: the user's budget. None: 128 MiB on a CPU; on a GPU 1/32 of its memory, or the size of 1,024 rows if
+            that is more, up to 1/8. All of the memory counts, not the free part: a resumed run has the same chunks.
         card: the GPU's memory in bytes; None: a CPU.
     """
     if memory_mib is None and card is not None:
@@ -39,7 +39,7 @@ def most_rows(row: int, memory_mib: float | None, card: int | None) -> int:
 
 
 def card_bytes(device: torch.device | None = None) -> int | None:
-    """The memory of this GPU, or of the one there is; None: a CPU."""
+    """The memory of this GPU, without `device` of the present one; None: a CPU."""
     is_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return torch.cuda.get_device_properties(device).total_memory if is_cuda else None
 
@@ -50,7 +50,7 @@ def chunks(
     """Equal chunks of rows whose (m, V) logits, `num_buffers` of them, fit into the budget.
 
     Args:
-        in_place: the terms work in the logits as the head gives them, and need no more.
+        in_place: the terms overwrite the head's own output and need no other buffer.
     """
     head_itemsize = head_weight.dtype.itemsize
     itemsize = head_itemsize if in_place else torch.promote_types(hidden.dtype, torch.float32).itemsize
@@ -61,8 +61,8 @@ def chunks(
 
 
 def blocks(z: Tensor) -> Iterator[slice]:
-    """Blocks of a chunk's rows: the product with the head wants many rows, a dozen passes over them want the cache."""
-    if z.is_cuda:  # as fast as its memory in one block, and each further one is a dozen kernels more
+    """Blocks of a chunk's rows that fit a CPU's cache: the terms pass over them a dozen times. A GPU gets one block."""
+    if z.is_cuda:  # one block already reaches the memory's bandwidth; another block would launch a dozen kernels more
         yield slice(None)
         return
     size = max(1, CACHED_BYTES // (z.shape[1] * z.element_size()))
@@ -80,7 +80,7 @@ def top_k(z: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def top_k_of_blocks(z: Tensor, maxima: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
-    """The same, given the maxima of every whole block, (rows, width // block)."""
+    """`top_k`, given the maxima of every whole block, (rows, width // block)."""
     rows, width = z.shape
     chosen = maxima.topk(k, dim=1).indices  # (m, k)
     candidates = (chosen[:, :, None] * block + torch.arange(block, device=z.device)).flatten(1)

@@ -1,4 +1,4 @@
-"""A pre-trained encoder with a classifier on top: loading it, its head, GPT-2's layers, what it says of examples."""
+"""A pre-trained encoder with a classifier on top: loading it, its head, GPT-2's layers, its outputs on examples."""
 
 import copy
 import itertools
@@ -22,17 +22,17 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: int, revision: str | None = None) -> Any:
     """The pre-trained model with a classifier for the classes of `config`. A trained classifier's rows are taken by the
-    classes' names; where they do not match, or there is none, the final layer is random: the same for the same seed.
+    classes' names; if they do not match, or there is no classifier, the final layer is random, by the seed.
 
     Attributes of the model that tell what was found:
-        new_modules: what the checkpoint lacks of the encoder itself; see `head_modules`.
+        new_modules: modules of the encoder that the checkpoint lacks; see `head_modules`.
         has_trained_head: whether the final layer is the checkpoint's.
         replaces_head: whether the checkpoint has a final layer of another size.
         head_note: a line for the user on a trained classifier of other or otherwise ordered classes; or None.
     """
     transformers.set_seed(seed)
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it reports the missing head, which is meant
+    transformers.logging.set_verbosity_error()  # transformers would warn that the head is missing, as it should be
     loaded = copy.deepcopy(config)
     try:
         own = transformers.AutoConfig.from_pretrained(path, revision=revision)
@@ -78,15 +78,15 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
 
 
 def rows_by_name(own: "transformers.PretrainedConfig", config: "transformers.PretrainedConfig") -> list[int] | None:
-    """Which of the classes of a checkpoint's configuration `own` each class of `config` is, without regard to case;
-    None where one has no like. LABEL_3, which transformers writes where no name is known, is class 3."""
+    """For each class of `config`, its number in a checkpoint's configuration `own`, without regard to case; None if a
+    class has no counterpart. LABEL_3, which transformers writes when no name is known, is class 3."""
     if config.num_labels == 1 or own.num_labels == 1:
         return [0] if own.num_labels == config.num_labels else None
     theirs, ours = (
         [str(this.id2label[row]).strip().casefold().removeprefix("label_") for row in range(this.num_labels)]
         for this in (own, config)
     )
-    # A number is the name of another class in another task: some numbers of more say nothing.
+    # Numbers name other classes in another task: a match with some of more numbers means nothing.
     is_part_of_numbers = len(theirs) != len(ours) and all(name.isdecimal() for name in ours)
     if is_part_of_numbers or len(set(theirs)) < len(theirs) or not set(ours) <= set(theirs):
         return None
@@ -110,8 +110,8 @@ def rescale_outputs(model: "transformers.PreTrainedModel", shift: float, unit: f
 
 
 def head_modules(model: "transformers.PreTrainedModel") -> list[str]:
-    """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`. First what
-    the checkpoint lacked of the encoder: the pooler of a BERT that was trained as a language model."""
+    """The names of the modules on top of the encoder: `classifier`; DeBERTa: `pooler` too; GPT-2: `score`. Before them
+    the encoder's modules that the checkpoint lacked: the pooler of a BERT that was trained as a language model."""
     return getattr(model, "new_modules", []) + [
         name
         for name, module in model.named_children()
@@ -135,7 +135,7 @@ def set_head(model: "transformers.PreTrainedModel", probe: tuple[Tensor, Tensor]
 
 
 def linear_for_conv1d(model: nn.Module) -> list[str]:
-    """Puts an equal nn.Linear in the place of each of GPT-2's Conv1D (weight in × out), in place; their names."""
+    """Replaces each of GPT-2's Conv1D (weight in × out) by an equal nn.Linear, in place; returns their names."""
     from transformers.pytorch_utils import Conv1D
 
     names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
@@ -174,7 +174,7 @@ def encode(
     encoded = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=max_length)
     names = [name for name in INPUTS if name in encoded]
     if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
-        names.remove("token_type_ids")  # some tokenizers give them to models that know none
+        names.remove("token_type_ids")  # some tokenizers return them for models that take none
     return [dict(zip(names, row, strict=True)) for row in zip(*(encoded[name] for name in names), strict=True)]
 
 
@@ -192,7 +192,7 @@ def encode_data(
 def training_examples(
     examples: list[dict[str, list[int]]], labels: list[int | float], teacher_logits: np.ndarray | None
 ) -> list[dict[str, Any]]:
-    """What `fit` trains on: inputs, label, and for BA-LoRA the teacher's logits, (N, D)."""
+    """The examples for `fit`: inputs, label, and for BA-LoRA the teacher's logits, (N, D)."""
     if teacher_logits is None:
         return [example | {"labels": label} for example, label in zip(examples, labels, strict=True)]
     return [
@@ -221,11 +221,11 @@ class Collator:
 
 @dataclass
 class Outputs:
-    """What a model says of N examples.
+    """A model's outputs on N examples.
 
     Attributes:
         logits: (N, D).
-        features: what the final linear layer is given, (N, d).
+        features: the inputs of the final linear layer, (N, d).
         mean_states: the encoder's last hidden states, averaged over each example's tokens, (N, h).
     """
 
@@ -242,8 +242,8 @@ def run_model(
     batch_size: int = 64,
     title: str | None = None,
 ) -> Outputs:
-    """Runs `model` on `examples` without dropout, those of like length together; several ranks share the batches, and
-    each gets all that comes out.
+    """Runs `model` on `examples` without dropout, in batches of similar length. The ranks share the batches, and every
+    rank gets all outputs.
 
     Args:
         examples: each with those of INPUTS that the model takes.

@@ -1,8 +1,8 @@
 """The command line of every script: options from a dataclass, a configuration file, and one line for a mistake.
 
-A script's arguments are a dataclass of `option`s. One that inherits from several dataclasses shows each of them as a
-group of --help, titled by its docstring; a subclass of the same name adds to a group, or says it otherwise. tyro reads
-the options; nothing here imports more than it.
+A script's arguments are a dataclass of `option`s. If it inherits from several dataclasses, each of them is a group of
+--help, titled by its docstring; a subclass of the same name adds options to a group or replaces them. tyro reads the
+options; nothing here imports more than tyro.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ class UserError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """The run cannot go on, for no mistake of the user's. One line on stderr and exit code 1; checkpoints are kept."""
+    """The run cannot go on, without a mistake of the user. One line on stderr and exit code 1; checkpoints are kept."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something, or its kind."""
+    """The first line of an error's message that is not empty, or else the error's kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` on the command line; a UserError becomes one line on stderr and exit code 2, and a disk that takes
-    or gives no file one line and exit code 1."""
+    """Runs `main` on the command line. A UserError becomes one line on stderr and exit code 2; a disk that cannot be
+    written or read becomes one line and exit code 1."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -49,7 +49,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         if not _nobody_reads_stdout():
-            raise  # another pipe, a worker's say
+            raise  # another pipe, such as a worker's
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -92,7 +92,7 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
         UserError: an unknown option or key, or a value that does not fit.
     """
     import tyro
-    from tyro import _errors  # its one way to an error that is not a box of many lines; the version is pinned
+    from tyro import _errors  # tyro has no other way to an error of one line; its version is pinned
 
     names = [item.name for item in dataclasses.fields(arguments_type)]
     grouped = _grouped(arguments_type)
@@ -109,13 +109,13 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
     values = parse(argv)
     if values.get("config"):
         words = _config_as_argv(Path(values["config"]), arguments_type)
-        parse(words)  # by itself too: a value that the command line overrides is not looked at
+        parse(words)  # by itself too: a value that the command line overrides would not be checked
         values = parse(words + argv)
     return arguments_type(**values)
 
 
 def _by_its_name(word: str, arguments_type: type) -> str:
-    """An option under an old name, with or without a value behind "=", under its name; any other word as it is."""
+    """Replaces an option's old name by its present one, also before "=VALUE"; returns any other word as it is."""
     typed, *value = word.split("=", 1)
     for item in dataclasses.fields(arguments_type):
         if typed.startswith("--") and typed[2:].replace("-", "_") == item.metadata["formerly"]:
@@ -234,14 +234,14 @@ def require_scales(scales: list[float]) -> None:
 
 
 def require_share(args: Any, *names: str) -> None:
-    """Raises a UserError where one of these arguments is no part of a whole."""
+    """Raises a UserError where one of these arguments is not above 0 and at most 1."""
     for name in names:
         if not 0 < getattr(args, name) <= 1:
             raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must be above 0 and at most 1")
 
 
 def require_below_one(args: Any, *names: str) -> None:
-    """Raises a UserError where one of these arguments is no part of a whole, nor 0."""
+    """Raises a UserError where one of these arguments is not at least 0 and below 1."""
     for name in names:
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"{option_name(name)} is {getattr(args, name)}: it must be at least 0 and below 1")

@@ -8,8 +8,8 @@ conversation is written out, and which of its tokens are trained.
     conversations               ShareGPT's: a list of from and value
     prompt, completion          texts, or lists of messages; what stands in the prompt is never trained
 
-Every other column, and every key of a message, is read, refused where it holds something, or announced as not used:
-COLUMNS and KEYS say which.
+Every other column, and every key of a message, is either read, or refused if it holds something, or announced as not
+used: COLUMNS and KEYS say which.
 """
 
 import itertools
@@ -35,7 +35,7 @@ FORMATS = (DEFAULT_FIELDS, ("messages",), ("conversations",), ("conversation",),
 SKIPPED = "skipped: cannot be trained on"
 PREFERENCE = "preference data is not trained on: keep the good answers alone, without this column"
 
-# What happens to columns beside a format's own, by name. A column that is not here is announced as not used.
+# Columns beside a format's own, and their use. A column that is not listed here is announced as not used.
 COLUMNS = {
     "input": "read: stands below the instruction",
     "context": "read: stands below the instruction",
@@ -54,7 +54,7 @@ COLUMNS = {
     "audios": "refused: texts alone are trained on",
     "videos": "refused: texts alone are trained on",
 }
-# The same for the keys of a message. Another key goes to the chat template where the template names it.
+# The keys of a message, and their use. A key that is not listed goes to the chat template if the template names it.
 KEYS = {
     "role": "read",
     "from": "read: the role",
@@ -68,7 +68,7 @@ KEYS = {
     "images": "refused: texts alone are trained on",
 }
 
-# What the ecosystem calls the four roles: OpenAI's and Hugging Face's names, and ShareGPT's.
+# The names of the four roles elsewhere: OpenAI's and Hugging Face's, and ShareGPT's.
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -85,14 +85,14 @@ ROLE_OF_NAME = {name: role for role, names in ROLES.items() for name in names}
 
 @dataclass
 class Notes:
-    """What became of the data, for the first screen and run.json.
+    """The use that was made of the data, for the first screen and run.json.
 
     Attributes:
         fates: how many examples are whole, cut, dropped or skipped, and why.
         columns, keys: how many examples or messages hold something under a name that is not used.
-        template: how many examples the chat template does not write as they are, by what it does.
+        template: how many examples the chat template changes, by the kind of change.
         files: data files of the folder that belong to another split.
-        skipped: what is wrong with the first examples that --skip-bad left out.
+        skipped: the errors in the first examples that --skip-bad left out.
     """
 
     fates: dict[str, int] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Notes:
 def load_training_records(args: Any) -> "datasets.Dataset":
     """The examples that --data, --fields and --limit name, as they are written; fills in `args.template`.
 
-    The result's `other_files` are those of the folder that belong to another split.
+    The result's `other_files` are the folder's files that belong to another split.
 
     Raises:
         UserError: no such data, or none in a known format.
@@ -149,7 +149,7 @@ def load_training_records(args: Any) -> "datasets.Dataset":
 
 
 def read_template_args(text: str | None) -> dict[str, Any]:
-    """What --template-args says.
+    """The variables in --template-args.
 
     Raises:
         UserError: it is no JSON object.
@@ -165,9 +165,9 @@ class Conversation:
     """One example.
 
     Attributes:
-        first: the place of the first message that may be trained. masked: places that may not.
-        tools: what the chat template offers to the model.
-        unused: `columns NAME` and `keys NAME` for what is held under a name that is not used.
+        first: index of the first message that may be trained. masked: indices of messages that may not.
+        tools: the tools that the chat template offers to the model.
+        unused: `columns NAME` or `keys NAME` for each name that holds something and is not used.
     """
 
     messages: Messages
@@ -180,7 +180,7 @@ class Conversation:
         return template.pieces(self.messages, self.first, self.masked, self.tools)
 
     def kind(self) -> str:
-        """What tells it apart for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
+        """Its kind for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
         parts = {
             " ".join((message["role"], *sorted(message), "thought" * ("</think>" in message["content"])))
             for message in self.messages
@@ -198,9 +198,9 @@ class Format:
     """How a file's examples are written.
 
     Attributes:
-        columns: the one that holds conversations, or a prompt's and a response's.
+        columns: the column of conversations, or the columns of prompt and response.
         is_named: whether they are two text fields that --fields names.
-        template: what stands around the turns where --template does not say it.
+        template: the template where --template names none.
         source: names the data in an error.
     """
 
@@ -217,7 +217,7 @@ class Format:
             UserError: there is none, or --fields names a column that is not there.
         """
         first = records[0] if len(records) else {}
-        for name, cell in first.items():  # before the format, which such data may lack
+        for name, cell in first.items():  # before the format is sought, because preference data may have none
             if _holds(cell) and _is_preference(name, cell):
                 raise UserError(f"{source} has a column {name!r}: {PREFERENCE}")
         there = [names for names in FORMATS if set(names) <= set(records.column_names)]
@@ -232,7 +232,7 @@ class Format:
         return cls(columns, is_named, template, source)
 
     def read(self, record: dict[str, Any], number: int) -> Conversation | None:
-        """The example of this `number`. None: a named field is empty, or the example's weight is 0.
+        """The example with this `number`. None: a named field is empty, or the example's weight is 0.
 
         Raises:
             UserError: names the example and says what is wrong with it.
@@ -280,7 +280,7 @@ class Format:
         """The columns of COLUMNS that are read and hold something; adds the others to `unused`.
 
         Raises:
-            UserError: one that is refused holds something.
+            UserError: a column that is refused holds something.
         """
         found = {}
         for name, cell in record.items():
@@ -312,7 +312,7 @@ def _holds(cell: Any) -> bool:
 
 
 def _is_trained(holder: dict[str, Any], where: str) -> bool:
-    """What `weight` and `train` of an example or a turn say.
+    """Whether an example or a turn is trained, by its `weight` and `train`.
 
     Raises:
         UserError: a weight between or beyond 0 and 1.
@@ -330,10 +330,10 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
 
 
 def _parsed(cell: Any, what: str) -> Any:
-    """A cell that holds a list or an object, or the JSON of one as text.
+    """The list or object in a cell, which may be written as JSON text.
 
     Raises:
-        UserError: a text that is no JSON.
+        UserError: the text is not JSON.
     """
     if not isinstance(cell, str):
         return cell
@@ -369,7 +369,7 @@ def _read_history(cell: Any, where: str) -> Messages:
 
 
 def _read_messages(cell: Any, name: str, where: str, unused: list[str]) -> list[dict[str, Any]]:
-    """The messages of one cell: a list of them, or a text, which is the turn that its column's `name` says."""
+    """The messages of one cell: a list of messages, or a text, whose role is that of its column's `name`."""
     if name in ("prompt", "completion") and not isinstance(cell, list | dict):
         cell = [{"role": "user" if name == "prompt" else "assistant", "content": cell}]
     elif isinstance(cell, str) and cell.lstrip().startswith("["):
@@ -415,7 +415,7 @@ def _read_calls(message: dict, where: str) -> list[dict]:
     """Tool calls in the form that chat templates read, arguments as an object.
 
     Raises:
-        UserError: one has no name, or arguments that are none.
+        UserError: a call has no name, or its arguments are not an object.
     """
     calls = _parsed(message.get("tool_calls"), f"{where}: tool_calls") or []
     if _holds(message.get("function_call")):
@@ -435,7 +435,7 @@ def _read_calls(message: dict, where: str) -> list[dict]:
 
 
 def _check_turns(messages: Messages, where: str) -> None:
-    """Raises a UserError where an assistant turn follows another one, or nothing."""
+    """Raises a UserError where an assistant turn follows another assistant turn, or comes first."""
     before = None
     for number, message in enumerate(messages, 1):
         if message["role"] == before == "assistant":
@@ -463,11 +463,11 @@ def build_dataset(
     skip_bad: bool = False,
     template_args: dict[str, Any] | None = None,
 ) -> tuple["datasets.Dataset", int]:
-    """Tokenises `records`; returns the examples and how many were dropped for having nothing to train on left.
+    """Tokenises `records`; returns the examples, and how many were dropped because no trained token was left.
 
     Two named fields are cut after `max_length` tokens. A conversation is cut after its last assistant turn that fits.
-    An example's `index` is its place in what is returned. The result's `notes` say what became of the records, and its
-    `sample` has messages and tools of each kind of conversation.
+    An example's `index` is its place in the result. The result's `notes` are its Notes, and its `sample` has messages
+    and tools of each kind of conversation.
 
     Args:
         template: `alpaca`, `chat` or `raw`; None: the format's own. train_on: `all` assistant turns, or the `last`.
@@ -475,14 +475,14 @@ def build_dataset(
         template_args: variables of the chat template.
 
     Raises:
-        UserError: names the example that is not in the format of the first, or that the template cannot take; or the
-            prompt that a server makes of an example is not the trained one.
+        UserError: names the example that is not in the first one's format, or that the template cannot take; or a
+            server would build another prompt for an example than the trained one.
     """
     import datasets
 
     format = Format.of(records, fields, source)
     if len(records) and not skip_bad:
-        format.read(records[0], 1)  # what is wrong with the data is named before what the template lacks
+        format.read(records[0], 1)  # an error of the data is reported before an error of the template
     writer = Template(tokenizer, template or format.template, template_args)
     compared: Counter[str] = Counter()
 
@@ -523,7 +523,7 @@ def build_dataset(
 
     ids, text = datasets.List(datasets.Value("int64")), datasets.Value("string")
     types = {"input_ids": ids, "labels": ids, "fate": text, "kind": text, "notes": datasets.List(text)}
-    features = datasets.Features(types)  # not inferred: the first thousand examples may all be dropped
+    features = datasets.Features(types)  # explicit, because the first thousand examples may all be dropped
     how = {"batched": True, "with_indices": True, "features": features, "desc": "tokenising"}
     encoded = records.map(encode, remove_columns=records.column_names, **how)
     dataset = _trainable(encoded)
@@ -540,7 +540,7 @@ def _first_of_kinds(kinds: Any) -> list[int]:
 
 
 def _trainable(encoded: "datasets.Dataset") -> "datasets.Dataset":
-    """The examples with something to train on, numbered."""
+    """The examples that have a trained token, numbered."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -555,7 +555,7 @@ SERVED_SAMPLE = 8  # so many examples of each kind are compared with a server's 
 
 
 def first_screen(examples: "datasets.Dataset") -> str:
-    """What is not used, what became of the examples of `build_dataset`, and one of them as it is trained."""
+    """For the terminal: names that are not used, the fates of the examples, and one example as it is trained."""
     lines = examples.notes.lines()
     if len(examples):
         shown = []
@@ -571,7 +571,7 @@ def first_screen(examples: "datasets.Dataset") -> str:
 def encode_pieces(pieces: list[tuple[list[int], bool]], max_length: int, *, whole_turns: bool) -> dict[str, list[int]]:
     """`input_ids` and `labels` of a conversation's pieces, each trained or not, in at most `max_length` tokens.
 
-    What follows the last trained token is left out: nothing is learnt there.
+    Tokens after the last trained one are left out, because nothing is learnt there.
 
     Args:
         whole_turns: cut after the last trained piece that fits, not inside it.

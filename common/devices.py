@@ -14,7 +14,7 @@ def choose_device() -> torch.device:
 
     Raises:
         UserError: nvidia-smi lists GPUs, CUDA_VISIBLE_DEVICES hides none of them, and torch sees none; or this node has
-            more ranks than GPUs. The node's first rank alone says so; the others wait until the launcher ends them.
+            more ranks than GPUs. Only the node's first rank raises it; the others wait until the launcher ends them.
     """
     visible, ranks = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     problem = None
@@ -36,7 +36,7 @@ def choose_device() -> torch.device:
     if problem is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(10)  # the launcher ends the others once one has ended, and the first one has something to say
+        time.sleep(10)  # the first rank needs time to print its error: the launcher ends all ranks once one has ended
         raise SystemExit(2)
     raise UserError(problem)
 

@@ -1,4 +1,4 @@
-"""What a run will take, for --dry-run: memory by part, disk."""
+"""A run's expected memory, by part, and disk space, for --dry-run; notes on defaults that do not fit the run."""
 
 import math
 import os
@@ -12,8 +12,8 @@ from common.cli import UserError
 from common.pretrained import resolve_dtype
 from common.ranks import read_deepspeed
 
-# Resident beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. From peaks
-# of whole runs on Linux (tests/test_architectures.py measures them again); on a GPU it does not count.
+# Memory beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. Measured from
+# peaks of whole runs on Linux (tests/test_architectures.py measures again). On a GPU it does not count.
 PROGRAM_BYTES = 0.85 * 2**30
 
 
@@ -23,7 +23,7 @@ def card_of(args: Any) -> int | None:
 
 
 def adapter_bytes(args: Any, trainable: int) -> int:
-    """Of the factors in fp32, PiSSA's frozen ones included."""
+    """Bytes of the fp32 factors, PiSSA's frozen ones included."""
     return trainable * 4 * (1 if args.method == "lora" else 2)
 
 
@@ -41,15 +41,15 @@ def estimated_memory(
 ) -> dict[str, float]:
     """Bytes per process at the peak of a training step, by part.
 
-    Activations are what the student keeps for its backward pass, counted per token and layer for gated decoders whose
-    attention keeps no matrix of scores: d is the residual stream's width, f the feed-forward's, a and g the widths of
-    queries and of keys, r the adapter's rank.
+    Activations are the tensors that the student keeps for its backward pass, counted per token and layer for gated
+    decoders without a stored matrix of attention scores: d is the residual stream's width, f the feed-forward's, a and
+    g the widths of queries and of keys, r the adapter's rank.
 
     Args:
         args: train.py's Arguments. config: the model's configuration.
         total, trainable: parameters of the model, and those that are trained.
         num_adapters: how many layers get an adapter.
-        tokens, valid: of the largest micro-batch; those at which the objective is computed.
+        tokens, valid: the largest micro-batch's tokens, and its tokens at which the objective is computed.
     """
     zero = read_deepspeed(args.deepspeed).get("zero_optimization", {})
     stage, card = zero.get("stage", 0), card_of(args)
@@ -72,7 +72,7 @@ def estimated_memory(
     head = getattr(config, "head_dim", None) or d // heads
     a, g = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
     ranks = args.rank * num_adapters / layers
-    attention = 3 * a + 2 * g  # queries, keys, values, what comes out, and its copy for the output projection
+    attention = 3 * a + 2 * g  # queries, keys, values, the output, and its copy for the output projection
     # Full fine-tuning has transformers' own norms and activations.
     kept = 8 * d + attention + 4 * f if full else 4 * d + attention + 2 * f + ranks
     if args.gradient_checkpointing:
@@ -83,7 +83,7 @@ def estimated_memory(
     if full:  # the head is trained: whole logits, their gradient and softmax in fp32
         parts["objective"] = valid * vocabulary * (3 * 4 + item)
     else:
-        # As the plain form takes it; the fused kernels take less.
+        # The memory of the plain form; the fused kernels need less.
         row = bytes_per_row(vocabulary, 2, 4, item, card is not None)
         rows = min(most_rows(row, args.objective_memory, card), valid)
         parts["objective"] = rows * row + 3 * valid * d * 4 + 12 * d * d
@@ -113,7 +113,7 @@ def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
     """Parameters, data, steps, memory and disk of a run of train.py, a line each.
 
     Args:
-        base: the model: train.py's Base. data: why it is not known, where it is not.
+        base: the model: train.py's Base. data: its sizes, or the error if it cannot be read.
     """
     dtype, is_cpu = resolve_dtype(args.dtype), card_of(args) is None
     if args.dry_run_gpu is not None and args.dtype == "auto":
@@ -147,7 +147,7 @@ def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
 
 
 def notes_on_defaults(args: Any, steps: int, total: int) -> list[str]:
-    """What the paper's defaults, which are for a model of 7 B on 100,000 examples, do to a run that is much smaller.
+    """Notes where the paper's defaults, made for a model of 7 B on 100,000 examples, do not fit a much smaller run.
 
     Args:
         steps: optimizer steps of the run. total: parameters of the model.
@@ -171,7 +171,7 @@ def notes_on_defaults(args: Any, steps: int, total: int) -> list[str]:
 
 
 def disk_line(args: Any, dtype: torch.dtype, *, total: int, trainable: int) -> str:
-    """What checkpoints, adapter and merged model take, for the terminal."""
+    """The disk space of checkpoints, adapter and merged model, for the terminal."""
     adapter = 0 if args.method == "full" else adapter_bytes(args, trainable)
     checkpoint = trainable * 12 + (adapter if args.method in ("pissa", "ba-lora") else 0) / 2
     merged = total * dtype.itemsize

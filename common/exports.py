@@ -1,4 +1,4 @@
-"""What a run leaves for other programs: written for transformers 4 and 5 alike, then opened again and compared."""
+"""A run's files for other programs: written for both transformers 4 and 5, then opened again and compared."""
 
 import contextlib
 import json
@@ -17,13 +17,13 @@ from common.tensors import same_bits
 if TYPE_CHECKING:
     import transformers
 
-SAMPLE_SIZE = 2**28  # numbers of adapted weights that are compared bit for bit: all of a small model
+SAMPLE_SIZE = 2**28  # how many numbers of adapted weights are compared bit for bit; a small model is compared whole
 FITTING_GIB = 32  # a larger model is not loaded again
 
 
 def save_merged(model: "transformers.PreTrainedModel", folder: Path, dtype: torch.dtype) -> None:
-    """Writes a plain checkpoint, with the rotary settings under the names of transformers 4 beside those of 5, unless
-    5 would read them otherwise then, as it does for Gemma-4, which 4 does not know."""
+    """Writes a plain checkpoint with the rotary settings under the names of transformers 4 and 5. The names of 4 are
+    left out where 5 would then read the settings differently, as for Gemma-4, which 4 does not know."""
     model.to(dtype).save_pretrained(folder)
     path, rope = folder / "config.json", getattr(model.config, "rope_parameters", None)
     config = json.loads(path.read_text())
@@ -44,7 +44,7 @@ def _has_all(found: Any, wanted: Any) -> bool:
 
 
 def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and their like, as transformers 4 reads them, of a config.json of transformers 5."""
+    """Converts the rotary settings in transformers 5's config.json to version 4's `rope_theta`, `rope_scaling` etc."""
     rope = config.get("rope_parameters")
     if not rope:
         return {}
@@ -64,10 +64,10 @@ def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def clean_tokenizer_config(path: Path) -> None:
-    """Takes out of a tokenizer_config.json what only transformers 5 knows, and what its loading call left there."""
+    """Removes entries of a tokenizer_config.json that only transformers 5 knows, or that its loading call left."""
     config = json.loads(path.read_text())
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same class, by the name that both know
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # both versions know the class by this name
     for name in ("backend", "is_local", "local_files_only"):
         config.pop(name, None)
     if isinstance(config.get("extra_special_tokens"), list):
@@ -93,10 +93,10 @@ def probe_logits(model: nn.Module) -> Tensor:
 
 
 class ReadBack:
-    """Compares an export's files with the model that was trained. Made before the adapters are merged away.
+    """Compares an export's files with the model that was trained. It must be made before the adapters are merged away.
 
     Attributes:
-        logits: the trained model's on `probe_ids`.
+        logits: the trained model's logits on `probe_ids`.
         weights: W by name for a sample of the adapted layers, all of them below SAMPLE_SIZE.
     """
 
@@ -121,11 +121,11 @@ class ReadBack:
         """Opens `folder`/merged and `folder`/adapter.
 
         Args:
-            model: the merged one, as it was written. template: of training. sample: conversations of training.
-            options: of `from_pretrained` for code and attention.
+            model: the merged model that was written. template: training's template. sample: conversations of training.
+            options: arguments of `from_pretrained` for code and attention.
 
         Raises:
-            ValueError: what differs, in one line.
+            ValueError: something differs; names it in one line.
         """
         try:
             self._require_files(folder, model)
@@ -136,7 +136,7 @@ class ReadBack:
                 self._require_loaded(folder, model, options)
         except ValueError:
             raise
-        except Exception as error:  # safetensors', transformers' and PEFT's own
+        except Exception as error:  # safetensors, transformers and PEFT raise kinds of their own
             raise ValueError(f"reading back: {first_line(error)}") from error
 
     def _require_files(self, folder: Path, model: "transformers.PreTrainedModel") -> None:
@@ -149,7 +149,7 @@ class ReadBack:
                 stored |= dict.fromkeys(file.keys(), path)
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         missing = sorted(expected.keys() - stored.keys() - tied)
-        if missing and not stored.keys() - expected.keys():  # else the class has other names in files than in memory
+        if missing and not stored.keys() - expected.keys():  # else the class uses other names in files than in memory
             raise ValueError(f"reading back: merged/ lacks {missing[0]}")
         factors, scaling = _factors(folder / "adapter", self.adapted) if self.weights else ({}, 0.0)
         for name, path in stored.items():
@@ -200,7 +200,7 @@ class ReadBack:
         self._require_logits("the base with adapter/", peft.PeftModel.from_pretrained(base, folder / "adapter"))
 
     def _require_logits(self, what: str, model: nn.Module) -> None:
-        """In 16 bits a mixture's router may choose otherwise at a few positions: the median one decides there."""
+        """Compares the median position's logits in 16 bits, where a mixture's router may differ at a few positions."""
         distance = (probe_logits(model) - self.logits).norm(dim=-1) / self.logits.norm(dim=-1).clamp(min=1e-30)
         is_exact = self.trained_in == next(model.parameters()).dtype == torch.float32
         found, limit = (distance.max(), 1e-4) if is_exact else (distance.median(), 0.1)
@@ -223,8 +223,8 @@ def _factors(folder: Path, adapted: set[str]) -> tuple[dict[str, tuple[Tensor, T
 
 
 def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "transformers.GenerationConfig") -> None:
-    """The stored tokenizer gives the tokens of training, of a text and of the prompts of `sample`; answers end as the
-    trained model's."""
+    """Checks that the stored tokenizer gives training's tokens for a text and for the prompts of `sample`, and that
+    answers end as the trained model's."""
     from transformers import AutoTokenizer, GenerationConfig
 
     found, text, tokenizer = AutoTokenizer.from_pretrained(folder), "Two 2s are 4, naïve 你好\n", template.tokenizer

@@ -78,8 +78,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def ratio(sums: list[float], counts: list[int], resamples: int = 10_000) -> dict[str, Any]:
-    """Σ sums / Σ counts with its 95 % percentile bootstrap interval over the groups that they are of: the mean over all
-    tokens of some documents, say, whose tokens are not independent."""
+    """Σ sums / Σ counts with its 95 % percentile bootstrap interval over the groups. An example is the mean over all
+    tokens of some documents: the tokens of one document are not independent."""
     import numpy as np
 
     total, weight = np.asarray(sums, dtype=float), np.asarray(counts, dtype=float)
@@ -107,12 +107,12 @@ def _bootstrapped(statistic: Callable[[Any], Any], size: int, resamples: int) ->
     """A statistic of `size` members with its 95 % percentile bootstrap interval.
 
     Args:
-        statistic: of draws (R × size), how often each member was drawn, to (R,) values.
+        statistic: maps draws (R × size), which count how often each member was drawn, to (R,) values.
     """
     import numpy as np
 
     generator = np.random.default_rng(0)
-    block = max(1, 10**6 // size)  # resamples at a time
+    block = max(1, 10**6 // size)  # resamples that are drawn at a time
     found = []
     for start in range(0, resamples, block):
         count = min(block, resamples - start)

@@ -1,4 +1,4 @@
-"""Labelled texts: what a classifier is trained, selected and scored on, checked row by row."""
+"""Labelled texts to train, select and score a classifier on, checked row by row."""
 
 import hashlib
 import json
@@ -67,11 +67,11 @@ class Split:
 
 @dataclass
 class Data:
-    """What a run reads: the state is selected on `validation`; `tests` are scored once, at the end, by name.
+    """A run's data: the state is selected on `validation`; `tests` are scored once, at the end, by name.
 
     Attributes:
         shift, unit: a number y to predict is (y − shift) / unit in `train` and `validation`, and y itself in `tests`.
-        notes: lines for the user on labels that may not mean what they seem to.
+        notes: lines for the user on labels that may have another meaning than it seems.
     """
 
     train: Split
@@ -142,7 +142,7 @@ def demo_data(limit: int | None = None) -> Data:
 
 
 def load_data(args: Any) -> Data:
-    """Reads, checks and splits the data that the script's `args` name, and gives them the `loss_weights`.
+    """Reads, checks and splits the data that the script's `args` name; sets `args.loss_weights`.
 
     Raises:
         UserError: a missing column, an empty text, a label that training does not know, fewer than two classes, a
@@ -227,7 +227,7 @@ def classes_of(labels: list[Any], source: str, label_field: str) -> list[str]:
     """The names of the classes, numbers in their order.
 
     Raises:
-        UserError: labels are lists, numbers to predict, of fewer than two classes, or differ in case alone.
+        UserError: labels are lists or numbers to predict, have fewer than two classes, or differ in case alone.
     """
     for number, label in enumerate(labels, 1):
         _require_one(label, f"{source}, example {number}: {label_field!r}")
@@ -268,11 +268,11 @@ def to_split(
     """Checks every row.
 
     Args:
-        fields: of the texts, one or two. class_names: None: labels are numbers to predict. source: for the message.
-        notes: is told how many labels have spaces around them. numbered: a label may be its class's number too.
+        fields: one or two columns of text. class_names: None: labels are numbers to predict. source: for the message.
+        notes: gets a line on labels with spaces around them. numbered: a label may be its class's number too.
 
     Raises:
-        UserError: an empty text, a label that is none.
+        UserError: an empty text, or not a label.
     """
     if len(records) == 0:
         raise UserError(f"{source} holds no example")
@@ -284,7 +284,7 @@ def to_split(
     for number, (row, label) in enumerate(zip(texts, records[label_field], strict=True), 1):
         where = f"{source}, example {number}"
         for name, text in zip(fields, row, strict=True):
-            # One text of two may be empty: QQP has such questions.
+            # One of two texts may be empty: QQP has such questions.
             if not isinstance(text, str) or not any(map(str.strip, row)):
                 raise UserError(f"{where}: {name!r} is empty or no text: {text!r}")
         _require_one(label, f"{where}: {label_field!r}")
@@ -316,7 +316,7 @@ def _unknown(label: Any, class_names: list[str]) -> str:
 
 
 def set_aside(split: Split, source: str) -> tuple[Split, Split]:
-    """A fixed random tenth, at most 2,000 examples, of each class in its share: what is left, and the tenth."""
+    """Sets a fixed random tenth aside, at most 2,000 examples, stratified by class; returns the rest and the tenth."""
     rows = list(range(len(split)))
     random.Random(0).shuffle(rows)
     count = min(max(len(rows) // 10, 1), 2000)

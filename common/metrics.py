@@ -16,7 +16,7 @@ ERRORS = ("rmse", "mae")  # in the units of the labels
 
 
 def metric(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
-    """A metric of GLUE, or an error, both (N,). A correlation with what never changes, or is no number, is 0. Macro F1
+    """A metric of GLUE, or an error; both arrays are (N,). A correlation with a constant, or with NaN, is 0. Macro F1
     is the mean over the classes that are labelled or predicted."""
     if name == "accuracy":
         return float(np.mean(predicted == labels))
@@ -50,8 +50,8 @@ def macro_f1(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> flo
 
 
 def area_under_curve(logits: np.ndarray, labels: np.ndarray) -> float:
-    """How often a random example of a class is given a higher probability of it than a random one of the others (ties:
-    half); more than two classes: the mean over them, each against the rest. NaN where a class has no example."""
+    """AUC: how often a random example of a class gets a higher probability of that class than a random example of the
+    others (ties: half). For more than two classes, the mean of each against the rest. NaN if a class lacks examples."""
     from scipy.stats import rankdata
 
     probabilities = softmax(logits)
@@ -73,13 +73,13 @@ def predictions(logits: np.ndarray) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Of each row, in float64."""
+    """The softmax of each row, in float64."""
     return F.softmax(torch.from_numpy(logits).double(), dim=-1).numpy()
 
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017): Σ_bins n_b/N · |accuracy − mean confidence|, over bins of equal
-    width of the confidence, the predicted class's probability. 0: of what it is 80 % sure of, 80 % is right."""
+    width of the confidence, the predicted class's probability. 0: 80 % of the 80 % confident predictions are right."""
     probabilities = softmax(logits)
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
@@ -120,7 +120,7 @@ def score(
 
 
 def _with_interval(value: Callable[[np.ndarray], float], labels: np.ndarray) -> dict[str, Any]:
-    """`value` of all rows, and its interval by bootstrap; None where it is not defined."""
+    """`value` on all rows, with its bootstrap interval; None where it is not defined."""
     rng = np.random.default_rng(0)
     values = [value(rng.integers(len(labels), size=len(labels))) for _ in range(BOOTSTRAP_SAMPLES)]
     whole, defined = value(np.arange(len(labels))), [number for number in values if not math.isnan(number)]

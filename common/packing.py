@@ -32,25 +32,25 @@ def attend_per_sequence(
 
     Args:
         query: (1, heads, tokens, head size); key, value: (1, groups, tokens, head size).
-        sequence_lengths: None: one sequence, and the query may be its newest token alone.
+        sequence_lengths: None: one sequence; then the query may be its newest token alone.
         shared_length: how many tokens all sequences begin with. Only the first sequence still holds them.
     """
     lengths = sequence_lengths or [key.shape[2]]
     if sliding_window is not None and max(lengths) > sliding_window:
         raise UserError(f"a sequence of {max(lengths)} tokens exceeds the model's window: use --no-packing")
-    if query.shape[2] == 1:  # the others are in generation's cache
+    if query.shape[2] == 1:  # generation's cache holds the earlier tokens
         output = F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         return output.transpose(1, 2), None
     held = [lengths[0], *(length - shared_length for length in lengths[1:])]
-    # Once: the gradient of each slice is as large as the whole tensor.
+    # The beginnings are sliced only once, because the gradient of each slice is as large as the whole tensor.
     beginnings = [x[:, :, :shared_length] for x in (query, key, value)]
     outputs = []
     for index, states in enumerate(zip(*(x.split(held, dim=2) for x in (query, key, value)), strict=True)):
         missing = shared_length if index > 0 else 0
         if missing:
-            # Queries too: is_causal wants a square, and the beginning is short.
+            # The queries get the beginning too, because is_causal needs a square matrix. The beginning is short.
             states = [torch.cat(pair, dim=2) for pair in zip(beginnings, states, strict=True)]
         q, k, v = states
         output = F.scaled_dot_product_attention(
@@ -61,7 +61,7 @@ def attend_per_sequence(
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the causal language model itself takes."""
+    """The entries of a batch that the causal language model itself takes."""
     names = ("input_ids", "attention_mask", "position_ids", "sequence_lengths", "shared_length")
     model_inputs = {name: inputs[name] for name in names if name in inputs}
     if inputs["input_ids"].is_cuda and "sequence_lengths" in inputs:  # FlashAttention's own form of the lengths
@@ -74,7 +74,7 @@ def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def enable_packing(model: "transformers.PreTrainedModel") -> bool:
-    """Lets `model` take packed batches, where it can: tried out against one sequence at a time."""
+    """Lets `model` take packed batches if a trial agrees with one sequence at a time; returns whether it does."""
     transformers.AttentionInterface.register(PER_SEQUENCE, attend_per_sequence)
     transformers.AttentionMaskInterface.register(PER_SEQUENCE, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
@@ -83,7 +83,7 @@ def enable_packing(model: "transformers.PreTrainedModel") -> bool:
     device = device_of(model.get_input_embeddings().weight)
 
     def states(lengths: list[int], shared: int = 0) -> Tensor:
-        """Of sequences that count from 2, (tokens, d)."""
+        """The hidden states of sequences whose token ids count from 2, (tokens, d)."""
         held = [torch.arange(shared if row else 0, length) for row, length in enumerate(lengths)]
         positions = torch.cat(held)[None].to(device)
         batch = {"input_ids": positions + 2, "position_ids": positions}
@@ -104,12 +104,12 @@ def enable_packing(model: "transformers.PreTrainedModel") -> bool:
 def obstacle_to_packing(
     model: "transformers.PreTrainedModel", attention: str | None, lengths: Iterable[int]
 ) -> str | None:
-    """Why `model` cannot take packed batches, in a few words; where it can, it is made ready, and None.
+    """The reason why `model` cannot take packed batches, in a few words; if it can, prepares it and returns None.
 
     Args:
-        attention: the one that was asked for by name. lengths: of the sequences.
+        attention: the attention that the user named. lengths: the sequences' lengths.
     """
-    if attention == "eager":  # packing would replace it by another attention
+    if attention == "eager":  # packing would replace eager attention by another
         return "attends eagerly"
     window = getattr(model.config, "sliding_window", None)
     longest = max(lengths) if window else 0

@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed's ZeRO-3 holds in parts, and quantized ones: their shape, their place, the whole."""
+"""Parameters that ZeRO-3 partitions, and quantized ones: their shape, their device, the whole tensor."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """The whole parameter's shape, partitioned, packed, or as it is."""
+    """The whole parameter's shape, even if it is partitioned or packed."""
     if is_partitioned(parameter):
         return parameter.ds_shape
     state = getattr(parameter, "quant_state", None)  # bitsandbytes packs 4 bits
@@ -35,7 +35,7 @@ def device_of(parameter: Tensor) -> torch.device:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, every process holds these parameters whole. Collective; nothing to do but under ZeRO-3."""
+    """Inside, every process holds these parameters whole. Collective; does nothing without ZeRO-3."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
         yield
@@ -53,13 +53,13 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def gathered_by(owner: int, parameter: Tensor) -> Tensor | None:
-    """The whole parameter on process `owner`, None on the others, which hold no more than their part. Collective."""
+    """The whole parameter on process `owner`, None on the others, which keep only their part. Collective."""
     mine = dist.get_rank() == owner
     if not is_partitioned(parameter):
         return parameter if mine else None
     part = parameter.ds_tensor.detach().to(device_of(parameter))
     parts = part.new_empty(dist.get_world_size() * part.numel()) if mine else None
-    # As bytes, which every backend can send, whatever the type.
+    # Sent as bytes, because not every backend can send every type.
     receive = list(parts.view(torch.uint8).chunk(dist.get_world_size())) if mine else None
     dist.gather(part.view(torch.uint8), receive, dst=owner)
     return parts[: parameter.ds_numel].view(parameter.ds_shape) if mine else None
@@ -89,13 +89,13 @@ def gathered_module_by_module(model: nn.Module) -> Iterator[None]:
 
 
 def dequantized(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
-    """The layer's weight as plain numbers where bitsandbytes has quantized it, else `weight`, by default its own."""
+    """The layer's dequantized weight if bitsandbytes has quantized it, else `weight`, by default the layer's own."""
     own = layer.weight
     if hasattr(own, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(own.data, own.quant_state)
-    if hasattr(own, "SCB"):  # 8 bit: each row times its scale, which the first forward pass moves to the layer's state
+    if hasattr(own, "SCB"):  # 8 bit: each row times its scale; the first forward pass moves the scales to the state
         scales = layer.state.SCB if own.SCB is None else own.SCB
         return own.data.float() * scales[:, None] / 127
     return own if weight is None else weight
@@ -104,7 +104,7 @@ def dequantized(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
 def shared_among_ranks(
     layers: list[nn.Linear], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each process decomposes every n-th weight and sends the factors to the others; at most one whole weight each."""
+    """Each of n processes decomposes every n-th weight, holds one weight whole, and sends the factors to the others."""
     me, count = dist.get_rank(), dist.get_world_size()
     for first in range(0, len(layers), count):
         group = layers[first : first + count]

@@ -1228,7 +1228,7 @@ def test_options_stand_in_groups_and_those_of_language_models_alone_are_refused(
         nlu.resolve_arguments(["--help"])
     shown = capsys.readouterr().out
     groups = re.findall(r"^\W+ (\w+)(?: options)? \W+$", shown, re.MULTILINE)  # in boxes of lines, or of ASCII
-    assert groups == ["options", "data", "adapter", "regularizer", "optimization", "interruption"]
+    assert groups == ["options", "first", "data", "adapter", "regularizer", "optimization", "interruption"]
     words = re.findall(r"^\W (--[a-z][a-z-]*)", shown, re.MULTILINE)
     assert sorted(words) == sorted(f"--{name.replace('_', '-')}" for name in nlu.Arguments.__dataclass_fields__)
 
