@@ -3,11 +3,13 @@
 import copy
 import functools
 import inspect
+import itertools
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from common.cli import UserError, first_line
@@ -48,23 +50,34 @@ def obstacle_to_adapters(model: nn.Module, found: Iterable[str]) -> str | None:
     PEFT is asked, because for mixtures it takes some names for those of experts. The code of a layer's parent is read,
     because the fused kernels of state-space layers take the weight and bypass the adapter.
     """
-    import peft
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     names, modules = list(found), dict(model.named_modules())
     for name in names:
         parent, _, child = name.rpartition(".")
         if re.search(rf"\bself\.{child}\.weight\b(?!\[|\.(dtype|device|shape))", _source(type(modules[parent]))):
             return f"{type(modules[parent]).__name__} reads the weight of {child} past an adapter"
     try:
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:  # bench/gpu.py runs where it is not installed
+        return None
+    try:
         config = peft.LoraConfig(r=1, target_modules=plain_names(model, names))
         with warnings.catch_warnings(action="ignore"):
-            adapted = peft.get_peft_model(copy.deepcopy(model), config).base_model.model
+            adapted = peft.get_peft_model(_without_weights(model), config).base_model.model
     except (ValueError, TypeError) as error:
         return first_line(error)
     taken = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
     others = sorted(taken ^ set(names))
     return f"PEFT would read the adapter otherwise at {others[0]}" if others else None
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model that has shapes and no memory: its parameters and buffers are on the meta device."""
+    memo = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+    return copy.deepcopy(model, memo)
 
 
 @functools.cache
