@@ -267,7 +267,7 @@ def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str
     return identity | {"micro_batches": micro_batches}
 
 
-FOLLOWING = ("gradient_accumulation", "micro_batches")  # what `accumulation` compares
+FOLLOWING = ("gradient_accumulation", "micro_batches")  # settings that `accumulation` compares
 
 
 def write_checkpoint(training: Any) -> None:

@@ -31,7 +31,7 @@ def export_adapter(
     Args:
         layers: the adapted layers (train.py's LoRALinear) by name.
         modules_to_save: trained modules by name, such as a classifier, that are stored whole beside the adapters.
-        revision: the base's on the hub.
+        revision: the base's revision on the hub.
     """
     tensors = {}
     for name, layer in layers.items():
@@ -44,7 +44,7 @@ def export_adapter(
     rank = len(A)
     metadata = {"format": "pt"}
     if layer.initial_A is not None:
-        metadata["principal_rank"] = str(len(layer.lora_A))  # of the stacked rank, how much is trained
+        metadata["principal_rank"] = str(len(layer.lora_A))  # the trained part of the stacked rank
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -68,10 +68,10 @@ def export_adapter(
 
 
 def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -> str:
-    """README.md of an exported adapter, stored with `rank`: what it is, on which base, how trained, how loaded.
+    """README.md of an exported adapter that is stored with `rank`: its base, its training, and how to load it.
 
     Args:
-        about: `scale` of ΔW where it was set after training, and `why`; `unfinished`: how far the training was.
+        about: `scale` of ΔW if it was set after training, and `why`; `unfinished`: how far the training was.
     """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
@@ -111,8 +111,8 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
     )
 
 
-# Fields of PEFT's configurations that leave the forward pass of plain LoRA as it is, or that `read_adapter` looks at.
-# Any other field says something that is not known here, unless it is empty.
+# Fields of PEFT's configurations that do not change the forward pass of plain LoRA, or that `read_adapter` checks. Any
+# other field that is not empty has an effect that is not known here.
 KNOWN_FIELDS = {
     *(
         "peft_type",
@@ -145,7 +145,7 @@ def _selects(config: Mapping[str, Any], name: str) -> bool:
 
 
 def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -> str:
-    """README.md of a classifier's adapter, stored with `rank`: what it is, on which base, its classes, how loaded.
+    """README.md of a classifier's adapter that is stored with `rank`: its base, its classes, and how to load it.
 
     Args:
         is_of_other_size: the base has a trained classifier with another number of classes.
@@ -171,8 +171,8 @@ def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -
 
 
 def link_base(folder: Path, base: Path, config: Any) -> None:
-    """Makes `folder` the local `base` as a classifier of `config`: links to its weights, and a configuration that knows
-    the classes. PEFT reads it where an adapter names it, and needs no further arguments."""
+    """Makes `folder` a copy of the local `base` as a classifier: links to its weights, and the configuration `config`
+    with the classes. An adapter that names this folder loads in PEFT without further arguments."""
     config.save_pretrained(folder)
     for file in base.glob("*.safetensors*"):
         (folder / file.name).symlink_to(file.resolve())
@@ -187,8 +187,8 @@ class InitialAdapter:
     alpha: float
     target_modules: list[str]
     factors: dict[str, tuple[Tensor, Tensor]]  # A (R × in) and B (out × R) by layer name
-    principal_rank: int | None  # ours: the first this many of R are trained, the others are PiSSA's start
-    is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are those of the weight
+    principal_rank: int | None  # in our files: so many first rows of R are trained, the others are PiSSA's start
+    is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are the weight's own
     config: dict[str, Any]  # its adapter_config.json
 
     def require_fit(self, layers: dict[str, nn.Linear]) -> None:
@@ -203,7 +203,7 @@ class InitialAdapter:
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
 
     def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """What `trained_tensors` would give for a model that starts from it.
+        """The `trained_tensors` of a model that starts from this adapter.
 
         Args:
             principal_factors: gives PiSSA's A₀ and B₀ of a layer's weight by the layer's name.
@@ -226,13 +226,13 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
     """Reads a LoRA adapter in PEFT's format.
 
     Raises:
-        UserError: not such an adapter, or of a kind that this script cannot go on with.
+        UserError: not such an adapter, or a kind that this script cannot go on with.
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # OSError, JSON's and safetensors' own
+    except Exception as error:  # OSError, and errors of json and safetensors
         raise UserError(f"--init-adapter {folder} is no adapter in PEFT's format: {first_line(error)}") from error
     start = config.get("init_lora_weights", True)
     unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]

@@ -25,7 +25,7 @@ def check_checkpoint(name: str) -> None:
         return
     if not (folder / "config.json").is_file():
         raise UserError(f"{name} has no config.json: not a transformers checkpoint")
-    if (folder / "adapter_config.json").is_file():  # transformers would load it too, and write no weights afterwards
+    if (folder / "adapter_config.json").is_file():  # transformers would load the adapter, and then write no weights
         raise UserError(f"{name} holds an adapter beside the model: move its adapter_*.* away, or merge it first")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -51,7 +51,7 @@ def load_tokenizer_and_config(
     """The tokenizer and configuration of a checkpoint.
 
     Args:
-        needs_all: False: neither weights nor tokenizer need to be there; where it is not, None comes in its place.
+        needs_all: False: weights and tokenizer may be missing; None is returned for a missing tokenizer.
 
     Raises:
         UserError: neither a readable folder nor a hub name that answers, or no end-of-sequence token.
@@ -65,7 +65,7 @@ def load_tokenizer_and_config(
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         with contextlib.nullcontext() if needs_all else contextlib.suppress(Exception):
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, and the hub client's own
+    except Exception as error:  # OSError, ValueError, and errors of the hub's client
         raise UserError(f"cannot load the model {name!r}: {first_line(error)}") from error
     if needs_all and tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its configuration")
@@ -86,7 +86,7 @@ def require_trainable(name: str, config: "transformers.PretrainedConfig") -> Non
 
 
 def require_causal(model: "transformers.PreTrainedModel") -> None:
-    """Raises a UserError where the model does not run as it is trained, or a position sees the later ones."""
+    """Raises a UserError where the model fails in training mode, or where a position attends to later positions."""
     import torch
 
     from common import partitioned
@@ -110,7 +110,7 @@ def require_causal(model: "transformers.PreTrainedModel") -> None:
 
 
 def require_embedded(dataset: "datasets.Dataset", model: "transformers.PreTrainedModel", num_tokens: int) -> None:
-    """Raises a UserError where a token of the data is beyond the embedding; `num_tokens`: the tokenizer's."""
+    """Raises a UserError where a token of the data is beyond the embedding; `num_tokens`: the tokenizer's size."""
     rows = model.get_input_embeddings().num_embeddings
     largest = max(map(max, dataset["input_ids"])) if num_tokens > rows else 0
     if largest >= rows:
@@ -118,11 +118,11 @@ def require_embedded(dataset: "datasets.Dataset", model: "transformers.PreTraine
 
 
 def num_positions(model: "transformers.PreTrainedModel") -> int | None:
-    """How many positions the model was made for; None where that has no limit (ALiBi, state spaces, XLNet, T5)."""
+    """How many positions the model was made for; None without a limit (ALiBi, state spaces, XLNet, T5)."""
     found = getattr(model.config, "max_position_embeddings", None) or 0
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            found -= module.padding_idx + 1  # RoBERTa counts positions from there
+            found -= module.padding_idx + 1  # RoBERTa counts positions from padding_idx + 1
     return found if found > 0 else None
 
 
@@ -134,7 +134,7 @@ def require_positions(name: str, model: "transformers.PreTrainedModel", max_leng
 
 
 def note_on_positions(dataset: "datasets.Dataset", model: "transformers.PreTrainedModel") -> str:
-    """A further line where an example has more positions than the model was made for, else nothing."""
+    """A note where an example has more positions than the model was made for, else an empty text."""
     known, longest = num_positions(model), max(map(len, dataset["input_ids"]))
     if known is None or longest <= known:
         return ""
@@ -142,8 +142,8 @@ def note_on_positions(dataset: "datasets.Dataset", model: "transformers.PreTrain
 
 
 def weights_digest(path: str, config: Any) -> str:
-    """What tells one base model's weights from another's: a local folder's files, by name, size and blocks of bytes
-    throughout them; on the hub, the commit."""
+    """A digest that tells one base model's weights from another's: of a local folder, the files' names, sizes and
+    sampled blocks of bytes; on the hub, the commit."""
     digest = hashlib.sha256()
     if not Path(path).is_dir():
         return str(getattr(config, "_commit_hash", None) or path)
@@ -180,7 +180,7 @@ def resolve_dtype(name: str) -> "torch.dtype":
 
 
 def export_dtype(name: str, args: Any) -> "torch.dtype":
-    """The type of merged/: the one that --dtype names, else the base's own, else the one of training."""
+    """The type of merged/: the type of --dtype, else the base's own, else the type of training."""
     import torch
     from transformers import AutoConfig
 
@@ -192,9 +192,9 @@ def export_dtype(name: str, args: Any) -> "torch.dtype":
 
 
 def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
-    """Some published models have sampling values without sampling, which transformers reads, ignores, and does not
-    write. They are taken out: the exported model decodes greedily, as its base does. Of other settings that cannot be
-    written nothing is kept but the special tokens."""
+    """Makes the generation configuration writable. Some published models have sampling values but do not sample;
+    transformers ignores such values and refuses to write them. They are removed, and the exported model decodes
+    greedily, as its base does. If other settings cannot be written either, only the special tokens are kept."""
     from transformers import GenerationConfig
 
     config = model.generation_config
@@ -235,12 +235,12 @@ def load_model(args: Any, model_path: str, dtype: "torch.dtype") -> "transformer
             use_safetensors=True,
             **quantization,
         )
-    except OSError as error:  # on the hub, a model of pickles that has not been converted there either
+    except OSError as error:  # such as a hub model that has only pickled weights
         raise UserError(f"cannot load the model {args.model!r}: {first_line(error)}") from error
 
 
 def head_is_linear(model: "transformers.PreTrainedModel") -> bool:
-    """Whether the logits are H Eᵀ and nothing else: tried out, which finds biases, soft caps and scales alike."""
+    """Whether the logits are exactly H Eᵀ. A trial decides, because it finds biases, soft caps and scales alike."""
     import torch
     from torch import nn
 

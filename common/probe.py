@@ -1,11 +1,11 @@
-"""The linear probe: what a frozen encoder knows already."""
+"""The linear probe, which measures how well a frozen encoder's features already separate the classes."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PROBE_EXAMPLES = 20_000  # more change a probe little
+PROBE_EXAMPLES = 20_000  # more examples change a probe little
 PROBE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -22,8 +22,8 @@ def fit_probe(
     """Multinomial logistic regression (scikit-learn's) on standardized features; ridge regression for `regression`.
 
     Args:
-        features: (N, d). bias: False where the head has none.
-        penalties: inverse strengths C of the L2 penalty; the one with the best validation score is taken.
+        features: (N, d). bias: False if the head has no bias.
+        penalties: inverse strengths C of the L2 penalty; the C with the best validation score is taken.
 
     Returns:
         weight (D, d) and bias (D,) on the features as they come.
@@ -33,7 +33,7 @@ def fit_probe(
     labels = np.asarray(labels)
     rows = np.random.default_rng(0).permutation(len(labels))
     if len(rows) > PROBE_EXAMPLES:
-        if not regression:  # one of each class first, or a rare one might be left out
+        if not regression:  # one example of each class comes first, or a rare class might be left out
             first = np.unique(labels[rows], return_index=True)[1]
             rows = np.concatenate([rows[first], np.delete(rows, first)])
         rows = rows[:PROBE_EXAMPLES]
@@ -49,7 +49,7 @@ def fit_probe(
             probe = LogisticRegression(C=C, max_iter=2000, fit_intercept=bias)
         probe.fit((features - mean) / scale, labels)
         weight, offset = np.atleast_2d(probe.coef_), np.atleast_1d(probe.intercept_)
-        if not regression and len(weight) == 1:  # two classes: one logit's difference, shared out between both
+        if not regression and len(weight) == 1:  # two classes: the difference of the logits, half to each
             weight, offset = np.concatenate([-weight, weight]) / 2, np.concatenate([-offset, offset]) / 2
         weight = weight / scale
         return probe.score((validation_features - mean) / scale, validation_labels), weight, offset - weight @ mean

@@ -19,7 +19,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> lis
 
 
 def encode_opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The tokens of a text that goes on, with the tokenizer's own start token where it has one."""
+    """The tokens of a text that is to be continued, with the tokenizer's own start token if it has one."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
 
@@ -30,9 +30,9 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list
 
 
 def decode_response(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], tokens: list[int]) -> str:
-    """What `tokens` add to the text of `prompt`, to the character, without special tokens.
+    """The exact text that `tokens` add to the text of `prompt`, without special tokens.
 
-    Decoded alone they may lose a space: LlamaTokenizer drops the one that a text begins with, and others "clean up"
+    If they were decoded alone, a space could be lost: LlamaTokenizer drops a text's first space, and others "clean up"
     spaces before punctuation.
     """
     before, whole = (
@@ -40,5 +40,5 @@ def decode_response(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], tok
         for ids in (prompt, [*prompt, *tokens])
     )
     if not whole.startswith(before):
-        before = before.rstrip("\ufffd")  # half a character, which the tokens make whole
+        before = before.rstrip("\ufffd")  # half a character, which `tokens` complete
     return whole.removeprefix(before)

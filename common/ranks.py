@@ -18,8 +18,8 @@ from common.cli import RunStopped, UserError, first_line, run_script
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What a DeepSpeed configuration may say of our options: its key, the option, and how the value follows from `args` and
-# the number of micro-batches per process.
+# The keys of a DeepSpeed configuration that repeat our options: the key, the option, and how the value follows from
+# `args` and the number of micro-batches per process.
 DEEPSPEED_KEYS: dict[str, tuple[str, Callable[[Any, int, int], Any]]] = {
     "gradient_clipping": ("--max-grad-norm", lambda args, steps, ranks: args.max_grad_norm),
     "train_micro_batch_size_per_gpu": ("--batch-size", lambda args, steps, ranks: args.batch_size),
@@ -32,7 +32,7 @@ DEEPSPEED_KEYS: dict[str, tuple[str, Callable[[Any, int, int], Any]]] = {
 
 
 def read_deepspeed(path: str | None) -> dict[str, Any]:
-    """The DeepSpeed configuration in a file, empty without one; what contradicts this program is refused.
+    """The DeepSpeed configuration in a file, empty without a file; refuses settings that contradict this program.
 
     Raises:
         UserError: no JSON object, no ZeRO stage from 1 to 3, fp16, or an optimizer or a scheduler of its own.
@@ -87,7 +87,7 @@ def deepspeed_config(args: Any, num_micro_batches: int, mixed: bool, width: int)
     config.pop("fp16", None)
     zero = config["zero_optimization"]
     sizes = {"reduce_bucket_size": width * width}
-    # The gradients of adapters fill less than a bucket: nothing to overlap, and buffers of a second stream to hold.
+    # The gradients of adapters fill less than a bucket: overlapping has no use, and a second stream needs buffers.
     sizes["overlap_comm"] = args.method == "full"
     if zero["stage"] == 3:
         sizes |= {"stage3_prefetch_bucket_size": int(0.9 * width * width)}
@@ -97,7 +97,7 @@ def deepspeed_config(args: Any, num_micro_batches: int, mixed: bool, width: int)
 
 
 def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, width: int = 0) -> "Accelerator":
-    """Makes this process one of a run's ranks, under torchrun or DeepSpeed; alone, the only one.
+    """Makes this process one of a run's ranks under torchrun or DeepSpeed; without a launcher it is the only rank.
 
     Args:
         num_micro_batches, mixed, width: see `deepspeed_config`; mixed: fp32 masters, passes in bf16.
@@ -106,7 +106,7 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
         UserError: --deepspeed without its launcher, or with a configuration that contradicts the options.
     """
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find too, with a warning in every process
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same, with a warning in every process
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
@@ -118,21 +118,21 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
         from accelerate import DeepSpeedPlugin
         from transformers.integrations import HfDeepSpeedConfig
 
-        # ZeRO-3 partitions the weights while they are loaded: transformers looks for this object then.
+        # ZeRO-3 partitions the weights while they are loaded, and transformers needs this object for it.
         config = HfDeepSpeedConfig(deepspeed_config(args, num_micro_batches, mixed, width))
         settings["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=config)
     # The frozen factors of PiSSA are buffers that no step changes.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)
-    AcceleratorState._reset_state()  # what an earlier training in this process had set
+    AcceleratorState._reset_state()  # an earlier training in this process may have set it
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     on_cpu = not torch.cuda.is_available()
-    PartialState(cpu=on_cpu)  # first: with a DeepSpeed plugin, accelerate takes cpu=True for no DeepSpeed
+    PartialState(cpu=on_cpu)  # before Accelerator, which with a DeepSpeed plugin reads cpu=True as "no DeepSpeed"
     accelerator = Accelerator(cpu=on_cpu and config is None, kwargs_handlers=[ddp], **settings)
-    accelerator.held_config = config  # transformers keeps a weak reference alone
+    accelerator.held_config = config  # transformers keeps only a weak reference
     if config is not None:
         import deepspeed
 
-        if on_cpu:  # for inference alone; a run killed while it is compiled leaves a lock that all later ones wait for
+        if on_cpu:  # helps inference only, and a run that is killed while compiling it leaves a lock for all later runs
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()  # ZeRO-3 asks how many ranks there are before the first weight is read
     if torch.cuda.device_count() > 1 and accelerator.num_processes == 1:
@@ -149,8 +149,8 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
 
 @functools.cache
 def launchers() -> list[tuple[int, str]]:
-    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): number, start time. As they
-    are at the first call, the earliest possible: one that is gone by then is not known."""
+    """The processes that started this rank (`deepspeed`, its node's launcher, torchrun): process id, start time. They
+    are read at the first call, as early as possible: a process that has ended by then is not known."""
     found, number = [], os.getppid()
     while "RANK" in os.environ and number > 1:
         try:
@@ -165,13 +165,13 @@ def launchers() -> list[tuple[int, str]]:
 
 
 def start_time(number: int) -> str:
-    """When a process began, in clock ticks since the machine's start; empty where it is gone or a zombie."""
+    """When a process began, in clock ticks since the machine's start; empty if the process is gone or a zombie."""
     fields = _status(number)
     return fields[19] if fields and fields[0] != "Z" else ""
 
 
 def _status(number: int) -> list[str]:
-    """The fields of /proc/NUMBER/stat behind the name, which may hold spaces: state, parent, ..."""
+    """The fields of /proc/NUMBER/stat after the name (the name may hold spaces): state, parent, ..."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -191,15 +191,15 @@ def peak_memory_gib() -> float:
     found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(), re.MULTILINE) if status.exists() else None
     if found:
         return int(found[1]) / 2**20
-    # ru_maxrss begins with the peak of the process that started this one.
+    # The fallback is less exact: ru_maxrss begins with the peak of the process that started this one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def leave(code: int) -> None:
-    """Ends a rank's process at once. In an ordinary exit the threads that its libraries have left running may abort it,
-    and the launcher would then end the other ranks while one still writes the model."""
-    if dist.is_initialized() and code != 1:  # with 1 another rank may be lost, and closing the connections would hang
+    """Ends a rank's process at once. In an ordinary exit, threads that its libraries left running may abort it, and the
+    launcher would then end the other ranks while one of them still writes the model."""
+    if dist.is_initialized() and code != 1:  # after code 1 another rank may be lost, and closing connections would hang
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -213,7 +213,7 @@ def is_lost_rank(error: Exception) -> bool:
 
 
 def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
-    """`run_script` for a script that may run as one of several ranks. A rank may be lost before the first step, too."""
+    """`run_script` for a script that may run as one of several ranks; any of them may be lost, at any time."""
 
     def guarded(argv: list[str]) -> None:
         try:

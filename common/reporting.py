@@ -11,7 +11,7 @@ from common.cli import RunStopped, UserError, first_line, option
 
 @dataclass
 class ReportArguments:
-    """Who else is told. metrics.jsonl is always written."""
+    """Trackers and the hub; metrics.jsonl is always written."""
 
     report_to: list[str] = option(
         ["tensorboard"], "trackers that accelerate knows: tensorboard, wandb, trackio, mlflow and others; none"
@@ -63,17 +63,17 @@ def start_trackers(args: Any) -> list[Any]:
         folder = (args.output_dir,) if kind.requires_logging_directory else ()
         tracker = kind("tensorboard" if name == "tensorboard" else "ba-lora", *folder)
         tracker.start()
-        if name != "tensorboard":  # whose form of it is a second run beside this one
+        if name != "tensorboard":  # tensorboard would store the options as a second run
             tracker.store_init_configuration(plain)
         trackers.append(tracker)
     return trackers
 
 
 def push_adapter(args: Any) -> None:
-    """Pushes adapter/, whose README.md is the model card, where --push-to-hub says so. On the first process alone.
+    """Pushes adapter/ to the repository of --push-to-hub, from the first process; its README.md is the model card.
 
     Raises:
-        RunStopped: it failed; the run is complete all the same.
+        RunStopped: the push failed; the run is complete all the same.
     """
     if args.push_to_hub is None or int(os.environ.get("RANK", "0")) != 0:
         return
@@ -84,7 +84,7 @@ def push_adapter(args: Any) -> None:
         api = HfApi()
         api.create_repo(args.push_to_hub, private=True, exist_ok=True)
         api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, commit_message=f"{args.method} adapter")
-    except Exception as error:  # the hub's client has dozens of kinds
+    except Exception as error:  # the hub's client raises dozens of kinds
         raise RunStopped(
             f"could not push to {args.push_to_hub} ({first_line(error)}); the run is complete in {args.output_dir}: "
             f"the same command with --resume pushes again, and so does hf upload {args.push_to_hub} {folder}"

@@ -1,25 +1,25 @@
-"""Run records: one JSON per run, with what it was made with, what it took and what came out. Here they are read.
+"""Reads run records: one JSON file per run, with its settings, costs and results.
 
-Format, version 1. What is not known is null.
+Format, version 1. A value that is not known is null.
 
     version         1; a file of another version is refused
     experiment, run, arm, phase         names; phase is "study", or "tuning" for a run that only chooses a rate
     labels          the run's place on each axis of its experiment
-    chooses         of a tuning run: {"option", "score", "mode", "within"}: what it chooses by which score; mode is
-                    "max" or "min", and `within` says how far from the best still counts as equal
+    chooses         of a tuning run: {"option", "score", "mode", "within"}: the option that it chooses, and the score
+                    that decides; mode is "max" or "min", and scores `within` this of the best count as equal
     status          "done"; "failed": a step ended with an error; "unfinished": a step has not run, or was interrupted
     error           of a failed run: {"step": ..., "code": its exit code, "message": the last line that it wrote}
     script, settings                    train.py or finetune_bert_l_sst2.py, with every argument as it was used
     seed            of the training
-    versions, commit                    of the packages, and of this repository when the training started; + where files
-                                        were changed. Records made before November 2026 have that of the recording
+    versions, commit                    of the packages, and of this repository when the training started, with + if
+                                        files were changed; before November 2026: the commit of the recording
     hardware        {"device", "processes"}
     time            {"train_seconds", "seconds"}: in training alone, and of a classification's whole run; by benchmark
     memory          {"peak_gib"} of the fullest process
     parameters      {"trainable", "total"}
     steps           of the optimizer
     scores          by benchmark, by name of the score: {"value", "of": how many items, "interval_95"}, or a number
-    validation      what the run was selected by, where it selects itself
+    validation      the score that the run selected its state by, if it did
 """
 
 import json
@@ -35,7 +35,7 @@ def read_json(path: Path) -> Any:
     """A JSON file's content, or None where there is no such file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     try:
         return json.loads(path.read_text())
@@ -50,7 +50,7 @@ def is_record(content: Any) -> bool:
 
 
 def holds_records(folder: Path) -> bool:
-    """Whether the folder's first JSON is a record, of whatever version."""
+    """Whether the folder's first JSON file is a record of any version."""
     try:
         return is_record(read_json(min(folder.glob("*.json"))))
     except (UserError, ValueError):
@@ -61,7 +61,7 @@ def load_record(path: Path) -> dict[str, Any]:
     """A record of this version.
 
     Raises:
-        UserError: no such file, or of another kind or version.
+        UserError: no such file, or a file of another kind or version.
     """
     found = read_json(path)
     if not is_record(found):

@@ -1,4 +1,4 @@
-"""A run's output folder: whether it may be written to, which settings it was made with, on which versions."""
+"""A run's output folder: whether it may be written to, and the settings and versions that it was made with."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,8 @@ from common.cli import RunStopped, UserError, first_line
 
 
 def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | None) -> None:
-    """Raises UserError where --output-dir is a file, holds something that it may not, or, with --overwrite, one of
-    the `inputs` or the working directory: they would be deleted."""
+    """Raises UserError where --output-dir is a file, or is not empty though it has to be, or holds one of the `inputs`
+    or the working directory, which --overwrite would delete."""
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-dir {path} is a file")
@@ -35,7 +35,7 @@ def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | No
 
 
 def clear_folder(folder: Path) -> None:
-    """Makes `folder`, or deletes what is in it."""
+    """Makes `folder`, or empties it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -44,7 +44,7 @@ def clear_folder(folder: Path) -> None:
             path.unlink()
 
 
-# What may change from one start of a run to the next: where it runs, what it writes besides, how it uses the machine.
+# Options that may change when a run is resumed: its paths, its further outputs, and its use of the machine.
 NOT_IDENTITY = {"config", "output_dir", "overwrite", "dry_run", "dry_run_gpu", "export_from", "resume", "save_steps"}
 NOT_IDENTITY |= {"keep_checkpoints", "on_nonfinite", "logging_steps", "init_cache", "teacher_cache", "deepspeed"}
 NOT_IDENTITY |= {"dtype", "attn_implementation", "packing", "objective_memory", "token_kernel"}
@@ -55,11 +55,11 @@ NOT_IDENTITY |= {"sample_prompts", "report_to", "push_to_hub", "accept_changes"}
 def first_difference(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], but: Collection[str] = (), *, common: bool = False
 ) -> str | None:
-    """How the settings of something that is there differ from `ours`, in a few words; None where they do not.
+    """The first difference between the settings of existing results and `ours`, in a few words; None without any.
 
     Args:
         but: names that may differ.
-        common: compare those names alone that both have, not every one of ours.
+        common: compare only the names that both have, not all of ours.
     """
     for name, value in ours.items():
         if name not in but and (name in theirs or not common) and theirs.get(name) != value:
@@ -78,7 +78,7 @@ def config_text(args: Any) -> str:
 def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
     """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`, `but` for
     these names."""
-    # What that run has filled in.
+    # Values that the finished run filled in.
     open_ones = {name for name in ("target_modules", "template") if getattr(args, name, None) is None}
     try:
         made = dict(yaml.safe_load((output_dir / "config.yaml").read_text()))
@@ -89,15 +89,15 @@ def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> 
         raise UserError(f"{output_dir} holds a run with {difference}: name another --output-dir, or use --overwrite")
 
 
-INCOMPLETE = ".incomplete"  # a folder of what is being written
+INCOMPLETE = ".incomplete"  # the folder of files that are being written
 METRICS = "metrics.jsonl"  # a line per logging step and validation
-SAMPLES = "samples.jsonl"  # what the model answered at each validation
+SAMPLES = "samples.jsonl"  # the model's answers at each validation
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file under another name and moves it to its place: it is there whole or not at all.
+    """Writes a file under another name and moves it to its place, so that it is there whole or not at all.
 
-    A lone surrogate, which UTF-8 does not have, becomes its escape in JSON.
+    A lone surrogate, which UTF-8 cannot hold, is written as its JSON escape.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -108,15 +108,15 @@ def write_whole(path: Path, text: str) -> None:
 
 
 class JsonLines:
-    """A file of JSON lines that grows during a run. Lines that a full disk does not take are written with the next."""
+    """A file of JSON lines that grows during a run. Lines that do not fit on a full disk are written with the next."""
 
     def __init__(self, path: Path):
         self.path = path
         self._pending: list[str] = []
-        self._size: int | None = None  # of what is known to be whole lines
+        self._size: int | None = None  # bytes that are known to be whole lines
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Adds a line for each row; where the disk does not take them, says so once and keeps them."""
+        """Adds a line for each row; if they cannot be written, warns once and keeps them in memory."""
         was_pending = bool(self._pending)
         self._pending += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         try:
@@ -143,7 +143,7 @@ def _size_of(path: Path) -> int:
 
 @contextlib.contextmanager
 def held_alone(output_dir: Path) -> Iterator[None]:
-    """Inside, no other run may write to the folder: the first rank holds a lock, and a dead process holds none.
+    """Inside, no other run may write to the folder: the first rank holds a lock, which ends with its process.
 
     Raises:
         UserError: another run is writing there, or the folder cannot be made.
@@ -178,13 +178,13 @@ def held_alone(output_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
-    """Gives a folder to write folders to, which take their places in `output_dir` at the end, or not at all.
+    """Yields a folder to write into; its folders move into `output_dir` at the end, all of them or none.
 
     Args:
-        remedy: how they are written again.
+        remedy: tells the user how to write them again.
 
     Raises:
-        RunStopped: the disk does not take them, or a ValueError of what is done inside.
+        RunStopped: they cannot be written, or the code inside raised a ValueError.
     """
     from safetensors import SafetensorError
 
@@ -198,7 +198,7 @@ def written_whole(output_dir: Path, remedy: str) -> Iterator[Path]:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         room = (
             "" if isinstance(error, ValueError) else "make room, then "
-        )  # what is read back differs, or it is the disk
+        )  # the files differ when they are read back, or the disk fails
         raise RunStopped(
             f"cannot write the trained model to {output_dir} ({first_line(error)}): {room}{remedy}"
         ) from error
@@ -219,9 +219,9 @@ def package_versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str | None:
-    """This repository's commit, with + where files are changed; None outside a repository.
+    """This repository's commit, with + if files are changed; None outside a repository.
 
-    Asked for when a training starts, and kept: the repository may move on while it runs.
+    A training asks at its start and keeps the answer, because the repository may move on meanwhile.
     """
     root = Path(__file__).resolve().parent.parent
 
@@ -271,10 +271,10 @@ def forget_metrics_after(output_dir: Path, checkpoint: Path | None) -> None:
 
 
 def is_trained_already(args: Any) -> bool:
-    """Whether --resume meets a finished run; says so.
+    """Whether --resume meets a finished run; if so, prints it.
 
     Raises:
-        UserError: it is a run of other settings.
+        UserError: the finished run has other settings.
     """
     output_dir = Path(args.output_dir)
     if not args.resume or not (output_dir / "run.json").is_file():
@@ -295,7 +295,7 @@ def is_trained_already(args: Any) -> bool:
 
 
 def question_command(merged: Path) -> str:
-    """A command that asks a merged model something, in the prompt of its training."""
+    """A command that asks a merged model a question, in the prompt of its training."""
     code = (
         "import sys, transformers; ask = transformers.pipeline('text-generation', sys.argv[1]); "
         "chat = [{'role': 'user', 'content': sys.argv[2]}]; "
@@ -305,7 +305,7 @@ def question_command(merged: Path) -> str:
 
 
 def write_summary(args: Any, run: dict[str, Any]) -> None:
-    """Writes run.json, last of all files: a run that has it is done. Prints what the run leaves behind."""
+    """Writes run.json, the last of all files, which marks a run as finished. Prints the paths of the results."""
     import torch
 
     output_dir = Path(args.output_dir)
@@ -345,9 +345,9 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
 
 
 def note_export(source: Path, output_dir: Path, about: Mapping[str, Any]) -> None:
-    """Says in run.json what --export-from wrote into `output_dir`, beside all that the run's own says.
+    """Adds to run.json what --export-from wrote into `output_dir`.
 
-    A run that is not finished has none, and gets none: it would be taken for finished.
+    An unfinished run has no run.json and gets none, because it would be taken for finished.
     """
     made = source / "run.json"
     if not made.is_file() and output_dir.resolve() == source.resolve():

@@ -1,9 +1,9 @@
-"""How much of what was learned acts: ΔW at a scale α, after training. At 1 it is the trained model, at 0 its base.
+"""Scales the trained change ΔW by α after training: α = 1 is the trained model, α = 0 its base.
 
     W₀ + α·ΔW        for an adapter its own factor s times α; for full fine-tuning W₀ + α (W − W₀) for every parameter
 
-`--scale auto` reads the model at ten scales on held-out examples, and takes the smallest that costs next to nothing.
-What is printed (numbers for illustration):
+`--scale auto` measures the model at ten scales on held-out examples, and takes the smallest with a loss close to the
+lowest. It prints (numbers for illustration):
 
     scale   held-out loss   KL(base || tuned)
       1.0          0.0602              0.9120
@@ -23,12 +23,12 @@ from common.cli import UserError, option
 from common.templates import IGNORE_INDEX
 
 GRID = tuple(tenths / 10 for tenths in range(10, 0, -1))
-MOST_NUMBERS = 2**28  # of the base's log-probabilities, which are kept while the scales are gone through
+MOST_NUMBERS = 2**28  # how many log-probabilities of the base are kept at a time
 
 
 @dataclass
 class ScaleArguments:
-    """How much of what was trained --export-from writes."""
+    """The scale of the trained change in --export-from."""
 
     scale: str | None = option(
         None, "with --export-from: multiply what the run added to the weights by this, or by the choice of 'auto'"
@@ -39,10 +39,10 @@ class ScaleArguments:
 
 
 def read_scale(args: Any) -> float | None:
-    """--scale as a number, 1 where it is not given; None for auto.
+    """--scale as a number, 1 if it is not given; None for auto.
 
     Raises:
-        UserError: no number above 0 and up to 1, or no --export-from.
+        UserError: not a number above 0 and up to 1, or without --export-from.
     """
     if args.scale is None:
         return 1.0
@@ -62,11 +62,11 @@ def read_scale(args: Any) -> float | None:
 
 
 class Scaled:
-    """A trained model that acts with any α, in place.
+    """A trained model that can be set to any α, in place.
 
     Args:
-        model: what was trained.
-        adapters: where the factor of each adapter stands: a mapping and its key. train.py's layers and PEFT's differ.
+        model: the trained model.
+        adapters: the place of each adapter's factor: a mapping and its key. train.py's layers and PEFT's differ.
         base: the parameters W₀ by name, for a model that was trained without adapters.
     """
 
@@ -84,7 +84,7 @@ class Scaled:
 
     @torch.no_grad()
     def set(self, alpha: float) -> None:
-        """Every α is taken from the trained model anew, so that no rounding adds up."""
+        """Sets α. It starts from the trained weights every time, so that rounding does not add up."""
         for place, key, factor in self.factors:
             place[key] = factor * alpha
         for weight, before, after in self.weights:
@@ -93,7 +93,7 @@ class Scaled:
 
 @dataclass
 class Curve:
-    """Means over the response tokens of held-out examples, by α, in nats."""
+    """By α, means over the response tokens of held-out examples, in nats."""
 
     examples: int
     losses: dict[float, float] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Curve:
 
 
 def _log_probabilities(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """fp32 (M, V) at the places that predict a response token, and these tokens, (M, 1)."""
+    """fp32 log-probabilities (M, V) at the positions that predict a response token, and these tokens, (M, 1)."""
     device = model.get_input_embeddings().weight.device
     ids, labels = (torch.tensor(example[name], device=device) for name in ("input_ids", "labels"))
     valid = labels[1:] != IGNORE_INDEX
@@ -115,7 +115,7 @@ def _log_probabilities(model: nn.Module, example: Mapping[str, Any]) -> tuple[Te
 
 
 def _groups(examples: Sequence[Mapping[str, Any]], vocabulary: int) -> Iterator[list[Mapping[str, Any]]]:
-    """The examples in order, as many at a time as have MOST_NUMBERS log-probabilities, and at least one."""
+    """The examples in order, in groups of at most MOST_NUMBERS log-probabilities, and at least one example."""
     group, size = [], 0
     for example in examples:
         numbers = len(example["labels"]) * vocabulary
@@ -146,7 +146,7 @@ def measured(scaled: Scaled, examples: Sequence[Mapping[str, Any]]) -> Curve:
 
 
 def choose(scaled: Scaled, examples: Sequence[Mapping[str, Any]], tolerance: float) -> dict[str, Any]:
-    """The scale that --scale auto takes, with what it was chosen from; prints both."""
+    """The scale that --scale auto takes, with the measurements behind the choice; prints both."""
     if torch.cuda.is_available():
         scaled.model.to("cuda")
     curve = measured(scaled, examples)

@@ -30,7 +30,7 @@ KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ONE_KIND = {".jsonl": ".json"}
 SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation")
-BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # what is held of a file before it is written to the cache
+BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # how much of a file is held in memory before it is written to the cache
 
 UNUSED_SECONDS = 30 * 24 * 3600  # a table that nobody reads so long is removed from the cache
 
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 class HubError(UserError):
-    """A data set of the hub that cannot be had from here."""
+    """A data set of the hub that cannot be reached from here."""
 
 
 def load_records(
@@ -47,7 +47,7 @@ def load_records(
     """Reads a data set from a local file, a folder of files of one kind, or the hub.
 
     Args:
-        split, subset: of a hub data set or a folder: its split, a folder inside it.
+        split, subset: a split of a hub data set or of a folder; a folder inside it.
         name: configuration of a hub data set.
 
     Raises:
@@ -67,7 +67,7 @@ def load_records(
 
         try:
             return datasets.load_dataset(source, name, data_dir=subset, split=split)
-        except Exception as error:  # the hub's client has dozens of kinds
+        except Exception as error:  # the hub's client raises dozens of kinds
             raise HubError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
     kinds = sorted({kind_of(file) for file in files})
     if len({ONE_KIND.get(kind, kind) for kind in kinds}) > 1:
@@ -76,7 +76,7 @@ def load_records(
 
 
 def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset":
-    """`load_records`; where all columns are given as numbers, a csv or tsv file without header.
+    """`load_records`, or, if all columns are named by numbers, a csv or tsv file without header.
 
     Raises:
         UserError: nothing readable there, or lines of different width.
@@ -90,14 +90,14 @@ def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset"
 
 
 def note_on_overlap(trained: Iterable[Hashable], held_out: Iterable[Hashable], name: str) -> str | None:
-    """A line where held-out examples are trained on too; None where none is."""
+    """A note if held-out examples are also trained on, else None."""
     trained, held_out = set(trained), list(held_out)
     count = sum(example in trained for example in held_out)
     return f"note: {count} of the {len(held_out)} examples of {name} are trained on too" if count else None
 
 
 def require_fields(records: "datasets.Dataset", fields: list[str], source: str, remedy: str) -> None:
-    """Raises a UserError that lists what there is, where `records` lacks one of `fields`."""
+    """Raises a UserError that lists the existing fields if `records` lacks one of `fields`."""
     for name in fields:
         if name not in records.column_names:
             known = ", ".join(records.column_names)
@@ -105,7 +105,7 @@ def require_fields(records: "datasets.Dataset", fields: list[str], source: str, 
 
 
 def as_text(cell: Any) -> str:
-    """A cell as it is written: text, or the JSON of what is none."""
+    """A cell as text: a text as it is, any other value as JSON."""
     return cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
 
 
@@ -115,15 +115,15 @@ def as_text(cell: Any) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how a file is written, of data.JSONL and data.jsonl.gz too."""
+    """The suffix that names a file's format, in lower case and without .gz: .jsonl for data.JSONL and data.jsonl.gz."""
     return path.with_suffix("" if path.suffix.lower() == ".gz" else path.suffix).suffix.lower()
 
 
 def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The data files below `folder`, those of `split` and the others. A name without a split's word is of train.
+    """The data files below `folder`: those of `split`, and the others. A name without a split's word counts as train.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder has no data file, or none of `split`.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in KINDS)
     files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
@@ -151,7 +151,7 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
 
 
 def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
-    """The files' rows as a table on the disk, which is read anew when a file's content or this reader has changed."""
+    """The files' rows as a table on disk, which is made again when a file's content or this reader has changed."""
     import datasets
 
     key = hashlib.sha256(Path(__file__).read_bytes())
@@ -174,8 +174,8 @@ def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
             os.replace(being_written, table)
         finally:
             Path(being_written).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another process removes the same
-            for other in folder.parent.iterdir():  # a file that changes often would fill the disk
+        with contextlib.suppress(FileNotFoundError):  # another process may remove the same table
+            for other in folder.parent.iterdir():  # the tables of a file that changes often would fill the disk
                 if time.time() - other.stat().st_mtime > UNUSED_SECONDS:
                     shutil.rmtree(other, ignore_errors=True)
     os.utime(folder)
@@ -183,10 +183,10 @@ def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
 
 
 def _write(files: list[Path], has_header: bool, target: Path, kinds: dict[str, bool]) -> bool:
-    """Writes all rows; False where a later row made `kinds`, which says of each column whether it is text, another.
+    """Writes all rows. False if a later row changed `kinds`, which tells for each column whether it is text.
 
     Raises:
-        UserError: there is no row, or one that cannot be read.
+        UserError: there is no row, or a row cannot be read.
     """
     import datasets
     import pyarrow as pa
@@ -204,7 +204,7 @@ def _write(files: list[Path], has_header: bool, target: Path, kinds: dict[str, b
                             kinds[name] = True
                 done = done and (writer is None or kinds == before)
                 if not done:
-                    continue  # the rest is read for its columns alone
+                    continue  # the remaining rows are read only to complete `kinds`
                 if writer is None:
                     features = {
                         name: datasets.Value("string") if text else datasets.Json() for name, text in kinds.items()
@@ -234,7 +234,7 @@ def _batch(rows: list[Row], kinds: dict[str, bool], schema: Any) -> Any:
 
 
 def _batches(rows: Iterable[tuple[Row, int]]) -> Iterator[list[Row]]:
-    """Rows in lists of bounded size; each row comes with how many characters it took."""
+    """Rows in lists of bounded size; each row comes with its number of characters."""
     batch, size = [], 0
     for row, length in rows:
         batch.append(row)
@@ -265,7 +265,7 @@ def _unreadable(file: Path, line: int, what: str) -> UserError:
 
 
 def _open(file: Path) -> TextIO:
-    """A file's text, in the encoding that its first bytes name; a byte that is none of it becomes a lone surrogate."""
+    """A file's text, in the encoding that its first bytes name; an invalid byte becomes a lone surrogate."""
     opened = gzip.open if file.suffix.lower() == ".gz" else open
     try:
         with opened(file, "rb") as stream:
@@ -276,10 +276,10 @@ def _open(file: Path) -> TextIO:
 
 
 def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends. They end at line feeds alone: texts have other separators in them.
+    """Numbered lines with their ends. Only line feeds end a line, because texts may contain other separators.
 
     Raises:
-        UserError: a byte that is no text of the file's encoding, with its line.
+        UserError: a byte that is not valid in the file's encoding; names its line.
     """
     number = 0
     with _open(file) as stream:
@@ -292,7 +292,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
             byte = ord(error.object[error.start]) & 0xFF
             what = f"byte {byte:#04x} at character {error.start + 1} is no {stream.encoding}: save the file as UTF-8"
             raise _unreadable(file, number, what) from error
-        except (UnicodeDecodeError, OSError, EOFError) as error:  # UTF-16 that ends within a character; gzip's own
+        except (UnicodeDecodeError, OSError, EOFError) as error:  # UTF-16 that ends within a character; damaged gzip
             raise _unreadable(file, number + 1, first_line(error)) from error
 
 
@@ -307,7 +307,7 @@ def _as_integer(text: str) -> int | str:
 
 
 def _as_float(text: str) -> float | str:
-    from datasets.utils.json import ujson_loads  # by which the table's cells are read again, and which rounds some
+    from datasets.utils.json import ujson_loads  # reads the table's cells again, and rounds some numbers
 
     number = float(text)
     return number if str(number) == text and ujson_loads(text) == number else text
@@ -334,7 +334,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _json_rows(file: Path) -> Iterator[tuple[Row, int]]:
-    """Objects line by line; where the first line is no object, those of a list, or one after the other."""
+    """Objects line by line; if the first line is not an object, the objects of a list, or a sequence of objects."""
     is_by_line = False
     for number, line in numbered_lines(file):
         text = line.strip()
@@ -392,7 +392,7 @@ def _reason(error: Exception) -> str:
 
 
 def _checked(row: Any, text: str, file: Path, number: int) -> Row:
-    """The row, which must be an object, without half of a character in it."""
+    """The row, checked: it must be an object, and no text in it may have half of a character."""
     if not isinstance(row, dict):
         raise _unreadable(file, number, f"{as_text(row)[:40]} is no object with the example's fields")
     if "\\u" in text:
@@ -410,7 +410,7 @@ def _checked(row: Any, text: str, file: Path, number: int) -> Row:
 
 
 def _table_rows(file: Path, sep: str, has_header: bool) -> Iterator[tuple[Row, int]]:
-    """Rows of text; without header, the columns are named by their numbers."""
+    """Rows of text; without a header, the columns are named by their numbers."""
     rows = _split_lines(file) if sep == "\t" and not _is_quoted(file) else _csv_cells(file, sep)
     names = None
     for number, cells in rows:
@@ -444,10 +444,10 @@ def _split_lines(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _is_quoted(file: Path) -> bool:
-    """Whether a tsv file was written with csv's quoting, as spreadsheets do, and not line by line, as GLUE's are.
+    """Whether a tsv file was written with csv's quoting, as by a spreadsheet, and not line by line, as GLUE's files.
 
-    Then every row has the first one's width, and cells with tabs, line ends or quotation marks are quoted, or all are.
-    A row of several lines, most of them of that width, is what csv makes of lines with lone marks.
+    With quoting, every row has the first row's width, and cells with tabs, line ends or quotation marks are quoted, or
+    all cells are. If csv reads a row of several lines, most of them of that width, the lines had lone quotation marks.
     """
     lines = dict(_split_lines(file))
     has_need, starts, width = False, [], None
@@ -489,7 +489,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Row, int]]:
 
 
 def _plain(cell: Any) -> Any:
-    """What Arrow holds as what JSON can: dates, decimals and bytes as text; a missing number is none."""
+    """Converts Arrow's value to one of JSON: dates, decimals and bytes to text, a missing number to None."""
     match cell:
         case None | bool() | str():
             return cell

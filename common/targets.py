@@ -3,17 +3,19 @@
 import copy
 import functools
 import inspect
+import itertools
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from common.cli import UserError, first_line
 
-# The attention and feed-forward projections of Llama, Mistral, Gemma and Qwen2, and their fused forms in Phi-3. The
-# experts of Mixtral are no linear layers in transformers: there, attention alone.
+# The attention and feed-forward projections of Llama, Mistral, Gemma and Qwen2, and their fused forms in Phi-3. In
+# Mixtral only attention gets adapters: the experts are not linear layers in transformers.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FEED_FORWARD = TARGET_MODULES[4:]
 FUSED_TARGET_MODULES = ["qkv_proj", "gate_up_proj"]
@@ -23,7 +25,7 @@ def default_target_modules(model: nn.Module) -> list[str]:
     """The names of TARGET_MODULES and their fused forms that `model` has.
 
     Raises:
-        UserError: it has none of them.
+        UserError: the model has none of them.
     """
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = [name for name in (*TARGET_MODULES, *FUSED_TARGET_MODULES) if name in linear]
@@ -43,28 +45,39 @@ def _known(model: nn.Module) -> str:
 
 
 def obstacle_to_adapters(model: nn.Module, found: Iterable[str]) -> str | None:
-    """Why adapters on the layers `found` would not act everywhere as they are trained; None where they would.
+    """The reason why adapters on the layers `found` would not act everywhere as in training; None if they would.
 
-    PEFT is asked, because its readers of mixtures take some names for those of experts. A layer's parent is read,
-    because the fused kernels of state-space layers take the weight and pass the adapter by.
+    PEFT is asked, because for mixtures it takes some names for those of experts. The code of a layer's parent is read,
+    because the fused kernels of state-space layers take the weight and bypass the adapter.
     """
-    import peft
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     names, modules = list(found), dict(model.named_modules())
     for name in names:
         parent, _, child = name.rpartition(".")
         if re.search(rf"\bself\.{child}\.weight\b(?!\[|\.(dtype|device|shape))", _source(type(modules[parent]))):
             return f"{type(modules[parent]).__name__} reads the weight of {child} past an adapter"
     try:
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:  # bench/gpu.py runs where it is not installed
+        return None
+    try:
         config = peft.LoraConfig(r=1, target_modules=plain_names(model, names))
         with warnings.catch_warnings(action="ignore"):
-            adapted = peft.get_peft_model(copy.deepcopy(model), config).base_model.model
+            adapted = peft.get_peft_model(_without_weights(model), config).base_model.model
     except (ValueError, TypeError) as error:
         return first_line(error)
     taken = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
     others = sorted(taken ^ set(names))
     return f"PEFT would read the adapter otherwise at {others[0]}" if others else None
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model that has shapes and no memory: its parameters and buffers are on the meta device."""
+    memo = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+    return copy.deepcopy(model, memo)
 
 
 @functools.cache
@@ -76,7 +89,7 @@ def _source(kind: type) -> str:
 
 
 def plain_names(model: nn.Module, found: Iterable[str]) -> list[str]:
-    """Targets that any reader of an adapter understands: last names where these name `found` alone, else whole ones."""
+    """Targets that every reader of adapters understands: last names if they match only `found`, else whole names."""
     names = list(found)
     last = {name.rpartition(".")[2] for name in names}
     named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
@@ -84,7 +97,7 @@ def plain_names(model: nn.Module, found: Iterable[str]) -> list[str]:
 
 
 def coverage(model: nn.Module, found: Iterable[str]) -> dict[str, dict[str, int]]:
-    """How many linear layers of each last name get an adapter, and how many do not; the output layer aside."""
+    """How many linear layers of each last name get an adapter, and how many do not; without the output layer."""
     found, head = set(found), model.get_output_embeddings()
     layers = {
         name: name in found
@@ -101,8 +114,8 @@ def find_target_modules(model: nn.Module, target_modules: list[str] | None, rank
     """The linear layers of `model` that an entry of `target_modules` names.
 
     Args:
-        target_modules: last names, dotted suffixes, regular expressions for the whole name, or `all-linear`, which is
-            every linear layer but the output layer; None: `default_target_modules`.
+        target_modules: last names, dotted suffixes, regular expressions for the whole name, or `all-linear` for every
+            linear layer but the output layer; None: `default_target_modules`.
 
     Raises:
         UserError: an entry matches nothing, or `rank` is larger than a layer's smaller side.

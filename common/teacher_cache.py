@@ -1,4 +1,4 @@
-"""The teacher's hidden states on disk, so that further epochs, seeds and λs skip its pass."""
+"""The teacher's hidden states on disk, so that further epochs, seeds and λs skip the teacher's pass."""
 
 import itertools
 import math
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class TeacherCache:
     """The teacher's last hidden states at every example's valid positions, on disk: exact, not approximated logits.
 
-    Filled as training meets the examples, read from then on. The file's name is a digest of the base weights and the
-    tokenised data, so that a stale cache is never met; an example counts only once all its states are written, so that
-    a killed run leaves a cache that the next one goes on with.
+    The first pass over the examples fills it, later passes read it. The file's name is a digest of the base weights and
+    the tokenised data, so an outdated cache is never read. An example counts only once all its states are written, so
+    the next run can go on with the cache of a killed run.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TeacherCache:
             counts: each example's number of valid positions.
 
         Raises:
-            UserError: the disk cannot hold it, or takes no file.
+            UserError: the disk cannot hold the cache, or the file cannot be made.
         """
         self.offsets = [0, *itertools.accumulate(counts)]
         self.width = shape_of(model.get_output_embeddings().weight)[1]
@@ -56,7 +56,7 @@ class TeacherCache:
         self.done = torch.from_file(str(done), shared=True, size=len(counts), dtype=torch.bool)
 
     def get(self, example_ids: list[int]) -> Tensor | None:
-        """The states of these examples, in order, (M, d); None where one is missing."""
+        """The states of these examples, in order, (M, d); None if an example is missing."""
         if not all(self.done[i] for i in example_ids):
             return None
         return torch.cat([self.states[self.offsets[i] : self.offsets[i + 1]] for i in example_ids]).to(self.device)
@@ -66,15 +66,15 @@ class TeacherCache:
         sizes = [self.offsets[i + 1] - self.offsets[i] for i in example_ids]
         for i, rows in zip(example_ids, states.split(sizes), strict=True):
             self.states[self.offsets[i] : self.offsets[i + 1]] = rows.to(self.states)
-            # Marked last: a kill between the two lines loses the example's states, and never leaves wrong ones.
+            # The mark comes last: a kill between the two lines loses the example's states, but never leaves wrong ones.
             self.done[i] = True
 
 
 def allocate(file: Path, num_bytes: int) -> None:
-    """Takes the room of a file that is mapped into memory: a disk that fills up later would kill the process (SIGBUS).
+    """Allocates a memory-mapped file's whole space. A disk that fills up later would kill the process (SIGBUS).
 
     Raises:
-        UserError: the disk does not have it.
+        UserError: the disk does not have the space.
     """
     is_new = not file.exists()
     try:
@@ -88,10 +88,10 @@ def allocate(file: Path, num_bytes: int) -> None:
 
 
 def require_space(folder: Path, num_bytes: int, files: Iterable[Path] | None = None) -> None:
-    """Raises a UserError where the disk of `folder`, which need not be there yet, cannot hold a cache of `num_bytes`.
+    """Raises a UserError if the disk of `folder` cannot hold a cache of `num_bytes`; the folder need not exist yet.
 
     Args:
-        files: where the cache may have been begun; None: in any file of its size, as long as its name is not known.
+        files: files that may be the begun cache; None: any file of its size, because its name is not known yet.
     """
     begun = folder.glob("*.states") if files is None else files
     there = [file.stat() for file in begun if file.exists()]

@@ -4,8 +4,8 @@
 `raw`       the turns' texts and nothing else
 `chat`      the tokenizer's own chat template
 
-Prompt and response are tokenised so that the border between them is where it is when the model generates: tokenised as
-one text, a tokenizer may merge across it.
+Prompt and response are tokenised so that the border between them is the same as when the model generates. If they were
+tokenised as one text, the tokenizer might merge characters across the border.
 """
 
 import copy
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted; cross_entropy's own default
-MARK = "Kq7ZxW2v"  # stands for a turn's text: no conversation and no template has it
+MARK = "Kq7ZxW2v"  # stands for a turn's text; no conversation and no template contains it
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under which templates look for a thought
-# A template that writes the day writes this one, Llama 3.2's own default: no day of serving is the day of training.
+# Templates that write today's date write this one, Llama 3.2's own default: a model is served on other days.
 DAY = time.strptime("2024-07-26", "%Y-%m-%d")
-# A generation prompt may end with a thought, opened or empty, where a conversation's text does not.
+# A generation prompt may end with an opened or an empty thought that a conversation's text does not have.
 OPENED_THOUGHT = r"<think>\s*(?:</think>\s*)?$"
 OPENS_THOUGHT = "a server's prompt opens a thought, which the answers here begin otherwise"
 CUTS_OTHERWISE = "a server cuts earlier answers into other tokens of the same text"
@@ -40,7 +40,7 @@ CUTS_OTHERWISE = "a server cuts earlier answers into other tokens of the same te
 Messages = list[dict[str, Any]]
 Pieces = list[tuple[list[int], bool]]  # tokens, and whether they are trained
 
-# Our own templates for a chat endpoint; `generation` marks what is trained.
+# Our own templates for a chat endpoint; `generation` marks the trained text.
 _ANSWER = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
 )
@@ -61,7 +61,7 @@ class Template:
     """One of the three templates, for one tokenizer.
 
     Attributes:
-        jinja: the chat template that renders the very prompt of training.
+        jinja: the chat template that renders exactly the prompt of training.
         end_token_id: the token that ends an assistant's turn.
 
     Raises:
@@ -70,7 +70,7 @@ class Template:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str, arguments: dict[str, Any] | None = None):
         self.tokenizer, self.name, self.arguments = tokenizer, name, arguments or {}
-        self._borders: tuple[str, tuple[str, ...]] = ("", ())  # begin and end tokens that a text may carry already
+        self._borders: tuple[str, tuple[str, ...]] = ("", ())  # begin and end tokens that a text may already contain
         if name != "chat":
             if arguments:
                 raise UserError(f"--template-args are the chat template's: --template {name} has none")
@@ -83,14 +83,14 @@ class Template:
             raise UserError("--template chat: the tokenizer has no chat template; take alpaca or raw")
         self.jinja = _with_arguments(tokenizer.get_chat_template(), self.arguments)
         self._is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", self.jinja) is not None
-        self._whole: set[tuple[str, ...]] = set()  # sequences of roles that are known to be written out whole
-        self._is_open = False  # whether a turn is ended by the token that begins the next one, as GLM's is
+        self._whole: set[tuple[str, ...]] = set()  # sequences of roles from which the template drops nothing
+        self._is_open = False  # whether the token that begins the next turn ends a turn, as in GLM's template
         self.end_token_id = self._end_of_turn()
         begin = self._begin_token(self._render([{"role": "user", "content": "Hello"}], prompt=True)[0])
         self._borders = begin, (tokenizer.eos_token or "", tokenizer.decode([self.end_token_id]))
 
     def _begin_token(self, opening: str) -> str:
-        """The begin token, where `opening` starts with it and no turn does (SmolLM2's begins every turn)."""
+        """The begin token, if `opening` starts with it and no turn does (SmolLM2's begins every turn)."""
         begin = self.tokenizer.bos_token or ""
         return begin if opening.startswith(begin) and opening.count(begin) == 1 else ""
 
@@ -100,11 +100,11 @@ class Template:
         """The tokens of a conversation, cut where a trained part begins or ends.
 
         Args:
-            first: the assistant's turns are trained from this message on. masked: but not these.
-            tools: what the chat template offers to the model.
+            first: the assistant's turns are trained from this message on. masked: messages that are not.
+            tools: the tools that the chat template offers to the model.
 
         Raises:
-            UserError: the template refuses the conversation or drops a turn, or what it writes cannot be told apart.
+            UserError: the template refuses the conversation, drops a turn, or writes turns that cannot be located.
         """
         messages = self._without_borders(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -130,17 +130,17 @@ class Template:
         tools: list[dict] | None = None,
         served: "PreTrainedTokenizerBase | None" = None,
     ) -> set[str]:
-        """Compares the prompts of the trained turns with those that a server makes of the same messages.
+        """Compares the prompts of the trained turns with a server's prompts for the same messages.
 
         Args:
-            pieces: of these messages. served: the server's tokenizer, such as one of an export; None: this one, saved
-                and loaded again.
+            pieces: the messages' pieces. served: the server's tokenizer, such as an export's; None: this one, saved and
+                loaded again.
 
         Returns:
-            what differs and can be trained all the same: OPENS_THOUGHT, CUTS_OTHERWISE.
+            the differences that do not prevent training: OPENS_THOUGHT, CUTS_OTHERWISE.
 
         Raises:
-            UserError: they differ; shows both around the first difference.
+            UserError: the prompts differ otherwise; shows both around the first difference.
         """
         served = served or self.saved
         messages, notes = self._without_borders(messages), set()
@@ -167,14 +167,14 @@ class Template:
         return notes
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens before the answer to `text`, said by the user: training's, and what a server makes of it."""
+        """The tokens before the answer to the user's `text`, the same in training and from a server."""
         messages = [{"role": "user", "content": text}]
         if self.name == "chat":
             return self._ids(self._render(messages, prompt=True)[0])
         return self._own_pieces([*messages, {"role": "assistant", "content": ""}], ())[0][0]
 
     def drops_thought(self, messages: Messages, tools: list[dict] | None = None) -> bool:
-        """Whether the chat template leaves out a thought of an answer, under its own key or in its text."""
+        """Whether the chat template leaves out an answer's thought, which has its own key or stands in the text."""
         thoughts = [message[key] for message in messages for key in REASONING if message.get(key) and self.names(key)]
         for message in messages:
             thoughts += re.findall(r"(?s)<think>(.*?)</think>", message["content"])
@@ -200,8 +200,8 @@ class Template:
     # ---- alpaca and raw
 
     def _opening(self) -> str:
-        """What the server's prompt begins with, so that its tokens are those of `encode_opening`."""
-        start = self.tokenizer.decode(encode_opening(self.tokenizer, ""))  # the start token, where there is one
+        """The beginning of the server's prompt that makes its tokens those of `encode_opening`."""
+        start = self.tokenizer.decode(encode_opening(self.tokenizer, ""))  # the start token, if there is one
         for opening in (start, f"{start} ", ""):
             if all(self._ids(opening + text) == encode_opening(self.tokenizer, text) for text in (ALPACA_PROMPT, "Hi")):
                 return opening
@@ -217,7 +217,7 @@ class Template:
             raise UserError(f"--template {self.name} has no place for tools: take --template chat")
 
     def _own_pieces(self, messages: Messages, trained: Collection[int]) -> Pieces:
-        """Of `alpaca` and `raw`: one answer is tokenised by itself, several as a server tokenises earlier ones."""
+        """The pieces for `alpaca` and `raw`: one answer is tokenised alone, several as a server tokenises them."""
         texts, text = [], ""
         for index, message in enumerate(messages):
             content = message["content"]
@@ -241,7 +241,7 @@ class Template:
         return self._tokenised(whole, spans, sorted(borders))
 
     def end_answers(self, generation_config: "GenerationConfig") -> None:
-        """Has generation stop at the token that ends a turn, beside those at which it stops already."""
+        """Makes generation also stop at the token that ends a turn."""
         before = generation_config.eos_token_id
         stops = before if isinstance(before, list) else [] if before is None else [before]
         if self.end_token_id not in stops:
@@ -249,7 +249,7 @@ class Template:
 
     @property
     def plain_jinja(self) -> str:
-        """The chat template for other programs: ours without its marks, which only transformers' jinja knows."""
+        """The chat template for other programs: without `generation` marks, which only transformers' jinja knows."""
         return self.jinja if self.name == "chat" else re.sub(r"\{% (end)?generation %\}", "", self.jinja)
 
     def save(self, folder: Path, generation_config: "GenerationConfig | None" = None) -> None:
@@ -257,7 +257,7 @@ class Template:
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = self.plain_jinja
         tokenizer.init_kwargs["trained_template"] = self.name
-        if getattr(tokenizer, "legacy", None) is not None:  # transformers 5 does not write it, and tokens hang on it
+        if getattr(tokenizer, "legacy", None) is not None:  # it changes tokens, and transformers 5 does not write it
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         tokenizer.save_pretrained(folder)
         clean_tokenizer_config(folder / "tokenizer_config.json")
@@ -269,7 +269,7 @@ class Template:
     def _render(
         self, messages: Messages, tools: list[dict] | None = None, *, prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """A conversation's text, and where its generation marks are; with `prompt`, up to an answer's beginning."""
+        """A conversation's text and the spans of its generation marks; with `prompt`, up to an answer's beginning."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         def render(messages: Messages) -> tuple[str, list[tuple[int, int]]]:
@@ -285,7 +285,7 @@ class Template:
 
         try:
             return render(messages)
-        except Exception as error:  # jinja's own, and whatever a template's expressions raise
+        except Exception as error:  # errors of jinja, and anything that a template's expressions raise
             try:
                 if any(message.get("tool_calls") for message in messages):
                     return render([_with_arguments_as_text(message) for message in messages])
@@ -295,10 +295,10 @@ class Template:
             raise UserError(f"{what}; leave it out (--skip-bad), or take another --template") from error
 
     def _written(self, messages: Messages, tools: list[dict] | None) -> tuple[str, list[tuple[int, int]]]:
-        """A conversation's text as it is trained, and where its generation marks are.
+        """A conversation's text as it is trained, and the spans of its generation marks.
 
-        It is the template's, but for two things that a model has to learn: a thought of the last answer that the prompt
-        opens and that the template leaves out (DeepSeek-R1's), and the token that ends the last turn (GLM's).
+        The text is the template's, with two additions that a model has to learn: the last answer's thought, if the
+        prompt opens it and the template leaves it out (DeepSeek-R1's), and the token that ends the last turn (GLM's).
         """
         text, marks = self._render(messages, tools)
         last = messages[-1]
@@ -318,13 +318,13 @@ class Template:
         return text, marks
 
     def _special_head(self, text: str) -> str:
-        """The special token that a text begins with, or nothing."""
+        """The special token that a text begins with, or an empty text."""
         ids = self._ids(text)[:1]
         return self.tokenizer.decode(ids) if ids and ids[0] in self._special else ""
 
     @functools.cached_property
     def saved(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer as a server has it: written and loaded again."""
+        """The tokenizer as a server has it: saved and loaded again."""
         from transformers import AutoTokenizer
 
         with tempfile.TemporaryDirectory() as folder:
@@ -363,15 +363,15 @@ class Template:
         return text, spans, []
 
     def _end(self, messages: Messages, turn: int, text: str, tools: list[dict] | None = None) -> int:
-        """Where in `text`, the whole conversation, the assistant's `turn` ends, with what closes it.
+        """The end of the assistant's `turn` in `text`, the whole conversation, after the text that closes the turn.
 
-        With another content in its place, what follows the content is the same: that says where the content ends. How
-        much of what follows closes the turn: as much as follows where the conversation ends there.
+        The text after the content stays the same when another content takes its place, which shows where the content
+        ends. The closing text is as long as the text that follows when the conversation ends with this turn.
         """
         marked = [*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :]]
         calls = messages[turn].get("tool_calls")
         said = calls[-1]["function"]["name"] if calls else messages[turn]["content"]
-        after, closing = (  # what is said may come again, as a function's name does beside its result
+        after, closing = (  # the content may come again later, as a function's name does beside its result
             self._written(part, tools)[0].partition(MARK)[2].replace(MARK, said)
             for part in (marked, marked[: turn + 1])
         )
@@ -379,14 +379,14 @@ class Template:
             raise UserError(f"the chat template writes what follows message {turn + 1} by what it says")
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closing, after, strict=False)))
         while length and not all(self._begins(text, closing[:length]) for text in (closing, after)):
-            length -= 1  # inside a token: "<" of two different ones
-        length = length or len(self._special_head(after))  # gpt-oss's: another token ends an earlier turn than the last
+            length -= 1  # not inside a token: two different tokens may both begin with "<"
+        length = length or len(self._special_head(after))  # gpt-oss ends earlier turns by another token than the last
         if not length:
             raise UserError(f"the chat template does not close message {turn + 1}: a model would never stop")
         return len(text) - len(after) + length
 
     def _require_every_turn(self, messages: Messages, tools: list[dict] | None = None) -> None:
-        """Raises a UserError where the text is the same whatever one of the turns, or the tools, say."""
+        """Raises a UserError if the text does not depend on one of the turns, or on the tools."""
         for index, message in enumerate(messages):
             marked = [*messages[:index], _marked(message), *messages[index + 1 :]]
             if MARK not in self._render(marked, tools)[0]:
@@ -403,7 +403,7 @@ class Template:
         """The first special token after an assistant's answer.
 
         Raises:
-            UserError: there is none, or it is not trained.
+            UserError: there is no such token, or it is not trained.
         """
         answer = MARK[::-1]
         messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
@@ -424,15 +424,15 @@ class Template:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _begins(self, text: str, head: str) -> bool:
-        """Whether the tokens of `head` are those that `text` begins with."""
+        """Whether the tokens of `text` begin with the tokens of `head`."""
         ids = self._ids(head)
         return self._ids(text)[: len(ids)] == ids
 
     def _tokenised(self, text: str, spans: list[tuple[int, int]], borders: list[int]) -> Pieces:
         """The text's tokens in pieces between `borders`.
 
-        As the whole is tokenised, where the prompt of every answer is then tokenised as a server does it; else each
-        piece by itself.
+        The text is tokenised as a whole, if every answer's prompt then has the tokens that a server gives it; else each
+        piece is tokenised by itself.
         """
         cuts = list(zip([0, *borders], [*borders, len(text)], strict=True))
         pieces, whole = [self._ids(text[start:end]) for start, end in cuts], self._ids(text)
@@ -445,14 +445,14 @@ class Template:
 
 
 def _with_arguments(jinja: str, arguments: dict[str, Any]) -> str:
-    """A chat template with its variables set, and with DAY in the place of today."""
+    """A chat template with its variables set, and with DAY instead of today's date."""
     day = lambda found: repr(time.strftime(found[2], DAY))  # noqa: E731
     jinja = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", day, jinja)
     return "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in arguments.items()) + jinja
 
 
 def _literal(value: Any) -> str:
-    """A value in jinja's own writing."""
+    """A value as a jinja literal."""
     return {None: "none", True: "true", False: "false"}.get(value) or json.dumps(value)
 
 
@@ -466,7 +466,7 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _marked(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with MARK for what it says: its content, or the name of the function that it calls last."""
+    """A message with MARK in place of its content, or of the name of the function that it calls last."""
     if not message.get("tool_calls"):
         return message | {"content": MARK}
     *calls, last = message["tool_calls"]

@@ -29,10 +29,10 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file: the same tensors and metadata, the same bytes.
+    """Writes a safetensors file with the same bytes for the same tensors and metadata.
 
-    safetensors itself writes several entries of metadata in another order each time. They stand in the header, JSON
-    after eight bytes that tell its length, which another order does not change.
+    safetensors itself writes several metadata entries in another order each time. They stand in the header: eight bytes
+    with its length, then JSON. Sorting the entries does not change the length.
     """
     save_file(tensors, path, metadata=metadata)
     with open(path, "r+b") as file:
@@ -47,7 +47,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def kept_in_file(
     path: Path, names: tuple[str, ...], make: Callable[[], tuple[Tensor, ...]], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """The tensors in the file; where it is not there, what `make` gives, kept in it. Processes may meet here."""
+    """The tensors in the file; if it does not exist, those of `make`, which are stored in it. Safe among processes."""
     if not path.exists():
         tensors = {name: tensor.cpu() for name, tensor in zip(names, make(), strict=True)}
         path.parent.mkdir(parents=True, exist_ok=True)

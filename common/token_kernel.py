@@ -1,7 +1,7 @@
-"""The objective's token terms in two Triton kernels: two readings of a chunk's logits in place of about twenty.
+"""The objective's token terms in two Triton kernels, which read a chunk's logits twice instead of about twenty times.
 
-In place, in the type that the head gives, bf16 say: what the plain form makes of the logits in fp32 it never holds.
-common/chunked.py's `plain_token_terms` is the plain form, the fallback, and what a trial compares with.
+They work in place, in the head's own type (such as bf16), and never hold the plain form's fp32 copies of the logits.
+common/chunked.py's `plain_token_terms` is the plain form, which is the fallback and the reference of a trial.
 """
 
 import functools
@@ -20,12 +20,12 @@ from common.cli import first_line
 try:
     import triton
     import triton.language as tl
-except ImportError:  # comes with torch for CUDA
+except ImportError:  # only torch for CUDA brings Triton
     triton = None
 
 enabled = True  # False: the plain form, everywhere
 WIDTH, GROUP = 4096, 64  # entries that a program takes at once; entries that share a maximum
-NONE, TOP_K, ALL = range(3)  # whose entropy
+NONE, TOP_K, ALL = range(3)  # the entries that the entropy is over
 
 if triton is not None:
 
@@ -147,14 +147,14 @@ def token_terms(
     sums: Tensor,
     needs_gradient: bool,
 ) -> None:
-    """`plain_token_terms`, whatever floating type `z` and `teacher` have; `teacher` stays as it is."""
+    """`plain_token_terms` for any floating type of `z` and `teacher`; does not change `teacher`."""
     entropy, diversity = NONE, weights.get("diversity")
     if diversity is not None:
         entropy = TOP_K if settings.entropy_top_k else ALL
     rows, V = z.shape
     T = 1.0 if teacher is None else float(settings.temperature)
     stats = z.new_empty(rows, 8, dtype=torch.float32)
-    # Where the k largest are sought among few, their blocks' maxima are of no use.
+    # If k blocks are a large part of the row, the blocks' maxima do not help to find the k largest.
     by_blocks = entropy == TOP_K and settings.entropy_top_k * GROUP < V // 4
     maxima = z.new_empty(rows, V // GROUP if by_blocks else 0, dtype=z.dtype)
     is_masked = teacher is not None and settings.mask_target
@@ -178,7 +178,7 @@ def token_terms(
     if not needs_gradient:
         return
     consistency = 0.0 if teacher is None else weights["consistency"]
-    is_adaptive = isinstance(consistency, Tensor)  # on the device, which a kernel's argument would have to wait for
+    is_adaptive = isinstance(consistency, Tensor)  # passed as a pointer: a number would make the host wait for it
     lambdas = (consistency if is_adaptive else float(consistency), float(diversity or 0))
     _write[(rows,)](z, second, stats, targets, V, T, *lambdas, ADAPTIVE=is_adaptive, ENTROPY=entropy, **shared)
     if entropy == TOP_K and diversity > 0:
@@ -187,7 +187,7 @@ def token_terms(
 
 
 def is_usable(head_weight: Tensor, plain: Callable[..., None]) -> bool:
-    """Whether `token_terms` takes the place of `plain` for this head: on a GPU with Triton, and tried out."""
+    """Whether `token_terms` can replace `plain` for this head: on a GPU with Triton, after a trial."""
     if not enabled or triton is None or head_weight.dtype == torch.float64:
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # on a CPU, for tests
@@ -196,9 +196,9 @@ def is_usable(head_weight: Tensor, plain: Callable[..., None]) -> bool:
 
 @functools.cache
 def _agrees(plain: Callable[..., None], device: torch.device, dtype: torch.dtype) -> bool:
-    """Tries `token_terms` against `plain` on a few rows of both formulations; says so where it does not fit.
+    """Compares `token_terms` with `plain` on a few rows of both formulations; prints a note if they differ.
 
-    The rows are wide enough for the way that a language model's vocabulary takes: the top K by blocks.
+    The rows are as wide as needed for the code path of a language model's vocabulary: the top K by blocks.
     """
     generator = torch.Generator().manual_seed(0)
     V = 2 * WIDTH + 3
@@ -219,14 +219,14 @@ def _agrees(plain: Callable[..., None], device: torch.device, dtype: torch.dtype
                 break
         else:
             return True
-    except Exception as error:  # a compiler's, a driver's: each has its own
+    except Exception as error:  # compilers and drivers raise kinds of their own
         problem = error
     print_note(problem)
     return False
 
 
 def give_up(error: Exception) -> None:
-    """After a trial that has passed: the plain form takes over for the rest of the run, and a note says why."""
+    """Switches to the plain form for the rest of the run, after an error that the trial did not show; prints why."""
     global enabled
     enabled = False
     print_note(error)

@@ -1,4 +1,4 @@
-"""What surrounds an optimizer step: its micro-batches, signals, the guard against NaN, the log, when to save.
+"""Everything around an optimizer step: its micro-batches, signals, the guard against NaN, the log, checkpoints.
 
 The loops of train.py and finetune_bert_l_sst2.py call everything here by name; nothing here calls back.
 """
@@ -38,15 +38,14 @@ from common.runs import METRICS, JsonLines
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Those of transformers' schedules that need no settings of their own. Each is a function of the step alone.
+# The schedules of transformers that need no settings of their own. Each is a function of the step alone.
 LR_SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 LR_SCHEDULERS += ("cosine_with_restarts",)
 POLYNOMIAL_END = 1e-7  # the rate that transformers' polynomial schedule ends at
 
 
 def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Fills in `args` what every training here leaves open, alpha and the formulation's values, and checks what every
-    training is told.
+    """Fills in the open values of `args`, alpha and the formulation's, and checks the options of every training.
 
     Raises:
         UserError: a value out of range.
@@ -82,7 +81,7 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
 
 
 class MicroBatches:
-    """Which examples each optimizer step has, shared out among ranks: the same micro-batches for any number of ranks.
+    """Divides the examples into steps and micro-batches, the same for any number of ranks, and among the ranks.
 
     The n-th micro-batch of an epoch belongs to rank n mod `num_ranks`. No example comes twice in an epoch. Where the
     last round has fewer micro-batches than there are ranks, a rank without one runs a dummy micro-batch with weight 0,
@@ -121,13 +120,13 @@ class MicroBatches:
         return found
 
     def epochs_after(self, step: int) -> float:
-        """How many epochs have passed once `step` steps are taken."""
+        """How many epochs have passed after `step` steps."""
         epochs, place = divmod(step, self.steps_per_epoch)
         return epochs + min(place * self.accumulation, self.rounds_per_epoch) / self.rounds_per_epoch
 
 
 def generator_of(seed: int, epoch: int) -> torch.Generator:
-    """The source of an epoch's order."""
+    """The random generator of an epoch's order."""
     return torch.Generator().manual_seed(seed + epoch)
 
 
@@ -138,8 +137,8 @@ def random_order(num_examples: int, seed: int) -> Callable[[int], list[int]]:
 class Interruption:
     """A signal that ends a run early: the step is finished, a checkpoint saved. A second one leaves at once.
 
-    SIGTERM and SIGINT; SIGUSR1, which Slurm sends before a job's time is up; SIGHUP, when an ssh connection is lost. A
-    launcher that is gone counts as SIGTERM: no signal reaches its ranks any more, and they would train on unseen.
+    SIGTERM and SIGINT; SIGUSR1, which Slurm sends before a job's time is up; SIGHUP, when an ssh connection is lost. If
+    the launcher is gone, this counts as SIGTERM: no signal would reach the ranks any more, and they would train on.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -151,13 +150,13 @@ class Interruption:
 
     @property
     def signal(self) -> int:
-        """The number of the signal that came, 0 before."""
+        """The number of the signal that came; 0 if none has come."""
         if not self._signal and any(start_time(number) != started for number, started in self._launchers):
             self._receive(signal.SIGTERM, None)
         return self._signal
 
     def _receive(self, number: int, frame: Any) -> None:
-        # Launchers pass on what the terminal sends to all of them anyway: the same signal twice at once is one.
+        # Launchers forward a signal that the terminal has sent to all ranks already: two equal signals at once are one.
         if self._signal and time.monotonic() - self._came_at > 2:
             os._exit(128 + number)
         if not self._signal:
@@ -167,9 +166,9 @@ class Interruption:
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
-        """Inside, the signals are taken this way."""
+        """Inside, signals are handled by this object."""
         handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        if handlers[signal.SIGHUP] == signal.SIG_IGN:  # as `nohup` has it
+        if handlers[signal.SIGHUP] == signal.SIG_IGN:  # set by `nohup`
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
@@ -193,17 +192,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Training:
-    """A training's place in its data and everything that must survive it. The step itself is the script's.
+    """A training's place in its data, and everything that must survive an interruption. The script has the step itself.
 
     Args:
         args: the script's arguments.
         accumulation: see `checkpoints.accumulation`.
         order: gives an epoch's order of the examples.
-        quiet: neither a bar nor a log nor checkpoints: a fit within a study.
+        quiet: no bar, no log and no checkpoints, for a fit within a study.
         contents: digests of the data and the base model, which a resumed run must find again.
 
     Attributes:
-        progress: steps taken, the log, seconds: what a checkpoint has of it.
+        progress: steps taken, the log, seconds; a checkpoint holds it.
         model, optimizer, schedule: the wrapped model, AdamW, the learning rate's schedule; after `prepare`.
         trained: the module with the trained parameters; a checkpoint keeps these.
         extra: further files of a checkpoint: tensors and metadata by name.
@@ -249,7 +248,7 @@ class Training:
 
     @property
     def fraction(self) -> float:
-        """The part of training that is done, in [0, 1]: what the weights' schedules depend on."""
+        """The part of training that is done, in [0, 1]; the λs' schedules depend on it."""
         return self.progress.step / self.progress.max_steps
 
     def prepare(self, model: nn.Module, trained: nn.Module) -> None:
@@ -266,8 +265,8 @@ class Training:
         self.engine = self.model if getattr(self.args, "deepspeed", None) else None
         zero = getattr(self.model, "optimizer", None)
         if hasattr(zero, "check_grad_overflow"):
-            zero.check_grad_overflow = True  # ZeRO-2 looks for NaN in bf16 alone, and steps on it in fp32
-        # A warm-up that took every step would leave nothing trained.
+            zero.check_grad_overflow = True  # by itself ZeRO-2 checks for NaN in bf16 only, and updates with it in fp32
+        # A warm-up over all steps would never reach the learning rate.
         warmup = min(math.ceil(self.progress.max_steps * args.warmup_ratio), self.progress.max_steps - 1)
         self.schedule = get_scheduler(
             args.lr_scheduler, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.progress.max_steps
@@ -275,10 +274,10 @@ class Training:
         self.model.train()
 
     def resume(self, checkpoint: Path | None) -> None:
-        """Puts a checkpoint's parameters, optimizer, log and place in the data back; nothing where there is none."""
+        """Restores a checkpoint's parameters, optimizer, log and place in the data; None: does nothing."""
         if checkpoint is None:
             return
-        # The log's intervals and the length are those of this start: another --max-steps is another run.
+        # The logging interval and the length come from this start's options: another --max-steps is another run.
         self.progress = checkpoints.load_progress(checkpoint)
         self._resumed_seconds = self.progress.seconds
         if self.engine is None:
@@ -294,13 +293,13 @@ class Training:
         self.schedule.load_state_dict(self.schedule.state_dict() | {"last_epoch": self.step, "_last_lr": rates})
         window = self.progress.window
         self._loss += window["loss"]
-        # The sums are over all ranks: one of them holds them now.
+        # The stored sums are over all ranks, so only the first rank starts with them.
         self._sums = {name: value if self.is_main else 0 * value for name, value in window["sums"].items()}
         self._window_steps = window["steps"]
 
     @contextlib.contextmanager
     def underway(self) -> Iterator[None]:
-        """Inside, signals end the run after a step, a bar shows the steps, and a lost rank has one line.
+        """Inside, signals end the run after a step, a bar shows the steps, and a lost rank is reported in one line.
 
         Raises:
             RunStopped: another rank is lost.
@@ -331,7 +330,7 @@ class Training:
     # One step, in the order in which its parts are called.
 
     def begin_step(self, *counts: int) -> list[int]:
-        """The sums over all ranks of a step's counts. All ranks learn here of a signal to any of them."""
+        """The sums over all ranks of a step's counts. Here all ranks also learn of a signal to any of them."""
         sums = torch.tensor([*counts, self.interruption.signal], device=self.device)
         if self.num_ranks > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -346,9 +345,9 @@ class Training:
 
     @contextlib.contextmanager
     def micro_batch(self, number: int, is_last: bool) -> Iterator[None]:
-        """Inside runs one forward and backward pass: gradients are exchanged in the step's last one alone.
+        """Inside runs one forward and backward pass. Gradients are exchanged only in the step's last one.
 
-        Dropout is drawn for the micro-batch: the same whichever rank has it, and after an interruption.
+        Dropout is seeded by the micro-batch: it is the same on any rank, and after an interruption.
         """
         place = number * self.num_ranks + self.rank
         torch.manual_seed(random.Random(f"{self.args.seed} {self.step} {place}").getrandbits(63))
@@ -360,7 +359,7 @@ class Training:
                 yield
 
     def backward(self, loss: Tensor, counts: bool) -> None:
-        """The gradient of one micro-batch's part of the step's loss. Ranks average gradients, and the parts add up.
+        """Adds the gradient of one micro-batch's part of the step's loss; the ranks' averaging is compensated.
 
         Args:
             counts: False: a dummy micro-batch, with weight 0.
@@ -379,14 +378,14 @@ class Training:
         if not counts:
             terms, tokens = {name: 0.0 * value for name, value in terms.items()}, 0
         self._terms.append((terms, example_ids))
-        # As tensors: reading them here would make the device wait at every micro-step.
+        # Kept as tensors: reading their values would make the host wait at every micro-batch.
         for name, value in (terms | {"tokens": tokens}).items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def clip_gradients(self) -> Tensor | float:
-        """The norm of the step's gradients, which are clipped to --max-grad-norm; 0 clips nothing.
+        """Clips the step's gradients to --max-grad-norm (0: does not clip) and returns their norm.
 
-        Under DeepSpeed the update is made here too: its engine clips, leaves out NaN and updates in one call.
+        Under DeepSpeed the update happens here too: its engine clips, skips NaN and updates in one call.
         """
         if self.engine is not None:
             self.engine.step()
@@ -397,7 +396,7 @@ class Training:
         """The guard: whether no term and no gradient of the step is NaN or infinite, on any rank.
 
         Raises:
-            RunStopped: one is, and --on-nonfinite is stop.
+            RunStopped: a value is NaN or infinite, and --on-nonfinite is stop.
         """
         values = [value for terms, _ in self._terms for value in terms.values()]
         total = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values]).sum()
@@ -423,7 +422,7 @@ class Training:
         return False
 
     def _describe_nonfinite(self) -> str:
-        """The terms that are NaN or Inf with their examples' places in the data; this rank's."""
+        """This rank's terms that are NaN or Inf, with their examples' places in the data."""
         for terms, example_ids in self._terms:
             names = [name for name, value in terms.items() if not math.isfinite(float(value))]
             if names:
@@ -433,7 +432,7 @@ class Training:
         return where + (f", in the examples {every}" if every else "")
 
     def end_step(self, norm: Tensor | float, logging_steps: int, log_first: bool = False) -> None:
-        """Takes the schedule on, lets the gradients go, counts the step, and logs it where a line is due."""
+        """Advances the schedule, drops the gradients, counts the step, and logs it if a line is due."""
         rate = self.schedule.get_last_lr()[0]
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -441,14 +440,14 @@ class Training:
         self._window_steps += 1
         if self._bar is not None:
             self._bar.update()
-        if self.num_ranks == 1 and self.interruption.signal:  # several ranks agree as the next step begins
+        if self.num_ranks == 1 and self.interruption.signal:  # several ranks agree when the next step begins
             self._interrupted = True
         self.is_over = self.step >= self.progress.max_steps or self._interrupted
         if self._window_steps > 0 and (self.is_due(logging_steps) or (log_first and self.step == 1)):
             self._log_window(norm, rate)
 
     def is_due(self, every: int) -> bool:
-        """Whether the steps taken are a multiple of `every`, or the last one is."""
+        """Whether the number of steps taken is a multiple of `every`, or the last step is taken."""
         return bool(every) and (self.step % every == 0 or self.step >= self.progress.max_steps)
 
     # The log.
@@ -459,7 +458,7 @@ class Training:
         self._window_steps, self._window_began = 0, time.monotonic()
 
     def _log_window(self, norm: Tensor | float, rate: float) -> None:
-        """One line of the means since the last one: the loss, the terms and λs; tokens per second, memory."""
+        """Logs the means since the last line: the loss, the terms and λs; tokens per second, memory."""
         if self.quiet:
             self._reset_window()
             return
@@ -479,7 +478,7 @@ class Training:
         self.log(entry)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Adds a line to the log, metrics.jsonl and the trackers, which may fail: training goes on."""
+        """Adds a line to the log, metrics.jsonl and the trackers; if a tracker fails, training goes on."""
         entry = entry | {"epoch": self.batches.epochs_after(self.step), "step": self.step}
         self.progress.history.append(entry)
         if not self.is_main or self.quiet:
@@ -493,7 +492,7 @@ class Training:
             try:
                 for tracker in self._trackers:
                     tracker.log({_tracked(name): value for name, value in entry.items()}, step=self.step)
-            except Exception as error:  # each tracker has its own kinds
+            except Exception as error:  # each tracker raises kinds of its own
                 self._trackers = []
                 print(f"warning: the trackers stopped at step {self.step} ({first_line(error)})", file=sys.stderr)
 
@@ -508,7 +507,7 @@ class Training:
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
-        """Inside, the model is validated: no gradients, no dropout; training's random numbers and time stay its own."""
+        """Inside, the model has no gradients and no dropout; training's random numbers and time are not affected."""
         started = time.monotonic()
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -526,7 +525,7 @@ class Training:
         return broadcast_object_list([value])[0]
 
     def checkpoint_to_export(self) -> Path | None:
-        """With --keep-best the checkpoint of the best state; the same on all ranks. None: the last state it is."""
+        """With --keep-best the checkpoint of the best state, the same on all ranks; None to export the last state."""
         if not self.args.keep_best:
             return None
         found = None
@@ -536,7 +535,7 @@ class Training:
         return self.agree(found)
 
     def mean_loss(self) -> float:
-        """Over all steps, those before an interruption too. Each line of the log has the mean since the one before."""
+        """The mean loss of all steps, also before an interruption. Each line of the log has the mean since the last."""
         total, step = 0.0, 0
         for entry in self.progress.history:
             if "loss" in entry:
@@ -545,7 +544,7 @@ class Training:
 
     @property
     def seconds(self) -> float:
-        """Of training, those before an interruption too."""
+        """The seconds of training, with those before an interruption."""
         return self._resumed_seconds + time.monotonic() - self._started
 
     # Checkpoints.

@@ -1,4 +1,4 @@
-"""Validation while training: what is held out, the means over it, the best state, early stopping, samples."""
+"""Validation while training: the held-out examples, the means over them, the best state, early stopping, samples."""
 
 import dataclasses
 import hashlib
@@ -28,12 +28,12 @@ from common.templates import Template
 if TYPE_CHECKING:
     import datasets
 
-SAMPLE_TOKENS = 256  # of an answer, at most; and never beyond --max-length
+SAMPLE_TOKENS = 256  # most tokens of an answer, which also ends at --max-length
 
 
 @dataclass
 class ValidationArguments:
-    """What is watched while it trains; without --validation-data and --eval-share nothing is, and it costs nothing."""
+    """Validation while it trains; without --validation-data and --eval-share there is none, and it costs nothing."""
 
     validation_data: str | None = option(
         None, "held-out examples to validate on: a file like --data's, or a folder of them", formerly="eval_data"
@@ -48,7 +48,7 @@ class ValidationArguments:
 
 
 def check_validation(args: Any) -> None:
-    """Raises a UserError where the options of ValidationArguments do not fit together, or name what is not there."""
+    """Raises a UserError where the options of ValidationArguments do not fit together, or name a missing file."""
     require_positive(args, "eval_steps", "patience")
     if args.validation_data is not None and args.eval_share is not None:
         raise UserError("--validation-data and --eval-share both say what is held out: give one of the two")
@@ -67,12 +67,12 @@ def check_validation(args: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What is held out
+# Held-out examples
 # ------------------------------------------------------------------------------------------------------------------
 
 
 def arguments_of_validation_data(args: Any) -> Any | None:
-    """The same with --validation-data in the place of --data, all of it; None without."""
+    """`args` with --validation-data in place of --data, and without a limit; None without --validation-data."""
     if args.validation_data is None:
         return None
     source = {"data": resolve_demo(args.validation_data, "test"), "split": "validation", "limit": None}
@@ -85,10 +85,10 @@ def hold_out(
     """The examples to train on and those to validate on, each in its order; their `index` is their place in `together`.
 
     Args:
-        examples: of --data. held_out: of --validation-data.
+        examples: those of --data. held_out: those of --validation-data.
 
     Raises:
-        UserError: --eval-share leaves nothing to train on, or --validation-data holds what is trained on.
+        UserError: --eval-share leaves nothing to train on, or --validation-data has the same examples as --data.
     """
     if held_out is not None:
         indices = list(range(len(examples), len(examples) + len(held_out)))
@@ -115,7 +115,7 @@ def _split(args: Any, examples: "datasets.Dataset") -> "tuple[datasets.Dataset, 
 
 
 def row_digests(examples: "datasets.Dataset") -> list[bytes]:
-    """Of each tokenised example a digest of its `input_ids` and `labels`."""
+    """A digest of each tokenised example's `input_ids` and `labels`."""
     digests = []
     for table in examples.with_format("arrow").iter(batch_size=1000):
         columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels")]
@@ -139,16 +139,16 @@ def together(examples: "datasets.Dataset", held_out: "datasets.Dataset | None") 
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What is computed
+# Means over them
 # ------------------------------------------------------------------------------------------------------------------
 
 
 def held_out_batches(num_examples: int, batch_size: int, rank: int, num_ranks: int) -> Iterator[tuple[range, bool]]:
     """The rows of each micro-batch that this rank validates on, and whether it counts.
 
-    Micro-batches of the training's size in the data's order, shared out among the ranks, so that L_SVDR, which is the
-    spectrum of one, does not depend on their number. Under ZeRO-3 all ranks run equally often: a rank that has none
-    left repeats the last, and does not count it.
+    The micro-batches have training's size and the data's order, and the ranks share them, so that L_SVDR, the spectrum
+    of one micro-batch, does not depend on the number of ranks. Under ZeRO-3 all ranks must run equally often: a rank
+    without a further micro-batch repeats the last one and does not count it.
     """
     count = math.ceil(num_examples / batch_size)
     for first in range(0, count, num_ranks):
@@ -163,7 +163,7 @@ def held_out_means(
 
     Args:
         training: common/training.py's `Training`.
-        parts: of each micro-batch the values, its number of valid tokens, and whether it counts.
+        parts: each micro-batch's values, its number of valid tokens, and whether it counts.
         per_micro_batch: the values that are means over micro-batches. The others are sums over tokens.
     """
     sums: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ def held_out_means(
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What follows from it. The log says all, and every checkpoint holds the log.
+# Decisions by the validation loss. They depend on the log alone, which every checkpoint holds.
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -224,11 +224,11 @@ def summary(history: Sequence[Mapping[str, float]], last_step: int, exported: Pa
 
 
 def read_prompts(path: str, field: str) -> list[str]:
-    """The prompts of a text file, one per line; of a jsonl file of strings, or objects with `field` or "prompt"; or of
-    such a column of another table.
+    """The prompts of a text file, one per line; of a jsonl file of strings, or of objects with `field` or "prompt"; or
+    of such a column of another table.
 
     Raises:
-        UserError: no such file, none in it, or a line that is none.
+        UserError: no such file, no prompt in it, or a line without a prompt.
     """
     if not Path(path).is_file():
         raise UserError(f"cannot read --sample-prompts {path}: no such file")
@@ -256,8 +256,8 @@ class Sampler:
     """Answers the same prompts again and again, greedily; samples.jsonl has a line for each answer.
 
     Attributes:
-        prompts: as they are written. encoded: their tokens, as in training.
-        max_length: of prompt and answer, in tokens.
+        prompts: the prompts as they are written. encoded: their tokens, as in training.
+        max_length: most tokens of prompt and answer together.
     """
 
     file: JsonLines
@@ -268,7 +268,7 @@ class Sampler:
 
     @classmethod
     def of(cls, args: Any, tokenizer: "transformers.PreTrainedTokenizerBase") -> "Sampler | None":
-        """What --sample-prompts asks for; None without.
+        """The sampler of --sample-prompts; None without this option.
 
         Raises:
             UserError: a prompt is longer than an example may be.
@@ -285,7 +285,7 @@ class Sampler:
 
     @torch.no_grad()
     def write(self, model: "transformers.PreTrainedModel", step: int) -> None:
-        """Adds the answers of `model`, which is in evaluation mode, to the file. One prompt at a time: nothing pads."""
+        """Adds the answers of `model`, in evaluation mode, to the file; one prompt at a time, so nothing is padded."""
         own = model.generation_config
         ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         ends = sorted({*ends, self.template.tokenizer.eos_token_id, self.template.end_token_id} - {None})

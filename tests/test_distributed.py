@@ -314,7 +314,7 @@ def test_nan_skips_on_every_rank(name, runs):
 
 MEASURE = """
 import json, sys, threading, time
-import deepspeed, torch, transformers
+import deepspeed, peft, torch, transformers  # all that `add_adapters` imports: it does not count
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see ranks.py
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
