@@ -183,7 +183,7 @@ class DataArguments:
     )
     label: str = option("label", "the data's column of labels, by name or number")
     metric: Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"] | None = option(
-        None, "what the best state is selected by; none: the task's first metric"
+        None, "metric that selects the best state; none: the task's first metric"
     )
     limit: int | None = option(None, "train on the first N examples only", formerly="max_examples")
     max_length: int = option(128, "tokens per example; longer ones are cut")

@@ -188,7 +188,7 @@ class TermArguments:
     regularize: bool = option(False, "add the terms to --method lora or pissa; ba-lora is pissa with them")
     mask_target: bool = option(False, "L_CR without the target token: both distributions over the others, renormalised")
     entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
-    spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "what L_SVDR divides by")
+    spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "norm that L_SVDR divides by")
 
 
 @dataclass
@@ -226,7 +226,7 @@ class InterruptionArguments:
     accept_changes: bool = option(False, "resume although the data or the base model changed since the checkpoint")
     save_steps: int = option(100, "optimizer steps between two checkpoints; 0: none, except after a signal")
     keep_checkpoints: int = option(2, "how many checkpoints are kept")
-    on_nonfinite: Literal["stop", "skip"] = option("stop", "what a NaN or Inf in loss or gradients does to the run")
+    on_nonfinite: Literal["stop", "skip"] = option("stop", "reaction to NaN or Inf in the loss or gradients")
 
 
 @dataclass
@@ -244,7 +244,7 @@ class MachineArguments:
     attn_implementation: str | None = option(None, "attention of transformers: sdpa, eager, flash_attention_2")
     packing: bool = option(True, "lay sequences end to end instead of padding them, where the model can")
     objective_memory: float | None = option(
-        None, "MiB for the objective's chunks of logits; None: 128, and on a GPU a 32nd of it or what 1,024 tokens take"
+        None, "MiB for the objective's chunks of logits; None: 128; on a GPU 1/32 of its memory, or 1,024 tokens' size"
     )
     token_kernel: bool = option(
         True, "on a GPU fuse the objective's passes over the logits, by Triton; else plain torch"

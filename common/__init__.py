@@ -1,1 +1,1 @@
-"""What every script shares and no paper mentions, a file for each concern. Nothing here imports a script."""
+"""The common parts of all scripts that are not the method, one file for each. Nothing here imports a script."""

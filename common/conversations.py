@@ -369,7 +369,7 @@ def _read_history(cell: Any, where: str) -> Messages:
 
 
 def _read_messages(cell: Any, name: str, where: str, unused: list[str]) -> list[dict[str, Any]]:
-    """The messages of one cell: a list of messages, or a text, whose role is that of its column's `name`."""
+    """The messages of one cell: a list of messages, or one text; its role follows from its column's `name`."""
     if name in ("prompt", "completion") and not isinstance(cell, list | dict):
         cell = [{"role": "user" if name == "prompt" else "assistant", "content": cell}]
     elif isinstance(cell, str) and cell.lstrip().startswith("["):

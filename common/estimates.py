@@ -87,7 +87,7 @@ def estimated_memory(
         row = bytes_per_row(vocabulary, 2, 4, item, card is not None)
         rows = min(most_rows(row, args.objective_memory, card), valid)
         parts["objective"] = rows * row + 3 * valid * d * 4 + 12 * d * d
-    # What a layer's backward pass holds beside: a feed-forward's gradients.
+    # A layer's backward pass also holds a feed-forward's gradients.
     parts["transient"] = 4 * tokens * f * item
     # DeepSpeed's step makes a rank's gradients fp32 first. It comes when what the passes take is free again.
     passes = parts["activations"] + parts["objective"] + parts["transient"]

@@ -169,7 +169,7 @@ class TransformersBackend:
 
 
 def _seed_of(seeds: list[int]) -> int:
-    """One seed for a batch, whose members draw from one stream of random numbers."""
+    """One seed for a batch: its members draw from one stream of random numbers."""
     return int.from_bytes(hashlib.sha256(json.dumps(seeds).encode()).digest()[:7], "big")
 
 

@@ -114,7 +114,7 @@ class MachineArguments:
 class Arguments(  # a dataclass takes its bases' fields from the last to the first
     MachineArguments, SamplingArguments, PromptArguments, CheckpointArguments
 ):
-    """What every benchmark takes."""
+    """The arguments of every benchmark."""
 
 
 # The settings of completions that the summary names.
@@ -167,7 +167,7 @@ def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns 
     return encode_opening(tokenizer, text + openings[-1])
 
 
-BEGINNINGS = ("### Instruction:", "Below is an instruction")  # of the template's next example
+BEGINNINGS = ("### Instruction:", "Below is an instruction")  # the beginnings of the template's next example
 
 
 def stop_strings(template: str) -> tuple[str, ...]:

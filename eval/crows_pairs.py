@@ -81,7 +81,7 @@ class MachineArguments:
 
 @dataclass
 class Arguments(MachineArguments, PairArguments, ModelArguments):
-    """What the script takes."""
+    """The script's arguments."""
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class MachineArguments:
 
 @dataclass
 class Arguments(MachineArguments, TextArguments, ModelArguments):
-    """What the script takes."""
+    """The script's arguments."""
 
 
 def check_arguments(args: Arguments) -> None:
@@ -229,7 +229,7 @@ class Pair:
         return scaling.Scaled(self.base, [(factors, name) for factors in layers for name in factors])
 
     def logits(self, **batch: Any) -> Iterator["torch.Tensor"]:
-        """Those of the base, then those of the tuned model: (B, T, V) fp32."""
+        """The logits of the base, then those of the tuned model: (B, T, V) fp32."""
         if self.tuned is not None:
             yield self.base(**batch, use_cache=False).logits
             yield self.tuned(**batch, use_cache=False).logits

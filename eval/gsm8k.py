@@ -40,7 +40,7 @@ FORMAT = "GSM8K's format has question and answer"
 
 @dataclass
 class LossArguments:
-    """What is measured besides."""
+    """A further measurement."""
 
     loss_field: str | None = option(None, "also measure the loss on this field's responses, per token")
 

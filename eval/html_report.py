@@ -40,7 +40,7 @@ RULES = {
 # Other things than a right answer that an item may lack.
 LACKS = {"humaneval": "timed out", "mbpp": "timed out", "mt_bench": "no rating"}
 NO_ANSWER = "no answer found"
-ABOUT = ("task_id", "subject", "level", "question_id", "category")  # of an item, whatever the model
+ABOUT = ("task_id", "subject", "level", "question_id", "category")  # fields of an item that no model changes
 FACTS = {"extracted": "extracted", "last_number": "last number", "verdict": "program", "detail": "why"}
 FACTS |= {"problem": "problem", "score": "score", "judge": "judge"}
 TEXTS = {"program": "program", "output": "what the program printed", "judgment": "judgment"}
@@ -58,7 +58,7 @@ CURVES = {
     "grad_norm": "gradient norm",
     "validation": "validation score",
 }
-MOST_POINTS = 500  # of a curve; a longer curve is averaged over neighbours
+MOST_POINTS = 500  # most points of a curve; a longer curve is averaged over neighbours
 
 
 def require_writable(path: Path, overwrite: bool) -> None:

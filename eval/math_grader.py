@@ -374,7 +374,7 @@ def _compare_apart(answer: str, gold: str, seconds: float) -> dict[str, Any]:
             received += more
             if not more:
                 break
-        used = time.clock_gettime(~child << 3 | 2)  # of the child's CPU time, by the kernel's name for it
+        used = time.clock_gettime(~child << 3 | 2)  # the child's CPU time, by the kernel's id of this clock
         late = not received.endswith(b".") and (used >= seconds or time.monotonic() >= deadline)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)

@@ -50,7 +50,7 @@ Folders = tyro.conf.Positional[Annotated[list[str], tyro.conf.arg(metavar="[NAME
 
 @dataclass
 class ResultsArguments:
-    """What is reported."""
+    """The results to report."""
 
     results: Folders = option([], "results, the base first")
     metrics: list[str] = option([], "metrics.jsonl of further runs")

@@ -84,7 +84,7 @@ class Isolation:
     """The separation of programs from this machine, which is found out by running one."""
 
     level: Literal["namespaces", "landlock", "none"]
-    filter: bool  # of system calls
+    filter: bool  # whether system calls are filtered
     problems: tuple[str, ...]  # why the isolation is not stronger
 
     def describe(self) -> str:
@@ -227,7 +227,7 @@ class _Starter:
 
 
 def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Starter] | None = None) -> Verdict:
-    """Its verdict, by a process of those `waiting`, which waits there again where nothing of the program is left."""
+    """The program's verdict, by a process of `waiting`; the process returns there if nothing of the program is left."""
     starter = waiting.pop() if waiting else _Starter()
     with _folder(found) as folder:
         settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}

@@ -84,7 +84,7 @@ class Arguments(
     CheckpointArguments,
     SuiteArguments,
 ):
-    """What the suite takes."""
+    """The suite's arguments."""
 
 
 def commands(args: Arguments) -> dict[str, list[str]]:
