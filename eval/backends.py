@@ -1,6 +1,6 @@
 """The two back ends of eval/generation.py, on a checkpoint or on a base with a LoRA adapter.
 
-Importing this takes seconds: `load_backend` does it, and whoever checks an adapter.
+The import takes seconds, so only `load_backend` and checks of an adapter do it.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from common.prompts import decode_response
 from eval.generation import Completion, Sampling, batches, with_bar
 from eval.quiet import quiet_vllm
 
-VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its kernels are made for
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks of vLLM's kernels
 
 
 def check_adapter(adapter: str, ckpt: str, config: PretrainedConfig, backend: str) -> None:
     """Raises a UserError where `adapter` is not a LoRA in PEFT's format for the model `ckpt`; reads no weights.
 
-    Names alone do not tell (a local copy has another one), and shapes alone do not (a chat model has its base's), so
-    both must fit; of names, the last part.
+    Names alone do not decide (a local copy has another name), nor do shapes (a chat model has its base's shapes), so
+    both must fit. Only the last part of a name counts.
     """
     folder = Path(adapter)
     try:
         lora = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # OSError, JSON's and safetensors' own
+    except Exception as error:  # OSError, and errors of json and safetensors
         reason = str(error).splitlines()[0]
         raise UserError(f"--adapter {adapter} is no LoRA adapter in PEFT's format: {reason}") from error
     with torch.device("meta"):
@@ -107,7 +107,7 @@ class TransformersBackend:
         self.eos_token_ids = eos_token_ids
         self.device = choose_device()
         self.model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=resolve_dtype(dtype), use_safetensors=True)
-        # The checkpoint's own may bring sampling, or a repetition penalty that greedy decoding would obey.
+        # The checkpoint's own may switch on sampling, or a repetition penalty, which greedy decoding would obey.
         self.model.generation_config = GenerationConfig()
         if adapter is not None:
             from peft import PeftModel
@@ -200,15 +200,15 @@ class VLLMBackend:
     ):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        # In a process of its own the engine starts on the first request while others still arrive: which are computed
-        # together, and so the rounding, would depend on the time of day.
+        # In a process of its own the engine starts on the first request while others still arrive. Chance would decide
+        # which requests are computed together, and with it their rounding.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         options: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
         if choose_device().type == "cpu":
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
             options = {"enforce_eager": True}
             if tensor_parallel_size == 1:
-                options["distributed_executor_backend"] = "uni"  # a worker apart would import vLLM once more
+                options["distributed_executor_backend"] = "uni"  # a separate worker would import vLLM once more
         with quiet_vllm():
             from vllm import LLM
             from vllm.lora.request import LoRARequest
@@ -234,14 +234,14 @@ class VLLMBackend:
                 generation_config="vllm",  # not the checkpoint's: see TransformersBackend
                 **options,
             )
-        os.sched_setaffinity(0, cores)  # without a GPU it binds this thread to one core, and with it all that grades
+        os.sched_setaffinity(0, cores)  # on a CPU, vLLM binds this thread, and so the later grading, to one core
 
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
     ) -> list[Completion]:
         from vllm import SamplingParams
 
-        self.llm.reset_prefix_cache()  # what earlier batches left there would change the rounding of this one
+        self.llm.reset_prefix_cache()  # a cache from earlier batches would change the rounding of this one
         settings = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -283,7 +283,7 @@ class VLLMBackend:
 
 
 def eos_token_ids_of(ckpt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a completion: the tokenizer's end token, and those of the generation configuration (chat models)."""
+    """The tokens that end a completion: the tokenizer's end token, and the generation configuration's (chat models)."""
     try:
         configured = GenerationConfig.from_pretrained(ckpt).eos_token_id
     except OSError:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, prompts, and the run from data to results.
+"""The common part of all benchmarks: arguments, prompts, and the run from data to results.
 
 A benchmark's main reads
 
@@ -10,7 +10,7 @@ A benchmark's main reads
     run.finish(items, scores, lines)                            files, and the report on the terminal
 
 Files, in --output-dir
-    NAME.completions.jsonl   what is generated so far, so that an interrupted run goes on when it is started again
+    NAME.completions.jsonl   completions so far, so that an interrupted run goes on when it is started again
     NAME.jsonl               one line per completion, with its verdict; --rescore takes it
     NAME.json                the scores, with settings, versions and command; written last
 """
@@ -65,7 +65,7 @@ PROMPTS = {
 
 @dataclass
 class CheckpointArguments:
-    """What is scored, on what, and where the results go."""
+    """The checkpoint, the items and the results' folder."""
 
     ckpt: str | None = option(None, "checkpoint: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
     adapter: str | None = option(None, "folder of a LoRA adapter in PEFT's format, trained on --ckpt")
@@ -79,7 +79,7 @@ class CheckpointArguments:
 
 @dataclass
 class PromptArguments:
-    """What the model is asked."""
+    """The prompt around each item, and its solved examples."""
 
     prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each item")
     shots: int = option(0, "solved examples before each item")
@@ -88,7 +88,7 @@ class PromptArguments:
 
 @dataclass
 class SamplingArguments:
-    """How its completions are made."""
+    """The sampling of completions."""
 
     samples: int = option(1, "completions per item")
     temperature: float = option(0.0, "sampling temperature; 0: greedy")
@@ -117,10 +117,10 @@ class Arguments(  # a dataclass takes its bases' fields from the last to the fir
     """What every benchmark takes."""
 
 
-# What completions are made with, as the summary tells it.
+# The settings of completions that the summary names.
 MADE_WITH = ("ckpt", "adapter", "prompt", "shots", "shots_data", "samples", "temperature", "top_p", "max_new_tokens")
 MADE_WITH += ("seed", "backend", "dtype")
-# What decides no result: where things are, and how the machine is used.
+# Options that decide no result: paths, and the use of the machine.
 NOT_DECIDING = {"output_dir", "overwrite", "skip_done", "rescore", "batch_size", "tensor_parallel_size", "workers"}
 NOT_DECIDING |= {"gpu_memory_utilization", "unsafe", "judge_key_env", "judge_requests", "judge_retries"}
 
@@ -138,7 +138,7 @@ def check_arguments(args: Arguments) -> None:
         raise UserError(f"--samples {args.samples} with --temperature 0 are all alike: give a temperature")
 
 
-Turns = Sequence[tuple[str, str]]  # what was asked before, with its answers: solved examples, or a conversation's turns
+Turns = Sequence[tuple[str, str]]  # earlier questions with their answers: solved examples, or a conversation's turns
 
 
 def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns = ()) -> list[int]:
@@ -171,17 +171,17 @@ BEGINNINGS = ("### Instruction:", "Below is an instruction")  # of the template'
 
 
 def stop_strings(template: str) -> tuple[str, ...]:
-    """What a model writes that goes on with an example of its own after its answer, with solved examples or without."""
+    """Strings that end a completion: a model that goes on with an example of its own begins it with one of these."""
     return BEGINNINGS if template.startswith("alpaca") else ()
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What is on disk
+# Files on disk
 # ------------------------------------------------------------------------------------------------------------------
 
 
 class Store:
-    """Values by key in a file that is only appended to: whatever a killed run had finished is there again."""
+    """Values by key in a file that is only appended to, so that the finished values of a killed run are kept."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -195,7 +195,7 @@ class Store:
                     entry = json.loads(line)
                     self.values[entry["key"]] = entry["value"]
                 except (ValueError, KeyError, TypeError):
-                    pass  # damaged: made again
+                    pass  # a damaged line; its value is made again
                 whole += len(line) if line.endswith(b"\n") else 0
             file.truncate(whole)  # a line that a kill cut short
 
@@ -206,13 +206,13 @@ class Store:
 
 
 def digest(value: Any) -> str:
-    """A short name for a JSON value, other for every other value."""
+    """A short name for a JSON value, different for different values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def weights_identity(name: str, config: Any = None) -> Any:
-    """What tells a checkpoint from others, without reading its weights: a folder's files with their sizes and times;
-    on the hub, the commit."""
+    """An identity of a checkpoint that needs no reading of weights: a folder's files with their sizes and times; on the
+    hub, the commit."""
     folder = Path(name)
     if not folder.is_dir():
         return [name, getattr(config, "_commit_hash", None)]
@@ -220,13 +220,13 @@ def weights_identity(name: str, config: Any = None) -> Any:
     return [str(folder.resolve()), [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
 
 
-PLACES, PLACE = 16, 2**16  # how many places of a weight file tell it from others, and the bytes of each
+PLACES, PLACE = 16, 2**16  # how many places of a weight file identify it, and the bytes of each
 
 
 def state_of(*names: str | None) -> str | None:
-    """Tells the weights of these checkpoints and adapters from others, wherever they lie; None where none is a folder.
+    """A digest of the weights of these checkpoints and adapters, wherever they lie; None if none is a folder.
 
-    Files are read in a few places only: no training leaves those as they are.
+    Files are read in a few places only, because any training changes the numbers there.
     """
     folders = [Path(name) for name in names if name and Path(name).is_dir()]
     known = hashlib.sha256()
@@ -246,7 +246,7 @@ def full_name(name: str | None) -> str | None:
 
 
 def check_context(config: Any, name: str | None, tokens: int, remedy: str) -> None:
-    """Raises a UserError, which ends with `remedy`, where the model `name` does not hold that many tokens."""
+    """Raises a UserError that ends with `remedy` if the model `name` has too few positions for so many tokens."""
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and tokens > context:
         raise UserError(f"{name} holds {context} tokens and {tokens} are needed: {remedy}")
@@ -256,16 +256,16 @@ def read_jsonl(path: Path) -> list[Any]:
     """One value per line; a line ends at "\\n" alone, since JSON may hold other characters that end a line for Python.
 
     Raises:
-        OSError, ValueError: no such file, or a line that is no JSON.
+        OSError, ValueError: no such file, or a line that is not JSON.
     """
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-FAILURES = "failures.json"  # what eval/suite.py could not do, and why
+FAILURES = "failures.json"  # the benchmarks that failed in eval/suite.py, and why
 
 
 def read_failures(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """By benchmark, what failed of the results in `folder`: its error, checkpoint and command."""
+    """The failed benchmarks of the results in `folder`, by name: error, checkpoint and command."""
     try:
         return dict(json.loads((Path(folder) / FAILURES).read_text()))
     except (OSError, ValueError, TypeError):
@@ -278,14 +278,14 @@ def read_failures(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 class Results:
-    """What a script leaves in --output-dir: NAME.jsonl, a line per item, and NAME.json, the summary.
+    """A script's results in --output-dir: NAME.jsonl, a line per item, and NAME.json, the summary.
 
     Args:
         args: with output_dir, overwrite and skip_done, and a name or None for each of `MODELS`.
 
     Raises:
-        UserError: there are results already, and neither --overwrite nor --skip-done says what to do; or the latter,
-            and they are others.
+        UserError: there are results already, without --overwrite and --skip-done; or with --skip-done, and they were
+            made with other settings.
         SystemExit: there are these results already (--skip-done).
     """
 
@@ -310,15 +310,15 @@ class Results:
                 sys.exit(0)
 
     def lacking(self, made: dict[str, Any]) -> Collection[str]:
-        """The arguments that results were made without and that complete them now; none: they are complete."""
+        """The arguments that the stored results lack and that complete them now; none: the results are complete."""
         return ()
 
     def state(self) -> str | None:
-        """Tells the weights that the arguments name from others."""
+        """A digest of the weights that the arguments name."""
         return state_of(*(getattr(self.args, name) for name in self.MODELS))
 
     def _made(self) -> dict[str, Any]:
-        """The summary that is there."""
+        """The stored summary."""
         try:
             made = json.loads(self.summary_path.read_text())
             return made | {"arguments": dict(made["arguments"])}
@@ -326,7 +326,7 @@ class Results:
             raise UserError(f"{self.summary_path} is damaged: replace it with --overwrite") from error
 
     def _difference(self, made: dict[str, Any], but: Collection[str]) -> str | None:
-        """How results differ from those that the arguments, `but` for some, ask for, in a few words."""
+        """The first difference between stored settings and the arguments, `but` for some names, in a few words."""
         theirs = made["arguments"] | {name: full_name(made["arguments"].get(name)) for name in self.MODELS}
         ours = asdict(self.args) | {name: full_name(getattr(self.args, name)) for name in self.MODELS}
         difference = first_difference(theirs, ours, but)
@@ -353,15 +353,15 @@ class Results:
         make: Callable[[list[int]], list[Any]],
         description: str,
     ) -> list[Any]:
-        """What is made of every request, as JSON: those on disk that were made just so, the others group by group.
+        """The result of every request, as JSON: from disk if it was made in the same way, else made group by group.
 
         Rounding depends on which requests are computed together. So groups, not requests, are kept and made again.
 
         Args:
-            name: of the `store`.
-            groups: indices of requests, of each once.
-            how: what the results depend on beside the requests.
-            make: makes those of a group, in its order.
+            name: the name of the `store`.
+            groups: indices of requests, each index once.
+            how: everything beside the requests that the results depend on.
+            make: makes the results of a group, in its order.
         """
         store = self.store(name)
         keys = {group[0]: digest([how, [requests[i] for i in group]]) for group in groups}
@@ -375,8 +375,8 @@ class Results:
         """Writes items and summary, the summary last, and prints the report.
 
         Args:
-            about: the summary, but for what every summary has.
-            what: says on the terminal what was scored on what, and how.
+            about: the summary without the entries that every summary has.
+            what: the terminal's line on the checkpoint, the items and the settings.
             lines: made by `score_line`.
         """
         seconds = round(time.time() - self.started, 1)
@@ -398,10 +398,10 @@ class Run(Results):
     """One benchmark on one checkpoint, from checked arguments to results.
 
     Args:
-        load: what loads the back end, `load_backend` where it is None; eval/suite.py has benchmarks share one.
+        load: loads the back end; None: `load_backend`. eval/suite.py shares one among benchmarks.
 
     Raises:
-        UserError: an argument out of range, results that are there already, a checkpoint or adapter that cannot be.
+        UserError: an argument out of range, results that exist already, or not a usable checkpoint or adapter.
     """
 
     def __init__(self, benchmark: str, args: Arguments, load: LoadBackend | None = None):
@@ -443,8 +443,8 @@ class Run(Results):
         """The benchmark's items, `--limit` of them.
 
         Args:
-            fields: what every item has; `remedy` ends the error where it has not.
-            split, names: of hub data sets: the split, and the configuration's name by the data set's.
+            fields: the fields that every item must have; `remedy` ends the error if one is missing.
+            split, names: for hub data sets: the split, and the configuration's name by the data set's.
 
         Raises:
             UserError: no such data, or not in this format.
@@ -466,8 +466,8 @@ class Run(Results):
         names: Mapping[str, str] = MappingProxyType({}),
         prefer: Callable[[dict], bool] = lambda record: True,
     ) -> list[dict]:
-        """The `--shots` solved examples: the first ones of the training data, those that are preferred before others;
-        further arguments as of `records`."""
+        """The `--shots` solved examples: the first ones of the training data, preferred examples before others. The
+        further arguments are those of `records`."""
         args = self.args
         if args.shots == 0:
             return []
@@ -489,7 +489,7 @@ class Run(Results):
     def complete(
         self, instructions: list[str], shots: Turns = (), *, stop: tuple[str, ...] | None = None
     ) -> list[dict[str, Any]]:
-        """`--samples` completions of every instruction; or those of `--rescore`'s file.
+        """`--samples` completions of every instruction, or the completions of `--rescore`'s file.
 
         Args:
             shots: solved examples, instruction and response.
@@ -526,7 +526,7 @@ class Run(Results):
         ]
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, samples: int = 1) -> list[list[Completion]]:
-        """`samples` completions of each prompt: those on disk that were made just so, the others by the back end.
+        """`samples` completions of each prompt: from disk if they were made in the same way, else by the back end.
 
         Raises:
             UserError: the model's context is too short, or the folder cannot be written to.
@@ -553,7 +553,7 @@ class Run(Results):
         return [completions[start : start + samples] for start in range(0, len(requests), samples)]
 
     def identity(self) -> Any:
-        """What completions depend on beside prompt and sampling."""
+        """Everything that completions depend on beside prompt and sampling."""
         args = self.args
         versions = package_versions()
         return {
@@ -588,7 +588,7 @@ class Run(Results):
         """Writes items and summary, and prints the report."""
         args = self.args
         arguments = asdict(args)
-        if args.rescore is not None:  # its own say nothing of how the completions were made
+        if args.rescore is not None:  # the arguments of --rescore do not tell how the completions were made
             arguments |= self._origin.get("made_with", {}).get("arguments") or dict.fromkeys(MADE_WITH)
         state = None if args.rescore is not None else self.state()
         about = {"checkpoint": state, **self._origin, "data": args.data, **scores, "arguments": arguments}

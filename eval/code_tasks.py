@@ -1,4 +1,4 @@
-"""What HumanEval and MBPP share: the code in a completion, its verdict from the sandbox, pass@k."""
+"""The common part of HumanEval and MBPP: the code in a completion, its verdict from the sandbox, pass@k."""
 
 import ast
 import builtins
@@ -35,11 +35,11 @@ class ProgramArguments:
 
 @dataclass
 class Arguments(ProgramArguments, benchmark.Arguments):
-    """What HumanEval and MBPP take."""
+    """The arguments of HumanEval and MBPP."""
 
 
 def check_code_arguments(args: Arguments) -> None:
-    """Says what the sandbox isolates here.
+    """Prints what the sandbox isolates here.
 
     Raises:
         UserError: a value out of range; nothing isolates programs here and `--unsafe` is not given.
@@ -55,7 +55,7 @@ def check_code_arguments(args: Arguments) -> None:
 def pass_at_k(n: int, c: int, k: int) -> float:
     """The unbiased estimate of pass@k from c passes among n samples: 1 − C(n−c, k) / C(n, k) (arXiv 2107.03374, eq. 1).
 
-    In whole numbers up to the last division, so that nothing cancels.
+    It is computed in whole numbers up to the last division, so that nothing cancels.
     """
     return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
@@ -71,7 +71,7 @@ INLINE = re.compile(r"[ \t]*(?:(?:python3?|py)\b[ \t]*)?(?=\w)(.*?)(?:`{3,}|~{3,
 MARK = re.compile(r"([ \t]*)(?:>>>|\.\.\.|>)(?: |$)")  # an interpreter's prompts, a quotation
 COMPOUND = re.compile(r"(?:async|class|def|for|if|try|while|with)\b|@")
 CONTINUES = re.compile(r"(?:elif|else|except|finally)\b")
-# What the lines before a further version say of it: that it replaces the one before, or that it stands beside it.
+# Words in the lines before a further version: that it replaces the version before, or that it stands beside it.
 CORRECTS = re.compile(
     r"\b(?:actually|correct(?:ed|ion|ly)?|final|fix(?:ed)?|improved|revised|sorry|updated|wait)\b", re.I
 )
@@ -100,8 +100,8 @@ NOT_HARMLESS = {
     "turtle",
     "turtledemo",
 }  # on import they act, or need a screen
-MOST_PARSED = 1_000_000  # characters that are parsed of one completion: a text can be made to take for ever
-MOST_ROUNDS = 10  # of looking for what acts on what is needed
+MOST_PARSED = 1_000_000  # characters of one completion that are parsed: some texts would take for ever
+MOST_ROUNDS = 10  # rounds in which statements that change needed data are added
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
 
@@ -117,8 +117,8 @@ class Statement:
     introduction: str  # the prose before the group
     nodes: list[ast.stmt]
     binds: set[str]  # names of the module
-    reads: set[str]  # names of the module and built-in ones, read by it or by functions in it
-    at_once: set[str]  # those that are read when the statement runs
+    reads: set[str]  # names of the module, and built-in ones, that it or functions in it read
+    at_once: set[str]  # names that are read when the statement runs
 
     def walk(self) -> Iterator[ast.AST]:
         return (node for statement in self.nodes for node in ast.walk(statement))
@@ -216,8 +216,8 @@ def statements_of(text: str) -> tuple[list[str], list[Statement]]:
 
 
 def _statement_at(lines: list[str], start: int, left: int) -> tuple[int, list[ast.stmt] | None, int]:
-    """Where the statement that begins at a line ends, its nodes, and how many characters may be parsed afterwards.
-    Nodes are None where the line is prose, and none where it begins a statement that is broken."""
+    """The end of the statement that begins at a line, its nodes, and how many characters may be parsed afterwards. The
+    nodes are None if the line is prose, and empty if it begins a broken statement."""
     indent = len(lines[start]) - len(lines[start].lstrip())
     end = _end_of_block(lines, start + 1, indent)
     while left > 0:
@@ -231,7 +231,7 @@ def _statement_at(lines: list[str], start: int, left: int) -> tuple[int, list[as
                 end = _end_of_block(lines, start + 1, indent)
                 continue
             if start < at < end and not COMPOUND.match(lines[start].lstrip()):
-                end = at  # a line that has lost its indentation, before others
+                end = at  # a line that has lost its indentation, with others after it
                 continue
             is_broken = at > start
             break
@@ -284,8 +284,8 @@ def _parsed(text: str) -> list[ast.stmt] | None:
 
 
 def _mended(lines: list[str], at: int, problem: str) -> bool:
-    """Frees a line from what is no code: blanks that are no spaces, a fence beside code, marks before it. Whether there
-    was any."""
+    """Removes everything from a line that is not code: blanks other than spaces, a fence beside code, marks before it.
+    Also returns whether there was any."""
     line = lines[at]
     if invisible := re.search(r"non-printable character U\+([0-9A-F]+)", problem):
         character = chr(int(invisible[1], 16))
@@ -319,7 +319,7 @@ def _names_of(code: str) -> tuple[set[str], set[str], set[str]]:
     """The names of the module that a statement binds, that it reads, and that it reads at once."""
     try:
         module = symtable.symtable(code, "", "exec")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a `nonlocal` without a function around it
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # such as a `nonlocal` outside of a function
         return set(), set(), set()
     symbols = module.get_symbols()
     binds = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
@@ -351,14 +351,14 @@ def _defines(statement: Statement, names: tuple[str, ...]) -> bool:
 
 
 def _defining(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
-    """Those that define one of `names`, but for what stands in a function's body; none where they are stubs for one."""
+    """The statements that define one of `names`, but not in a function's body; none if they are stubs for a body."""
     bodies = {s.group for s in statements if any(map(_returns, s.nodes))}
     found = [s for s in statements if _defines(s, names) and s.group not in bodies]
     return [] if bodies and all(s.is_stub() for s in found) else found
 
 
 def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
-    """Those of the versions that count."""
+    """The versions that count."""
     solid = {name for statement in statements if not statement.is_stub() for name in statement.binds}
     statements = [s for s in statements if not (s.is_stub() and s.binds <= solid)]
     counting, beside = None, set()
@@ -373,7 +373,7 @@ def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statem
 
 
 def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
-    """The definitions of `names`, with what they need and what can do no harm, in their order."""
+    """The definitions of `names`, with the statements that they need and harmless ones, in their order."""
     methods: dict[str, str] = {}
     for statement in statements:
         methods |= _methods(statement, names)
@@ -389,7 +389,7 @@ def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
     data = {name for s in statements if not s.is_only(DEFINITIONS) for name in s.binds}
     acting: list[Statement] = []
     waiting = [s for s in statements if not s.is_only((*DEFINITIONS, *IMPORTS))]
-    for _ in range(MOST_ROUNDS):  # what acts on something needed needs more, and others may act on that
+    for _ in range(MOST_ROUNDS):  # a statement that changes needed data needs more data, which others may change
         more = [s for s in waiting if _acts_on(s, needed, data, links, set(names))]
         waiting = [s for s in waiting if s not in more] if more else []
         acting += more
@@ -409,7 +409,7 @@ def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
 
 
 def _reached(names: set[str], links: dict[str, tuple[set[str], set[str]]]) -> set[str]:
-    """The names, and those that the statements that bind them read, and so on."""
+    """The names, the names that their statements read, and so on."""
     reached, new = set(), set(names)
     while new:
         reached |= new
@@ -456,7 +456,7 @@ def _is_harmless(statement: Statement, bound: set[str]) -> bool:
 
 
 def _body(lines: list[str], statements: list[Statement]) -> str:
-    """The lines that can be a function's body: of the first group with a `return` of its own, or of the first one."""
+    """The lines that can be a function's body: those of the first group with a `return`, else of the first group."""
     groups: dict[int, list[Statement]] = {}
     for statement in statements:
         groups.setdefault(statement.group, []).append(statement)
@@ -471,12 +471,12 @@ def _body(lines: list[str], statements: list[Statement]) -> str:
 
 
 def as_body(code: str) -> str:
-    """The code, indented by four spaces as the body of a function, whatever it is indented by, and whether or not the
-    model or its tokenizer left a space or all of the first line's out."""
+    """The code, indented by four spaces as the body of a function. Its own indentation may be any, and the model or its
+    tokenizer may have left out one space or all spaces of the first line."""
     lines = [re.sub(r"^[ \t]+", lambda space: space[0].expandtabs(4), line) for line in code.rstrip().split("\n")]
     depths = [len(line) - len(line.lstrip()) if line.strip() else None for line in lines]
     less = (i for i, depth in enumerate(depths) if i and depth is not None and depth < max(1, depths[0] or 0))
-    end = next(less, len(lines))  # what stands further left is no part of the body
+    end = next(less, len(lines))  # lines further left do not belong to the body
     deeper = [depth for depth in depths[1:end] if depth is not None]
     head, tail = lines[:end], lines[end:]
     as_the_next = [" " * min(deeper, default=4) + lines[0].lstrip(), *head[1:]]

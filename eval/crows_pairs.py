@@ -51,7 +51,7 @@ FORMAT = "CrowS-Pairs' format has sent_more, sent_less and bias_type"
 
 @dataclass
 class ModelArguments:
-    """What is scored, what it is compared with, and where the results go."""
+    """The model, the model to compare it with, and the results' folder."""
 
     ckpt: str | None = option(None, "checkpoint: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
     adapter: str | None = option(None, "folder of a LoRA adapter in PEFT's format, trained on --ckpt")
@@ -63,7 +63,7 @@ class ModelArguments:
 
 @dataclass
 class PairArguments:
-    """What it is scored on."""
+    """The pairs that it is scored on."""
 
     data: str = option(HUB_DATA, "file in CrowS-Pairs' format (sent_more, sent_less, bias_type), or hub name")
     limit: int | None = option(None, "the first N pairs only")
@@ -111,7 +111,7 @@ def read_preferences(path: str, pairs: list[dict[str, str]]) -> list[dict[str, A
     """Another model's items for the same pairs.
 
     Raises:
-        UserError: no such file, or it is of other pairs.
+        UserError: no such file, or it has other pairs.
     """
     try:
         items = read_jsonl(Path(path))[: len(pairs)]
@@ -130,7 +130,7 @@ def read_preferences(path: str, pairs: list[dict[str, str]]) -> list[dict[str, A
 def encode(tokenizer: "PreTrainedTokenizerBase", sentence: str) -> tuple[list[int], list[int]]:
     """The start token, by which the first word is predicted, and the sentence's tokens.
 
-    The start is the tokenizer's, or where it has none its end token.
+    The start token is the tokenizer's, or its end token if it has no start token.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return [start], tokenizer(sentence, add_special_tokens=False)["input_ids"]
@@ -149,7 +149,7 @@ def log_likelihoods(
     tokenizer: "PreTrainedTokenizerBase",
     config: "PretrainedConfig",
 ) -> list[float]:
-    """ln p of every sentence, summed over its tokens: those on disk that were made just so, the others by the model.
+    """ln p of every sentence, summed over its tokens: from disk if it was made in the same way, else by the model.
 
     Raises:
         UserError: a sentence is longer than the model's context.

@@ -67,14 +67,14 @@ SENTENCES = 300
 PEFT_DATA, PEFT_TEXTS = "HuggingFaceFW/finewiki", 100
 # Logits of one batch, in numbers of 4 bytes, that each model may hold; a document that has more is a batch of its own.
 MOST_LOGITS = 2**27
-# Logits that are worked on at a time, in numbers of 8 bytes, of which there are half a dozen copies: on a CPU what its
+# Logits that are worked on at a time, in numbers of 8 bytes, with half a dozen copies of them: on a CPU as many as its
 # cache holds, on a GPU 32 times as many.
 CHUNK = 2**18
 
 
 @dataclass
 class ModelArguments:
-    """What is compared, and where the results go."""
+    """The two models, and the results' folder."""
 
     base: str | None = option(None, "the model before: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
     ckpt: str | None = option(None, "the model after: a checkpoint fine-tuned from --base")
@@ -87,7 +87,7 @@ class ModelArguments:
 
 @dataclass
 class TextArguments:
-    """What it is compared on."""
+    """The texts that the models are compared on."""
 
     data: list[str] = option(["sentences", "code"], "sentences, code, peft, files, folders or hub names")
     field: str = option("text", "column of the text in your files; a number, where a csv or tsv file has no header")
@@ -110,7 +110,7 @@ class Arguments(MachineArguments, TextArguments, ModelArguments):
 
 
 def check_arguments(args: Arguments) -> None:
-    """Raises a UserError where a value is out of range or one is missing; reads nothing."""
+    """Raises a UserError where a value is out of range or missing; reads nothing."""
     if args.base is None:
         raise UserError("no --base: give the model that was fine-tuned, a folder or hub name, or 'demo'")
     if (args.ckpt is None) == (args.adapter is None):
@@ -153,7 +153,7 @@ def peft() -> list[str]:
     try:
         rows = datasets.load_dataset(PEFT_DATA, split="train", streaming=True).take(PEFT_TEXTS)
         return [row["text"] for row in rows]
-    except Exception as error:  # the hub's client has dozens of kinds
+    except Exception as error:  # the hub's client raises dozens of kinds
         raise UserError(f"--data peft: cannot load {PEFT_DATA} from the hub: {first_line(error)}") from error
 
 
@@ -164,7 +164,7 @@ def read_texts(args: Arguments) -> list[tuple[str, str]]:
     """Source and text of every document.
 
     Raises:
-        UserError: no such data, no such column, or a cell that is no text.
+        UserError: no such data, no such column, or a cell that is not a text.
     """
     documents = []
     for source in dict.fromkeys(args.data):
@@ -220,7 +220,7 @@ class Pair:
 
     @functools.cached_property
     def scaled(self) -> "scaling.Scaled":
-        """What sets the tuned model to a scale."""
+        """The `Scaled` that sets the tuned model to a scale."""
         from common import scaling
 
         if self.tuned is not None:
@@ -262,9 +262,9 @@ def load_pair(base: str, ckpt: str | None, adapter: str | None, dtype: "torch.dt
 
 
 def with_fp32_logits(model: "PreTrainedModel") -> None:
-    """Has the head compute in fp32, on a copy of its weight where that is the embeddings' as well.
+    """Makes the head compute in fp32, on a copy of its weight if the embeddings share it.
 
-    In bf16 a logit of 20 is known to 0.06: enough to show a KL between models that are alike.
+    In bf16 a logit of 20 is known to 0.06 only, which is enough to show a KL between equal models.
     """
     import torch
 
@@ -284,7 +284,7 @@ def with_fp32_logits(model: "PreTrainedModel") -> None:
 
 @dataclass
 class Sums:
-    """Over the predicted tokens of one document, in nats; `agreement` counts tokens."""
+    """Sums over the predicted tokens of one document, in nats; `agreement` counts tokens."""
 
     loss_before: float = 0.0
     loss_after: float = 0.0
@@ -333,11 +333,11 @@ def sums_of(base: "torch.Tensor", tuned: "torch.Tensor", token_ids: "torch.Tenso
 def measure(
     documents: list[list[int]], args: Arguments, results: Results, names: dict[str, str | None], config: Any
 ) -> dict[float, list[Sums]]:
-    """By scale the sums of every document: those on disk that were made just so, the others by the models.
+    """The sums of every document, by scale: from disk if they were made in the same way, else by the models.
 
     Args:
-        names: where base, ckpt and adapter are.
-        config: the base's.
+        names: the paths or hub names of base, ckpt and adapter.
+        config: the base's configuration.
     """
     import torch
 
@@ -370,7 +370,7 @@ def measure(
 
 
 def within(group: list[int], lengths: list[int], at_most: int) -> Iterator[list[int]]:
-    """A batch, the longest document first, in parts of at most that many tokens, padding included, or one document."""
+    """A batch, the longest document first, in parts of one document or of at most that many tokens, with padding."""
     size = max(1, at_most // lengths[group[0]])
     for start in range(0, len(group), size):
         yield group[start : start + size]
@@ -395,10 +395,10 @@ def summarise(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def distinct(path: str) -> dict[str, Any]:
-    """Of a benchmark's results, the share of an item's samples whose answers, and whose texts, are distinct.
+    """For a benchmark's results, the distinct answers, and the distinct texts, as a share of an item's samples.
 
-    An answer is what was extracted from the completion, or its program; where there is neither, its text. Samples
-    without an answer have one in common.
+    The answer is the one that was extracted from the completion, or its program; without either, its text. All samples
+    without an answer count as one answer.
 
     Raises:
         UserError: no such file, or one sample per item.

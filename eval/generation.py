@@ -1,7 +1,7 @@
-"""What generates, and how it is asked: the two back ends are vLLM and transformers (eval/backends.py).
+"""The interface of the two back ends that generate, vLLM and transformers (eval/backends.py).
 
-Both take a batch of prompts as token ids and return the same completions but for rounding. What a batch holds is the
-caller's business (`batches`): rounding depends on it, so that a resumed run must form the same ones.
+Both take a batch of prompts as token ids and return the same completions but for rounding. The caller forms the batches
+(`batches`). Rounding depends on them, so a resumed run must form the same batches.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; everything that a completion depends on beside model and prompt."""
+    """The choice of tokens: everything that a completion depends on beside model and prompt."""
 
     max_new_tokens: int
     temperature: float = 0.0  # 0: greedy
@@ -35,7 +35,7 @@ class Completion:
 
 
 class Backend(Protocol):
-    """A checkpoint that generates, and that tells how likely given responses are."""
+    """A checkpoint that generates, and that measures how likely given responses are."""
 
     name: str
     batch_size: int
@@ -46,7 +46,7 @@ class Backend(Protocol):
         """One completion per prompt of one batch, in order; `seeds`, one per prompt, where temperature is above 0."""
 
     def log_likelihoods(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
-        """Of every response Σ ln p(token | prompt, response so far), in nats."""
+        """Σ ln p(token | prompt, response so far) of every response, in nats."""
 
 
 def response_loss(backend: Backend, prompts: list[list[int]], responses: list[list[int]]) -> float:
@@ -54,13 +54,13 @@ def response_loss(backend: Backend, prompts: list[list[int]], responses: list[li
     return -sum(backend.log_likelihoods(prompts, responses)) / sum(map(len, responses))
 
 
-# `load_backend`, or what stands in for it.
+# The type of `load_backend` and of its substitutes.
 LoadBackend = Callable[..., Backend]
 
 
 def batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Indices of prompts of similar length, at most `batch_size` together; the longest first: memory runs out early or
-    never."""
+    """Indices of prompts of similar length, at most `batch_size` together; the longest come first, so that memory runs
+    out early or never."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -78,7 +78,7 @@ def backend_name(backend: str) -> str:
 
 
 def batch_size_of(batch_size: int | None, backend: str) -> int:
-    """`batch_size`, or where it is None the back end's own."""
+    """`batch_size`, or the back end's own if it is None."""
     return batch_size or {"vllm": 256, "transformers": 32}[backend]
 
 
@@ -126,7 +126,7 @@ def load_backend(
 
 
 def with_bar(groups: list[list[int]], description: str, done: int = 0) -> Iterator[list[int]]:
-    """The groups in turn, under a progress bar that counts their members, of which `done` more are behind."""
+    """The groups in turn, under a progress bar that counts their members and starts at `done`."""
     total = sum(map(len, groups)) + done
     with tqdm(total=total, initial=done, desc=description, unit="item", disable=not groups) as bar:
         for group in groups:

@@ -51,12 +51,12 @@ class Arguments(LossArguments, benchmark.Arguments):
 
 
 NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
-# What may stand between "####" and its number.
+# Characters that may stand between "####" and its number.
 DECORATION = re.compile(r"(?:[\s*:+=`$€£]|(?:the )?(?:final )?answer(?: is)?\b|\\boxed\{)*", re.IGNORECASE)
-MOST_DIGITS = 100  # of a number; what a model repeats for ever is none
+MOST_DIGITS = 100  # a longer sequence of digits is an endless repetition, not a number
 
 
-# The second one is none where the sentence goes on to say how the answer is found.
+# The second mark does not count if the sentence goes on to say how the answer is found.
 MARKERS = (
     r"the (?:final )?answer is:",
     r"the (?:final )?answer is\b(?!:|\s+(?:a|an|as|found|given|in|not|obtained|that|the)\b)",
@@ -81,8 +81,8 @@ WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|m
 
 
 def extract_answer(text: str) -> Fraction | None:
-    """The number after the last "The answer is:"; without these words the one right after the last "####", which is a
-    heading in Markdown too; without it, the one after "The answer is". None where there is none of them."""
+    """The number after the last "The answer is:"; else the number right after the last "####", which is a heading in
+    Markdown too; else the number after "The answer is". None without any of them."""
     text = _plain(re.split("|".join(benchmark.BEGINNINGS), text)[0])
     for marker in MARKERS:
         _, *answers = re.split(marker, text, flags=re.IGNORECASE)
@@ -95,7 +95,7 @@ def extract_answer(text: str) -> Fraction | None:
 
 
 def _answer(text: str) -> tuple[bool, Fraction | None]:
-    """Whether an answer has a number, and the number, if that can be said."""
+    """Whether an answer has a number, and the number, if it can be read."""
     if word := WORD.match(text):
         return True, Fraction(WORDS.index(word[1].lower()))
     found = NUMBER.search(EACH.sub("", NAME.sub("", EQUATION.sub("", text))))
@@ -107,7 +107,7 @@ def _ended(found: re.Match | None) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """Thousands, fractions, mixed numbers, powers of ten and the minus sign as NUMBER reads them."""
+    """Rewrites thousands, fractions, mixed numbers, powers of ten and the minus sign in the form that NUMBER reads."""
     text = text.replace("\N{MINUS SIGN}", "-").replace("\N{ZERO WIDTH SPACE}", " ")
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text)
     text = GROUPS.sub(lambda groups: groups[1] + re.sub(r"\D", "", groups[2]), text)
@@ -151,7 +151,7 @@ def _number(match: re.Match | None) -> Fraction | None:
 
 
 def grade(completion: str, gold: Fraction) -> dict[str, Any]:
-    """What was extracted from a completion, and the three verdicts."""
+    """The extracted answer of a completion, and the three verdicts."""
     extracted, last = extract_answer(completion), extract_last_number(completion)
     return {
         "extracted": None if extracted is None else str(extracted),

@@ -55,7 +55,7 @@ class Arguments(GradingArguments, benchmark.Arguments):
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{} (or \\fbox{}) holds; None where there is none, or none that is closed."""
+    """The content of the last \\boxed{} (or \\fbox{}); None if there is no box, or no closed one."""
     starts = list(re.finditer(r"\\(?:boxed|fbox)\b\s*", text))
     if not starts:
         return None
@@ -76,16 +76,16 @@ MARKERS = (
     r"(?m:^)[#*\s]*(?:final )?answer\s*:?\s*\**:?\s+",  # a heading
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\b\s*(\{|(?=[-\d\\]|[A-Za-z]\b)[^\s$.{}]+)|\\.|[{}]")
-# What two boxes of one answer have between them.
+# The text between two boxes of one answer.
 BETWEEN_BOXES = re.compile(r"[\s$\\()]*(?:,|;|and|or)?[\s$\\()]*(?:(?:and|or)[\s$\\()]*)?(?:\w\s*=[\s$\\()]*)?")
-# Where an answer ends, outside of formulas and braces: at a sentence's or a line's end, or before its reason.
+# The ends of an answer outside of formulas and braces: the end of a sentence or a line, or the beginning of a reason.
 END = re.compile(r"\.(?=\s|\Z)|\n|,?\s(?:because|since|so|which|as|where|that is|i\.e\.)\s")
 MOST_ENDS = 100
-MOST_CHARACTERS = 200_000  # from a text's end, for a box
+MOST_CHARACTERS = 200_000  # a box is sought in so many characters before a text's end
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """Where each outermost closed \\boxed{} (or \\fbox{}) stands, and what it holds."""
+    """The place and content of each outermost closed \\boxed{} (or \\fbox{})."""
     found: list[tuple[int, int, str]] = []
     opened: list[tuple[int, int] | None] = []  # for each open brace the box that it belongs to
     for token in BOX.finditer(text, max(0, len(text) - MOST_CHARACTERS)):
@@ -94,14 +94,14 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         elif token[0].endswith("{") and token[0] != r"\{":
             opened.append((token.start(), token.end()) if token[1] else None)
         elif token[0] == "}" and opened and (box := opened.pop()):
-            while found and found[-1][0] > box[0]:  # inside of this one
+            while found and found[-1][0] > box[0]:  # boxes inside of this one
                 found.pop()
             found.append((box[0], token.end(), text[box[1] : token.start()]))
     return found
 
 
 def _joined(text: str) -> str | None:
-    """What the last box holds, after those that are parts of the same answer."""
+    """The content of the last box, after the contents of earlier boxes that are parts of the same answer."""
     found = boxes(text)
     if not found:
         return None
@@ -115,7 +115,7 @@ def _joined(text: str) -> str | None:
 
 
 def _to_its_end(text: str) -> str | None:
-    """An answer without what is said after it."""
+    """An answer without the text after it."""
     text = text.strip()
     for end in itertools.islice(END.finditer(text), MOST_ENDS):
         before = text[: end.start()]
@@ -143,17 +143,17 @@ def extract_answer(text: str) -> str | None:
 
 
 def published_answer(text: str) -> str | None:
-    """What the published rule compares: what follows the last "The answer is:", up to a full stop at a line's end."""
+    """The answer by the published rule: the text after the last "The answer is:", up to a full stop at a line's end."""
     _, marker, answer = text.rpartition(ANSWER_MARKER)
     answer = answer.partition(".\n")[0].strip().removesuffix(".").strip()
     return answer if marker and PUBLISHED_MARKER in text and answer else None
 
 
 def gold_answer(solution: str, index: int, source: str) -> str:
-    """What the solution's last \\boxed{} holds.
+    """The content of the solution's last \\boxed{}.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no box.
     """
     gold = last_boxed(solution)
     if gold is None:
@@ -162,7 +162,7 @@ def gold_answer(solution: str, index: int, source: str) -> str:
 
 
 def grade(completions: list[str], golds: list[str], seconds: float = SECONDS) -> list[dict[str, Any]]:
-    """For each completion what was extracted, both verdicts, and what kept math-verify from one, if anything did."""
+    """For each completion the extracted answer, both verdicts, and the reason if math-verify gave no verdict."""
     answers = [extract_answer(completion) for completion in completions]
     pairs = [(answer, gold) for answer, gold in zip(answers, golds, strict=True) if answer is not None]
     with Grader(seconds) as grader, tqdm(total=len(pairs), desc="grading", unit="item", disable=not pairs) as bar:

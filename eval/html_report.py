@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_suffix(".html").with_name("report.html")
 PLACE = "<!-- data -->"
 
-# What grades an item, by the benchmark; the first is the one of the table.
+# The rules that grade an item, by benchmark; the table has the first rule.
 RULES = {
     "gsm8k": {
         "correct_strict": "the published rule",
@@ -37,7 +37,7 @@ RULES = {
     "mbpp": {"correct": "the tests"},
     "mt_bench": {"score": "the judge"},
 }
-# What an item may lack beside a right answer.
+# Other things than a right answer that an item may lack.
 LACKS = {"humaneval": "timed out", "mbpp": "timed out", "mt_bench": "no rating"}
 NO_ANSWER = "no answer found"
 ABOUT = ("task_id", "subject", "level", "question_id", "category")  # of an item, whatever the model
@@ -58,7 +58,7 @@ CURVES = {
     "grad_norm": "gradient norm",
     "validation": "validation score",
 }
-MOST_POINTS = 500  # of a curve; of more, means over neighbours
+MOST_POINTS = 500  # of a curve; a longer curve is averaged over neighbours
 
 
 def require_writable(path: Path, overwrite: bool) -> None:
@@ -144,7 +144,7 @@ def benchmark_of(name: str, runs: "dict[str, Run]") -> dict[str, Any]:
 
 
 def _read_items(path: Path, name: str) -> list[dict]:
-    """Raises a UserError where the file is not what the benchmark's script writes."""
+    """Raises a UserError where the file is not an items file of the benchmark's script."""
     made = ("index", "sample", "instruction", "prompt", "completion", "num_tokens", "finished", *RULES[name])
     try:
         items = read_jsonl(path)
@@ -160,8 +160,8 @@ def _read_items(path: Path, name: str) -> list[dict]:
 def side_by_side(name: str, found: dict[str, list[dict]], labels: list[str]) -> dict[str, Any]:
     """One row per item, sample and turn, in their order, with a completion per checkpoint.
 
-    Two checkpoints may have been asked in other words (`--prompt raw` puts some around a question): it is one item
-    where one instruction holds the other.
+    Two checkpoints may have been asked in different words (`--prompt raw` adds some to a question): they have the same
+    item if one instruction contains the other.
     """
     groups: dict[tuple, list[dict[str, dict]]] = {}
     for label, items in found.items():
@@ -242,7 +242,7 @@ def curves(metrics: dict[str, Path]) -> list[dict[str, Any]]:
 
 
 def points(lines: Iterable[dict], name: str) -> list[tuple[int, float]]:
-    """Where the quantity is logged, and is a number."""
+    """The points at which the quantity is logged and is a number."""
     of_steps = ((line.get("step"), line.get(name)) for line in lines)
     return [(x, y) for x, y in of_steps if x is not None and isinstance(y, (int, float)) and math.isfinite(y)]
 

@@ -1,12 +1,12 @@
 """Whether two answers to a MATH problem are the same: by value (math-verify), and by spelling (the published rule).
 
-`same_spelling` is how the published numbers were graded: Hendrycks et al. (arXiv 2103.03874) compare the answers as
-text after some normalisation, and MetaMath, PiSSA and BA-LoRA took that over. It knows no mathematics: 0.25 is not
-\\frac14 to it. `same_value` asks math-verify, which parses both with sympy.
+`same_spelling` is the rule of the published numbers: Hendrycks et al. (arXiv 2103.03874) compare the answers as text
+after some normalisation, and MetaMath, PiSSA and BA-LoRA adopted the rule. It knows no mathematics: 0.25 and \\frac14
+differ. `same_value` asks math-verify, which parses both with sympy.
 
-A model's answer may be 10^{10^{10}}: what sympy makes of it can take forever, or all memory. So each pair is compared
-in a process of its own, which is killed at its limit of CPU time. `Grader` keeps servers from which these processes are
-forked, so that none of them has to import sympy again; a server is this file, run as a script.
+A model's answer may be 10^{10^{10}}, and sympy may compute forever, or use all memory. So each pair is compared in a
+process of its own, which is killed at its limit of CPU time. `Grader` keeps servers and forks these processes from
+them, so that none has to import sympy again; a server is this file, run as a script.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ MEMORY = 2 * 2**30  # bytes of address space that a comparison may add
 # Spelling
 # ------------------------------------------------------------------------------------------------------------------
 
-# What is written in several ways without meaning anything else, in the order in which it is taken out.
+# Spellings that do not change the meaning, in the order in which they are removed.
 SPELLINGS = (
     ("\n", ""),
     (r"\!", ""),
@@ -53,7 +53,7 @@ RATIO = re.compile(r"(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)")
 
 
 def same_spelling(answer: str, gold: str) -> bool:
-    """Whether two answers are one text after `normalized`; texts that it cannot read are compared as they are."""
+    """Whether two answers are the same text after `normalized`; a text that it cannot read is compared as it is."""
     try:
         return normalized(answer) == normalized(gold)
     except ValueError:
@@ -129,7 +129,7 @@ SIGNS = {
 }
 SIGNS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "\u200b": "", "\u00a0": " "}
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-# What math-verify does not read, or reads as something else, and how it is written for it; in this order.
+# Forms that math-verify does not read, or misreads, and their replacements, in order.
 READINGS: tuple[tuple[str, Any], ...] = (
     (r"\A\s*\*\*(?!\*)([^*]+)\*\*\s*\Z", r"\1"),  # Markdown's bold
     (r"\A\$([^$]*)\$\Z|\A\\\((.*)\\\)\Z|\A\\\[(.*)\\\]\Z", lambda m: m[1] or m[2] or m[3] or ""),
@@ -171,7 +171,7 @@ def _repeating(whole: str, digits: str, period: str) -> str:
 
 
 def _read(text: str) -> str:
-    """The text as math-verify is to read it."""
+    """The text in a form that math-verify reads correctly."""
     text = text.strip().removesuffix(".").strip()
     for pattern, reading in COMPILED:
         text = pattern.sub(reading, text).strip()
@@ -204,13 +204,13 @@ def _as_interval(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """The text without what marks it as text, and without the blanks and the case that tell nothing."""
+    """The text without its \\text marks, and without blanks and case that mean nothing."""
     text = re.sub(r"\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}", r"\1", text)
     return " ".join(re.sub(r"\s*([^\w\s])\s*", r"\1", text).split()).lower()
 
 
 def _decided(answer: str, gold: str) -> bool | None:
-    """The verdict on what math-verify is not asked about: words, bases, percentages, choices, powers of units."""
+    """The verdict on answers that math-verify is not asked about: words, bases, percentages, choices, unit powers."""
     if _words(answer) == _words(gold) and answer:
         return True
     numbers = [BASED.fullmatch(text) for text in (answer, gold)]
@@ -239,7 +239,7 @@ def _decided(answer: str, gold: str) -> bool | None:
 
 
 def _fraction(text: str) -> Fraction | None:
-    """A number that is written out, or a fraction of two."""
+    """A number that is written out in digits, or a fraction of two such numbers."""
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     try:
         return Fraction(text.replace(",", ""))
@@ -248,8 +248,8 @@ def _fraction(text: str) -> Fraction | None:
 
 
 def same_value(answer: str, gold: str) -> bool:
-    """Whether two answers have one value, by math-verify where it can tell. Takes as long, and as much memory, as they
-    make it take."""
+    """Whether two answers have the same value, by math-verify where it can tell. Some answers take unlimited time and
+    memory."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -278,7 +278,7 @@ def same_value(answer: str, gold: str) -> bool:
 
 
 def _is_exact(found: Any, golden: Any, answer: str, gold: str) -> bool:
-    """Whether two numbers that are equal to six decimals are equal, one of them a decimal."""
+    """Whether two numbers that agree to six decimals are equal; one of them is a decimal."""
     from sympy import Rational
 
     exact = [Rational(text) if DECIMAL.fullmatch(text) else value for text, value in ((answer, found), (gold, golden))]
@@ -289,7 +289,7 @@ def _is_exact(found: Any, golden: Any, answer: str, gold: str) -> bool:
 
 
 def _delimited(text: str) -> str:
-    """As math-verify looks for formulas: in \\boxed{}, or between dollar signs."""
+    """The text as a formula that math-verify finds: in \\boxed{}, or between dollar signs."""
     return text if re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", text) else f"${text}$"
 
 
@@ -299,7 +299,7 @@ def _delimited(text: str) -> str:
 
 
 class Grader:
-    """Compares pairs of answers, several at a time, each within its time limit. To be closed: a context manager."""
+    """Compares pairs of answers, several at a time, each within its time limit. A context manager: `with` closes it."""
 
     def __init__(self, seconds: float = SECONDS, servers: int | None = None):
         self.seconds = seconds
@@ -312,8 +312,8 @@ class Grader:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def compare(self, pairs: list[tuple[str, str]], progress: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
-        """For each pair of answer and gold answer the two verdicts, `value` and `spelling`, and `problem`: None, "time"
-        or "crash", and then the value counts as another one."""
+        """For each pair of answer and gold answer the verdicts `value` and `spelling`, and `problem`: None, "time" or
+        "crash"; with a problem `value` is False."""
 
         def one(pair: tuple[str, str]) -> dict[str, Any]:
             server = self.idle.pop()
@@ -351,10 +351,10 @@ def _stop(server: subprocess.Popen) -> None:
 
 
 def serve(seconds: float) -> None:
-    """Answers pairs on standard input, a line each, until it is closed."""
-    import math_verify  # noqa: F401  # here, so that the forked processes have it
+    """Reads pairs from standard input, a line each, and answers them, until the input is closed."""
+    import math_verify  # noqa: F401  # imported here, so that the forked processes have it
 
-    # The first use imports and compiles what every later one needs too.
+    # The first use imports and compiles everything that later uses need too.
     with contextlib.redirect_stderr(None):
         same_value(r"\frac{1}{2}", "0.5")
     for line in sys.stdin:

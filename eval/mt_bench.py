@@ -111,7 +111,7 @@ def answer(run: Run, questions: list[dict]) -> list[dict[str, Any]]:
     if run.rescored is not None:
         return rescored(run.rescored, questions, args)
     tokenizer = run.tokenizer
-    # The second prompt holds the first answer, however long it gets; 16 for the border between answer and template.
+    # The second prompt holds the first answer, of any length; 16 more for the border between answer and template.
     run.max_length = 2 * args.max_new_tokens + 16
     run.max_length += max(
         len(encode_prompt(tokenizer, args.prompt, question["turns"][1], [(question["turns"][0], "")]))
@@ -168,7 +168,7 @@ def rescored(items: list[dict], questions: list[dict], args: Arguments) -> list[
 
 
 def read_jsonl(path: str, what: str) -> list[dict]:
-    """Raises a UserError where `path` does not hold one JSON object per line."""
+    """The JSON objects of `path`, one per line; a UserError where a line is not one."""
     try:
         return benchmark.read_jsonl(Path(path))
     except (OSError, ValueError) as error:
@@ -177,7 +177,7 @@ def read_jsonl(path: str, what: str) -> list[dict]:
 
 @dataclass
 class Judge:
-    """An OpenAI-compatible endpoint that rates answers, and what it has said so far."""
+    """An OpenAI-compatible endpoint that rates answers, and its judgments so far."""
 
     args: Arguments
     prompts: dict[str, dict]
@@ -223,7 +223,7 @@ class Judge:
         return Judge(args, prompts, references, key)
 
     def messages(self, question: dict, answers: list[str], turn: int) -> list[dict[str, str]]:
-        """What the judge is asked about one turn, in FastChat's words."""
+        """The judge's prompt about one turn, in FastChat's words."""
         with_reference = question["category"] in WITH_REFERENCE
         prompt = self.prompts[prompt_name(with_reference, turn)]
         names = {"question": question["turns"][0], "answer": answers[0]}
@@ -238,11 +238,11 @@ class Judge:
         ]
 
     def judge(self, requests: list[list[dict[str, str]]], store: Store) -> list[dict[str, Any]]:
-        """For each request the judge's text, the score in it, and what went wrong if it has none.
+        """For each request the judge's text, its score, and the error if there is no score.
 
         Raises:
-            UserError: the judge cannot be reached, or refuses the key, or does not know the model. What it has said is
-                kept.
+            UserError: the judge cannot be reached, or refuses the key, or does not know the model. The judgments so far
+                are kept.
         """
         keys = [digest([self.args.judge_model, self.args.judge_url, messages]) for messages in requests]
         missing = [i for i, key in enumerate(keys) if key not in store.values]
@@ -261,7 +261,7 @@ class Judge:
                 for future in tqdm(futures, desc="judging", unit="answer", disable=not futures):
                     future.result()
             finally:
-                self.stopped.set()  # what still waits before another attempt, when one has raised
+                self.stopped.set()  # ends the requests that wait for another attempt after one has raised an error
                 pool.shutdown(cancel_futures=True)
         return [
             {"judgment": text, "score": rating(text), "problem": failures.get(key)}
@@ -269,7 +269,7 @@ class Judge:
         ]
 
     def _ask_until_rated(self, messages: list[dict[str, str]]) -> tuple[str | None, str | None]:
-        """The judge's text and None, or None and what went wrong at the last attempt."""
+        """The judge's text and None, or None and the error of the last attempt."""
         body = {"model": self.args.judge_model, "messages": messages, "temperature": 0.0, "max_tokens": 2048}
         problem = None
         for attempt in range(self.args.judge_retries + 1):
@@ -294,7 +294,7 @@ class Judge:
         return None, f"{problem}, {self.args.judge_retries + 1} attempts"
 
     def require_reachable(self) -> None:
-        """Raises a UserError where nothing answers at the judge's address, or it refuses the key."""
+        """Raises a UserError if nothing answers at the judge's address, or the judge refuses the key."""
         try:
             self._request("/models")
         except Unreachable as error:
@@ -308,9 +308,9 @@ class Judge:
         """The endpoint's JSON.
 
         Raises:
-            UserError: it refuses the key, or does not know the model.
+            UserError: the judge refuses the key, or does not know the model.
             Unreachable: nothing answers.
-            OSError, ValueError, HTTPException: it answers something else.
+            OSError, ValueError, HTTPException: the answer is something else.
         """
         args = self.args
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -326,7 +326,7 @@ class Judge:
                     f"the judge at {args.judge_url} refuses the key in {args.judge_key_env} (HTTP {error.code}): set "
                     f"another one and start again; answers and judgments are kept"
                 ) from error
-            # Not every complaint about a model is one about its name: a long answer exceeds "this model's context".
+            # An error that says "model" need not be about its name: a long answer exceeds "this model's context".
             unknown = (error.code == 404 and "model" in detail) or "model_not_found" in detail or "not exist" in detail
             if unknown and body is not None:
                 raise UserError(f"the judge at {args.judge_url} does not take {args.judge_model}: {detail}") from error
@@ -336,11 +336,11 @@ class Judge:
 
 
 SECONDS = 300.0  # for one answer of the judge
-FIRST_PAUSE = 2.0  # seconds before a judgment is asked for again, doubled from time to time
+FIRST_PAUSE = 2.0  # seconds before the first repeated request; every further pause is twice as long, up to 60
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for the address that was given, and for no other that this one names."""
+    """Refuses redirects: the key is sent only to the address that the user gave."""
 
     def redirect_request(self, *request: Any) -> None:
         return None
@@ -391,7 +391,7 @@ def check_questions(records: Any, source: str) -> list[dict]:
 
 
 def check_protocol(args: Arguments) -> None:
-    """Raises a UserError for an option whose value is the protocol's."""
+    """Raises a UserError for an option that MT-Bench's protocol fixes."""
     for name in ("samples", "temperature", "shots", "shots_data"):
         if getattr(args, name) != getattr(benchmark.Arguments, name):
             raise UserError(
@@ -402,7 +402,7 @@ def check_protocol(args: Arguments) -> None:
 
 
 def judge_command(run: Run) -> str:
-    """What judges the answers that are there, without a model."""
+    """The command that judges the stored answers, without a model."""
     args = run.args
     words = ["python", "eval/mt_bench.py", "--rescore", str(run.items_path), "--output-dir", args.output_dir]
     words += ["--limit", str(args.limit)] if args.limit is not None else []
@@ -416,7 +416,7 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     check_protocol(args)
     run = Run("mt_bench", args, load)
-    records = run.records(["question_id", "category", "turns"], FORMAT, split="train")  # the hub's only one
+    records = run.records(["question_id", "category", "turns"], FORMAT, split="train")  # the only split on the hub
     questions = check_questions(records, args.data)
     judge = Judge.of(args, questions)
     if judge is not None:

@@ -1,4 +1,4 @@
-"""The published tables, from data/published.json: for each formulation its own, with its source and how sure it is.
+"""The published tables, from data/published.json: one for each formulation, with its source and its certainty.
 
     {"nlg": {"source", "certainty", "formulation", "models": {model: {method: cells}},
              "versions": {NAME: {"source", "certainty", "note", "models", "also"}}}, "nlu": ...}
@@ -36,7 +36,7 @@ class PublishedTable:
 
 
 def published_tables() -> list[PublishedTable]:
-    """All of them; part is "nlg" or "nlu", version a formulation, "arxiv2024" or "iclr2026", or "peft-metamath"."""
+    """All tables; part is "nlg" or "nlu", version a formulation ("arxiv2024" or "iclr2026") or "peft-metamath"."""
     tables = []
     for part, content in json.loads(PATH.read_text()).items():
         for version, found in {content["formulation"]: content, **content["versions"]}.items():
@@ -50,7 +50,7 @@ def published_rows(
 ) -> Iterator[tuple[PublishedTable, str, dict[str, Any]]]:
     """A model's rows to stand beside results of these formulations, each with its table and its method.
 
-    Where a method is published in none of them, as Mistral-7B's all are in ICLR's, it has those of a primary source.
+    A method without numbers in these formulations gets those of a primary source, as on Mistral-7B (ICLR's only).
     """
     for method in dict.fromkeys(method for table in tables for method in table.cells):
         known = [table for table in tables if method in table.cells]

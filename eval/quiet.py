@@ -1,6 +1,6 @@
-"""What vLLM says each time that it starts and that means nothing: left out line by line; all else stays to be seen.
+"""Hides lines that vLLM prints at every start and that mean nothing; everything else is still printed.
 
-Its notes are about settings that `VLLMBackend` chooses on purpose, and about what its CPU package does not have.
+The hidden notes are about settings that `VLLMBackend` chooses on purpose, and about parts that the CPU package lacks.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-# How the notes begin, by the logger that writes them.
+# The beginnings of the notes, by the logger that writes them.
 VLLM_NOTES = {
     "vllm.triton_utils.importing": ("Triton is installed, but doesn't include CPU backend.",),
     "vllm.engine.arg_utils": ("The global random seed is set to",),
@@ -28,7 +28,7 @@ VLLM_NOTES = {
 
 
 class WithoutNotes(logging.Filter):
-    """Lets pass what a logger writes but for messages with one of these beginnings."""
+    """Drops a logger's messages that have one of these beginnings; all others pass."""
 
     def __init__(self, beginnings: tuple[str, ...]):
         super().__init__()

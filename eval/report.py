@@ -75,8 +75,8 @@ class Column:
     """A benchmark of the published table."""
 
     label: str
-    score: str = "accuracy"  # its name in the summary
-    items: int = 0  # of the whole benchmark
+    score: str = "accuracy"  # the score's name in the summary
+    items: int = 0  # how many items the whole benchmark has
     scale: float = 100.0
     form: str = "{:.2f}"
 
@@ -98,7 +98,7 @@ NLU = {  # on the development sets; MNLI's is the matched one
     "rte": Column("RTE", items=277),
     "stsb": Column("STS-B", "pearson", items=1500),
 }
-# Measured beside the benchmarks. Nobody has published a number for it, and averages leave it out.
+# Forgetting is measured beside the benchmarks. It has no published numbers, and averages leave it out.
 BESIDE = {"forgetting": Column("forgetting, nats", "forgetting", scale=1.0, form="{:+.3f}")}
 PARTS = {"nlg": NLG, "nlu": NLU}
 METHODS = {"full": "Full FT", "lora": "LoRA", "pissa": "PiSSA", "ba-lora": "BA-LoRA"}
@@ -119,29 +119,29 @@ class Row:
     scores: dict[str, list[float]] = field(default_factory=dict)
     deviations: dict[str, float | None] = field(default_factory=dict)  # published ones; ours come from the scores
     printed_average: float | None = None  # published
-    notes: dict[str, str] = field(default_factory=dict)  # what else a cell must say: an interval, another count
-    without: dict[str, list[str]] = field(default_factory=dict)  # for each run without a score: why it has none
-    remarks: list[str] = field(default_factory=list)  # what is said of it below the table
-    origins: dict[str, list["ReportedRun"]] = field(default_factory=dict)  # of ours
+    notes: dict[str, str] = field(default_factory=dict)  # additions to a cell: an interval, another number of items
+    without: dict[str, list[str]] = field(default_factory=dict)  # for each run without a score the reason
+    remarks: list[str] = field(default_factory=list)  # the row's lines below the table
+    origins: dict[str, list["ReportedRun"]] = field(default_factory=dict)  # our runs behind each score
 
     def mean(self, benchmark: str) -> float | None:
         scores = self.scores.get(benchmark)
         return statistics.mean(scores) if scores else None
 
     def deviation(self, benchmark: str) -> float | None:
-        """Published, or the sample standard deviation over our seeds; None of one seed."""
+        """The published deviation, or the sample standard deviation over our seeds; None for one seed."""
         if self.published:
             return self.deviations.get(benchmark)
         scores = self.scores.get(benchmark, [])
         return statistics.stdev(scores) if len(scores) > 1 else None
 
     def average(self, columns: dict[str, Column]) -> float | None:
-        """The mean over all benchmarks; None where one is missing."""
+        """The mean over all benchmarks; None if one is missing."""
         means = [self.mean(name) for name in columns]
         return None if None in means else statistics.mean(means)
 
     def absence(self, *benchmarks: str) -> str:
-        """Why there is no score of one of these: NOT_RUN, unless all that lack one lack it for one other reason."""
+        """The reason why a score is missing: NOT_RUN, unless all missing scores have the same other reason."""
         reasons = {reason for name in benchmarks if not self.scores.get(name) for reason in self._reasons(name)}
         return reasons.pop() if len(reasons) == 1 else NOT_RUN
 
@@ -154,7 +154,7 @@ class Table:
     model: str
     columns: dict[str, Column]
     rows: list[Row]
-    captions: list[str] = field(default_factory=list)  # where the published rows are from
+    captions: list[str] = field(default_factory=list)  # the sources of the published rows
 
 
 def published_row(version: str, method: str, cells: dict[str, Any], columns: dict[str, Column]) -> Row:
@@ -170,17 +170,17 @@ def published_row(version: str, method: str, cells: dict[str, Any], columns: dic
 
 @dataclass
 class ReportedRun:
-    """What a results folder holds: one method with one seed.
+    """The results in one folder: one method with one seed.
 
     Attributes:
         folder, name: as given; the name is its row's, or None.
-        model, method: the model that was started from, and the row's name where none was given.
+        model, method: the model that was started from, and the row's name if none was given.
         params: trained parameters, as text.
-        settings: the arguments that decide its result, the seed among them; empty where they are not known.
+        settings: the arguments that decide its result, the seed among them; empty if they are not known.
         columns: the benchmarks of its table.
-        summaries: what was measured, by benchmark; each has an entry named `Column.score`.
-        failures: what could not be, by benchmark: the error.
-        metrics: the training's metrics.jsonl, where it is there.
+        summaries: the measurements, by benchmark; each has an entry named `Column.score`.
+        failures: the errors of benchmarks that failed, by benchmark.
+        metrics: the training's metrics.jsonl, if it exists.
     """
 
     folder: str
@@ -196,7 +196,7 @@ class ReportedRun:
 
 
 def load_runs(folder: str, name: str | None) -> list[ReportedRun]:
-    """The run of a results folder of either kind, or all runs of a folder of records, but those that chose a rate.
+    """The run of a results folder of either kind, or all runs of a folder of records except those that chose a rate.
 
     Raises:
         UserError: there are no results in it, or they cannot be read.
@@ -231,11 +231,11 @@ def load_run(folder: str, name: str | None) -> ReportedRun:
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run's arguments that decide its result."""
+    """The arguments of a run that decide its result."""
     return {name: value for name, value in settings.items() if name not in NOT_IDENTITY}
 
 
-# Axes of an experiment whose labels say what a table is of, not which of its rows a run belongs to.
+# Axes of an experiment with labels that name a table, not one of its rows.
 NO_ROWS = {"seed", "model", "data", "task"}
 
 
@@ -293,7 +293,7 @@ def load_summaries(folder: str) -> dict[str, dict]:
     """The eval scripts' summaries in `folder` by benchmark.
 
     Raises:
-        UserError: there is none, or one cannot be read.
+        UserError: there is no summary, or one cannot be read.
     """
     summaries = {}
     for name, column in (NLG | BESIDE).items():
@@ -327,13 +327,13 @@ def load_summaries(folder: str) -> dict[str, dict]:
 
 
 def scoring(summary: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a summary's scoring that decide its result; of the checkpoint nothing."""
+    """The settings of a summary's scoring that decide its result, without those of the checkpoint."""
     arguments = summary.get("arguments") or {}
     return {name: value for name, value in arguments.items() if name not in {"ckpt", "adapter", *NOT_DECIDING}}
 
 
 def training_folder(summaries: dict[str, dict]) -> Path | None:
-    """The output folder of train.py that the scored checkpoint or adapter is in, where there is one."""
+    """The output folder of train.py that holds the scored checkpoint or adapter, if there is one."""
     for summary in summaries.values():
         made = Path(summary.get("adapter") or summary.get("ckpt") or ".").parent
         if (made / "config.yaml").is_file() and (made / "metrics.jsonl").is_file():
@@ -380,19 +380,19 @@ def make_table(model: str, runs: list[ReportedRun], published: list[PublishedTab
 
 
 def formulations(runs: list[ReportedRun]) -> set[str]:
-    """Those by which the runs with regularizers were made; where none has any, those of all."""
+    """The formulations of the runs with regularizers; if no run has any, the formulations of all runs."""
     acting = [run for run in runs if run.settings.get("method") == "ba-lora" or run.settings.get("regularize")]
     return {run.settings["formulation"] for run in acting or runs if "formulation" in run.settings}
 
 
 def _published_name(model: str, published: list[str]) -> str:
-    """The published table's name for that very model: meta-llama/Llama-2-7b-hf is LLaMA-2-7B, mdeberta-v3-base none."""
+    """The published name of exactly this model: LLaMA-2-7B for meta-llama/Llama-2-7b-hf; none for mdeberta-v3-base."""
     names = (name for name in published if re.search(rf"(^|/){name}(-hf|-v0\.1)?/?$", model, re.IGNORECASE))
     return next(names, model)
 
 
 def _require_seeds(row: Row, benchmark: str, run: ReportedRun) -> None:
-    """Raises UserError where `run` is not one more seed of the runs that the row has of this benchmark."""
+    """Raises UserError if `run` is not a further seed of the row's runs of this benchmark."""
     remedy = "name rows by hand: NAME=FOLDER"
     ours = scoring(run.summaries[benchmark])
     for other in row.origins.get(benchmark, []):
@@ -488,13 +488,13 @@ def legend(tables: list[Table]) -> str:
 
 
 def notes(table: Table) -> list[str]:
-    """What stands below the table: what is missing and why, and where the published numbers are from."""
+    """The lines below the table: the missing scores with their reasons, and the sources of the published numbers."""
     remarks = [remark for row in table.rows for remark in row.remarks]
     return remarks + [f"Published: {caption}." for caption in table.captions]
 
 
 def markdown_report(tables: list[Table]) -> str:
-    """All tables with what stands below them."""
+    """All tables, each with the lines below it."""
     parts = ["\n\n".join([f"## {table.model}", markdown(cells(table)), *notes(table)]) for table in tables]
     return "\n\n".join([*parts, legend(tables)])
 
@@ -635,7 +635,7 @@ PANELS = (
     ),
     ("learning rate", {"learning_rate": "learning rate"}),
 )
-MAX_CURVES = 12  # columns that a picture of training curves has at most
+MAX_CURVES = 12  # most columns of a picture of training curves
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-."), ("#000000", "-"))
 
 
@@ -688,7 +688,7 @@ def _pyplot() -> Any:
 
 
 def load_metrics(path: Path) -> list[dict]:
-    """The logged training steps of a metrics.jsonl; none of a run that was shorter than the log's interval.
+    """The logged training steps of a metrics.jsonl; none if the run was shorter than the logging interval.
 
     Raises:
         UserError: not such a file.

@@ -6,8 +6,8 @@ are allowed):
   of its own; it can lock or watch none of them;
 - the network, other processes, this process's environment, number and memory: none is reachable; no process can be
   started;
-- what the kernel keeps apart from files (System V memory, queues and semaphores, keys, asynchronous I/O, sockets with
-  a name, the host's name): none is reachable. A list names the system calls that are allowed, and no other is;
+- other objects of the kernel (System V memory, queues and semaphores, keys, asynchronous I/O, sockets with a name, the
+  host's name): none is reachable. Only the system calls on a list are allowed;
 - memory, CPU time, waiting, disk and output are limited; at the limit the program ends with all its threads;
 - the verdict: tests run in a process of their own, which talks to the program by plain data only (`sandbox_inside.py`).
 Inside a container without namespaces, Landlock and the same list give the same with these exceptions: a program can
@@ -19,9 +19,9 @@ Does not protect against: a hole in the kernel; reading what the CPU's caches le
 limits. The tests themselves are trusted not to forge their own verdict. It is made for code by models that err, and for
 code that tries to look as if it passed; keep no secret on a machine that runs code by an adversary.
 
-Two differences from running program and tests in one plain process. Arguments are copies: a test cannot see what the
-program does to a list that it is given (HumanEval and MBPP have no such test), and a program cannot change a test's
-data. And a program that imports what is neither in Python's standard library nor numpy fails.
+There are two differences from running program and tests in one plain process. Arguments are copies: a test cannot see
+changes that the program makes to a list (HumanEval and MBPP have no such test), and a program cannot change a test's
+data. And a program that imports anything but Python's standard library and numpy fails.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from common.cores import available_cores
 from eval.sandbox_inside import PATIENCE, receive, send
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
-GRACE = 1.0  # seconds after its deadline at which a program is killed from outside, should the judge not have ended it
+GRACE = 1.0  # so many seconds after its deadline a program is killed from outside, if the judge has not ended it
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Program:
 
     candidate: str  # source that is not trusted
     tests: str  # source that passes by running to its end
-    names: tuple[str, ...]  # what the tests take from the candidate; every other name is theirs, setup's or a built-in
+    names: tuple[str, ...]  # the candidate's names that tests use; other names are the tests', setup's or built-in
     setup: str = ""  # source that runs before the names are bound: the tests' imports, the prompt's helpers
 
 
@@ -81,11 +81,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Isolation:
-    """What separates programs from this machine: found out by running one."""
+    """The separation of programs from this machine, which is found out by running one."""
 
     level: Literal["namespaces", "landlock", "none"]
     filter: bool  # of system calls
-    problems: tuple[str, ...]  # why it is not more
+    problems: tuple[str, ...]  # why the isolation is not stronger
 
     def describe(self) -> str:
         """For the user, at the start of a run."""
@@ -130,7 +130,7 @@ def isolation() -> Isolation:
 
 
 def require_isolation(unsafe: bool = False) -> Isolation:
-    """What `isolation` finds; nothing is run where there is none, unless the user says so.
+    """The result of `isolation`. Without isolation nothing is run, unless the user allows it.
 
     Raises:
         UserError: this machine offers none and `unsafe` is not set.
@@ -159,7 +159,7 @@ def run_programs(
 
     Raises:
         UserError: see `require_isolation`.
-        SandboxError: the isolation that worked at first does no longer.
+        SandboxError: the isolation worked at first and does not any more.
     """
     limits, found = limits or Limits(), require_isolation(unsafe)
     waiting: list[_Starter] = []
@@ -178,7 +178,7 @@ def run_programs(
 
 
 class _Starter:
-    """A process of `sandbox_inside.py`. Its imports are behind it: a program costs a fork, not an interpreter."""
+    """A process of `sandbox_inside.py` that has done its imports: a program costs a fork, not an interpreter."""
 
     def __init__(self):
         # -s -S -P: no site packages, nothing imported from the working folder. Not -I: it would ignore PYTHONHASHSEED,
@@ -194,10 +194,10 @@ class _Starter:
         )
 
     def run(self, settings: dict[str, Any], program: Program, seconds: float) -> list[Any]:
-        """What comes back: "ready", the verdict and "ended"; less where this process, or the program's, was ended.
+        """The messages that come back: "ready", the verdict and "ended"; fewer if this process or the program's ended.
 
         Raises:
-            TimeoutError: it takes longer; this process is then ended.
+            TimeoutError: the program takes longer; this process is then ended.
         """
         stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         messages: list[Any] = []
@@ -218,7 +218,8 @@ class _Starter:
         return messages
 
     def end(self) -> str:
-        """Ends it and all that it started, in namespaces by their process 1, elsewhere by its group; its last words."""
+        """Ends this process and all that it started (in namespaces by their process 1, elsewhere by its group); returns
+        its last output."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         _, err = self.process.communicate()
@@ -249,14 +250,14 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
 
 @contextlib.contextmanager
 def _folder(found: Isolation) -> Iterator[str]:
-    """What the program writes to: in namespaces a /tmp of its own."""
+    """The folder that the program writes to: in namespaces a /tmp of its own."""
     if found.level == "namespaces":
         yield "/tmp"
         return
     folder = tempfile.mkdtemp(prefix="program-")
     try:
         yield folder
-    finally:  # not shutil.rmtree: folders nested deep enough take it down
+    finally:  # not shutil.rmtree, which fails on deeply nested folders
         # The second time with what a program took from its folders: the right to list and change them.
         for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
             if os.path.exists(folder):
@@ -278,7 +279,7 @@ def _visible_folders() -> list[str]:
 
 @functools.cache
 def _packages() -> list[str]:
-    """What a program may import beside the standard library: numpy, where it is installed, with its own libraries."""
+    """The packages that a program may import beside the standard library: numpy, if installed, with its libraries."""
     found = importlib.util.find_spec("numpy")
     folder = os.path.realpath(os.path.dirname(found.origin)) if found else ""
     return [path for path in (folder, f"{folder}.libs") if folder and os.path.isdir(path)]

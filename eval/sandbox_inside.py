@@ -1,4 +1,4 @@
-"""What `sandbox.py` starts: forks a process for each program, confined, then split into a judge and a candidate.
+"""The script that `sandbox.py` starts: forks a confined process for each program, split into a judge and a candidate.
 
 The judge runs the benchmark's tests and reports the verdict; the candidate runs the model's code. They share no
 memory: the judge sends arguments and receives results as plain data; a result that is no plain data stays with the
@@ -53,7 +53,7 @@ def _call(name: str, *args: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Confinement
 
-# All that a program may ask of the kernel: what Python's interpreter and standard library need within one process.
+# The system calls that a program may use: those that Python and its standard library need within one process.
 # system call: its number on x86_64 and on aarch64 (None: that machine has none)
 ALLOWED: dict[str, tuple] = {
     # open descriptors
@@ -125,7 +125,7 @@ ALLOWED: dict[str, tuple] = {
     "symlink": (88, None),
     "symlinkat": (266, 36),
     "umask": (95, 166),
-    # what a socket pair needs
+    # for a socket pair
     "recvfrom": (45, 207),
     "getsockname": (51, 204),
     "getpeername": (52, 205),
@@ -185,7 +185,7 @@ ALLOWED: dict[str, tuple] = {
     "getegid": (108, 177),
     "getgroups": (115, 158),
     "uname": (63, 160),
-    # these for some of their arguments: for the number of each that decides, the values that it may have
+    # allowed for some arguments: the number of each argument that decides, and its allowed values
     "prlimit64": (302, 261, {0: [0]}),  # one's own limits
     # A pair of connected streams, as asyncio has: with datagrams a program reaches any socket that has a name.
     "socketpair": (53, 199, {0: [1], 1: [1, 0x80001, 0x801, 0x80801]}),
@@ -200,7 +200,7 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # colum
 
 
 def filter_system_calls() -> None:
-    """Installs a seccomp filter: what ALLOWED does not let through fails with EPERM, and `clone` makes threads only.
+    """Installs a seccomp filter: system calls that are not in ALLOWED fail with EPERM, and `clone` makes only threads.
 
     Raises:
         OSError: the kernel or the machine has no such filter.
@@ -245,7 +245,7 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
 def enter_namespaces(settings: dict[str, Any], uid: int, gid: int) -> None:
     """Leaves the host's file system, network, IPC and host name; the next fork leaves its processes.
 
-    What is left of the file system: `visible` without `hidden`, and `packages`, read-only; /dev/null; an empty /tmp of
+    The file system that is left: `visible` without `hidden`, and `packages`, read-only; /dev/null; an empty /tmp of
     `disk_mib` MiB.
     As an ordinary user this needs unprivileged user namespaces, as root it needs CAP_SYS_ADMIN.
 
@@ -369,7 +369,7 @@ def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What judge and candidate say to each other
+# Messages between judge and candidate
 
 
 class CandidateGone(BaseException):
@@ -389,7 +389,7 @@ def receive(descriptor: int) -> Any:
 
     Raises:
         EOFError: the other side ended.
-        ValueError: it is no message.
+        ValueError: it is not a message.
     """
     (length,) = struct.unpack(">Q", _read(descriptor, 8))
     if length > MAX_MESSAGE:
@@ -407,8 +407,8 @@ def _read(descriptor: int, length: int) -> bytes:
     return bytes(data)
 
 
-# The types that travel by value, a subclass as the first of these that it derives from. The reader rebuilds each from
-# data, by its own type: no code of the sender's comes along.
+# The types that travel by value; a subclass travels as the first of these types that it derives from. The reader
+# rebuilds each from data, by its own type, so no code of the sender comes along.
 CONTAINERS = {
     "tuple": tuple,
     "list": list,
@@ -421,7 +421,7 @@ TEXTS = {"decimal": decimal.Decimal, "fraction": fractions.Fraction}
 
 
 def encode(value: Any, keep: Any) -> Any:
-    """`value` as JSON; what is no plain data becomes what `keep(value)` returns."""
+    """`value` as JSON; every part that is not plain data is replaced by `keep(part)`."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -451,7 +451,7 @@ def encode(value: Any, keep: Any) -> Any:
 
 
 def decode(data: Any, find: Any) -> Any:
-    """The inverse of `encode`; `find` gets what `keep` returned."""
+    """The inverse of `encode`; `find` gets the results of `keep`."""
     if not isinstance(data, dict):
         return data
     ((tag, content),) = data.items()
@@ -535,7 +535,7 @@ class Connection:
         """The candidate's result, or its exception as the built-in one that it derives from.
 
         Raises:
-            CandidateGone: there was no answer, or the candidate raised what is no Exception (SystemExit).
+            CandidateGone: there was no answer, or the candidate raised something that is not an Exception (SystemExit).
         """
         if self.gone:
             raise CandidateGone(self.gone)
@@ -670,7 +670,7 @@ def end_with(parent: int) -> None:
 
 
 def empty_stdin() -> None:
-    """Makes descriptor 0 one that is at its end; /dev/null is out of sight."""
+    """Makes descriptor 0 a file that is at its end, because /dev/null is not visible."""
     read_end, write_end = os.pipe()
     os.dup2(read_end, 0)
     os.close(write_end)
@@ -714,9 +714,9 @@ def run_program(settings: dict[str, Any]) -> NoReturn:
 
 
 class Clock:
-    """Counts what judge and candidate take, so that a busy machine changes no verdict: CPU time and waiting, each up to
-    `seconds`. A program waits in a window of time in which it takes less than a hundredth of a core: one that is only
-    kept waiting by others gets more than that."""
+    """Counts the CPU time and the waiting of judge and candidate, each up to `seconds`, so that a busy machine changes
+    no verdict. A program counts as waiting in a window of time in which it takes less than a hundredth of a core: a
+    program that other processes slow down gets more than that."""
 
     def __init__(self, candidate: int, seconds: float):
         self.clock = ~candidate << 3 | 2  # the kernel's name for another process's CPU time
@@ -732,7 +732,7 @@ class Clock:
         return most >= self.seconds
 
     def tick(self) -> bool:
-        """To be called once per window; whether the time is over."""
+        """Whether the time is over; the caller asks once per window."""
         used = self.used()
         self.waited += self.window * (used - self.before < self.window / 100)
         self.before = used

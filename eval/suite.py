@@ -44,7 +44,7 @@ SCRIPTS: dict[str, ModuleType] = {
 
 @dataclass
 class SuiteArguments:
-    """What is run on what; an item's source that is not given is the benchmark's own."""
+    """The benchmarks and their items; without a source, a benchmark takes its own items."""
 
     benchmarks: list[Literal["gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench"]] = option(
         list(SCRIPTS), "these alone"
@@ -58,7 +58,7 @@ class SuiteArguments:
 
 @dataclass
 class CheckpointArguments:
-    """What is scored, and where the results go."""
+    """The checkpoint, and the results' folder."""
 
     ckpt: str | None = option(None, "checkpoint: a folder, a hub name, or 'demo' for the embedded SmolLM2-135M")
     adapter: str | None = option(None, "folder of a LoRA adapter in PEFT's format, trained on --ckpt")
@@ -113,7 +113,7 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 class EngineNeeded(Exception):
-    """A benchmark has come to where it needs an engine, for this many tokens."""
+    """Raised when a benchmark needs an engine; holds the number of tokens that the engine must hold."""
 
     def __init__(self, max_length: int):
         super().__init__(max_length)
@@ -121,12 +121,12 @@ class EngineNeeded(Exception):
 
 
 def no_engine(*checkpoint: Any, max_length: int, **options: Any) -> Backend:
-    """Stands in for `load_backend` while it is found out what the benchmarks need."""
+    """Takes the place of `load_backend` while the benchmarks' needs are collected."""
     raise EngineNeeded(max_length)
 
 
 class Engine:
-    """Stands in for `load_backend`: the same back end for every benchmark, since all have the same options.
+    """Takes the place of `load_backend`: one back end for all benchmarks, since all have the same options.
 
     Attributes:
         max_length: tokens that the longest prompt of any benchmark has with its completion.
@@ -170,10 +170,10 @@ class Failure:
 
 
 def run_one(name: str, argv: list[str], load: LoadBackend) -> Failure | None:
-    """Runs a benchmark; says what went wrong, if anything.
+    """Runs a benchmark; returns its failure, if any.
 
     Raises:
-        EngineNeeded: `load` is `no_engine`, and the benchmark cannot end without.
+        EngineNeeded: `load` is `no_engine`, and the benchmark cannot end without an engine.
     """
     with as_its_own_script(name, argv):
         try:
@@ -191,10 +191,10 @@ def run_one(name: str, argv: list[str], load: LoadBackend) -> Failure | None:
 
 
 def run_without_engine(todo: dict[str, list[str]]) -> tuple[dict[str, Failure | None], dict[str, int]]:
-    """Runs what needs no engine; of the others says how many tokens it must hold."""
+    """Runs the benchmarks that need no engine; returns how many tokens the engine must hold for the others."""
     ended, waiting = {}, {}
     for name, words in todo.items():
-        printed = io.StringIO()  # shown where this was the whole run
+        printed = io.StringIO()  # shown if this was the whole run
         try:
             with contextlib.redirect_stdout(printed):
                 ended[name] = run_one(name, words, no_engine)
@@ -206,7 +206,7 @@ def run_without_engine(todo: dict[str, list[str]]) -> tuple[dict[str, Failure | 
 
 
 def keep(args: Arguments, todo: dict[str, list[str]], ended: dict[str, Failure | None]) -> None:
-    """Writes what failed beside the results of what did not; what is known of other benchmarks stays."""
+    """Writes the failures beside the results of the other benchmarks; keeps earlier entries for benchmarks not run."""
     path = Path(args.output_dir) / FAILURES
     known = {name: failure for name, failure in read_failures(args.output_dir).items() if name not in ended}
     for name, failure in ended.items():
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> None:
     todo = commands(args)
     ended, waiting = run_without_engine(todo)
     reasons = {failure and failure.message for failure in ended.values()}
-    if not waiting and len(reasons) == 1 and None not in reasons:  # a mistake that has nothing to do with a benchmark
+    if not waiting and len(reasons) == 1 and None not in reasons:  # one mistake for all benchmarks
         raise UserError(reasons.pop())
     for name, failure in ended.items():
         tell(name, failure)
