@@ -9,6 +9,7 @@ from typing import Any
 import contenders
 import gpu_cases as cases
 import torch
+import transformers
 from gpu_cases import Options
 from gpu_right import write_out
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ def init(options: Options, deadline: float) -> Iterator[dict]:
     rank = 4 if options.small else 128
     for name, config in configs.items():
         with torch.device("meta"):
-            skeleton = train.AutoModelForCausalLM.from_config(config)
+            skeleton = transformers.AutoModelForCausalLM.from_config(config)
         counts: dict[tuple, int] = {}
         for layer in find_target_modules(skeleton, TARGET_MODULES, rank).values():
             shape = (layer.out_features, layer.in_features)

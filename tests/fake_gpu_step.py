@@ -28,6 +28,7 @@ import train
 from common import chunks, token_kernel
 from common.activations import save_activations
 from common.packing import enable_packing
+from common.targets import TARGET_MODULES
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # What reads a result of the device: values, sizes that depend on values, a decomposition's verdict.
@@ -159,7 +160,7 @@ def part(found: dict, name: str, device: str, function):
 def step(found: dict, device: str, layers: int, args: train.Arguments) -> None:
     """The parts of a step on `device`; on meta, which no forward pass is measured on, the backward pass."""
     model = model_of(layers, device).requires_grad_(False)
-    targets = train.default_target_modules(model)
+    targets = TARGET_MODULES
     initial = {
         name: (torch.empty(128, layer.in_features, device=device), torch.empty(layer.out_features, 128, device=device))
         for name, layer in train.find_target_modules(model, targets, 128).items()

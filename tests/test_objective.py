@@ -495,7 +495,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tokenizer, data_file, tm
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
     with pytest.raises(UserError, match=r"needs .* GiB and the disk has 0\.00"):
         cached_run(tmp_path, tokenizer, max_steps=1)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
