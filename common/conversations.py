@@ -265,7 +265,9 @@ class Format:
         systems = {as_text(beside[name]) for name in ("system", "system_prompt") if name in beside}
         if len(systems | ({parts[0][0]["content"]} if has_one else set())) > 1:
             raise UserError(f"{where} has two different system turns: leave one out")
-        if not has_one:
+        if has_one:
+            earlier.insert(0, parts[0].pop(0))  # before the history
+        else:
             earlier[:0] = [{"role": "system", "content": text} for text in systems]
         messages = [*earlier, *(message for part in parts for message in part)]
         masked = {i for i, message in enumerate(messages) if not _is_trained(message, f"{where}, message {i + 1}")}

@@ -326,6 +326,9 @@ def trained_of(row: dict, tokenizer) -> tuple[str, str]:
     return tokenizer.decode(example["input_ids"]), tokenizer.decode(learnt)
 
 
+EARLIER = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]
+
+
 @pytest.mark.parametrize(
     ("row", "same"),
     [
@@ -333,6 +336,10 @@ def trained_of(row: dict, tokenizer) -> tuple[str, str]:
         (NAMED | {"context": "this", "input": " "}, {"instruction": "Ask\nthis", "output": "Say"}),
         ({"instruction": "1+2", "output": 3}, {"instruction": "1+2", "output": "3"}),
         ({"messages": MESSAGES, "system_prompt": "Be"}, {"messages": [{"role": "system", "content": "Be"}, *MESSAGES]}),
+        (
+            {"messages": [{"role": "system", "content": "Be"}, *MESSAGES], "history": [["Who?", "Ada"]]},
+            {"messages": [{"role": "system", "content": "Be"}, *EARLIER, *MESSAGES]},
+        ),
         ({"messages": json.dumps(MESSAGES)}, {"messages": MESSAGES}),
         ({"messages": [m | {"content": parts(m["content"])} for m in MESSAGES]}, {"messages": MESSAGES}),
     ],
