@@ -142,7 +142,9 @@ class DataArguments:
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
     limit: int | None = option(None, "the first N examples only", formerly="max_examples")
-    max_length: int = option(512, "tokens per example, prompt included; longer ones are cut at the end")
+    max_length: int = option(
+        512, "tokens per example, prompt included; two fields are cut, conversations lose their last turns"
+    )
     output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
