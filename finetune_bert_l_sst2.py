@@ -490,6 +490,7 @@ def fit(
                     training.backward(share * loss, counts)
                 terms = {name: share * value.detach() for name, value in terms.items()}
                 training.record(terms, batch["attention_mask"].sum(), counts)
+                del logits, loss  # their graph would live on through the next forward pass
             norm = training.clip_gradients()
             if training.is_finite(norm):
                 training.optimizer.step()

@@ -1177,6 +1177,7 @@ def fit(
                 with training.micro_batch(number, is_last=number == len(batches) - 1):
                     loss, terms = training.model(batch, regularizers, num_tokens, num_micro_batches)
                     training.backward(loss, counts)
+                del loss  # its graph would live on through the next forward pass
                 training.record(terms, num_positions(batch), counts, batch["example_ids"])
             stack_factors(student, hold=False)  # factors that stay stacked would hide the update
             norm = training.clip_gradients()

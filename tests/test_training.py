@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -513,3 +514,18 @@ def test_defaults_that_do_not_fit_are_said(options, steps, total, said):
     notes = estimates.notes_on_defaults(train.Arguments(**options), steps, int(total))
     assert len(notes) == len(said)
     assert all(part in note and note.startswith("note: ") for part, note in zip(said, notes, strict=True))
+
+
+def test_no_graph_lives_on_through_the_next_forward_pass(checkpoint, data_file, tmp_path, monkeypatch):
+    """At each forward pass the loss before is gone, and with it what its graph holds."""
+    losses, alive, forward = [], [], train.BALoRAModel.forward
+
+    def watched(self, *args):
+        alive.extend(reference() is not None for reference in losses)
+        loss, terms = forward(self, *args)
+        losses.append(weakref.ref(loss))
+        return loss, terms
+
+    monkeypatch.setattr(train.BALoRAModel, "forward", watched)
+    run(checkpoint, data_file, tmp_path / "run")
+    assert len(losses) > 6 and not any(alive)
