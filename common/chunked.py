@@ -96,43 +96,31 @@ def token_sums(
     """
     if "consistency" not in weights:
         teacher_hidden = None
-    given = (hidden, teacher_hidden, head_weight, targets, weights, settings, needs_gradient, memory_mib)
+
+    def summed(fused: bool) -> tuple[Tensor, Tensor | None]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sums = torch.zeros(4, dtype=dtype, device=hidden.device)
+        gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
+        token_terms, held = (token_kernel.token_terms, head_weight.dtype) if fused else (plain_token_terms, dtype)
+        for rows in chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib, in_place=fused):
+            z = logits_of(hidden[rows], head_weight, held)
+            teacher = None if teacher_hidden is None else logits_of(teacher_hidden[rows], head_weight, held)
+            for block in blocks(z):
+                teacher_block = None if teacher is None else teacher[block]
+                token_terms(z[block], teacher_block, targets[rows][block], weights, settings, sums, needs_gradient)
+            del teacher
+            if needs_gradient:
+                gradient[rows] = z.to(head_weight.dtype) @ head_weight
+        return sums, gradient
+
     if needs_gradient and token_kernel.is_usable(head_weight, plain_token_terms):
         try:
-            return _token_sums(*given, fused=True)
+            return summed(fused=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler may fail on shapes that the trial did not have
             token_kernel.give_up(error)
-    return _token_sums(*given, fused=False)
-
-
-def _token_sums(
-    hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    head_weight: Tensor,
-    targets: Tensor,
-    weights: Mapping[str, float | Tensor],
-    settings: Any,
-    needs_gradient: bool,
-    memory_mib: float | None,
-    fused: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`token_sums`, by the fused kernels or in plain torch."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    sums = torch.zeros(4, dtype=dtype, device=hidden.device)
-    gradient = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs_gradient else None
-    token_terms, held = (token_kernel.token_terms, head_weight.dtype) if fused else (plain_token_terms, dtype)
-    for rows in chunks(hidden, head_weight, 1 if teacher_hidden is None else 2, memory_mib, in_place=fused):
-        z = logits_of(hidden[rows], head_weight, held)
-        teacher = None if teacher_hidden is None else logits_of(teacher_hidden[rows], head_weight, held)
-        for block in blocks(z):
-            teacher_block = None if teacher is None else teacher[block]
-            token_terms(z[block], teacher_block, targets[rows][block], weights, settings, sums, needs_gradient)
-        del teacher
-        if needs_gradient:
-            gradient[rows] = z.to(head_weight.dtype) @ head_weight
-    return sums, gradient
+    return summed(fused=False)
 
 
 def plain_token_terms(
