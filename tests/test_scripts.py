@@ -211,10 +211,9 @@ def test_cards_that_torch_does_not_see_stop_a_run_once(checkpoint, data_file, tm
     rank = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [started(f"rank {i}", RANK=str(i), LOCAL_RANK=str(i), **rank) for i in range(2)]
     processes.append(started("hidden", CUDA_VISIBLE_DEVICES=""))
-    processes[0].join()
-    processes[1].terminate()  # as the launcher does
-    processes[2].join()
-    assert (processes[0].exitcode, processes[2].exitcode) == (2, 0)
+    for process in processes:  # the second rank ends by itself too where no launcher ends it
+        process.join()
+    assert [process.exitcode for process in processes] == [2, 2, 0]
     (line,) = (tmp_path / "rank 0").read_text().splitlines()
     assert "GPUs that nvidia-smi lists: 4; that torch" in line
     assert (tmp_path / "rank 1").read_text() == ""
