@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import gpu_cases as cases
+import contenders
 import torch
 from gpu_cases import Options
 from gpu_fast import Counted
@@ -52,7 +52,16 @@ def token_terms(shape: tuple[int, int, int], fused: bool, memory_mib: float | No
         for module, name, value in replaced:
             stack.enter_context(mock.patch.object(module, name, value, create=True))  # without triton no kernel exists
         stack.enter_context(counted)
-        chunked.token_sums(hidden, teacher, head, targets, cases.ICLR.weights, cases.ICLR.settings, True, memory_mib)
+        chunked.token_sums(
+            hidden,
+            teacher,
+            head,
+            targets,
+            contenders.REGULARIZERS.weights,
+            contenders.REGULARIZERS.settings,
+            True,
+            memory_mib,
+        )
     return {"chunks": count, **figures(counted)}
 
 

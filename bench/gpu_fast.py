@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunked
-from common.activations import save_activations
 from common.targets import TARGET_MODULES, find_target_modules
 
 Step = Callable[[], Any]
@@ -37,51 +35,19 @@ def peft_step(model: nn.Module, options: Options, rank: int, rows: list[dict], p
         model = contenders.peft_model(model, rank, init=True)
     else:
         model = write_out(model, rank, cases.random_factors(model, rank))
-    model.train()
-    optimizer = torch.optim.AdamW(cases.trained(model), lr=2e-5, fused=options.is_cuda)
-    batch = cases.padded(rows, options)
-
-    def step() -> None:
-        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.is_cuda):
-            output = model(**batch)
-            loss = output.loss
-            if public:
-                with torch.no_grad():
-                    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                    reference = teacher(**inputs).logits
-                mask = batch["labels"] != train.IGNORE_INDEX
-                loss = loss + contenders.public_regularizers(output.logits, reference, mask)
-                del reference
-            del output
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return functools.partial(contenders.peft_step(model, teacher), cases.padded(rows, options))
 
 
 def our_step(
     model: nn.Module, options: Options, rank: int, rows: list[dict], terms: bool, cached: bool = False
 ) -> Step:
     """Ours, packed: BA-LoRA, with the teacher's states computed or given, or plain PiSSA."""
-    wrapper = cases.adapted(model, rank, cases.random_factors(model, rank))
-    if not model.is_gradient_checkpointing:
-        save_activations(model)
-    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=2e-5, fused=options.is_cuda)
+    wrapper = contenders.adapted(model, rank, cases.random_factors(model, rank))
     batch = cases.packed(rows, options)
     if cached:
         states = wrapper.of_teacher(wrapper.hidden_states, batch)
         wrapper.of_teacher = lambda *_: states
-
-    def step() -> None:
-        train.stack_factors(model)
-        loss, _ = wrapper(batch, cases.ICLR if terms else None, len(batch["targets"]), 1)
-        loss.backward()
-        train.stack_factors(model, hold=False)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return functools.partial(contenders.our_step(wrapper, contenders.REGULARIZERS if terms else None), batch)
 
 
 def with_liger(model: nn.Module, *rest: Any) -> Step:
@@ -168,13 +134,11 @@ def objective(options: Options, deadline: float) -> Iterator[dict]:
     yield {"V": "limits", "10¹² operations/s": round(rate / 1e12, 2), "GB/s": round(bandwidth / 1e9, 1)}
     shapes = [(24, 512, 16)] if options.small else [(1024, 32_000, 4096), (2048, 128_256, 2048), (2048, 256_000, 3072)]
     for num_tokens, vocabulary, width in shapes:
-        made = {"device": options.device}
-        hidden, teacher = (torch.randn(num_tokens, width, **made).to(options.dtype) for _ in range(2))
-        head = (torch.randn(vocabulary, width, **made) / width**0.5).to(options.dtype)
-        targets = torch.randint(vocabulary, (num_tokens,), **made)
-        factor = torch.randn(width, width, **made)  # any costs the same
+        made = (options.dtype, options.device)
+        hidden, teacher, head, targets = contenders.objective_inputs((num_tokens, vocabulary, width), *made)
+        factor = torch.randn(width, width, device=options.device)  # any costs the same
         floor = 3 * 2 * num_tokens * vocabulary * width / rate
-        for name, settings in (("task", None), ("iclr2026", cases.ICLR)):
+        for name, settings in (("task", None), ("iclr2026", contenders.REGULARIZERS)):
             for rows in (64, 256, 1024, 4096):
                 if time.monotonic() > deadline:
                     return
@@ -276,31 +240,10 @@ def profile(options: Options, deadline: float) -> Iterator[dict]:
     """One BA-LoRA step of LLaMA-2-7B by part: its time, the operators that compute, their bytes, the host's waits."""
     config, rank = (cases.tiny_config(options), 4) if options.small else (cases.CONFIGS["LLaMA-2-7B"](), 128)
     model = cases.make_model(config, options, options.dtype)
-    wrapper = cases.adapted(model, rank, cases.random_factors(model, rank))
-    save_activations(model)
-    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=2e-5, fused=options.is_cuda)
+    wrapper = contenders.adapted(model, rank, cases.random_factors(model, rank))
     longest = 32 if options.small else 512
     batch = cases.packed(cases.examples(4, config.vocab_size, longest, exactly=True), options)
-    head, hidden_of = model.get_output_embeddings().weight, wrapper.hidden_states
-    factor = chunked.head_factor(head)
-    given: dict[str, Any] = {}
-
-    def teacher() -> None:
-        given["teacher"] = wrapper.of_teacher(hidden_of, batch)
-
-    def student() -> None:
-        given["student"] = hidden_of(batch)
-
-    def objective_of() -> None:
-        rest = (factor, batch["targets"], cases.ICLR, len(batch["targets"]), 1)
-        given["loss"] = train.objective_from_hidden(given["student"], given["teacher"], head, *rest)[0]
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    parts = {"teacher, forward": teacher, "student, forward": student, "objective": objective_of}
-    parts |= {"student, backward": lambda: given.pop("loss").backward(), "AdamW": update}
+    parts = contenders.step_parts(wrapper, {"batch": batch})
     train.stack_factors(model)  # as a step of gradient accumulation finds them
     for part in parts.values():  # what a first step fills
         part()

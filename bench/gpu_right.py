@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import train
 from common import chunked
-from common.activations import save_activations
 from common.packing import enable_packing, model_inputs
 from common.targets import TARGET_MODULES
 
@@ -52,12 +51,9 @@ def objective(options: Options) -> list[dict]:
     """The objective without logits, fp32 and bf16, both formulations, one chunk and several, V up to 256,000."""
     checks = Checks()
     shapes = [(24, 512, 16)] if options.small else [(192, 32_000, 1024), (96, 128_256, 512), (48, 256_000, 512)]
-    for (num_tokens, vocabulary, width), dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
-        generator = torch.Generator(options.device).manual_seed(0)
-        made = {"generator": generator, "device": options.device}
-        hidden, teacher = (torch.randn(num_tokens, width, **made).to(dtype) for _ in range(2))
-        head = (torch.randn(vocabulary, width, **made) * 3 / width**0.5).to(dtype)
-        targets = torch.randint(vocabulary, (num_tokens,), **made)
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
+        num_tokens, vocabulary, _ = shape
+        hidden, teacher, head, targets = contenders.objective_inputs(shape, dtype, options.device, scale=3.0)
         factor = chunked.head_factor(head)
         z, z_teacher = (states.double() @ head.double().T for states in (hidden, teacher))
         # bf16: a logit of size z is off by up to z·2⁻⁹.
@@ -185,7 +181,7 @@ def step(options: Options) -> list[dict]:
     rank, config = (4 if options.small else 32), cases.tiny_config(options)
     rows = cases.examples(4, config.vocab_size, 40 if options.small else 512)
     ours = cases.make_model(config, options, torch.float32)
-    wrapper = cases.adapted(ours, rank)
+    wrapper = contenders.adapted(ours, rank)
     batch = cases.packed(rows, options)
     loss, _ = wrapper(batch, None, len(batch["targets"]), 1)
     loss.backward()
@@ -243,8 +239,7 @@ def packing(options: Options) -> list[dict]:
         what = f"{attention}, {str(dtype)[6:]}"
         checks.add(f"{what}: packs, 0 is yes", float(not enable_packing(model)), 0.0)
         shares = attention == "sdpa"
-        batch = train.PackingCollator(share_beginning=shares)(rows)
-        batch = {name: v.to(options.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        batch = cases.on_device(train.PackingCollator(share_beginning=shares)(rows), options)
         with torch.no_grad():
             states = model.get_decoder()(**model_inputs(batch), use_cache=False).last_hidden_state[0]
         shared = batch["shared_length"]
@@ -259,22 +254,10 @@ def twenty_steps(options: Options, dtype: torch.dtype, steps: int, **choices: bo
     model = cases.make_model(config, options, torch.float32).to(dtype)
     if choices.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wrapper = cases.adapted(model, 4 if options.small else 32)
-    if not choices.get("checkpointing"):
-        save_activations(model)
-    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=1e-3)
-    batches = [
-        cases.packed(cases.examples(4, config.vocab_size, 40 if options.small else 512, s), options) for s in range(4)
-    ]
-    losses = []
-    for number in range(steps):
-        batch = batches[number % len(batches)]
-        loss, _ = wrapper(batch, cases.ICLR, len(batch["targets"]), 1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    step = contenders.our_step(contenders.adapted(model, 4 if options.small else 32), contenders.REGULARIZERS, 1e-3)
+    longest = 40 if options.small else 512
+    batches = [cases.packed(cases.examples(4, config.vocab_size, longest, seed), options) for seed in range(4)]
+    return [step(batches[number % len(batches)]) for number in range(steps)]
 
 
 def bf16(options: Options) -> list[dict]:
@@ -313,19 +296,14 @@ def quantized(options: Options) -> list[dict]:
             plain = cases.make_model(config, options, torch.bfloat16)
             for name, layer in train.find_target_modules(model, TARGET_MODULES, rank).items():
                 plain.get_submodule(name).weight.data = partitioned.dequantized(layer).to(torch.bfloat16)
-            wrapper = cases.adapted(model, rank)
+            wrapper = contenders.adapted(model, rank)
             with torch.no_grad():
                 teacher = wrapper.of_teacher(wrapper.hidden_states, batch)
                 enable_packing(plain)
                 expected = train.BALoRAModel(plain).hidden_states(batch)
             checks.add(f"{bits}: the teacher", relative_error(teacher, expected), 6e-2)
-            optimizer, losses = torch.optim.AdamW(cases.trained(model), lr=1e-3), []
-            for _ in range(5):
-                loss, _ = wrapper(batch, cases.ICLR, len(batch["targets"]), 1)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
+            step = contenders.our_step(wrapper, contenders.REGULARIZERS, 1e-3)
+            losses = [step(batch) for _ in range(5)]
             checks.add(f"{bits}: the loss falls, last / first", losses[-1] / losses[0], 0.9999)
     return checks.rows
 
@@ -333,19 +311,6 @@ def quantized(options: Options) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------------
 # Checkpoint, kill and resume
 # ------------------------------------------------------------------------------------------------------------------
-
-
-class Rows(torch.utils.data.Dataset):
-    """A list as a data set."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
 
 
 def train_for_resume(output_dir: str, device: str, small: bool, steps: int, slowly: float) -> None:
@@ -362,9 +327,9 @@ def train_for_resume(output_dir: str, device: str, small: bool, steps: int, slow
     args = train.Arguments(model="m", data="d", output_dir=output_dir, rank=4, batch_size=2, gradient_accumulation=2)
     args = dataclasses.replace(args, learning_rate=1e-3, save_steps=2, max_steps=steps, resume=True, logging_steps=1)
     args = train.resolve_arguments(args)
-    wrapper = cases.adapted(cases.make_model(config, options, torch.float32), args.rank)
+    wrapper = contenders.adapted(cases.make_model(config, options, torch.float32), args.rank)
     checkpoint = checkpoints.checkpoint_to_resume(args)
-    rows = Rows(cases.examples(16, config.vocab_size, 40))
+    rows = cases.examples(16, config.vocab_size, 40)
     collator = train.PackingCollator()
 
     def collate(examples: list[dict]) -> dict:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 import train
 from common.markdown import markdown
+from experiments.study import append_row, mend_rows, read_rows
 
 ROWS = Path(__file__).resolve().parent / "results" / "bf16_forms.jsonl"
 FORMS = ("fp32", "stacked", "differences", "residual")
@@ -128,21 +129,20 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return statistics.median(((mine - other).norm() / other.norm()).item() for mine, other in deltas)
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
+    mend_rows(ROWS)
     factors = Path("output/bf16_forms")
     factors.mkdir(parents=True, exist_ok=True)
     for method, rate, steps in () if args.table else ARMS:
         for seed, form in [(seed, form) for seed in args.seeds for form in FORMS]:
             about = {"method": method, "rate": rate, "steps": steps, "seed": seed, "form": form}
-            if any(about.items() <= row.items() for row in rows()) or (method == "lora" and form == "residual"):
+            if any(about.items() <= row.items() for row in read_rows(ROWS)) or (
+                method == "lora" and form == "residual"
+            ):
                 continue
             reference = factors / f"{method}-{steps}-{seed}.safetensors"
             with tempfile.TemporaryDirectory() as folder:
@@ -150,11 +150,10 @@ def main() -> None:
             if form == "fp32":
                 save_file(kept, reference)
             row = about | {"loss": loss, "distance": distance(kept, load_file(reference))}
-            ROWS.parent.mkdir(exist_ok=True)
-            with ROWS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    cells = [[str(row[name]) for name in ("method", "steps", "form", "seed")] for row in rows()]
-    cells = [[*cell, f"{row['loss']:.4f}", f"{row['distance']:.1%}"] for cell, row in zip(cells, rows(), strict=True)]
+            append_row(ROWS, row)
+    rows = read_rows(ROWS)
+    cells = [[str(row[name]) for name in ("method", "steps", "form", "seed")] for row in rows]
+    cells = [[*cell, f"{row['loss']:.4f}", f"{row['distance']:.1%}"] for cell, row in zip(cells, rows, strict=True)]
     print(markdown([["method", "steps", "form", "seed", "held-out loss", "ΔW from fp32's"], *cells]))
 
 

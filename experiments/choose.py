@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from common import run_records
 from common.cli import UserError, run_script
 from experiments import run_record
 
@@ -31,8 +32,7 @@ def score_of(record: dict[str, Any], name: str) -> float:
         found = next((value for key, value in (record["validation"] or {}).items() if key != "step"), None)
     else:
         benchmark, _, score = name.partition(".")
-        found = (record["scores"].get(benchmark) or {}).get(score)
-        found = found.get("value") if isinstance(found, dict) else found
+        found = run_records.score_of(record, benchmark, score)
     if found is None:
         raise UserError(f"{record['run']} has no score {name!r} to choose by (it is {record['status']})")
     return float(found)

@@ -29,6 +29,7 @@ Results are appended one line per run, and a cell that is there is not run again
 Two processes of one thread each are what two cores run fastest.
 """
 
+import dataclasses
 import itertools
 import os
 import statistics
@@ -46,9 +47,9 @@ import yaml
 import finetune_bert_l_sst2 as nlu
 from common.classifiers import encode, final_linear, load_classifier, run_model, set_head
 from common.cli import UserError, option, parse_arguments, run_script
-from common.intervals import holm, paired_interval
+from common.intervals import by_seed, difference, holm, paired_interval, spread
 from common.labelled import demo_data
-from common.markdown import markdown
+from common.markdown import markdown, pyplot
 from common.metrics import score
 from common.probe import apply_probe, fit_probe
 from experiments import study
@@ -259,8 +260,12 @@ def terms_cells(chosen: dict[tuple[str, str], float]) -> list[Cell]:
     return [*cells("probe"), *again, *cells("initial")]
 
 
+def cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell) if field.name in row})
+
+
 def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
-    return study.read_results(path, Cell)
+    return {cell_of(row): row for row in study.read_rows(path)}
 
 
 def select(rows: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -284,7 +289,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def run_all(cells: list[Cell], path: Path, processes: int) -> None:
-    study.run_missing(cells, path, processes, run_cell, prepare, describe, cells[0].phase)
+    study.run_missing([[cell] for cell in cells], path, processes, run_cell, prepare, cell_of, describe)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -351,8 +356,8 @@ def table_of_scores(rows: dict[Cell, dict[str, Any]], name: str, columns: Column
     """A row per method and head."""
 
     def cells(method: str, head: str) -> list[str]:
-        found = [values(rows, condition, method, head, name, domain) for condition, domain in columns.values()]
-        return [study.mean_and_deviation(list(by_seed.values())) for by_seed in found]
+        found = (values(rows, condition, method, head, name, domain) for condition, domain in columns.values())
+        return [spread(of_seeds.values(), 1, "not run") for of_seeds in found]
 
     titles = {(method, head): f"{method}, {head} head" for method, head in VARIANTS}
     titles["probe", "probe"] = "linear probe alone"
@@ -389,7 +394,7 @@ def table_of_losses(rows: dict[Cell, dict[str, Any]]) -> str:
     body = [
         [
             "linear probe alone" if method == "probe" else f"{method}, {head} head",
-            *(study.mean_and_deviation(list(losses(rows, method, head, at).values())) for at in columns.values()),
+            *(spread(losses(rows, method, head, at).values(), 1, "not run") for at in columns.values()),
         ]
         for method, head in VARIANTS
     ]
@@ -400,7 +405,7 @@ def with_holm(title: list[str], differences: list[list[dict[int, float]]], names
     """A row per list of differences by seed: each mean with its interval, and Holm's p over the whole table."""
     from scipy import stats
 
-    flat = [list(by_seed.values()) for row in differences for by_seed in row]
+    flat = [list(of_seeds.values()) for row in differences for of_seeds in row]
     adjusted = iter(holm([float(stats.ttest_1samp(values, 0.0).pvalue) for values in flat]))
     body = [
         [name, *(f"{study.paired_difference(d, dict.fromkeys(d, 0.0))}, p = {next(adjusted):.3f}" for d in row)]
@@ -415,7 +420,7 @@ def table_of_loss_differences(rows: dict[Cell, dict[str, Any]]) -> str:
     differences = []
     for head, other in pairs:
         of_both = [[losses(rows, method, head, at) for method in ("ba-lora", other)] for at in LEVELS.values()]
-        differences.append([{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in of_both])
+        differences.append([by_seed(*both) for both in of_both])
     return with_holm(["", *LEVELS], differences, [f"− {other}, {head} head" for head, other in pairs])
 
 
@@ -459,7 +464,7 @@ def table_of_terms(rows: dict[Cell, dict[str, Any]]) -> str:
         combinations = sorted(of_terms(rows, "accuracy", head, OF_TERMS[1]), key=lambda on: (len(on), sorted(on)))
         for on in combinations:
             cells = [
-                study.mean_and_deviation(list(of_terms(rows, measure, head, condition)[on].values()))
+                spread(of_terms(rows, measure, head, condition)[on].values(), 1)
                 for measure, condition in itertools.product(MEASURES, OF_TERMS)
             ]
             names = ", ".join(f"L_{name}" for name in TERMS if name in on) or "none"
@@ -486,7 +491,7 @@ def table_of_joint_effects(rows: dict[Cell, dict[str, Any]]) -> str:
     body = []
     for head, (term, given) in itertools.product(heads_of_terms(rows), (("CR", "DR"), ("DR", "CR"))):
         of_both = (effect(rows, "calibration_error", head, condition, term, given) for condition in OF_TERMS)
-        cells = [study.paired_difference(by_seed, dict.fromkeys(by_seed, 0.0)) for by_seed in of_both]
+        cells = [study.paired_difference(found, dict.fromkeys(found, 0.0)) for found in of_both]
         body.append([f"L_{term} given L_{given}, {head} head", *cells])
     return markdown([["calibration error", *OF_TERMS], *body])
 
@@ -501,7 +506,7 @@ def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:
         if len(differences) > 1:
             mean, half = paired_interval(differences)
             place = "below 0" if mean + half < 0 else "above 0" if mean - half > 0 else "around 0"
-            came = [f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]", "yes" if place == told["expect"] else "no"]
+            came = [difference(differences, 2), "yes" if place == told["expect"] else "no"]
         given = f" given L_{told['given']}" if "given" in told else ""
         name = f"{MEASURES[told['measure']]}: L_{told['term']}{given}, {told['head']} head, {told['condition']}"
         body.append([name, told["expect"], *came])
@@ -517,7 +522,7 @@ def table_of_auc(rows: dict[Cell, dict[str, Any]]) -> str:
     seeds, body = set.intersection(*map(set, by_method.values())), []
     for method, of_seed in by_method.items():
         found = [of_seed[seed] for seed in sorted(seeds)]
-        cells = [study.mean_and_deviation([100 * one[name] for one in found]) for name in ("accuracy", "auc")]
+        cells = [spread([100 * one[name] for one in found], 1, "not run") for name in ("accuracy", "auc")]
         body.append([f"{method}, probe head", str(len(found)), *cells])
     return markdown([["", "seeds", "accuracy", "AUC"], *body])
 
@@ -555,11 +560,7 @@ def draw_panel(
 
 def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[str]:
     """Accuracy under noise and imbalance, one panel per head: mean and standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     files = []
     for kind, conditions, label in (
         ("noise", CONDITIONS[:4], "flipped training labels, %"),

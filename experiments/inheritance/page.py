@@ -4,14 +4,11 @@ import itertools
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import yaml
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from common.intervals import holm
+from common import intervals
+from common.markdown import pyplot
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
@@ -23,6 +20,7 @@ from experiments.inheritance.report import (
     ungated,
 )
 
+plt = pyplot()
 HERE = Path(__file__).parent
 TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))
 PLANNED_SEEDS = 10
@@ -46,11 +44,7 @@ BLUE, ORANGE, GREEN, RED, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 
 def spread(values: dict[int, float], digits: int = 2) -> str:
     """Mean ± standard deviation over seeds."""
-    if not values:
-        return "–"
-    numbers = list(values.values())
-    deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.{digits}f}{deviation}"
+    return intervals.spread(values.values(), digits, "–")
 
 
 def interval(paired: Paired, digits: int = 2) -> str:
@@ -112,7 +106,7 @@ def differences_table(results: Results) -> str:
     arms = [arm for arm in arms_of(results) if arm != "PiSSA"]
     of_arms = [results.paired("I", arm, "PiSSA") for arm in arms]
     secondary = [i for i, arm in enumerate(arms) if arm != PRIMARY[0] and of_arms[i].n > 1]
-    adjusted = dict(zip(secondary, holm([of_arms[i].p_sign_flip for i in secondary]), strict=True))
+    adjusted = dict(zip(secondary, intervals.holm([of_arms[i].p_sign_flip for i in secondary]), strict=True))
     rows = []
     for i, arm in enumerate(arms):
         p = f"{adjusted[i]:.3f}" if i in adjusted else ("primary" if arm == PRIMARY[0] else "–")

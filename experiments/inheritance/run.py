@@ -37,9 +37,10 @@ def main() -> None:
     if args.form:
         run(args.form, rows, cache, args.workers)
     if args.report or args.form in ("short", "confirmatory"):
-        from experiments.inheritance import report
+        from experiments.inheritance import page as pages
+        from experiments.inheritance.report import Results
 
-        report.write(rows, page)
+        pages.write(Results.read(rows), rows, page)
 
 
 def run(form: str, rows: Path, cache: Path, workers: int) -> None:
