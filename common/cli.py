@@ -5,6 +5,7 @@ A script's arguments are a dataclass of `option`s. If it inherits from several d
 options; nothing here imports more than tyro.
 """
 
+import argparse
 import dataclasses
 import difflib
 import errno
@@ -70,6 +71,17 @@ def _nobody_reads_stdout() -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 # Options
 # ------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for scripts with arguments in an order: the description as it is written, mistakes in one line."""
+
+    def __init__(self, description: str):
+        shown = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def option(default: Any, text: str, formerly: str | None = None, first: bool = False) -> Any:

@@ -34,8 +34,8 @@ from typing import Any, Literal
 from common.cli import UserError, first_line, option, option_name, parse_arguments, run_script
 from common.runs import write_whole
 from eval import benchmark, gsm8k, hendrycks_math, humaneval, mbpp, mt_bench
-from eval.benchmark import FAILURES, read_failures
-from eval.generation import Backend, LoadBackend, load_backend
+from eval.benchmark import FAILURES, load_backend, read_failures
+from eval.generation import Backend, LoadBackend
 
 SCRIPTS: dict[str, ModuleType] = {
     script.__name__.rpartition(".")[2]: script for script in (gsm8k, hendrycks_math, humaneval, mbpp, mt_bench)

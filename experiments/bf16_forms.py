@@ -24,7 +24,6 @@ Predictions:
     4. The distance of LoRA's ΔW in bf16 is below that of PiSSA's.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -36,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train
+from common.cli import Parser, run_script
 from common.markdown import markdown
 from experiments.study import append_row, mend_rows, read_rows
 
@@ -129,11 +129,11 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return statistics.median(((mine - other).norm() / other.norm()).item() for mine, other in deltas)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--table", action="store_true", help="run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     mend_rows(ROWS)
     factors = Path("output/bf16_forms")
     factors.mkdir(parents=True, exist_ok=True)
@@ -158,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

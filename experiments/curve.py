@@ -34,9 +34,9 @@ from common.cli import (
     run_script,
 )
 from common.intervals import mean, ratio, score_line
-from eval.benchmark import Results
+from eval.benchmark import Results, load_backend
 from eval.forgetting import Sums, sums_of
-from eval.generation import Sampling, batches, load_backend
+from eval.generation import Sampling, batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,7 +229,7 @@ def distinct(args: Arguments, tokenizer: Any, config: Any, questions: list[str])
 
     prompts = [encode_prompt(tokenizer, "alpaca", question) for question in questions]
     options = {"dtype": args.dtype, "max_length": max(map(len, prompts)) + args.max_new_tokens}
-    model = load_backend("transformers", args.ckpt, tokenizer, config, **options)
+    model = load_backend("transformers", args.ckpt, tokenizer, **options)
     sampling = Sampling(args.max_new_tokens, args.temperature)
     answers, texts = [], []
     for number, prompt in enumerate(prompts):

@@ -27,7 +27,6 @@ Text may name an axis' label: "{files}/noise-{seed}.jsonl".
 """
 
 import difflib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def read_yaml(path: Path | str, what: str = "") -> Any:
+    """A YAML file's content; `what` says in a message which file it is. Raises a UserError where it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {what}{path}: {' '.join(str(error).split())}") from error
+
+
 def load(name: str) -> dict[str, Any]:
     """The experiment's entries, those of the one that it is `like` among them.
 
@@ -65,10 +72,7 @@ def load(name: str) -> dict[str, Any]:
     if name != "-" and not path.is_file():
         known = nearest(name, names()) or f": one of {', '.join(names())}"
         raise UserError(f"no experiment {name!r}{known}")
-    try:
-        entries = yaml.safe_load(sys.stdin.read() if name == "-" else path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    entries = read_yaml("/dev/stdin" if name == "-" else path)
     if not isinstance(entries, dict):
         raise UserError(f"{path} is no experiment: expected entries such as 'about:' and 'axes:'")
     for key in entries:

@@ -11,7 +11,6 @@ point is a run's end read at a scale α. Until the plan's runs are there the pag
 conclusion.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from common.cli import UserError, run_script
+from common.cli import Parser, UserError, run_script
 from common.intervals import by_seed, difference, holm, spread
 from common.markdown import markdown, pyplot
 from common.run_records import records_in
@@ -256,7 +255,7 @@ def measure_answers(records: list[dict[str, Any]], folder: Path, output: Path) -
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("records", type=Path, help="folder of the records")
     parser.add_argument("--page", type=Path, help="folder that gets frontier.md and frontier.png")
     parser.add_argument("--answers", type=Path, help="folder of the runs, to solve problems at the chosen points")

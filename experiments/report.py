@@ -23,6 +23,7 @@ from common import run_records
 from common.cli import UserError, run_script
 from common.intervals import difference, spread
 from common.markdown import markdown, pyplot
+from common.runs import write_whole
 from experiments import choose, run_record
 from experiments.entries import load, names
 
@@ -308,9 +309,7 @@ def main(argv: list[str]) -> None:
         tuning = [record for record in done if record["phase"] == "tuning"]
         shown = tuning or done  # where a tuning chose, its grid is the curve
         drawn = draw(shown, options["curve"], columns_of(shown, options.get("scores")), folder)
-    part = folder / ".summary.md.part"
-    part.write_text(text + "\n")
-    part.replace(folder / "summary.md")
+    write_whole(folder / "summary.md", text + "\n")
     print(text)
     print(f"\nsummary: {', '.join(map(str, [folder / 'summary.md', *drawn]))}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from common.cli import UserError, parse_arguments
-from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, nearest
+from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, nearest, read_yaml
 
 SCRIPTS = ("train.py", "finetune_bert_l_sst2.py")
 BENCHMARKS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
@@ -193,11 +193,10 @@ def batch_size(run: PlannedRun) -> int:
 @functools.cache
 def read_config(path: str) -> dict[str, Any]:
     """The entries of a configuration of the scripts, by the names that are typed with underscores."""
-    try:
-        found = yaml.safe_load((ROOT / path).read_text()) or {}
-        return {key.replace("-", "_"): value for key, value in found.items()}
-    except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+    found = read_yaml(ROOT / path, "the configuration ") or {}
+    if not isinstance(found, dict):
+        raise UserError(f"the configuration {path} holds no entries")
+    return {key.replace("-", "_"): value for key, value in found.items()}
 
 
 def need(plan: Plan, run: PlannedRun, path: str, places: dict[str, str], where: str) -> None:

@@ -8,12 +8,11 @@ At equal learning: the ends of an arm's tuning runs, one per rate up to its best
 Between two of them the line is read off. A step of a run under way is no such point: its schedule has not ended.
 """
 
-import argparse
 import itertools
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError, run_script
+from common.cli import Parser, UserError, run_script
 from common.intervals import by_seed, difference, spread
 from common.markdown import markdown, pyplot
 from common.run_records import records_in, score_of
@@ -188,7 +187,7 @@ def tables(records: list[Record]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("records", type=Path, help="folder of the records")
     parser.add_argument("--pictures", type=Path, help="folder that gets the pictures")
     args = parser.parse_args(argv)

@@ -28,7 +28,8 @@ from common.pretrained import load_tokenizer_and_config
 from common.prompts import encode_opening, encode_prompt
 from eval import benchmark, gsm8k, hendrycks_math
 from eval.backends import TransformersBackend, VLLMBackend
-from eval.generation import Sampling, load_backend
+from eval.benchmark import load_backend
+from eval.generation import Sampling
 
 PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(24)]
 
@@ -101,8 +102,8 @@ def test_shots_come_before_the_question(argv, tmp_path, problems):
 
 def test_a_completion_ends_before_a_stop_string(checkpoint):
     """Both the tokens and the text, against the same completion without stop strings."""
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
     prompt = tokenizer("Hello")["input_ids"]
     (whole,) = backend.generate([prompt], Sampling(30))
     stop = next(char for char in whole.text[3:] if char.isascii() and char.isprintable())
@@ -130,8 +131,8 @@ def test_samples_are_of_their_seed(argv, tmp_path):
 
 def test_sampling_follows_temperature_and_top_p(checkpoint):
     """The first token's frequencies against the model's own probabilities, cut to top-p by hand."""
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
     prompt, temperature, top_p, trials = tokenizer("Hi")["input_ids"], 0.7, 0.8, 4000
     with torch.no_grad():
         logits = backend.model(torch.tensor([prompt])).logits[0, -1].double().numpy()
@@ -225,8 +226,8 @@ def test_completions_are_what_was_written(make, monkeypatch):
 @pytest.mark.parametrize("stop", ["\nab", "ab"])
 def test_a_stop_string_counts_in_the_completion_alone(stop, checkpoint):
     """The prompt's end may be a stop string's beginning; a row goes on until it has written a whole one itself."""
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
     prompt, reply = tokenizer("x\n")["input_ids"], tokenizer("ab c\nab d")["input_ids"]
 
     def forced(batch, ids):

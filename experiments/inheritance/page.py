@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from common import intervals
-from common.markdown import pyplot
+from common.markdown import markdown, pyplot
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
@@ -54,8 +54,7 @@ def interval(paired: Paired, digits: int = 2) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return markdown([header, *rows], padded=False)
 
 
 def arms_of(results: Results, data: str = "F0") -> list[str]:
