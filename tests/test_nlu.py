@@ -33,7 +33,7 @@ from common.probe import apply_probe, fit_probe
 from common.runs import config_text
 from common.tables import read_table
 from data import sentiment
-from eval import report
+from eval import results
 from experiments import nlu_robustness as robustness
 from experiments import runs, study, tiny_models
 
@@ -431,7 +431,7 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
         low, high = scores[name]["interval_95"]
         assert low <= scores[name]["value"] <= high
     # The report finds the same score, which the predictions give when counted.
-    found = report.load_run(str(tmp_path / "out"), None)
+    found = results.load_run(str(tmp_path / "out"), None)
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     labels, predicted = zip(*((row["label"], row["predicted"]) for row in rows), strict=True)
     counted = {
@@ -439,8 +439,8 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
         "matthews": lambda: matthews_corrcoef(labels, predicted),
         "pearson": lambda: np.corrcoef(labels, predicted)[0, 1],
     }
-    (benchmark, of_benchmark), column = found.summaries.popitem(), report.NLU[task]
-    assert (benchmark, found.method, found.columns) == (task, "BA-LoRA", report.NLU)
+    (benchmark, of_benchmark), column = found.summaries.popitem(), results.NLU[task]
+    assert (benchmark, found.method, found.columns) == (task, "BA-LoRA", results.NLU)
     assert of_benchmark[column.score]["value"] == pytest.approx(counted[column.score]())
 
     note = "L_DR and L_SVDR are off" if classes == 1 else f"--spectral-k {classes - 1} or less acts"
