@@ -100,7 +100,7 @@ from common.runs import (
     written_whole,
 )
 from common.targets import default_target_modules, find_target_modules
-from common.training import Training, generator_of, resolve_shared_arguments
+from common.training import Training, generator_of, num_steps, resolve_shared_arguments
 from train import (
     adapter_layers,
     adaptive_factor,
@@ -836,7 +836,7 @@ def dry_run(args: Arguments, data: Data) -> str:
         layers = find_target_modules(model, args.target_modules, args.rank).values()
         trained = sum(args.rank * sum(layer.weight.shape) for layer in layers)
     per_step = args.batch_size * args.gradient_accumulation * num_ranks()
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data.train) / per_step) * args.epochs)
+    steps = num_steps(args, len(data.train), num_ranks())
     return "\n".join(
         [
             sizes(args, data),

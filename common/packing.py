@@ -1,7 +1,9 @@
-"""Attention over sequences that lie end to end in one row."""
+"""Micro-batches, packed or padded, and attention over sequences that lie end to end in one row."""
 
 import contextlib
+import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +13,94 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from common.partitioned import device_of, gathered_module_by_module
+from common.templates import IGNORE_INDEX
 
 PER_SEQUENCE = "per_sequence"  # the name of `attend_per_sequence` among transformers' attention functions
+
+
+@dataclass
+class PackingCollator:
+    """Makes a micro-batch without padding: the examples lie end to end in one row, each with its own positions.
+
+    The tokens that all prompts begin with (at least the template's head) stand once, at the front. Causal states do not
+    depend on later tokens, so the states of a shared beginning are the same in every example.
+
+    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints that include the shared beginning;
+    `shared_length`: the tokens of the shared beginning. `valid_positions`, `targets`: see PaddingCollator.
+    """
+
+    share_beginning: bool = True
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Any]:
+        shared = shared_beginning(examples) if self.share_beginning else 0
+        lengths = [len(example["input_ids"]) for example in examples]
+        starts = [0] + [shared] * (len(examples) - 1)
+        # The first label of each example is never a target: position i predicts label i + 1 of the same example.
+        next_token = [
+            label
+            for example, start in zip(examples, starts, strict=True)
+            for label in [*example["labels"][start + 1 :], IGNORE_INDEX]
+        ]
+        tokens = [token for e, start in zip(examples, starts, strict=True) for token in e["input_ids"][start:]]
+        positions = [torch.arange(start, length) for start, length in zip(starts, lengths, strict=True)]
+        valid_positions = torch.tensor([i for i, label in enumerate(next_token) if label != IGNORE_INDEX])
+        return {
+            "input_ids": torch.tensor([tokens]),
+            "position_ids": torch.cat(positions)[None],
+            "sequence_lengths": lengths,
+            "shared_length": shared,
+            "valid_positions": valid_positions,
+            "targets": torch.tensor(next_token)[valid_positions],
+            "example_ids": [example.get("index") for example in examples],
+        }
+
+
+def shared_beginning(examples: list[dict[str, list[int]]]) -> int:
+    """How many first tokens all examples share, up to the first position that predicts a response token."""
+    beginnings = []
+    for example in examples:
+        first = next((i for i, label in enumerate(example["labels"][1:]) if label != IGNORE_INDEX), 0)
+        beginnings.append(example["input_ids"][:first])
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*beginnings, strict=False))
+    return sum(1 for _ in alike) if len(examples) > 1 else 0
+
+
+@dataclass
+class PaddingCollator:
+    """Makes a micro-batch that is padded on the right and masked by length, for models that cannot be packed.
+
+    `input_ids`, `attention_mask`: (B, L). `valid_positions`: (M,) indices into the flattened (B·L) positions whose next
+    token is a response token. `targets`: (M,) those next tokens. Any token can pad: even if it is the end-of-sequence
+    token, the real end-of-sequence tokens are attended and trained.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, IGNORE_INDEX)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            input_ids[row, :length] = torch.tensor(example["input_ids"])
+            labels[row, :length] = torch.tensor(example["labels"])
+            attention_mask[row, :length] = 1
+        next_token = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        # The positions are found on the CPU: a boolean mask on the device would make the host wait for the count.
+        valid_positions = (next_token != IGNORE_INDEX).nonzero().squeeze(1)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "valid_positions": valid_positions,
+            "targets": next_token[valid_positions],
+            "example_ids": [example.get("index") for example in examples],
+        }
+
+
+def num_positions(batch: dict[str, Any]) -> int | Tensor:
+    """How many tokens of a micro-batch the model reads."""
+    return sum(batch["sequence_lengths"]) if "sequence_lengths" in batch else batch["attention_mask"].sum()
 
 
 def attend_per_sequence(

@@ -29,6 +29,7 @@ from common import chunks, token_kernel
 from common.activations import save_activations
 from common.packing import enable_packing
 from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # What reads a result of the device: values, sizes that depend on values, a decomposition's verdict.
@@ -141,7 +142,7 @@ def batch_of(lengths: list[int], device: str) -> dict:
             *range(24),
             *range(1000 * seed, 1000 * seed + length - 24),
         ]
-        rows.append({"input_ids": ids, "labels": [train.IGNORE_INDEX] * (length // 2) + ids[length // 2 :]})
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * (length // 2) + ids[length // 2 :]})
     with unset_fake_temporarily():
         batch = train.PackingCollator()(rows)
     return {

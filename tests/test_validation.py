@@ -23,6 +23,7 @@ from common.packing import enable_packing
 from common.prompts import encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
+from common.templates import IGNORE_INDEX
 from common.training import Training, random_order
 from common.validation import is_out_of_patience, read_prompts, vain_validations
 
@@ -104,7 +105,7 @@ def logits_of_each(model: torch.nn.Module, examples: list[dict]) -> tuple[np.nda
     logits, targets = [], []
     for example in examples:
         labels = torch.tensor(example["labels"])[1:]
-        valid = labels != train.IGNORE_INDEX
+        valid = labels != IGNORE_INDEX
         with torch.no_grad():
             whole = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
         logits.append(whole[valid].numpy())
