@@ -19,6 +19,7 @@ from conftest import ROOT, make_model, make_tokenizer, start_script
 from safetensors.torch import load_file
 
 import train
+from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.prompts import encode_prompt
 from common.ranks import start_ranks
@@ -136,7 +137,7 @@ def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packi
     if head == "scaled":
         base.register_forward_hook(halved)
     records = load_records(str(folder / "held_out.jsonl"))
-    held_out, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
+    held_out, _ = build_dataset(records, tokenizer, ["instruction", "output"], 512)
     model = train.add_adapters(copy.deepcopy(base), "ba-lora", 4, 4.0, None)
     for layer in train.adapter_layers(model).values():
         layer.lora_B.data += 0.02  # away from the teacher
