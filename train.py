@@ -1260,9 +1260,7 @@ def load_student(
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
     # Full fine-tuning needs fp32 masters. With adapters the base is frozen, and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
-    model = pretrained.load_model(args, base.path, load_dtype)
-    if args.load_in is None and not any(is_partitioned(parameter) for parameter in model.parameters()):
-        model.to(accelerator.device)  # so that the decompositions run where they are fast
+    model = pretrained.load_model(args, base.path, load_dtype, accelerator.device)
     if checkpoint is not None:
         attach_adapters(model, args, checkpoints.load_tensors(checkpoint))
     elif base.adapter is not None:
