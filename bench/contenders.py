@@ -17,6 +17,7 @@ from common.activations import save_activations
 from common.cli import UserError
 from common.packing import enable_packing
 from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX
 
 WEIGHTS = {"consistency": 0.025, "diversity": 0.005, "spectral": 0.005}  # λ₁, λ₂, λ₃
 REGULARIZERS = train.Regularizers(WEIGHTS, train.Arguments(**train.FORMULATIONS["iclr2026"]))
@@ -96,7 +97,7 @@ def peft_step(model: nn.Module, teacher: nn.Module | None = None, rate: float = 
             if teacher is not None:
                 with torch.no_grad():
                     reference = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                mask = batch["labels"] != train.IGNORE_INDEX
+                mask = batch["labels"] != IGNORE_INDEX
                 loss = loss + public_regularizers(output.logits, reference, mask)
                 del reference
             del output
@@ -154,7 +155,7 @@ def padded_batch(examples: list[dict]) -> dict[str, Tensor]:
     return {
         "input_ids": torch.tensor([pad(e["input_ids"], 0) for e in examples]),
         "attention_mask": torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in examples]),
-        "labels": torch.tensor([pad(e["labels"], train.IGNORE_INDEX) for e in examples]),
+        "labels": torch.tensor([pad(e["labels"], IGNORE_INDEX) for e in examples]),
     }
 
 
@@ -182,7 +183,7 @@ def batches_of(args: Any, tokenizer: Any) -> list[list[dict]]:
 def token_counts(batches: list[list[dict]]) -> dict[str, float]:
     """Means over the batches: tokens, tokens when padded, and valid ones."""
     lengths = [[len(example["input_ids"]) for example in batch] for batch in batches]
-    valid = [label != train.IGNORE_INDEX for batch in batches for example in batch for label in example["labels"]]
+    valid = [label != IGNORE_INDEX for batch in batches for example in batch for label in example["labels"]]
     return {
         "tokens": sum(map(sum, lengths)) / len(batches),
         "padded": sum(max(row) * len(row) for row in lengths) / len(batches),

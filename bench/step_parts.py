@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from common.cli import run_script
+from common.packing import shared_beginning
 from common.pretrained import load_tokenizer_and_config, resolve_demo
 
 
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     counts = contenders.token_counts(batches[1:])
     padded, valid = counts["padded"], counts["valid"]
     tokens = statistics.mean(batch["input_ids"].numel() for batch in packed[1:])
-    shared = statistics.mean(train.shared_beginning(batch) for batch in batches[1:])
+    shared = statistics.mean(shared_beginning(batch) for batch in batches[1:])
     r = args.rank
     # What the last feed-forward leaves out: as many tokens' worth of its part of the body.
     skipped = sum(m.weight.numel() for m in model.get_decoder().layers[-1].mlp.modules() if type(m) is torch.nn.Linear)
