@@ -102,11 +102,12 @@ def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict] = []
     try:
         if group == "right":
-            rows = getattr(gpu_right, rest)(options)
+            measured = getattr(gpu_right, rest)(options)
         else:
-            measure = getattr(gpu_counts if name == "counts" else gpu_fast, rest or name)
-            for row in measure(options, time.monotonic() + 0.9 * budget):
-                rows.append(row)
+            part = getattr(gpu_counts if name == "counts" else gpu_fast, rest or name)
+            measured = part(options, time.monotonic() + 0.9 * budget)
+        for row in measured:
+            rows.append(row)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         return {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}", "rows": rows}

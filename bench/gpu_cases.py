@@ -3,7 +3,6 @@
 Nothing here needs more than torch, transformers and safetensors; what else is installed, `installed` knows.
 """
 
-import dataclasses
 import functools
 import gc
 import importlib.util
@@ -165,18 +164,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-@dataclass
-class Checks:
-    """The rows of a part that checks: each with its error and what it may be."""
+def check(what: str, error: float, limit: float) -> dict[str, Any]:
+    """The row of a check: its error and what it may be."""
+    return {"check": what, "error": float(f"{error:.3g}"), "limit": limit, "ok": error <= limit}
 
-    rows: list[dict] = dataclasses.field(default_factory=list)
 
-    def add(self, what: str, error: float, limit: float) -> None:
-        self.rows.append({"check": what, "error": float(f"{error:.3g}"), "limit": limit, "ok": error <= limit})
-
-    def note(self, what: str, why: str) -> None:
-        """A check that is left out, and why."""
-        self.rows.append({"check": what, "error": why, "limit": None, "ok": True})
+def note(what: str, why: str) -> dict[str, Any]:
+    """The row of a check that is left out, and why."""
+    return {"check": what, "error": why, "limit": None, "ok": True}
 
 
 def synchronize(options: Options) -> None:

@@ -35,6 +35,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -296,8 +297,6 @@ def run_all(cells: list[Cell], path: Path, processes: int) -> None:
 # Report
 # ------------------------------------------------------------------------------------------------------------------
 
-VARIANTS = [*itertools.product(METHODS, HEADS), ("probe", "probe")]
-
 
 def values(rows: dict[Cell, dict], condition: str, method: str, head: str, name: str, domain: str) -> dict[int, float]:
     """A score of one condition and method by seed, in percent. name: accuracy, minority, calibration_error."""
@@ -314,9 +313,8 @@ def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
     counts = [sum(cell.phase == phase for cell in rows) for phase in ("study", "tuning", "terms", "auc")]
     domains = list(next(row for cell, row in rows.items() if cell.phase == "study")["scores"])
     by_condition = {condition: (condition, domains[0]) for condition in CONDITIONS}
-    imbalances = {condition: (condition, domains[0]) for condition in CONDITIONS if condition.startswith("imb")}
-    by_domain = {domain: (CONDITIONS[0], domain) for domain in domains}
-    noisy_domains = {domain: ("noise 20", domain) for domain in domains}
+    imbalances = {name: column for name, column in by_condition.items() if name.startswith("imb")}
+    by_domain, noisy_domains = ({domain: (at, domain) for domain in domains} for at in ("noise 0", "noise 20"))
     return {
         "counts": "{}, and {} for the learning rates, {} of the terms one by one and {} for AUC".format(*counts),
         "accuracy": table_of_scores(rows, "accuracy", by_condition),
@@ -343,39 +341,38 @@ def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
 
 def page_text(rows: dict[Cell, dict[str, Any]]) -> str:
     """The page: experiments/robustness/page.md with its tables."""
-    text = (HERE / "page.md").read_text()
-    for name, table in tables(rows).items():
-        text = text.replace("{" + name + "}", table)
-    return text
+    return study.filled_page(HERE / "page.md", tables(rows))
 
 
 Columns = dict[str, tuple[str, str]]  # condition and domain of each
+TITLES = {f"{method}, {head} head": (method, head) for method, head in itertools.product(METHODS, HEADS)}
+TITLES |= {"linear probe alone": ("probe", "probe")}
+OTHERS = {f"− {other}, {head} head": (other, head) for head, other in itertools.product(HEADS, METHODS[:-1])}
+
+
+def grid(title: str, rows: dict[str, tuple], columns: dict[str, tuple], cell: Callable[..., str]) -> str:
+    """A table with the cell of every row and column, which are both given to `cell` one part after the other."""
+    body = [[name, *(cell(*row, *column) for column in columns.values())] for name, row in rows.items()]
+    return markdown([[title, *columns], *body])
 
 
 def table_of_scores(rows: dict[Cell, dict[str, Any]], name: str, columns: Columns) -> str:
     """A row per method and head."""
 
-    def cells(method: str, head: str) -> list[str]:
-        found = (values(rows, condition, method, head, name, domain) for condition, domain in columns.values())
-        return [spread(of_seeds.values(), 1, "not run") for of_seeds in found]
+    def cell(method: str, head: str, condition: str, domain: str) -> str:
+        return spread(values(rows, condition, method, head, name, domain).values(), 1, "not run")
 
-    titles = {(method, head): f"{method}, {head} head" for method, head in VARIANTS}
-    titles["probe", "probe"] = "linear probe alone"
-    return markdown([["", *columns], *([title, *cells(*variant)] for variant, title in titles.items())])
+    return grid("", TITLES, columns, cell)
 
 
 def table_of_differences(rows: dict[Cell, dict[str, Any]], name: str, columns: Columns) -> str:
     """BA-LoRA minus each other method from the same head."""
 
-    def cell(condition: str, domain: str, other: str, head: str) -> str:
+    def cell(other: str, head: str, condition: str, domain: str) -> str:
         ours, theirs = (values(rows, condition, method, head, name, domain) for method in ("ba-lora", other))
         return study.paired_difference(ours, theirs)
 
-    body = [
-        [f"− {other}, {head} head", *(cell(*column, other, head) for column in columns.values())]
-        for head, other in itertools.product(HEADS, METHODS[:-1])
-    ]
-    return markdown([["", *columns], *body])
+    return grid("", OTHERS, columns, cell)
 
 
 # What a method loses from clean labels to labels that are not, pooled over the levels.
@@ -391,14 +388,11 @@ def losses(rows: dict[Cell, dict], method: str, head: str, conditions: tuple[str
 def table_of_losses(rows: dict[Cell, dict[str, Any]]) -> str:
     """A row per method and head; a column per level, and the levels pooled."""
     columns = {condition: (condition,) for condition in CONDITIONS[1:]} | LEVELS
-    body = [
-        [
-            "linear probe alone" if method == "probe" else f"{method}, {head} head",
-            *(spread(losses(rows, method, head, at).values(), 1, "not run") for at in columns.values()),
-        ]
-        for method, head in VARIANTS
-    ]
-    return markdown([["", *columns], *body])
+
+    def cell(method: str, head: str, *at: str) -> str:
+        return spread(losses(rows, method, head, at).values(), 1, "not run")
+
+    return grid("", TITLES, columns, cell)
 
 
 def with_holm(title: list[str], differences: list[list[dict[int, float]]], names: list[str]) -> str:
@@ -416,12 +410,11 @@ def with_holm(title: list[str], differences: list[list[dict[int, float]]], names
 
 def table_of_loss_differences(rows: dict[Cell, dict[str, Any]]) -> str:
     """What BA-LoRA loses minus what another method from the same head loses."""
-    pairs = list(itertools.product(HEADS, METHODS[:-1]))
-    differences = []
-    for head, other in pairs:
-        of_both = [[losses(rows, method, head, at) for method in ("ba-lora", other)] for at in LEVELS.values()]
-        differences.append([by_seed(*both) for both in of_both])
-    return with_holm(["", *LEVELS], differences, [f"− {other}, {head} head" for head, other in pairs])
+    differences = [
+        [by_seed(*(losses(rows, method, head, at) for method in ("ba-lora", other))) for at in LEVELS.values()]
+        for other, head in OTHERS.values()
+    ]
+    return with_holm(["", *LEVELS], differences, list(OTHERS))
 
 
 MEASURES = {"calibration_error": "calibration error", "accuracy": "accuracy", "auc": "AUC", "margin": "margin"}
@@ -488,12 +481,16 @@ def table_of_effects(rows: dict[Cell, dict[str, Any]]) -> str:
 
 def table_of_joint_effects(rows: dict[Cell, dict[str, Any]]) -> str:
     """What L_CR adds to L_DR, and L_DR to L_CR, to the calibration error."""
-    body = []
-    for head, (term, given) in itertools.product(heads_of_terms(rows), (("CR", "DR"), ("DR", "CR"))):
-        of_both = (effect(rows, "calibration_error", head, condition, term, given) for condition in OF_TERMS)
-        cells = [study.paired_difference(found, dict.fromkeys(found, 0.0)) for found in of_both]
-        body.append([f"L_{term} given L_{given}, {head} head", *cells])
-    return markdown([["calibration error", *OF_TERMS], *body])
+
+    def cell(head: str, term: str, given: str, condition: str) -> str:
+        found = effect(rows, "calibration_error", head, condition, term, given)
+        return study.paired_difference(found, dict.fromkeys(found, 0.0))
+
+    names = {
+        f"L_{term} given L_{given}, {head} head": (head, term, given)
+        for head, (term, given) in itertools.product(heads_of_terms(rows), (("CR", "DR"), ("DR", "CR")))
+    }
+    return grid("calibration error", names, {condition: (condition,) for condition in OF_TERMS}, cell)
 
 
 def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:

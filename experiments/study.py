@@ -93,3 +93,11 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
         return "not run"
     mean, half = intervals.paired_interval(differences)
     return intervals.difference(differences, 1) + ("*" if abs(mean) > half else "")
+
+
+def filled_page(template: Path, parts: Mapping[str, str]) -> str:
+    """The page's text with each part in the place of its {name}."""
+    text = template.read_text()
+    for name, part in parts.items():
+        text = text.replace("{" + name + "}", part)
+    return text

@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -19,6 +20,7 @@ from experiments.inheritance.report import (
     on_drift_curve,
     ungated,
 )
+from experiments.study import filled_page
 
 plt = pyplot()
 HERE = Path(__file__).parent
@@ -65,13 +67,13 @@ def arms_of(results: Results, data: str = "F0") -> list[str]:
 
 
 def bias_table(results: Results) -> str:
-    header = ["arm", "accuracy", "I, new prompts", "I, old prompts", "R", "S = R − I", "AUC of group", "argmax flips"]
-    names = ("I", "I_old", "R", "S", "auc_new", "flips_new", "revival")
+    columns = {"accuracy": "accuracy", "I, new prompts": "I", "I, old prompts": "I_old", "R": "R", "S = R − I": "S"}
+    columns |= {"AUC of group": "auc_new", "argmax flips": "flips_new", "revival": "revival"}
     rows = [
-        [arm, spread(results.values("accuracy", arm), 3), *(spread(results.values(name, arm)) for name in names)]
+        [arm, *(spread(results.values(name, arm), 3 if name == "accuracy" else 2) for name in columns.values())]
         for arm in arms_of(results)
     ]
-    return table([*header, "revival"], rows)
+    return table(["arm", *columns], rows)
 
 
 def learning_table(results: Results) -> str:
@@ -345,7 +347,7 @@ def draw_sweep(results: Results, file: Path) -> None:
     _save(figure, file)
 
 
-def _save(figure: plt.Figure, file: Path) -> None:
+def _save(figure: Any, file: Path) -> None:
     figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
@@ -384,8 +386,5 @@ def write(results: Results, rows: Path, page: Path) -> None:
     }
     # What a person reads in the committed rows; other rows (the short form's) may say otherwise.
     parts["reading"] = (HERE / "reading.md").read_text().strip() if rows.parent == HERE else ""
-    text = (HERE / "page.md").read_text()
-    for name, part in parts.items():
-        text = text.replace("{" + name + "}", part)
-    page.write_text(text)
+    page.write_text(filled_page(HERE / "page.md", parts))
     print(parts["primary"], parts["bias"], parts["gates"], f"Page: {page}", sep="\n\n")
