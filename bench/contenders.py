@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.packing import enable_packing
 from common.targets import TARGET_MODULES
 from common.templates import IGNORE_INDEX
+from common.tensors import padded
 
 WEIGHTS = {"consistency": 0.025, "diversity": 0.005, "spectral": 0.005}  # λ₁, λ₂, λ₃
 REGULARIZERS = train.Regularizers(WEIGHTS, train.Arguments(**train.FORMULATIONS["iclr2026"]))
@@ -147,16 +148,9 @@ def objective_inputs(
 
 def padded_batch(examples: list[dict]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels` as every public trainer pads them."""
-    width = max(len(example["input_ids"]) for example in examples)
-
-    def pad(ids: list[int], value: int) -> list[int]:
-        return ids + [value] * (width - len(ids))
-
-    return {
-        "input_ids": torch.tensor([pad(e["input_ids"], 0) for e in examples]),
-        "attention_mask": torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in examples]),
-        "labels": torch.tensor([pad(e["labels"], IGNORE_INDEX) for e in examples]),
-    }
+    input_ids, attention_mask = padded([example["input_ids"] for example in examples], 0)
+    labels, _ = padded([example["labels"] for example in examples], IGNORE_INDEX)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def batches_of(args: Any, tokenizer: Any) -> list[list[dict]]:

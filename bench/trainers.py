@@ -23,7 +23,7 @@ from typing import Any
 
 from side_by_side import allocator_settings, machine, print_table, step_parser
 
-from common.cli import UserError, run_script
+from common.cli import UserError, as_words, run_script
 
 CONTENDERS = {
     "trl": "TRL's SFTTrainer, PEFT's PiSSA",
@@ -100,20 +100,14 @@ def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
         more = {"name": name, "steps": args.steps, "examples": args.steps * args.batch_size, "result": str(result)}
         command = [sys.executable, __file__, "--child", json.dumps(shared | more)]
     else:
-        words = [word for option, value in shared.items() for word in as_words(option, value)]
         method = name.removesuffix("-bf16")
-        command = [sys.executable, "train.py", "--method", method, *words, "--gradient-accumulation", "1"]
+        command = [sys.executable, "train.py", "--method", method, *as_words(shared), "--gradient-accumulation", "1"]
         command += ["--max-steps", str(args.steps), "--limit", str(args.steps * args.batch_size)]
         command += ["--save-steps", "0", "--dtype", "bfloat16" if name.endswith("-bf16") else "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{name} failed: {' / '.join(done.stderr.strip().splitlines()[-3:])}")
     return json.loads(result.read_text())
-
-
-def as_words(option: str, value: Any) -> list[str]:
-    """An option of train.py as it is typed."""
-    return ["--" + option.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])]
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -170,7 +170,7 @@ def _raise_user_error(event: Any, names: list[str]) -> NoReturn:
         case "UnrecognizedArgs":
             word = event.tokens[0].partition("=")[0]
             what = f"unknown option {word}" if word.startswith("-") else f"{word!r} belongs to no option"
-            near = _nearest(word.lstrip("-").replace("-", "_"), names) if word.startswith("-") else None
+            near = nearest(word.lstrip("-").replace("-", "_"), names) if word.startswith("-") else None
             message = what + (f"; did you mean {option_name(near)}?" if near else "")
         case "InvalidChoice":
             message = f"{flag} {event.value}: choose from {', '.join(map(str, event.choices))}"
@@ -184,8 +184,9 @@ def _raise_user_error(event: Any, names: list[str]) -> NoReturn:
     raise UserError(f"{' '.join(message.split())} (--help lists the options)")
 
 
-def _nearest(name: str, names: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """That of `known` which is spelt most alike, if any is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
@@ -202,7 +203,7 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
     for key, value in entries.items():
         key = _by_its_name(f"--{key}", arguments_type)[2:].replace("-", "_")
         if key not in fields:
-            near = _nearest(str(key), list(fields))
+            near = nearest(str(key), list(fields))
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near!r}?" if near else ""))
         if value is None or value == []:
             continue
@@ -262,3 +263,14 @@ def require_below_one(args: Any, *names: str) -> None:
 def option_name(name: str) -> str:
     """How an option is typed: `batch_size` is --batch-size."""
     return f"--{name.replace('_', '-')}"
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as they are typed."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(option_name(name) if value else option_name(f"no_{name}"))
+        else:
+            words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
+    return words

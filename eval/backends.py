@@ -27,6 +27,7 @@ from common.cli import UserError
 from common.devices import choose_device
 from common.pretrained import resolve_dtype
 from common.prompts import decode_response
+from common.tensors import padded
 from eval.generation import Completion, Sampling, batch_size_of, batches, with_bar
 from eval.quiet import quiet_vllm
 
@@ -132,7 +133,7 @@ class TransformersBackend:
             use_cache=True,
             **settings,
         )
-        input_ids, attention_mask = _left_padded(prompts, self.eos_token_ids[0], self.device)
+        input_ids, attention_mask = padded(prompts, self.eos_token_ids[0], left=True, device=self.device)
         stopping = [_Stop(self.tokenizer, input_ids.shape[1], sampling.stop)] if sampling.stop else []
         output = self.model.generate(
             input_ids=input_ids,
@@ -153,7 +154,7 @@ class TransformersBackend:
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         found = [0.0] * len(sequences)
         for indices in with_bar(batches([len(sequence) for sequence in sequences], self.batch_size), "response loss"):
-            input_ids, attention_mask = _left_padded([sequences[i] for i in indices], 0, self.device)
+            input_ids, attention_mask = padded([sequences[i] for i in indices], 0, left=True, device=self.device)
             longest = max(len(responses[i]) for i in indices)
             logits = self.model(
                 input_ids=input_ids,
@@ -173,13 +174,6 @@ class TransformersBackend:
 def _seed_of(seeds: list[int]) -> int:
     """One seed for a batch: its members draw from one stream of random numbers."""
     return int.from_bytes(hashlib.sha256(json.dumps(seeds).encode()).digest()[:7], "big")
-
-
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, attention_mask
 
 
 class VLLMBackend:

@@ -149,12 +149,12 @@ def hidden_states(model: "PreTrainedModel", sequences: list[Sequence], batch_siz
     """The last hidden states of every sequence, (T, d) fp32 each; padded on the right, where no token looks."""
     import torch
 
+    from common.tensors import padded
+
     found: list[Any] = [None] * len(sequences)
     lengths = [len(sequence.tokens) for sequence in sequences]
     for group in batches(lengths, batch_size):
-        width = max(lengths[i] for i in group)
-        rows = torch.tensor([sequences[i].tokens + [0] * (width - lengths[i]) for i in group])
-        mask = torch.tensor([[1] * lengths[i] + [0] * (width - lengths[i]) for i in group])
+        rows, mask = padded([sequences[i].tokens for i in group], 0)
         with torch.inference_mode():
             states = model.get_decoder()(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
         for i, state in zip(group, states, strict=True):

@@ -26,13 +26,13 @@ A label may also set sequences-per-step, processes, benchmarks, evaluation, tune
 Text may name an axis' label: "{files}/noise-{seed}.jsonl".
 """
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from common import cli
 from common.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,8 +50,8 @@ def names() -> list[str]:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' where one of `known` is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = cli.nearest(str(word), known)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def read_yaml(path: Path | str, what: str = "") -> Any:

@@ -27,6 +27,7 @@ from common.intervals import by_seed, difference, holm, spread
 from common.markdown import markdown, pyplot
 from common.run_records import records_in
 from experiments.entries import load
+from experiments.study import append_row, read_rows
 
 SCALES = ("1", "0.9", "0.8", "0.65", "0.5")
 TEXTS = ("mbpp", "mt_bench", "math500")
@@ -226,8 +227,7 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
 
 def read_answers(folder: Path) -> dict[tuple[str, float], float]:
     """Accuracy by run and α."""
-    path = folder / "answers.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_rows(folder / "answers.jsonl")
     return {(row["run"], row["scale"]): row["accuracy"]["value"] for row in rows}
 
 
@@ -250,8 +250,7 @@ def measure_answers(records: list[dict[str, Any]], folder: Path, output: Path) -
             for command in (["train.py", *export], ["eval/gsm8k.py", *solve]):
                 subprocess.run(["python", *map(str, command)], check=True)
             accuracy = json.loads((made / "gsm8k.json").read_text())["accuracy"]
-            with open(folder / "answers.jsonl", "a") as file:
-                file.write(json.dumps({"run": point.run, "scale": point.alpha, "accuracy": accuracy}) + "\n")
+            append_row(folder / "answers.jsonl", {"run": point.run, "scale": point.alpha, "accuracy": accuracy})
 
 
 def main(argv: list[str]) -> None:

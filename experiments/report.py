@@ -21,7 +21,7 @@ from typing import Any
 
 from common import run_records
 from common.cli import UserError, run_script
-from common.intervals import difference, spread
+from common.intervals import by_seed, difference, spread
 from common.markdown import markdown, pyplot
 from common.runs import write_whole
 from experiments import choose, run_record
@@ -98,10 +98,10 @@ def table(records: list[Record], columns: list[Column]) -> str:
     head = ["arm", "seeds", *(f"{part} {name}" for part, name in columns), "rate", "minutes", "GiB"]
     rows = [head]
     for arm, members in arms(records).items():
-        cells = []
-        for column in columns:
-            values = [value for value in (value_of(record, column) for record in members) if value is not None]
-            cells.append(spread(values, digits(column)) if values else without_value(members, column))
+        cells = [
+            spread((value_of(record, column) for record in members), digits(column), without_value(members, column))
+            for column in columns
+        ]
         rates = sorted({f"{record['settings'].get('learning_rate', 0):g}" for record in members})
         seconds = [record["time"]["train_seconds"] or record["time"]["seconds"] for record in members]
         seconds = [value for value in seconds if value is not None]
@@ -137,9 +137,8 @@ def differences(records: list[Record], columns: list[Column], axis: str, baselin
         for arm, members in groups.items():
             cells = []
             for column in columns:
-                both = [(value_of(one, column), value_of(two, column)) for one, two in members]
-                both = [one - two for one, two in both if one is not None and two is not None]
-                cells.append(difference(both, digits(column)))
+                ours, theirs = ({i: value_of(pair[side], column) for i, pair in enumerate(members)} for side in (0, 1))
+                cells.append(difference(by_seed(ours, theirs).values(), digits(column)))
             rows.append([arm, str(len(members)), *cells])
     return markdown(rows) if len(rows) > 1 else "no pairs yet"
 
@@ -159,18 +158,15 @@ def effects(records: list[Record], columns: list[Column], axes: list[str]) -> st
         for record in records:
             place = (record["labels"][first], record["labels"][second])
             cells.setdefault(str(record["seed"]), {})[place] = value_of(record, column)
-        found: dict[str, list[float]] = {name: [] for name in parts}
+        found = []
         for cell in cells.values():
             values = [cell.get(place) for place in ((a, x), (b, x), (a, y), (b, y))]
-            if None in values:
-                continue
-            start, only_first, only_second, both = values
-            found["whole"].append(both - start)
-            found[f"of {first}"].append((only_first - start + both - only_second) / 2)
-            found[f"of {second}"].append((only_second - start + both - only_first) / 2)
-            found["interaction"].append(both - only_first - only_second + start)
-        for name, values in found.items():
-            parts[name].append(difference(values, digits(column)))
+            if None not in values:
+                start, only_first, only_second, both = values
+                halves = ((only_first - start + both - only_second) / 2, (only_second - start + both - only_first) / 2)
+                found.append((both - start, *halves, both - only_first - only_second + start))
+        for part, differences in zip(parts.values(), zip(*found, strict=True) if found else [()] * 4, strict=True):
+            part.append(difference(differences, digits(column)))
     return markdown(rows + [[name, *cells] for name, cells in parts.items()])
 
 

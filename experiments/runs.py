@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from common.cli import UserError, parse_arguments
+from common.cli import UserError, as_words, parse_arguments
 from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, nearest, read_yaml
 
 SCRIPTS = ("train.py", "finetune_bert_l_sst2.py")
@@ -395,20 +395,6 @@ def measured(run: PlannedRun) -> list[tuple[str, dict[str, Any]]]:
     if run.forgetting is not None:
         found.append(("eval/forgetting.py", run.forgetting))
     return found
-
-
-def as_words(options: dict[str, Any]) -> list[str]:
-    """Options as they are typed."""
-    words = []
-    for name, value in options.items():
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words += [f"--{name}", str(value)]
-    return words
 
 
 def parse_training(plan: Plan, run: PlannedRun) -> Any:

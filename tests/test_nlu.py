@@ -26,7 +26,7 @@ from common import probe
 from common.best_state import BEST_TENSORS, BestState
 from common.checkpoints import complete_checkpoints
 from common.classifiers import encode, final_linear, load_classifier, run_model
-from common.cli import RunStopped, UserError, run_script
+from common.cli import RunStopped, UserError, as_words, run_script
 from common.labelled import Split, demo_data, set_aside, to_split
 from common.metrics import calibration_error, score, softmax
 from common.probe import apply_probe, fit_probe
@@ -1005,7 +1005,7 @@ def test_a_tiny_twin_of_every_run_of_glue_takes_a_step(tmp_path, encoders, exper
             continue
         seen.add(key)
         model = tmp_path / "t5" if key[0] == "t5-base" else encoders[TWINS[key[0]]]
-        argv = [*runs.as_words(planned.settings), "--model", model, "--data", pairs, "--test-data", pairs, "--rank=2"]
+        argv = [*as_words(planned.settings), "--model", model, "--data", pairs, "--test-data", pairs, "--rank=2"]
         argv += ["--batch-size=20", "--epochs=1", "--max-length=32", "--output-dir", tmp_path / "-".join(key)]
         nlu.main([str(word) for word in argv])
         summary = json.loads((tmp_path / "-".join(key) / "results.json").read_text())

@@ -13,6 +13,7 @@ from common.markdown import markdown, pyplot
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
+    TEMPERATURES,
     Paired,
     Results,
     at_entropy_of,
@@ -24,7 +25,6 @@ from experiments.study import filled_page
 
 plt = pyplot()
 HERE = Path(__file__).parent
-TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))
 PLANNED_SEEDS = 10
 MAIN = ("full", "LoRA", "PiSSA", "PiSSA + L_CR", "PiSSA + L_DR", "PiSSA + L_SVDR", "BA-LoRA", "LoRA + three terms")
 SHOWN = {  # in the pictures, with the name there

@@ -15,6 +15,7 @@ from experiments.study import read_rows
 
 EQUIVALENT = 0.10  # means within this of each other count as the same inheritance
 PRIMARY = ("BA-LoRA", "PiSSA")
+TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))  # 0.5 to 8, at which entropies are measured
 
 
 # ------------------------------------------------------------------------------------------------------------------
