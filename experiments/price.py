@@ -144,18 +144,6 @@ def linear_parameters(model: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def price_of(plan: Plan, run: PlannedRun) -> Price:
-    """What one run takes.
-
-    Raises:
-        UserError: its model or its data is not known, or an option does not fit the model.
-    """
-    args = parse_training(plan, run)
-    if run.script == "train.py":
-        return language_model_price(plan, run, args)
-    return classifier_price(plan, run, args)
-
-
 def language_model_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     """Of a run of train.py."""
     on_gpu = bool(plan.entries.get("needs-gpu"))
@@ -272,7 +260,11 @@ def classifier_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
 
 
 def prices(plan: Plan) -> list[Price]:
-    """Of every run; runs that differ in nothing but the seed are counted once."""
+    """Of every run; runs that differ in nothing but the seed are counted once.
+
+    Raises:
+        UserError: a model or data are not known, or an option does not fit the model.
+    """
     known: dict[str, Price] = {}
     found = []
     for run in plan.runs:
@@ -281,7 +273,8 @@ def prices(plan: Plan) -> list[Price]:
         for seed in {run.labels.get("seed")} - {None}:
             alike = alike.replace(f"-{seed}", "-SEED")  # in the name of a file
         if alike not in known:
-            known[alike] = price_of(plan, run)
+            price_of = language_model_price if run.script == "train.py" else classifier_price
+            known[alike] = price_of(plan, run, parse_training(plan, run))
         found.append(known[alike])
     return found
 

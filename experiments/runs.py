@@ -315,14 +315,10 @@ def arguments_of(script: str) -> type:
     return importlib.import_module(script.removesuffix(".py").replace("/", ".")).Arguments
 
 
-def option_types(script: str) -> dict[str, Any]:
-    """A script's options with their types, by the names that are typed."""
-    return {name.replace("_", "-"): kind for name, kind in typing.get_type_hints(arguments_of(script)).items()}
-
-
 def check_options(script: str, options: dict[str, Any], where: str) -> None:
     """Raises a UserError where an option is not one of the script's, or takes no such value."""
-    known = option_types(script)
+    hints = typing.get_type_hints(arguments_of(script))
+    known = {name.replace("_", "-"): kind for name, kind in hints.items()}
     for key, value in list(options.items()):
         name = key.replace("_", "-")
         if name not in known:
@@ -344,11 +340,8 @@ def check_options(script: str, options: dict[str, Any], where: str) -> None:
             with contextlib.suppress(ValueError):
                 value = options[key] = float(value)
         if expected and not choices and (not isinstance(value, expected) or (is_bool and expected is not bool)):
-            raise UserError(f"{where}: --{name} {value!r} is no {expected_name(kinds[0])}")
-
-
-def expected_name(kind: Any) -> str:
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(kind, "list")
+            what = {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(kinds[0], "list")
+            raise UserError(f"{where}: --{name} {value!r} is no {what}")
 
 
 def check(plan: Plan) -> None:

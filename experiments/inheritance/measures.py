@@ -44,11 +44,6 @@ def logits_at(model: nn.Module, prompts: W.Prompts) -> Tensor:
     return torch.cat(parts)
 
 
-def log_odds(logits: Tensor) -> np.ndarray:
-    """ln P(accepted) − ln P(refused), (n,)."""
-    return (logits[:, W.ACCEPTED] - logits[:, W.REFUSED]).numpy().astype(float)
-
-
 @functools.lru_cache(maxsize=2)
 def _prompts(seed: int) -> tuple[W.World, dict[str, W.Prompts]]:
     world = W.World.of_seed(seed)
@@ -65,7 +60,8 @@ def bias(model: nn.Module, seed: int, form: str) -> dict[str, float]:
     """
     world, prompts = _prompts(seed)
     logits = logits_at(model, prompts[form])
-    score = log_odds(logits).reshape(-1, len(W.NAMES))  # (forms, names)
+    log_odds = (logits[:, W.ACCEPTED] - logits[:, W.REFUSED]).numpy().astype(float)
+    score = log_odds.reshape(-1, len(W.NAMES))  # (forms, names)
     of_name = score.mean(axis=0)
     return {
         f"gap_{form}": gap(of_name, world.group),

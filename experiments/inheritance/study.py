@@ -148,8 +148,8 @@ def execute(run: StudyRun, cache: Path) -> dict:
     """The run's row. A failure is a row with its error."""
     started = time.perf_counter()
     try:
-        row = run.fields() | measured(run, cache)
-        row = json.loads(json.dumps(_rounded(row), allow_nan=False))
+        row = json.dumps(run.fields() | measured(run, cache), allow_nan=False)
+        row = json.loads(row, parse_float=lambda text: float(f"{float(text):.6g}"))  # six digits
     except Exception as error:  # a failed run is a result too, and the others go on
         row = run.fields() | {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc(limit=-2)}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -178,14 +178,6 @@ def measured(run: StudyRun, cache: Path) -> dict:
     if run.arm in MAIN and run.data == "F0":
         row["points"]["revived"] = M.bias(T.revive(result.model, run.rate, run.base), seed, "old")
     return row
-
-
-def _rounded(value):
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else value
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list) else value
 
 
 # ------------------------------------------------------------------------------------------------------------------
