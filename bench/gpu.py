@@ -92,7 +92,6 @@ def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
     `is_over` False says that this process can go on: nothing was raised.
     """
     import gpu_cases
-    import gpu_counts
     import gpu_fast
     import gpu_right
 
@@ -104,8 +103,7 @@ def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
         if group == "right":
             measured = getattr(gpu_right, rest)(options)
         else:
-            part = getattr(gpu_counts if name == "counts" else gpu_fast, rest or name)
-            measured = part(options, time.monotonic() + 0.9 * budget)
+            measured = getattr(gpu_fast, rest or name)(options, time.monotonic() + 0.9 * budget)
         for row in measured:
             rows.append(row)
     except Exception as error:

@@ -224,11 +224,6 @@ def report_lines(scores: dict[str, Any], by_type: dict[str, dict[str, Any]]) -> 
     return lines + [score_line(f"  {name}"[:24], of_type[measure], form) for name, of_type in by_type.items()]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     if args.ckpt is None:

@@ -481,11 +481,6 @@ def load_metrics(path: Path) -> list[dict]:
         raise UserError(f"cannot read the metrics {path}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     output_dir = Path(args.output_dir) if args.output_dir else None

@@ -240,11 +240,6 @@ def distinct(args: Arguments, tokenizer: Any, config: Any, questions: list[str])
     return {"distinct_answers": mean(answers), "distinct_texts": mean(texts)}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 class Curve(Results):
     MODELS = ("ckpt",)
 

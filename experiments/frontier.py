@@ -220,11 +220,6 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
     return "\n".join(text)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def read_answers(folder: Path) -> dict[tuple[str, float], float]:
     """Accuracy by run and α."""
     rows = read_rows(folder / "answers.jsonl")

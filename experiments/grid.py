@@ -123,11 +123,6 @@ def all_commands(content: dict[str, Any]) -> list[str]:
     return lines + content["report"][1:]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def read_paths(path: str | None) -> dict[str, str]:
     """Local copies by hub name, from a YAML file."""
     if path is None:

@@ -581,11 +581,6 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
     return files
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     if args.processes < 1:

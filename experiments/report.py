@@ -244,11 +244,6 @@ def draw(records: list[Record], option: str, columns: list[Column], folder: Path
     return paths
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     done = [record for record in records.values() if record["status"] == "done" and record["phase"] == "study"]

@@ -166,11 +166,6 @@ def pictures(tuning: list[Record], folder: Path) -> list[Path]:
     return [draw(path, found, log) for path, found, log in zip(paths, (lines, weights), (False, True), strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def tables(records: list[Record]) -> str:
     """All tables as Markdown."""
     study, tuning = done(records, "study"), done(records, "tuning")
