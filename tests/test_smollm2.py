@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import scipy.stats
 
-from common.intervals import by_seed, difference
 from experiments import smollm2
 
 LOSSES = {"pissa": [1.5, 0.9, 0.7, 0.6], "lora": [1.5, 1.2, 0.8, 0.75]}
@@ -66,14 +64,6 @@ def test_equal_learning_is_between_the_ends_of_runs_up_to_the_best_rate():
         "pissa",
         f"{np.interp(-1.135, [-1.2, -1.1], [c['kl_base_tuned@100'] for c in curves]):.3f}",
     ]
-
-
-def test_differences_are_taken_seed_by_seed():
-    ours, theirs = {1: 0.1, 2: 0.3, 3: 0.2}, {3: 0.1, 2: 0.1, 1: 0.05, 4: 9.0}
-    interval = scipy.stats.ttest_rel([0.1, 0.3, 0.2], [0.05, 0.1, 0.1]).confidence_interval()
-    assert (
-        difference(by_seed(ours, theirs).values(), 3) == f"{0.35 / 3:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-    )
 
 
 def test_the_tables_and_pictures_of_a_folder(records, tmp_path, capsys):
