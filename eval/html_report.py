@@ -18,7 +18,7 @@ from typing import Any
 from common.cli import UserError
 from common.runs import write_whole
 from eval.benchmark import read_jsonl
-from eval.results import ReportedRun
+from eval.results import TERMS, ReportedRun
 
 TEMPLATE = Path(__file__).with_suffix(".html").with_name("report.html")
 PLACE = "<!-- data -->"
@@ -43,19 +43,10 @@ FACTS = {"extracted": "extracted", "last_number": "last number", "verdict": "pro
 FACTS |= {"problem": "problem", "score": "score", "judge": "judge"}
 TEXTS = {"program": "program", "output": "what the program printed", "judgment": "judgment"}
 
-CURVES = {
-    "loss": "loss, nats per token",
-    "task": "task loss, nats per token",
-    "consistency": "consistency, L_CR",
-    "diversity": "diversity, L_DR",
-    "spectral": "spectral, L_SVDR",
-    "lambda_consistency": "λ₁, weight of L_CR",
-    "lambda_diversity": "λ₂, weight of L_DR",
-    "lambda_spectral": "λ₃, weight of L_SVDR",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "validation": "validation score",
-}
+CURVES = {"loss": "loss, nats per token", "task": "task loss, nats per token"}
+CURVES |= {name: f"{name}, {loss}" for name, (loss, _) in TERMS.items()}
+CURVES |= {f"lambda_{name}": f"{weight}, weight of {loss}" for name, (loss, weight) in TERMS.items()}
+CURVES |= {"learning_rate": "learning rate", "grad_norm": "gradient norm", "validation": "validation score"}
 MOST_POINTS = 500  # most points of a curve; a longer curve is averaged over neighbours
 
 

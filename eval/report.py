@@ -38,7 +38,7 @@ from common.runs import first_difference, write_whole
 from eval.benchmark import read_jsonl
 from eval.html_report import require_writable, write_html
 from eval.published import PublishedTable, published_rows, published_tables
-from eval.results import BESIDE, METHODS, NLG, NLU, Column, ReportedRun, load_runs, scoring
+from eval.results import BESIDE, METHODS, NLG, NLU, TERMS, Column, ReportedRun, load_runs, scoring
 
 NOT_RUN, NOT_JUDGED, FAILED, NOT_PUBLISHED = "not run", "not judged", "failed", "not published"
 
@@ -414,17 +414,12 @@ def plot_tables(tables: list[Table]) -> Any:
 
 
 WEIGHTS_PANEL = "weights, relative to their largest"
-PANELS = (
-    ("loss and task loss, nats per token", {"loss": "loss", "task": "task"}),
-    ("consistency", {"consistency": "L_CR"}),
-    ("diversity", {"diversity": "L_DR"}),
-    ("spectral", {"spectral": "L_SVDR"}),
-    (
-        WEIGHTS_PANEL,
-        {"lambda_consistency": "λ₁", "lambda_diversity": "λ₂", "lambda_spectral": "λ₃"},
-    ),
-    ("learning rate", {"learning_rate": "learning rate"}),
-)
+PANELS = {
+    "loss and task loss, nats per token": {"loss": "loss", "task": "task"},
+    **{name: {name: loss} for name, (loss, _) in TERMS.items()},
+    WEIGHTS_PANEL: {f"lambda_{name}": weight for name, (_, weight) in TERMS.items()},
+    "learning rate": {"learning_rate": "learning rate"},
+}
 MAX_CURVES = 12  # most columns of a picture of training curves
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#CC79A7", "-."), ("#000000", "-"))
 

@@ -43,6 +43,8 @@ NLU = {  # on the development sets; MNLI's is the matched one
 }
 # Forgetting is measured beside the benchmarks. It has no published numbers, and averages leave it out.
 BESIDE = {"forgetting": Column("forgetting, nats", "forgetting", scale=1.0, form="{:+.3f}")}
+# Of every term its loss and its weight.
+TERMS = {"consistency": ("L_CR", "λ₁"), "diversity": ("L_DR", "λ₂"), "spectral": ("L_SVDR", "λ₃")}
 METHODS = {"full": "Full FT", "lora": "LoRA", "pissa": "PiSSA", "ba-lora": "BA-LoRA"}
 
 

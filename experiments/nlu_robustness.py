@@ -529,24 +529,19 @@ STYLE = {"full": ("#999999", "s"), "lora": ("#E69F00", "^"), "pissa": ("#0072B2"
 STYLE |= {"probe": ("#009E73", "x")}
 
 
-def draw_panel(
-    axis: Any,
-    rows: dict[Cell, dict[str, Any]],
-    head: str,
-    conditions: tuple[str, ...],
-    places: list[float],
-    domain: str,
-) -> None:
-    """A curve per method over `conditions`, which stand at `places`; those that were not run are left out."""
+def draw_panel(axis: Any, rows: dict[Cell, dict[str, Any]], head: str, places: dict[str, float], domain: str) -> None:
+    """A curve per method over the conditions at their `places`; those that were not run are left out."""
     for number, method in enumerate([*METHODS, "probe"]):
         colour, marker = STYLE[method]
         source = "probe" if method == "probe" else head
-        groups = [list(values(rows, c, method, source, "accuracy", domain).values()) for c in conditions]
-        known = [position for position, group in enumerate(groups) if group]
+        groups = {
+            place: list(values(rows, c, method, source, "accuracy", domain).values()) for c, place in places.items()
+        }
+        groups = {place + (number - 2) * 0.04: group for place, group in groups.items() if group}
         axis.errorbar(
-            [places[position] + (number - 2) * 0.04 for position in known],
-            [statistics.mean(groups[position]) for position in known],
-            [statistics.stdev(groups[at]) if len(groups[at]) > 1 else 0.0 for at in known],
+            list(groups),
+            [statistics.mean(group) for group in groups.values()],
+            [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups.values()],
             color=colour,
             marker=marker,
             linestyle="--" if method == "probe" else "-",
@@ -559,15 +554,14 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
     """Accuracy under noise and imbalance, one panel per head: mean and standard deviation over seeds."""
     plt = pyplot()
     files = []
-    for kind, conditions, label in (
-        ("noise", CONDITIONS[:4], "flipped training labels, %"),
-        ("imbalance", (CONDITIONS[0], *CONDITIONS[4:]), "negative sentences to one positive"),
+    for kind, conditions, places, label in (  # to scale, the second by its logarithm
+        ("noise", CONDITIONS[:4], (0, 1, 2, 4), "flipped training labels, %"),
+        ("imbalance", (CONDITIONS[0], *CONDITIONS[4:]), (0, 1, 1.7), "negative sentences to one positive"),
     ):
         ticks = [c.split()[1] for c in conditions] if kind == "noise" else ["1", "10", "50"]
-        places = [0, 1, 2, 4] if kind == "noise" else [0, 1, 1.7]  # to scale, the second by its logarithm
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
         for axis, head in zip(axes, HEADS, strict=True):
-            draw_panel(axis, rows, head, conditions, places, domain)
+            draw_panel(axis, rows, head, dict(zip(conditions, places, strict=True)), domain)
             axis.set_xticks(places, ticks)
             axis.set_xlabel(label)
             axis.set_title(f"{head} head")
