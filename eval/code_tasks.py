@@ -119,6 +119,11 @@ class Statement:
         }
 
     @functools.cached_property
+    def returns(self) -> bool:
+        """Whether it belongs into a function."""
+        return any(map(_returns, self.nodes))
+
+    @functools.cached_property
     def names(self) -> Names:
         return _names_of(self.text) if self.nodes else Names(set(), set(), set())
 
@@ -351,7 +356,7 @@ def _defines(statement: Statement, names: tuple[str, ...]) -> bool:
 
 def _defining(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
     """The statements that define one of `names`, but not in a function's body; none if they are stubs for a body."""
-    bodies = {s.group for s in statements if any(map(_returns, s.nodes))}
+    bodies = {s.group for s in statements if s.returns}
     found = [s for s in statements if _defines(s, names) and s.group not in bodies]
     return [] if bodies and all(s.is_stub() for s in found) else found
 
@@ -457,7 +462,7 @@ def _body(lines: list[str], statements: list[Statement]) -> str:
     groups: dict[int, list[Statement]] = {}
     for statement in statements:
         groups.setdefault(statement.group, []).append(statement)
-    returning = [group for group in groups.values() if any(_returns(node) for s in group for node in s.nodes)]
+    returning = [group for group in groups.values() if any(s.returns for s in group)]
     if not groups:
         return "\n"
     chosen = (returning or list(groups.values()))[0]
