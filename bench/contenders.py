@@ -19,6 +19,7 @@ from common.pretrained import resolve_demo
 from common.runs import package_versions
 from common.tables import load_records, require_fields
 from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX
 
 WEIGHTS = (0.025, 0.005, 0.005)  # λ₁, λ₂, λ₃
 NAMES = ("consistency", "diversity", "spectral")
@@ -65,7 +66,7 @@ def padded_batch(examples: list[dict]) -> dict[str, Tensor]:
     return {
         "input_ids": torch.tensor([pad(e["input_ids"], 0) for e in examples]),
         "attention_mask": torch.tensor([pad([1] * len(e["input_ids"]), 0) for e in examples]),
-        "labels": torch.tensor([pad(e["labels"], train.IGNORE_INDEX) for e in examples]),
+        "labels": torch.tensor([pad(e["labels"], IGNORE_INDEX) for e in examples]),
     }
 
 

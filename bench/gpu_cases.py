@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import train
 from common.packing import enable_packing
 from common.targets import TARGET_MODULES, find_target_modules
+from common.templates import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parent.parent
 ICLR = contenders.REGULARIZERS
@@ -142,7 +143,7 @@ def examples(count: int, vocabulary: int, longest: int, seed: int = 0, exactly: 
         ids = torch.cat([head, torch.randint(2, vocabulary, (prompt + answer,), generator=generator)])
         ids = ids[: min(longest, prompt + answer)].tolist()
         prompt = min(prompt, len(ids) - 2)
-        rows.append({"input_ids": ids, "labels": [train.IGNORE_INDEX] * prompt + ids[prompt:], "index": index})
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:], "index": index})
     return rows
 
 

@@ -19,6 +19,7 @@ import train
 from common import chunked
 from common.activations import save_activations
 from common.targets import TARGET_MODULES, find_target_modules
+from common.templates import IGNORE_INDEX
 
 Step = Callable[[], Any]
 
@@ -49,7 +50,7 @@ def peft_step(model: nn.Module, options: Options, rank: int, rows: list[dict], p
                 with torch.no_grad():
                     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
                     reference = teacher(**inputs).logits
-                mask = batch["labels"] != train.IGNORE_INDEX
+                mask = batch["labels"] != IGNORE_INDEX
                 loss = loss + contenders.public_regularizers(output.logits, reference, mask)
                 del reference
             del output

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 import train
 from common.activations import save_activations
 from common.cli import run_script
-from common.packing import enable_packing
+from common.packing import enable_packing, shared_beginning
 from common.pretrained import load_tokenizer_and_config, resolve_demo
 from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX
 
 
 def rate(size: int = 1536, repeats: int = 7) -> float:
@@ -108,8 +109,8 @@ def main(argv: list[str]) -> None:
     timed = batches[1:]
     tokens = statistics.mean(train.PackingCollator()(batch)["input_ids"].numel() for batch in timed)
     padded = statistics.mean(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in timed)
-    valid = statistics.mean(sum(label != train.IGNORE_INDEX for e in batch for label in e["labels"]) for batch in timed)
-    shared = statistics.mean(train.shared_beginning(batch) for batch in timed)
+    valid = statistics.mean(sum(label != IGNORE_INDEX for e in batch for label in e["labels"]) for batch in timed)
+    shared = statistics.mean(shared_beginning(batch) for batch in timed)
     r = args.rank
     # What the last feed-forward leaves out: as many tokens' worth of its part of the body.
     skipped = sum(m.weight.numel() for m in model.get_decoder().layers[-1].mlp.modules() if type(m) is torch.nn.Linear)

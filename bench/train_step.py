@@ -22,6 +22,7 @@ from common.cli import run_script
 from common.conversations import num_valid
 from common.pretrained import load_tokenizer_and_config, resolve_demo
 from common.ranks import peak_memory_gib
+from common.templates import IGNORE_INDEX
 
 CONTENDERS = {
     "peft": "PEFT's PiSSA, stock loss",
@@ -80,7 +81,7 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
             if name == "public":
                 with torch.no_grad():
                     reference = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                mask = batch["labels"] != train.IGNORE_INDEX
+                mask = batch["labels"] != IGNORE_INDEX
                 loss = loss + contenders.public_regularizers(output.logits, reference, mask)
                 del reference
             del output

@@ -18,7 +18,7 @@ import torch
 import train
 from common import checkpoints, pretrained
 from common.cli import UserError, parse_arguments, run_script
-from common.conversations import load_training_records
+from common.conversations import encoded, load_training_records
 from common.markdown import markdown
 
 
@@ -60,7 +60,7 @@ def measured(folder: Path, count: int) -> dict[int, dict[str, float]]:
         raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
     path = pretrained.resolve_demo(args.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, args.model_revision, args.trust_remote_code)
-    examples, _ = train.encoded(args, tokenizer, load_training_records(args).select(range(count)))
+    examples, _ = encoded(args, tokenizer, load_training_records(args).select(range(count)))
     model, rows = None, {}
     for checkpoint in found:
         tensors = checkpoints.load_tensors(checkpoint)

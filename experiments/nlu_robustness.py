@@ -113,7 +113,7 @@ def prepare(num_threads: int = 1) -> None:
     args = nlu.Arguments(model="demo", max_length=MAX_TOKENS + 1)
     path = nlu.model_path(args)
     tokenizer, config = nlu.load_tokenizer(args, path, len(data.class_names))
-    collator = nlu.Collator(tokenizer.pad_token_id)
+    collator = nlu.Collator.of(tokenizer, config)
     PARTS.update(path=path, config=config, collator=collator, data=data, targets=args.target_modules)
     model = load_classifier(path, config, seed=0)
     sizes = {"train": None, "validation": NUM_VALIDATION} | dict.fromkeys(data.tests, NUM_DOMAIN) | {"movies": NUM_TEST}

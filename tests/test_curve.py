@@ -11,6 +11,7 @@ from test_forgetting import by_formula
 from test_user_errors import error_of
 
 import train
+from common.conversations import build_dataset
 from eval import backends
 from eval.generation import Completion
 from experiments import curve
@@ -109,7 +110,7 @@ def check_responses(point, tuned, tokenizer, data_file):
     losses, rows = [], []
     for line in data_file.read_text().splitlines():
         row = json.loads(line)
-        example, _ = train.build_dataset(
+        example, _ = build_dataset(
             train_rows([row]), tokenizer, ["instruction", "output"], 512
         )  # the prompt's border is common/templates.py's business, tested there
         ids, labels = torch.tensor(example[0]["input_ids"]), torch.tensor(example[0]["labels"])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_user_errors import error_of
 
 import train
+from common.conversations import build_dataset
 from experiments import gradients
 
 
@@ -38,9 +39,7 @@ def test_shares_along_a_run_are_those_of_the_oracle(checkpoint, data_file, tmp_p
     row = json.loads(data_file.read_text().splitlines()[0])
     import datasets
 
-    example, _ = train.build_dataset(
-        datasets.Dataset.from_list([row]), make_tokenizer(), ["instruction", "output"], 512
-    )
+    example, _ = build_dataset(datasets.Dataset.from_list([row]), make_tokenizer(), ["instruction", "output"], 512)
     ids, labels = (torch.tensor(example[0][name]) for name in ("input_ids", "labels"))
     valid, args = labels[1:] != -100, train.parse_arguments(train.Arguments, "", ["--config", str(out / "config.yaml")])
     for step, shares in found.items():

@@ -58,6 +58,9 @@ CONFIGS = {
         position_biased_input=False,
         **SMALL,
     ),
+    "xlnet": lambda: transformers.XLNetConfig(  # classifies by the last position, and pads on the left
+        vocab_size=32, initializer_range=0.3, d_model=16, n_layer=2, n_head=2, d_inner=32, pad_token_id=0
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=32, initializer_range=0.3, n_layer=2, n_head=2, n_embd=16, n_positions=130, eos_token_id=1
     ),
@@ -70,8 +73,11 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if kind == "gpt2":  # as published: no padding token, nothing added
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
+    if kind == "xlnet":
+        single, pair = "$A [SEP] [CLS]:2", "$A [SEP] $B:1 [SEP]:1 [CLS]:2"
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 1)]
+        single=single, pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 1)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", sep_token="[SEP]", cls_token="[CLS]", unk_token="[UNK]"
@@ -339,7 +345,7 @@ def test_features_are_what_the_final_layer_turns_into_logits(encoders, kind):
     model = load_classifier(args.model, config, seed=1)
     rng = np.random.default_rng(3)
     examples = encode(tokenizer, config, [(sentence(rng), sentence(rng)) for _ in range(9)], 128)
-    outputs = run_model(model, examples, nlu.Collator(tokenizer.pad_token_id), batch_size=4)
+    outputs = run_model(model, examples, nlu.Collator.of(tokenizer, config), batch_size=4)
     layer = final_linear(model)
     bias = torch.zeros(3) if layer.bias is None else layer.bias.detach()
     assert np.abs(apply_probe((layer.weight.detach(), bias), outputs.features) - outputs.logits).max() < 1e-5
@@ -833,7 +839,7 @@ def test_a_trained_classifier_scores_as_plain_transformers_in_every_order_of_its
         examples = encode(base.tokenizer, base.config, data.train.texts, 128)
         expected, names = plain_logits(folder, examples)
         assert np.ptp(expected) > 0.5
-        ours = run_model(model, examples, nlu.Collator(base.tokenizer.pad_token_id)).logits
+        ours = run_model(model, examples, nlu.Collator.of(base.tokenizer, base.config)).logits
         places = [[name.lower() for name in names].index(name) for name in data.class_names]
         assert np.abs(ours - expected[:, places]).max() < 1e-4
         assert ("taken by name" in capsys.readouterr().out) == (number > 0)
@@ -974,7 +980,7 @@ def test_a_constant_prediction_is_no_best_state(encoders):
     data = nlu.Data(split, split, {}, [], ("pearson",))
     model, base = loaded(encoders["bert"], data)
     split.examples = encode(base.tokenizer, base.config, split.texts, 128)
-    collator = nlu.Collator(base.tokenizer.pad_token_id)
+    collator = nlu.Collator.of(base.tokenizer, base.config)
     assert np.isfinite(nlu.validation_score(model, data, collator))
     final_linear(model).weight.data.zero_()
     assert nlu.validation_score(model, data, collator) == -np.inf
@@ -1007,21 +1013,22 @@ def test_a_tiny_twin_of_every_run_of_glue_takes_a_step(tmp_path, encoders, exper
     assert len(seen) == 4 * len({model for model, _ in seen})
 
 
-def test_a_model_that_classifies_by_its_last_position_is_refused(tmp_path):
-    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16, pad_token_id=0)
-    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
-    make_tokenizer("bert").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="by its last position, which padding fills here: take a model"):
-        nlu.load_tokenizer(nlu.Arguments(model=str(tmp_path)), str(tmp_path), 2)
-
-
-def test_a_model_without_padding_or_end_token_is_refused(tmp_path):
+def test_a_model_without_padding_and_end_token_pads_with_another_special_token_or_is_refused(tmp_path):
     folder = make_encoder(tmp_path / "model", "gpt2")
     tokenizer = make_tokenizer("gpt2")
     tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="neither a padding nor an end token"):
+    with pytest.raises(UserError, match="no special token that can pad: declare its pad_token"):
         nlu.load_tokenizer(nlu.Arguments(), str(folder), 2)
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.save_pretrained(folder)
+    data = reviews(tmp_path / "data.jsonl")
+    run(tmp_path, "--model", folder, "--data", data, "--test-data", data)
+    texts = [json.loads(line)["sentence"] for line in data.read_text().splitlines()]
+    examples = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+    expected, names = plain_logits(tmp_path / "out" / "merged", examples)
+    predicted = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["predicted"] for row in predicted] == [names[row.argmax()] for row in expected]
 
 
 def test_a_probes_logits_add_up_to_0_and_k_is_dead_one_earlier():

@@ -392,7 +392,7 @@ def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
 def test_fewer_activations_are_kept_under_a_bfloat16_base(tokenizer):
     """Where the adapters are fp32: loss and gradients are those of the modules' own forward."""
     records = datasets.Dataset.from_list([{"q": "ab" * n, "a": "The sum is " + "c" * n} for n in (1, 9)])
-    examples = list(train.build_dataset(records, tokenizer, ["q", "a"], 400)[0])
+    examples = list(build_dataset(records, tokenizer, ["q", "a"], 400)[0])
     results = []
     for lean in (False, True):
         model = make_model(initializer_range=0.1).to(torch.bfloat16)

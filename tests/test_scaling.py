@@ -14,6 +14,7 @@ from test_user_errors import error_of
 import train
 from common import exports, peft_format
 from common.cli import RunStopped
+from common.conversations import build_dataset
 from eval import forgetting
 
 IDS = torch.arange(24).view(2, 12) * 10
@@ -107,7 +108,7 @@ def test_auto_takes_the_smallest_scale_within_the_tolerance(runs, method, capsys
     for tenths in range(1, 11):
         model, losses, kls = between(runs, method, tenths / 10), [], []
         for row in sorted(order[:4]):
-            example, _ = train.build_dataset(rows_of(kept[row]), make_tokenizer(), ["instruction", "output"], 512)
+            example, _ = build_dataset(rows_of(kept[row]), make_tokenizer(), ["instruction", "output"], 512)
             ids, labels = (torch.tensor(example[0][name]) for name in ("input_ids", "labels"))
             with torch.no_grad():
                 p, q = (each(ids[None]).logits[0, :-1].log_softmax(-1) for each in (base, model))

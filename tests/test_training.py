@@ -29,6 +29,7 @@ from common.prompts import ALPACA_PROMPT, encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
 from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX
 from common.training import MicroBatches, Training, random_order
 
 # ---------------------------------------------------------------------------------------------- data
@@ -40,10 +41,10 @@ def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
     together = tokenizer(prompt + response)["input_ids"]
     assert tokenizer.convert_tokens_to_ids(MERGED) in together  # the trap is there
     example = encode_turn(tokenizer, "Add", response, 512)
-    learnt = [token for token in example["labels"] if token != train.IGNORE_INDEX]
+    learnt = [token for token in example["labels"] if token != IGNORE_INDEX]
     assert tokenizer.decode(learnt[:-1]) == response
     assert learnt[-1] == tokenizer.eos_token_id
-    unlearnt = [t for t, label in zip(*example.values(), strict=True) if label == train.IGNORE_INDEX]
+    unlearnt = [t for t, label in zip(*example.values(), strict=True) if label == IGNORE_INDEX]
     assert tokenizer.decode(unlearnt) == prompt
 
 
@@ -65,7 +66,7 @@ def test_valid_positions_predict_exactly_the_response(tokenizer):
         (row * width + i, example["labels"][i + 1])
         for row, example in enumerate(examples)
         for i in range(len(example["labels"]) - 1)
-        if example["labels"][i + 1] != train.IGNORE_INDEX
+        if example["labels"][i + 1] != IGNORE_INDEX
     ]
     assert list(zip(batch["valid_positions"].tolist(), batch["targets"].tolist(), strict=True)) == expected
     prompt_end = len(encode_prompt(tokenizer, "a")) - 1

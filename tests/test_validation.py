@@ -19,10 +19,12 @@ from conftest import ROOT, make_model, make_tokenizer, start_script
 from safetensors.torch import load_file
 
 import train
+from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.prompts import encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
+from common.templates import IGNORE_INDEX
 from common.training import Training, random_order
 from common.validation import is_out_of_patience, read_prompts, vain_validations
 
@@ -104,7 +106,7 @@ def logits_of_each(model: torch.nn.Module, examples: list[dict]) -> tuple[np.nda
     logits, targets = [], []
     for example in examples:
         labels = torch.tensor(example["labels"])[1:]
-        valid = labels != train.IGNORE_INDEX
+        valid = labels != IGNORE_INDEX
         with torch.no_grad():
             whole = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
         logits.append(whole[valid].numpy())
@@ -135,7 +137,7 @@ def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packi
     if head == "scaled":
         base.register_forward_hook(halved)
     records = load_records(str(folder / "held_out.jsonl"))
-    held_out, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
+    held_out, _ = build_dataset(records, tokenizer, ["instruction", "output"], 512)
     model = train.add_adapters(copy.deepcopy(base), "ba-lora", 4, 4.0, None)
     for layer in train.adapter_layers(model).values():
         layer.lora_B.data += 0.02  # away from the teacher
