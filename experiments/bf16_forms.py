@@ -6,7 +6,8 @@ prints the table; each run is a row of experiments/results/bf16_forms.jsonl, and
     python experiments/bf16_forms.py --table    the table alone
 
 Plan, committed before the first row. SmolLM2-135M-Instruct on the demo's problems (configs/demo.yaml, r = 32): PiSSA at
-1e-4 and LoRA at 1e-3, 100 steps, three seeds; then PiSSA for 400 steps. Forms of ΔW x, with everything else alike:
+1e-4 and LoRA at 1e-3, 100 steps of 4 sequences, three seeds; then PiSSA for 400 steps. (Until the first row was due the
+plan had the configuration's 8 sequences: three seeds of those do not fit the budget.) Forms of ΔW x, all else alike:
     stacked       [B, −B₀] [A; A₀] x, as train.py has it, with the factors rounded to bf16
     differences   (B − B₀) A x + B₀ (A − A₀) x: the same rank and cost, the differences taken in fp32 and then rounded
     residual      (W − s B₀A₀) x + s B A x, the residual rounded to bf16: PEFT's PiSSA under autocast
@@ -97,7 +98,7 @@ def run(form: str, method: str, rate: float, steps: int, seed: int, folder: Path
     words = ["--config", "configs/demo.yaml", "--method", method, "--learning-rate", str(rate), "--seed", str(seed)]
     words += ["--dtype", "float32" if form == "fp32" else "bfloat16", "--max-steps", str(steps), "--eval-share", "0.02"]
     words += ["--eval-steps", str(steps), "--save-steps", "0", "--report-to", "none", "--output-dir", str(folder)]
-    words += ["--init-cache", "output/bf16_forms"]
+    words += ["--init-cache", "output/bf16_forms", "--batch-size", "4", "--gradient-accumulation", "1"]
     kept = {}
 
     def keep(model, *_, **__):
