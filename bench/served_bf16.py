@@ -3,9 +3,9 @@
 
     python bench/served_bf16.py output/pissa output/lora --limit 60
 
-Each folder is a run of train.py. The trained function is the base's weights as the run read them, with ΔW added in fp32,
-computed in fp32. Compared with it, on held-out examples: the mean loss of a response token, and how far a response's
-log-likelihood is off, per token.
+Each folder is a run of train.py. The trained function is the base's weights as the run read them, with ΔW added in
+fp32, computed in fp32. Compared with it on held-out examples: the mean loss of a response token, and how far a
+response's log-likelihood is off, per token.
     training            base and stacked factors in bf16, as train.py computes
     PEFT                base in bf16, factors in fp32 (its default) or in bf16
     vLLM                base in bf16 with the adapter, whose factors it makes bf16
