@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.cli import UserError
 from common.partitioned import device_of, gathered_module_by_module
 from common.templates import IGNORE_INDEX
+from common.tensors import padded
 
 PER_SEQUENCE = "per_sequence"  # the name of `attend_per_sequence` among transformers' attention functions
 in_one_launch = True  # on a GPU in half precision: torch's attention for sequences of any lengths, until a trial fails
@@ -78,15 +79,8 @@ class PaddingCollator:
     pad_token_id: int
 
     def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, example in enumerate(examples):
-            length = len(example["input_ids"])
-            input_ids[row, :length] = torch.tensor(example["input_ids"])
-            labels[row, :length] = torch.tensor(example["labels"])
-            attention_mask[row, :length] = 1
+        input_ids, attention_mask = padded([example["input_ids"] for example in examples], self.pad_token_id)
+        labels, _ = padded([example["labels"] for example in examples], IGNORE_INDEX)
         next_token = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         # The positions are found on the CPU: a boolean mask on the device would make the host wait for the count.
         valid_positions = (next_token != IGNORE_INDEX).nonzero().squeeze(1)

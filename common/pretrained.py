@@ -72,6 +72,20 @@ def load_tokenizer_and_config(
     return tokenizer, config
 
 
+def settle_config(args: Any, config: "transformers.PretrainedConfig") -> None:
+    """Chooses the attention that `config` needs, and notes what the objective leaves out of the model's own loss.
+
+    Raises:
+        UserError: see `require_trainable`.
+    """
+    require_trainable(args.model, config)
+    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
+        args.attn_implementation = "eager"
+        print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
+    if getattr(config, "output_router_logits", False):
+        print("note: the router's loss (output_router_logits) is not part of the objective")
+
+
 def require_trainable(name: str, config: "transformers.PretrainedConfig") -> None:
     """Raises a UserError where the configuration is of a kind that cannot be trained here."""
     quantization = getattr(config, "quantization_config", None)

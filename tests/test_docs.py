@@ -22,34 +22,19 @@ WRITTEN_BY_RUNS = ("output/", "results/")
 
 # Options of other programs that the pages name, by the program that takes them.
 OTHERS = {
-    "deepspeed": {"--no_local_rank", "--num_gpus", "--hostfile"},
-    "torchrun": {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"},
-    "vllm": {
-        "--served-model-name",
-        "--host",
-        "--port",
-        "--enable-lora",
-        "--max-lora-rank",
-        "--lora-modules",
-        "--model",
-    },
-    "tensorboard": {"--logdir"},
-    "pip": {"--no-deps", "--no-binary", "--dest"},
-    "convert_hf_to_gguf.py": {"--outfile", "--outtype"},
-    "convert_lora_to_gguf.py": {"--outfile", "--outtype", "--base"},
-    "llama-server": {"--model", "--lora", "--jinja"},
-    "snakemake": {
-        "--executor",
-        "--jobs",
-        "--unlock",
-        "--default-resources",
-        "--set-resources",
-        "--set-threads",
-        "--cores",
-    }
-    | {"--slurm-status-command"},
-    "every script": {"--help"},
+    "deepspeed": "--no_local_rank --num_gpus --hostfile",
+    "torchrun": "--nproc_per_node --nnodes --node_rank --master_addr --master_port",
+    "vllm": "--served-model-name --host --port --enable-lora --max-lora-rank --lora-modules --model",
+    "tensorboard": "--logdir",
+    "pip": "--no-deps --no-binary --dest",
+    "convert_hf_to_gguf.py": "--outfile --outtype",
+    "convert_lora_to_gguf.py": "--outfile --outtype --base",
+    "llama-server": "--model --lora --jinja",
+    "snakemake": "--executor --jobs --unlock --default-resources --set-resources --set-threads --cores "
+    "--slurm-status-command",
+    "every script": "--help",
 }
+OTHERS = {program: set(options.split()) for program, options in OTHERS.items()}
 # The shell scripts hand their options on to one of these.
 BEHIND = {name: ["train.py"] for name in ("ba-lora", "lora", "pissa", "full-ft", "nlg")}
 BEHIND |= {"glue": ["finetune_bert_l_sst2.py"]}
