@@ -112,12 +112,11 @@ def anchors(page: Path) -> set[str]:
 
 @functools.cache
 def options_of(script: str) -> frozenset[str]:
-    """The options of a Python script: of its `Arguments`, or added to argparse by it or a file beside it."""
+    """The options of a Python script: of its `Arguments`, or those that it adds to argparse."""
     tree = ast.parse((ROOT / script).read_text())
-    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    beside = [Path(script).with_name(f"{name}.py") for name in imported if name and "." not in name]
-    shared = frozenset().union(*(options_of(str(file)) for file in beside if (ROOT / file).is_file()))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    shared = ["bench/side_by_side.py"] if "step_parser" in (ROOT / script).read_text() else []  # it adds to argparse
+    trees = [tree, *(ast.parse((ROOT / file).read_text()) for file in shared)]
+    calls = [node for each in trees for node in ast.walk(each) if isinstance(node, ast.Call)]
     added = [call for call in calls if getattr(call.func, "attr", None) == "add_argument"]
     names = {word.value for call in added for word in call.args if isinstance(word, ast.Constant)}
     arguments = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments"]
@@ -129,7 +128,7 @@ def options_of(script: str) -> frozenset[str]:
         fields = [item.name for item in declared] + [f"no_{item.name}" for item in declared if item.type is bool]
     else:
         fields = []
-    return frozenset(names | {f"--{name.replace('_', '-')}" for name in fields} | shared | OTHERS["every script"])
+    return frozenset(names | {f"--{name.replace('_', '-')}" for name in fields} | OTHERS["every script"])
 
 
 def python_scripts() -> list[str]:
