@@ -1274,7 +1274,7 @@ def load_student(
     pretrained.require_causal(model)
     if is_main and base.coverage:
         lines = {what: ", ".join(f"{n} {name}" for name, n in names.items()) for what, names in base.coverage.items()}
-        print(f"adapters on {lines['adapted']}; none on {lines['not_adapted'] or 'no other linear layer'}")
+        print(f"adapters on {lines['adapted']}; without adapter: {lines['not_adapted'] or 'none'}")
     return model
 
 
