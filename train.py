@@ -164,7 +164,9 @@ class DataArguments:
 class AdapterArguments:
     """The part of the model that is trained."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option(
+        "ba-lora", "full fine-tuning, LoRA, PiSSA, or ba-lora: PiSSA with the three terms", first=True
+    )
     rank: int = option(128, "adapter rank r", first=True)
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")

@@ -325,7 +325,7 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
             continue
         known = {"0": False, "false": False, "0.0": False, "1": True, "true": True, "1.0": True}
         if as_text(value).lower() not in known:
-            raise UserError(f"{where}: its {name} is {as_text(value)}: 0 and 1 alone are read")
+            raise UserError(f"{where}: its {name} is {as_text(value)}: it must be 0 or 1")
         if not known[as_text(value).lower()]:
             return False
     return True
@@ -387,7 +387,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
     content = message.get("value") if message.get("content") is None else message["content"]
     role = ROLE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise UserError(f"{where}: nobody knows the role {name!r}; roles are {', '.join(ROLES)}")
+        raise UserError(f"{where}: unknown role {name!r}; the roles are {', '.join(ROLES)}")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise UserError(f"{where}: a part of its content is no text: texts alone are trained on")
@@ -444,7 +444,7 @@ def _check_turns(messages: Messages, where: str) -> None:
             raise UserError(f"{where}, message {number}: two assistant turns in a row")
         if message["role"] == "assistant" and before in (None, "system"):
             raise UserError(
-                f"{where}, message {number}: an assistant turn that answers nobody (--skip-bad leaves it out)"
+                f"{where}, message {number}: an assistant turn without a turn before it to answer (--skip-bad skips it)"
             )
         before = message["role"]
 
