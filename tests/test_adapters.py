@@ -258,10 +258,16 @@ def run_folder(tmp_path_factory):
     model.save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
     (folder / "data.jsonl").write_text(json.dumps({"instruction": "Add 1 and 1", "output": "2"}) + "\n")
-    files = ("--model", folder / "base", "--data", folder / "data.jsonl", "--output-dir", folder / "out")
-    options = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--model-revision", "v1")
-    train.main([*map(str, files), *map(str, options)])
+    trained(folder / "base", folder, folder / "out", "--save-steps", 200, "--model-revision", "v1")
     return folder
+
+
+def trained(base: Path, run_folder: Path, out: Path, *options: object) -> Path:
+    """The folder of a run of two steps on `base`."""
+    files = ("--model", base, "--data", run_folder / "data.jsonl", "--output-dir", out)
+    settings = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--save-steps", 0, "--logging-steps", 1)
+    train.main([*map(str, (*files, *settings, *options))])
+    return out
 
 
 def test_what_goes_out_is_readable_without_transformers_5(run_folder):
@@ -375,8 +381,7 @@ def test_an_adapter_of_some_layers_can_be_gone_on_from(choice, run_folder, tmp_p
     peft.get_peft_model(model, peft.LoraConfig(r=4, **CHOICES[choice])).save_pretrained(tmp_path / "adapter")
     before = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     for start, out in ((tmp_path / "adapter", "first"), (tmp_path / "first" / "adapter", "second")):
-        files = ("--model", base, "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / out)
-        train.main([*map(str, files), "--method", "lora", "--max-steps", "1", "--init-adapter", str(start)])
+        trained(base, run_folder, tmp_path / out, "--method", "lora", "--init-adapter", start)
         assert load_file(tmp_path / out / "adapter" / "adapter_model.safetensors").keys() == before
 
 
@@ -444,20 +449,11 @@ def test_a_model_that_cannot_be_trained_is_one_line(kind, run_folder, tmp_path):
     shutil.copytree(run_folder / "base", tmp_path / "base")
     edit, expected = UNTRAINABLE[kind]
     edit(tmp_path / "base")
-    files = ("--model", tmp_path / "base", "--data", run_folder / "data.jsonl", "--output-dir", tmp_path / "out")
     targets = ["--target-modules", "all-linear"] if "dense layers" in kind else []
     with pytest.raises(UserError, match=expected) as error:
-        train.main([*map(str, files), "--rank", "2", *targets])
+        trained(tmp_path / "base", run_folder, tmp_path / "out", *targets)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "merged").exists()
-
-
-def trained(base: Path, run_folder: Path, out: Path, *options: object) -> Path:
-    """The folder of a run of two steps on `base`."""
-    files = ("--model", base, "--data", run_folder / "data.jsonl", "--output-dir", out)
-    settings = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--save-steps", 0, "--logging-steps", 1)
-    train.main([*map(str, (*files, *settings, *options))])
-    return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
