@@ -686,10 +686,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
     summary = {
         "results": scores,
         "validation": {data.metrics[0]: best.best, "step": best.best_step},
-        "steps": training.step,
-        "skipped_steps": training.progress.skipped_steps,
-        "processes": training.num_ranks,
-        "micro_batches": training.batches.accumulation * training.num_ranks,
+        **training.summary(),
         "adapter_parameters": adapter_parameters,
         "head_parameters": head_parameters,
         "class_names": data.class_names,

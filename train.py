@@ -1167,12 +1167,7 @@ def inspect_base(args: Arguments) -> Base:
     tokenizer, config = pretrained.load_tokenizer_and_config(
         path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
-    pretrained.require_trainable(args.model, config)
-    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
-        args.attn_implementation = "eager"
-        print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
-    if getattr(config, "output_router_logits", False):
-        print("note: the router's loss (output_router_logits) is not part of the objective")
+    pretrained.settle_config(args, config)
     attention = None if args.dry_run else args.attn_implementation  # only the run's machine needs to have it
     try:
         with torch.device("meta"):
@@ -1260,9 +1255,7 @@ def load_student(
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
     # Full fine-tuning needs fp32 masters. With adapters the base is frozen, and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
-    model = pretrained.load_model(args, base.path, load_dtype)
-    if args.load_in is None and not any(is_partitioned(parameter) for parameter in model.parameters()):
-        model.to(accelerator.device)  # so that the decompositions run where they are fast
+    model = pretrained.load_model(args, base.path, load_dtype, accelerator.device)
     if checkpoint is not None:
         attach_adapters(model, args, checkpoints.load_tensors(checkpoint))
     elif base.adapter is not None:
@@ -1492,20 +1485,15 @@ def run(args: Arguments, base: Base, started: float) -> None:
     if is_main:
         remedy = checkpoints.way_to_export(args)
         export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
-        progress = training.progress
         summary = {
-            "processes": training.num_ranks,
-            "micro_batches": accumulation * training.num_ranks,
+            **training.summary(),
             "examples": len(dataset),
             "held_out_examples": len(held_out or ()),
             "dropped_examples": num_dropped,
             "trainable_parameters": base.trainable,
             "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
-            "steps": progress.step,
-            "skipped_steps": progress.skipped_steps,
-            "validation": validation.summary(progress.history, progress.step, best),
+            "validation": validation.summary(training.progress.history, training.step, best),
             "resumed_from": str(checkpoint) if checkpoint else None,
-            "train_loss": training.mean_loss(),
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,

@@ -549,6 +549,16 @@ class Training:
                 total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
         return total / max(step, 1)
 
+    def summary(self) -> dict[str, Any]:
+        """The numbers of processes, micro-batches per step, steps and skipped steps; the mean loss."""
+        return {
+            "processes": self.num_ranks,
+            "micro_batches": self.batches.accumulation * self.num_ranks,
+            "steps": self.step,
+            "skipped_steps": self.progress.skipped_steps,
+            "train_loss": self.mean_loss(),
+        }
+
     @property
     def seconds(self) -> float:
         """The seconds of training, with those before an interruption."""

@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,7 +16,8 @@ from common.prompts import encode_prompt, encode_response
 from data import demo
 from eval import gsm8k, report
 from eval.backends import TransformersBackend
-from eval.generation import Sampling, batches, load_backend, response_loss
+from eval.benchmark import load_backend
+from eval.generation import Sampling, batches, response_loss
 
 
 @pytest.mark.parametrize(
@@ -191,8 +193,8 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def transformers_backend(smollm2):
-    path, tokenizer, config, _ = smollm2
-    return load_backend("transformers", path, tokenizer, config, dtype="float32", batch_size=3, max_length=512)
+    path, tokenizer, _, _ = smollm2
+    return load_backend("transformers", path, tokenizer, dtype="float32", batch_size=3, max_length=512)
 
 
 def test_batched_generation_equals_one_prompt_at_a_time(smollm2, transformers_backend):
@@ -224,10 +226,11 @@ def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
     assert response_loss(transformers_backend, prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
 
 
-def by_vllm(path: str, questions: list, prompts: list, responses: list, out: Path) -> None:
+def by_vllm(path: str, questions: list, prompts: list, responses: list, out: Path, adapter: str | None = None) -> None:
     """In a process of its own, which it binds to cores: what it generates, and the loss of the responses."""
-    tokenizer, config = load_tokenizer_and_config(path)
-    backend = load_backend("vllm", path, tokenizer, config, dtype="float32", batch_size=1, max_length=512)
+    tokenizer, _ = load_tokenizer_and_config(path)
+    options = {"dtype": "float32", "batch_size": 1, "max_length": 512, "adapter": adapter}
+    backend = load_backend("vllm", path, tokenizer, **options)
     texts = [completion.text for completion in backend.generate(questions, Sampling(32))]
     out.write_text(json.dumps([texts, response_loss(backend, prompts, responses)]))
 
@@ -256,13 +259,35 @@ def test_vllm_and_transformers_agree(smollm2, transformers_backend, tmp_path):
     assert loss == pytest.approx(their_loss, rel=1e-3)
 
 
+def test_vllm_gives_the_loss_with_an_adapter(smollm2, transformers_backend, tmp_path):
+    """vLLM's own form on a CPU fails there: its adapted logits are those of the sequences, not of their tokens."""
+    pytest.importorskip("vllm")
+    path, tokenizer, _, prompts = smollm2
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(path),
+        peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    responses = [encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
+    words = (path, prompts[:1], prompts, responses, tmp_path / "found.json", adapter)
+    process = forking().Process(target=by_vllm, args=words)
+    process.start()
+    options = {"dtype": "float32", "batch_size": 4, "max_length": 512}
+    loss = response_loss(load_backend("transformers", path, tokenizer, adapter=adapter, **options), prompts, responses)
+    process.join()
+    assert process.exitcode == 0
+    assert json.loads((tmp_path / "found.json").read_text())[1] == pytest.approx(loss, rel=1e-3)
+    assert abs(loss - response_loss(transformers_backend, prompts, responses)) > 0.05
+
+
 def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
     options = {"dtype": "float32", "batch_size": 1, "max_length": 8}
-    assert isinstance(load_backend("auto", str(checkpoint), tokenizer, config, **options), TransformersBackend)
+    assert isinstance(load_backend("auto", str(checkpoint), tokenizer, **options), TransformersBackend)
     with pytest.raises(UserError, match="no vLLM"):
-        load_backend("vllm", str(checkpoint), tokenizer, config, **options)
+        load_backend("vllm", str(checkpoint), tokenizer, **options)
 
 
 def test_a_checkpoint_is_scored_and_reported(checkpoint, tmp_path, capsys):
