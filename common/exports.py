@@ -76,19 +76,14 @@ def clean_tokenizer_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def probe_ids(model: nn.Module) -> Tensor:
-    """Two sequences from all over the vocabulary, (2, 12)."""
-    return torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 24).long().view(2, 12)
-
-
 @torch.no_grad()
 def probe_logits(model: nn.Module) -> Tensor:
-    """(2, 12, V) on the CPU, in fp32."""
-    training = model.training
+    """Of two sequences from all over the vocabulary, (2, 12, V) on the CPU, in fp32."""
+    training, embedding = model.training, model.get_input_embeddings()
+    input_ids = torch.linspace(0, embedding.num_embeddings - 1, 24).long().view(2, 12)
     model.eval()
     try:
-        device = model.get_input_embeddings().weight.device
-        return model(input_ids=probe_ids(model).to(device), use_cache=False).logits.float().cpu()
+        return model(input_ids=input_ids.to(embedding.weight.device), use_cache=False).logits.float().cpu()
     finally:
         model.train(training)
 
@@ -97,7 +92,7 @@ class ReadBack:
     """Compares an export's files with the model that was trained. It must be made before the adapters are merged away.
 
     Attributes:
-        logits: the trained model's logits on `probe_ids`.
+        logits: the trained model's `probe_logits`.
         weights: W by name for a sample of the adapted layers, all of them below SAMPLE_SIZE.
     """
 
