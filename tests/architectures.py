@@ -1,7 +1,7 @@
 """Tiny random models of each architecture, trained for two steps: the table in docs/adapters.md.
 
-python tests/architectures.py [NAME...]          prints the rows
-python tests/architectures.py --vllm [NAME...]   asks vLLM first about those that IN_VLLM lacks: a minute for each
+python tests/architectures.py [NAME...]        prints the rows
+python tests/architectures.py vllm [NAME...]   asks vLLM first about those that IN_VLLM lacks: a minute for each
 """
 
 import contextlib
@@ -356,11 +356,11 @@ def recorded() -> dict:
 
 
 def main(words: list[str]) -> None:
-    names = [word for word in words if word != "--vllm"] or list(ARCHITECTURES)
+    names = [word for word in words if word != "vllm"] or list(ARCHITECTURES)
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             result = trained(name, Path(folder))
-            if "--vllm" in words and name not in recorded():
+            if "vllm" in words and name not in recorded():
                 found = {name: in_vllm(result, Path(folder))}
                 found |= recorded()
                 ordered = {name: found[name] for name in ARCHITECTURES if name in found}
