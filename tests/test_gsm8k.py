@@ -88,6 +88,13 @@ from eval.generation import Sampling, batches, response_loss
         ("The answer is: x2 = 18", 18),
         ("The answer is: x = 18", 18),
         ("The answer is: 2^3", None),
+        ("The answer is: –5", -5),
+        ("The answer is: 1½ hours", Fraction(3, 2)),
+        ("The answer is: ¾", Fraction(3, 4)),
+        ("The answer is: 100% of 18 = 18", 18),
+        (r"So she pays $\boxed{18}$ dollars.", 18),
+        (r"\boxed{17}? No. The answer is: 18", 18),
+        ("The answer is: 2 million", 2),  # as GSM8K's own answers
     ],
 )
 def test_extracted_answers(text, expected):
