@@ -543,6 +543,7 @@ def _first_of_kinds(kinds: Any) -> list[int]:
 
 def _trainable(encoded: "datasets.Dataset") -> "datasets.Dataset":
     """The examples that have a trained token, numbered."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -550,7 +551,7 @@ def _trainable(encoded: "datasets.Dataset") -> "datasets.Dataset":
     encoded = encoded.remove_columns(["fate", "kind", "notes"])
     if len(kept := pc.indices_nonzero(pc.is_in(fates, pa.array(["whole", "cut"])))) < len(encoded):
         encoded = encoded.select(kept)
-    return encoded.add_column("index", list(range(len(encoded))))
+    return encoded.add_column("index", np.arange(len(encoded)))
 
 
 SERVED_SAMPLE = 8  # so many examples of each kind are compared with a server's prompt, and so many kinds after export

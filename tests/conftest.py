@@ -216,14 +216,16 @@ def start_script(
 
 
 def start_ranks(count: int | None, argv: list, folder: Path, script: str) -> tuple[list, list[Path]]:
-    """Starts `count` ranks, or a process that is none; returns them and what they write to."""
+    """Starts `count` ranks, or a process that is none; returns them and what they write to. "{RANK}" in a word of
+    `argv` is each rank's number."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     variables = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count else [{}]
     logs = [folder / f"rank-{port}-{rank}.log" for rank in range(len(variables))]
-    return [start_script(script, argv, log, **those) for log, those in zip(logs, variables, strict=True)], logs
+    words = [[str(word).replace("{RANK}", those.get("RANK", "")) for word in argv] for those in variables]
+    return [start_script(script, *each, **those) for *each, those in zip(words, logs, variables, strict=True)], logs
 
 
 def on_ranks(count: int | None, argv: list, folder: Path, script: str = "train") -> str:
