@@ -299,6 +299,7 @@ class Format:
 
 
 _MASKS = ("weight", "train")
+_WEIGHTS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true", "null", ""), True)
 
 
 def _is_preference(name: str, cell: Any) -> bool:
@@ -320,13 +321,10 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
         UserError: a weight between or beyond 0 and 1.
     """
     for name in _MASKS:
-        value = holder.get(name)
-        if value is None or value == "":
-            continue
-        known = {"0": False, "false": False, "0.0": False, "1": True, "true": True, "1.0": True}
-        if as_text(value).lower() not in known:
-            raise UserError(f"{where}: its {name} is {as_text(value)}: 0 and 1 alone are read")
-        if not known[as_text(value).lower()]:
+        weight = as_text(holder.get(name)).lower()
+        if weight not in _WEIGHTS:
+            raise UserError(f"{where}: its {name} is {weight}: 0 and 1 alone are read")
+        if not _WEIGHTS[weight]:
             return False
     return True
 
@@ -346,14 +344,12 @@ def _parsed(cell: Any, what: str) -> Any:
 
 
 def _read_tools(beside: dict[str, Any], where: str) -> list[dict] | None:
-    for name in ("tools", "functions"):
-        tools = _parsed(beside.get(name), f"{where}: {name}")
-        if tools is None:
-            continue
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise UserError(f"{where}: {name} is no list of tools")
-        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return None
+    tools = _parsed(beside.get("tools", beside.get("functions")), f"{where}: its tools")
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where}: its tools are no list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _read_history(cell: Any, where: str) -> Messages:

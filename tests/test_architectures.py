@@ -17,8 +17,8 @@ from conftest import PUBLISHED, ROOT, forking, make_tokenizer, relative_error
 
 import train
 from common.cli import UserError
-from common.prompts import encode_prompt
 from common.targets import TARGET_MODULES
+from common.templates import encode_prompt
 from data import demo
 
 SHAPE = {

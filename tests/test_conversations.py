@@ -19,9 +19,8 @@ from common.cli import UserError
 from common.conversations import COLUMNS, KEYS, build_dataset, encode_pieces, first_screen
 from common.packing import enable_packing
 from common.pretrained import resolve_demo
-from common.prompts import ALPACA_PROMPT, encode_prompt, encode_response
 from common.targets import TARGET_MODULES
-from common.templates import IGNORE_INDEX, OPENS_THOUGHT, Template
+from common.templates import ALPACA_PROMPT, IGNORE_INDEX, OPENS_THOUGHT, Template, encode_prompt, encode_response
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import train
 from common.packing import enable_packing
-from common.prompts import encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
+from common.templates import encode_prompt
 from common.training import Training, random_order
 from common.validation import is_out_of_patience, read_prompts, vain_validations
 
