@@ -35,6 +35,8 @@ FORMATS = (DEFAULT_FIELDS, ("messages",), ("conversations",), ("conversation",),
 SKIPPED = "skipped: cannot be trained on"
 PREFERENCE = "preference data is not trained on: keep the good answers alone, without this column"
 
+ONLY_TEXTS = "texts alone are trained on: take it away, or leave such examples out (--skip-bad)"
+
 # Columns beside a format's own, and their use. A column that is not listed here is announced as not used.
 COLUMNS = {
     "input": "read: stands below the instruction",
@@ -49,10 +51,10 @@ COLUMNS = {
     "chosen": f"refused, as every name with this word in it: {PREFERENCE}",
     "rejected": f"refused, as every name with this word in it: {PREFERENCE}",
     "label": f"refused where it is true or false: {PREFERENCE}",
-    "images": "refused: texts alone are trained on",
-    "image": "refused: texts alone are trained on",
-    "audios": "refused: texts alone are trained on",
-    "videos": "refused: texts alone are trained on",
+    "images": f"refused: {ONLY_TEXTS}",
+    "image": f"refused: {ONLY_TEXTS}",
+    "audios": f"refused: {ONLY_TEXTS}",
+    "videos": f"refused: {ONLY_TEXTS}",
 }
 # The keys of a message, and their use. A key that is not listed goes to the chat template if the template names it.
 KEYS = {
@@ -65,7 +67,7 @@ KEYS = {
     "tool_calls": "read: written by the chat template, and trained",
     "function_call": "read: one tool call, in OpenAI's older form",
     **dict.fromkeys(REASONING, "read where the chat template has a place for it"),
-    "images": "refused: texts alone are trained on",
+    "images": f"refused: {ONLY_TEXTS}",
 }
 
 # The names of the four roles elsewhere: OpenAI's and Hugging Face's, and ShareGPT's.
@@ -385,9 +387,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
     if role is None:
         raise UserError(f"{where}: nobody knows the role {name!r}; roles are {', '.join(ROLES)}")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise UserError(f"{where}: a part of its content is no text: texts alone are trained on")
-        content = "".join(part["text"] for part in content)
+        content = "".join(_read_part(part, where, unused) for part in content)
     if isinstance(content, dict):
         raise UserError(f"{where}: its content is no text")
     content = "" if content is None else as_text(content)
@@ -407,6 +407,15 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
         if key not in _MASKS:
             unused.append(f"keys {key}")
     return read
+
+
+def _read_part(part: Any, where: str, unused: list[str]) -> str:
+    """The text of one part of a content. OpenAI's names for such parts are text, input_text and output_text."""
+    is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+    if not is_text or not str(part.get("type") or "text").endswith("text"):
+        raise UserError(f"{where}: a part of its content is no text: {ONLY_TEXTS}")
+    unused += [f"keys {key}" for key, value in part.items() if key not in ("type", "text") and _holds(value)]
+    return part["text"]
 
 
 def _read_calls(message: dict, where: str) -> list[dict]:

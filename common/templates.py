@@ -288,8 +288,7 @@ class Template:
                     return render([_with_arguments_as_text(message) for message in messages])
             except Exception:  # the first error says more
                 pass
-            what = f"the chat template refuses it: {first_line(error)}"
-            raise UserError(f"{what}; leave it out (--skip-bad), or take another --template") from error
+            raise UserError(f"the chat template refuses it: {first_line(error)}; {_remedy(messages, tools)}") from error
 
     def _written(self, messages: Messages, tools: list[dict] | None) -> tuple[str, list[tuple[int, int]]]:
         """A conversation's text as it is trained, and the spans of its generation marks.
@@ -387,12 +386,9 @@ class Template:
         for index, message in enumerate(messages):
             marked = [*messages[:index], _marked(message), *messages[index + 1 :]]
             if MARK not in self._render(marked, tools)[0]:
-                what, remedy = "", "take --template raw, or leave it out (--skip-bad)"
-                if message.get("tool_calls"):
-                    what, remedy = "the tool calls of ", "write them as text, or take a model with a template for them"
-                raise UserError(
-                    f"the chat template drops {what}message {index + 1}, of the role {message['role']}: {remedy}"
-                )
+                what = "the tool calls of " * bool(message.get("tool_calls"))
+                whose = f"{what}message {index + 1}, of the role {message['role']}"
+                raise UserError(f"the chat template drops {whose}: {_remedy(messages, tools)}")
         if tools and self._render(messages, tools)[0] == self._render(messages)[0]:
             raise UserError("the chat template has no place for tools: write them into the system's turn")
 
@@ -472,6 +468,13 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
         for call in message.get("tool_calls", ())
     ]
     return message | ({"tool_calls": calls} if calls else {})
+
+
+def _remedy(messages: Messages, tools: list[dict] | None) -> str:
+    """What a user can do about a conversation that the chat template does not write."""
+    if tools or any(message.get("tool_calls") for message in messages):
+        return "leave it out (--skip-bad), or write calls and results as texts of assistant and user"
+    return "leave it out (--skip-bad), or take --template raw"
 
 
 def _marked(message: dict[str, Any]) -> dict[str, Any]:
