@@ -126,7 +126,7 @@ def test_each_form_of_tokenizer_is_rendered_by_the_server_as_it_is_trained(tmp_p
             tokenizer = make(folder)
             tokenizer.chat_template = MISTRAL.replace("{{ bos_token }}", "{{ bos_token }}" * bool(tokenizer.bos_token))
             template = Template(tokenizer, name)
-            make_model(vocab_size=len(tokenizer)).save_pretrained(folder / "merged")
+            make_model(vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=0).save_pretrained(folder / "merged")
             template.save(folder / "merged")
             folders.append(folder / "merged")
             trained.append([token for ids, _ in template.pieces(talk) for token in ids])
