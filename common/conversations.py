@@ -301,7 +301,7 @@ class Format:
 
 
 _MASKS = ("weight", "train")
-_WEIGHTS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true", "null", ""), True)
+_WEIGHTS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true", ""), True)
 
 
 def _is_preference(name: str, cell: Any) -> bool:
@@ -323,7 +323,9 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
         UserError: a weight between or beyond 0 and 1.
     """
     for name in _MASKS:
-        weight = as_text(holder.get(name)).lower()
+        if holder.get(name) is None:
+            continue
+        weight = as_text(holder[name]).lower()
         if weight not in _WEIGHTS:
             raise UserError(f"{where}: its {name} is {weight}: 0 and 1 alone are read")
         if not _WEIGHTS[weight]:
