@@ -32,6 +32,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under whi
 DAY = time.strptime("2024-07-26", "%Y-%m-%d")
 # A generation prompt may end with an opened or an empty thought that a conversation's text does not have.
 OPENED_THOUGHT = r"<think>\s*(?:</think>\s*)?$"
+AS_TEXTS = "write calls and results as texts of assistant and user"
 OPENS_THOUGHT = "a server's prompt opens a thought, which the answers here begin otherwise"
 CUTS_OTHERWISE = "a server cuts earlier answers into other tokens of the same text"
 
@@ -116,7 +117,7 @@ class Template:
         if self.name != "chat":
             no_place = ("tool",) * (self.name == "alpaca")
             if tools or any(message.get("tool_calls") or message["role"] in no_place for message in messages):
-                raise UserError(f"--template {self.name} has no place for tools: take --template chat")
+                raise UserError(f"--template {self.name} has no place for tools: take --template chat, or {AS_TEXTS}")
             return self._own_pieces(messages, trained)
         roles = tuple((message["role"], *sorted(message)) for message in messages)
         if (roles, bool(tools)) not in self._whole:
@@ -473,7 +474,7 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
 def _remedy(messages: Messages, tools: list[dict] | None) -> str:
     """What a user can do about a conversation that the chat template does not write."""
     if tools or any(message.get("tool_calls") for message in messages):
-        return "leave it out (--skip-bad), or write calls and results as texts of assistant and user"
+        return f"leave it out (--skip-bad), or {AS_TEXTS}"
     return "leave it out (--skip-bad), or take --template raw"
 
 
