@@ -57,7 +57,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-import yaml
 from torch import Tensor, nn
 
 import train
@@ -66,8 +65,8 @@ from common.best_state import BestState
 from common.checkpoints import accumulation, checkpoint_to_resume, require_same_contents
 from common.classifiers import (
     Collator,
-    Outputs,
     conv1d_for_linear,
+    count_parameters,
     encode,
     encode_data,
     final_linear,
@@ -76,31 +75,32 @@ from common.classifiers import (
     load_classifier,
     rescale_outputs,
     run_model,
-    set_head,
+    set_padding,
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
 from common.devices import announce_device, choose_device
 from common.labelled import TASKS, Data, contents_of, load_data
-from common.metrics import metric, prediction_rows, predictions, score, score_table
+from common.metrics import metric, prediction_rows, predictions, score, score_report
 from common.partitioned import num_ranks
 from common.peft_format import classifier_card, export_adapter, link_base
 from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions, weights_digest
-from common.probe import apply_probe, fit_probe
+from common.probe import Scores, probe_encoder, start_head
 from common.ranks import run_rank, start_ranks
 from common.runs import (
     commit,
     config_text,
     held_alone,
+    is_unfinished,
+    leave_if_done,
     open_output_dir,
     package_versions,
     require_output_dir,
-    require_same_run,
     write_whole,
     written_whole,
 )
 from common.targets import default_target_modules, find_target_modules
-from common.training import Training, generator_of, resolve_shared_arguments
+from common.training import Training, generator_of, num_steps, resolve_shared_arguments
 from train import (
     adapter_layers,
     adaptive_factor,
@@ -143,9 +143,10 @@ FORMULATIONS: dict[str, dict[str, float]] = {
 # Rates that the study of robustness chose among four by validation, for 600 sentences and MiniLM with a random head.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-3, "pissa": 5e-4, "ba-lora": 5e-4}
 
-# The linear layers of BERT and RoBERTa, DeBERTa, GPT-2 that get an adapter: attention, its output, the feed-forward.
+# The linear layers of BERT and RoBERTa, DeBERTa, GPT-2, XLNet that get an adapter: attention, its output, the
+# feed-forward. XLNet's attention has no linear layers, only parameters.
 TARGET_MODULES = ["query", "key", "value", "query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
-TARGET_MODULES += ["c_attn", "c_fc", "c_proj"]
+TARGET_MODULES += ["c_attn", "c_fc", "c_proj", "ff.layer_1", "ff.layer_2"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -299,28 +300,6 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     remedy = "name another one, go on with --resume, or use --overwrite"
     require_output_dir(args, args.overwrite or args.resume or args.dry_run, remedy, *inputs)
     return args
-
-
-def leave_if_done(args: Arguments) -> None:
-    """Ends the program where --output-dir holds a finished run of these settings.
-
-    Raises:
-        UserError: it is a run of other settings, or cannot be read.
-    """
-    results = Path(args.output_dir) / "results.json"
-    if results.is_file():
-        require_same_run(Path(args.output_dir), args)
-        print(f"done: {results}")
-        sys.exit(0)
-
-
-def is_unfinished(folder: Path) -> bool:
-    """Whether the folder is of a run of this script that did not end."""
-    try:
-        made = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(made, dict) and "teacher_head" in made and not (folder / "results.json").exists()
 
 
 def default_experiment() -> tuple[Path, str]:
@@ -547,15 +526,7 @@ def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, 
     tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
-    if getattr(config, "summary_type", None) == "last":
-        raise UserError(
-            f"{args.model} ({config.model_type}) classifies by its last position, which padding fills here: take "
-            "a model that classifies by its first, or by its last token"
-        )
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {args.model} has neither a padding nor an end token: declare its pad_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    set_padding(tokenizer, config, args.model)
     config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
     config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
     try:
@@ -622,52 +593,6 @@ def sizes(args: Arguments, data: Data) -> str:
     return "\n".join([line, data.counts(), *data.notes])
 
 
-Scores = dict[str, dict[str, Any]]  # by test set, then by method or probe
-
-
-def probe_encoder(
-    model: "transformers.PreTrainedModel", data: Data, collator: Collator
-) -> tuple[Outputs, tuple[Tensor, Tensor], Scores]:
-    """Scores the frozen encoder by two linear probes, fitted on the training examples.
-
-    Returns:
-        the model's outputs on the training examples; the probe of the final layer's inputs, weight and bias; the
-        scores of this `probe` on every test set, and those of `probe_mean_states`, which reads the mean hidden states.
-    """
-    outputs = run_model(model, data.train.examples, collator, title="pre-trained model")
-    validation = run_model(model, data.validation.examples, collator)
-    tests = {name: run_model(model, split.examples, collator) for name, split in data.tests.items()}
-    has_bias = final_linear(model).bias is not None
-    probes = {}
-    for kind, bias in (("features", has_bias), ("mean_states", True)):
-        fitted_on = (getattr(outputs, kind), data.train.labels, getattr(validation, kind), data.validation.labels)
-        probes[kind] = fit_probe(*fitted_on, regression=data.is_regression, bias=bias)
-    scores: Scores = {}
-    for name, split in data.tests.items():
-        logits = {kind: data.in_units(apply_probe(probe, getattr(tests[name], kind))) for kind, probe in probes.items()}
-        of_kind = {kind: score(row, split.labels, data.metrics, data.class_names) for kind, row in logits.items()}
-        scores[name] = {"probe": of_kind["features"], "probe_mean_states": of_kind["mean_states"]}
-    return outputs, probes["features"], scores
-
-
-def start_head(
-    model: "transformers.PreTrainedModel", args: Arguments, probe: tuple[Tensor, Tensor], outputs: Outputs
-) -> np.ndarray:
-    """Gives `model` the head that --teacher-head names; returns the teacher's logits of the training examples."""
-    if args.teacher_head == "initial":
-        return outputs.logits
-    set_head(model, probe)
-    return apply_probe(probe, outputs.features)
-
-
-def count_parameters(model: "transformers.PreTrainedModel") -> tuple[int, int]:
-    """How many parameters are trained outside of the head, and how many the head has."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    modules = map(model.get_submodule, head_modules(model))
-    head = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    return trained - head, head
-
-
 def validation_score(model: "transformers.PreTrainedModel", data: Data, collator: Collator) -> float:
     """The first metric; −∞ if a logit is NaN or Inf, or if the model predicts one number for all examples."""
     logits = run_model(model, data.validation.examples, collator).logits
@@ -720,44 +645,6 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
         base.tokenizer.save_pretrained(folder / "merged")
 
 
-def report(summary: dict[str, Any], data: Data, args: Arguments) -> str:
-    """The summary for the terminal: a row per evaluation set and metric, then the first set's confusion matrix."""
-    table = score_table(summary["results"], args.method, data.metrics, data.class_names)
-    lines = [
-        "",
-        table,
-        "",
-        "(in percent, errors in the labels' units; with 95 % intervals; both probes read the frozen encoder)",
-    ]
-    name, result = next(iter(summary["results"].items()))
-    if not data.is_regression:
-        result = result[args.method]
-        lines.append(f"{args.method} on {name}: calibration error {result['calibration_error']:.3f}; rows are labels")
-        width = max(map(len, data.class_names))
-        for label, row in zip(data.class_names, result["confusion_matrix"], strict=True):
-            right = result["class_accuracy"][label]
-            share = "none" if right["value"] is None else f"{right['value']:.1%} right"
-            lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
-    output_dir = Path(args.output_dir)
-    best, name = summary["validation"], data.metrics[0]
-    scores = {
-        test: [of[kind][name]["value"] for kind in (args.method, "probe")] for test, of in summary["results"].items()
-    }
-    if below := [test for test, (ours, probe) in scores.items() if ours < probe]:
-        lines.append(
-            f"note: {args.method} ends below the linear probe of the untouched encoder on {', '.join(below)}: train "
-            "longer, or with another --learning-rate"
-        )
-    if best["step"] == 0:
-        lines.append("note: no state of the training was better by validation than the model before it, which is kept")
-    lines += [
-        f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
-        f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"
-        + ("" if args.method == "full" else ", adapter/ (PEFT's format)"),
-    ]
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Main
 # ------------------------------------------------------------------------------------------------------------------
@@ -779,7 +666,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
         open_output_dir(args, checkpoint)
     say(sizes(args, data), flush=True)
     encode_data(data, base.tokenizer, base.config, args.max_length)
-    collator = Collator(base.tokenizer.pad_token_id)
+    collator = Collator.of(base.tokenizer, base.config)
 
     outputs, probe, scores = probe_encoder(model, data, collator)
     teacher_logits = start_head(model, args, probe, outputs)
@@ -799,10 +686,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
     summary = {
         "results": scores,
         "validation": {data.metrics[0]: best.best, "step": best.best_step},
-        "steps": training.step,
-        "skipped_steps": training.progress.skipped_steps,
-        "processes": training.num_ranks,
-        "micro_batches": training.batches.accumulation * training.num_ranks,
+        **training.summary(),
         "adapter_parameters": adapter_parameters,
         "head_parameters": head_parameters,
         "class_names": data.class_names,
@@ -817,7 +701,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
     # results.json is written last: a run that has it is finished and is not resumed.
     write_whole(Path(args.output_dir) / "results.json", json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(Path(args.output_dir) / "checkpoints", ignore_errors=True)
-    print(report(summary, data, args))
+    print(score_report(summary, data, args))
 
 
 def dry_run(args: Arguments, data: Data) -> str:
@@ -836,7 +720,7 @@ def dry_run(args: Arguments, data: Data) -> str:
         layers = find_target_modules(model, args.target_modules, args.rank).values()
         trained = sum(args.rank * sum(layer.weight.shape) for layer in layers)
     per_step = args.batch_size * args.gradient_accumulation * num_ranks()
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data.train) / per_step) * args.epochs)
+    steps = num_steps(args, len(data.train), num_ranks())
     return "\n".join(
         [
             sizes(args, data),

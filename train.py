@@ -19,7 +19,7 @@ What comes out, in --output-dir
     run.json        seed, versions, command, counts and times
     metrics.jsonl   one line per logging step and validation; the same in tensorboard/
 
-Read from top to bottom: arguments, adapters, regularizers, objective, data, model, the training loop, the stages of
+Read from top to bottom: arguments, adapters, regularizers, objective, model, the training loop, the stages of
 a run, main. Everything that is not the method stands in common/.
 """
 
@@ -31,7 +31,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,9 +60,16 @@ from common.activations import save_activations
 from common.chunked import FUSED_TERMS, fused_terms, head_factor, logits_of
 from common.chunks import chunks
 from common.cli import UserError, first_line, option, parse_arguments
-from common.conversations import build_dataset, first_screen, load_training_records, num_valid, read_template_args
+from common.conversations import encoded, first_screen, load_training_records, num_valid, read_template_args
 from common.devices import announce_device
-from common.packing import PER_SEQUENCE, model_inputs, obstacle_to_packing
+from common.packing import (
+    PER_SEQUENCE,
+    PackingCollator,
+    PaddingCollator,
+    model_inputs,
+    num_positions,
+    obstacle_to_packing,
+)
 from common.partitioned import device_of, is_partitioned, num_ranks
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
@@ -71,7 +77,7 @@ from common.ranks import first_rank_first, peak_memory_gib, read_deepspeed, run_
 from common.tables import HubError
 from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
-from common.templates import IGNORE_INDEX, Template
+from common.templates import Template
 from common.tensors import fingerprint, kept_in_file
 from common.training import Training, random_order, resolve_shared_arguments
 
@@ -458,30 +464,12 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     return A.contiguous(), B.contiguous()
 
 
-def _principal_factors_of_all(
-    layers: list[nn.Linear], rank: int, scaling: float, cache: Path | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`principal_factors` of each layer's weight in order: shared out among the ranks, or one thread per core."""
-
-    def factors(weight: Tensor) -> tuple[Tensor, Tensor]:
-        if cache is None:
-            return principal_factors(weight, rank, scaling)
-        # The file's name is a hash of the weight, so an outdated entry is never read.
-        file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
-        return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
-
-    if num_ranks() > 1:
-        yield from partitioned.shared_among_ranks(layers, factors, rank)
-        return
-    num_threads = torch.get_num_threads()
-    # One decomposition alone cannot use all cores.
-    workers = num_threads if all(layer.weight.device.type == "cpu" for layer in layers) else 1
-    try:
-        torch.set_num_threads(num_threads // workers)
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(lambda layer: factors(partitioned.dequantized(layer)), layers)
-    finally:
-        torch.set_num_threads(num_threads)
+def _cached_principal_factors(weight: Tensor, rank: int, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
+    """`principal_factors`, kept in the folder `cache` under a hash of the weight: an outdated file is never read."""
+    if cache is None:
+        return principal_factors(weight, rank, scaling)
+    file = cache / f"pissa-{fingerprint([weight])[:32]}-r{rank}-s{scaling:g}.safetensors"
+    return kept_in_file(file, ("A", "B"), lambda: principal_factors(weight, rank, scaling), weight.device)
 
 
 def add_adapters(
@@ -518,7 +506,8 @@ def add_adapters(
     if method != "lora" and initial is not None:
         factors = [initial[name] for name in found]
     elif method != "lora":
-        factors = _principal_factors_of_all(list(found.values()), rank, alpha / rank, cache)
+        decompose = functools.partial(_cached_principal_factors, rank=rank, scaling=alpha / rank, cache=cache)
+        factors = partitioned.factors_of_all(list(found.values()), decompose, rank)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
     # `factors` comes first, so that zip exhausts the generator, which frees its threads at its end.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
@@ -929,91 +918,6 @@ def _confidence_from_hidden(teacher_hidden: Tensor, head_weight: Tensor, memory_
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Data: from a record to a micro-batch
-# ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PackingCollator:
-    """Makes a micro-batch without padding: the examples lie end to end in one row, each with its own positions.
-
-    The tokens that all prompts begin with (at least the template's head) stand once, at the front. Causal states do not
-    depend on later tokens, so the states of a shared beginning are the same in every example.
-
-    `input_ids`, `position_ids`: (1, tokens). `sequence_lengths`: list of ints that include the shared beginning;
-    `shared_length`: the tokens of the shared beginning. `valid_positions`, `targets`: see PaddingCollator.
-    """
-
-    share_beginning: bool = True
-
-    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Any]:
-        shared = shared_beginning(examples) if self.share_beginning else 0
-        lengths = [len(example["input_ids"]) for example in examples]
-        starts = [0] + [shared] * (len(examples) - 1)
-        # The first label of each example is never a target: position i predicts label i + 1 of the same example.
-        next_token = [
-            label
-            for example, start in zip(examples, starts, strict=True)
-            for label in [*example["labels"][start + 1 :], IGNORE_INDEX]
-        ]
-        tokens = [token for e, start in zip(examples, starts, strict=True) for token in e["input_ids"][start:]]
-        positions = [torch.arange(start, length) for start, length in zip(starts, lengths, strict=True)]
-        valid_positions = torch.tensor([i for i, label in enumerate(next_token) if label != IGNORE_INDEX])
-        return {
-            "input_ids": torch.tensor([tokens]),
-            "position_ids": torch.cat(positions)[None],
-            "sequence_lengths": lengths,
-            "shared_length": shared,
-            "valid_positions": valid_positions,
-            "targets": torch.tensor(next_token)[valid_positions],
-            "example_ids": [example.get("index") for example in examples],
-        }
-
-
-def shared_beginning(examples: list[dict[str, list[int]]]) -> int:
-    """How many first tokens all examples share, up to the first position that predicts a response token."""
-    beginnings = []
-    for example in examples:
-        first = next((i for i, label in enumerate(example["labels"][1:]) if label != IGNORE_INDEX), 0)
-        beginnings.append(example["input_ids"][:first])
-    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*beginnings, strict=False))
-    return sum(1 for _ in alike) if len(examples) > 1 else 0
-
-
-@dataclass
-class PaddingCollator:
-    """Makes a micro-batch that is padded on the right and masked by length, for models that cannot be packed.
-
-    `input_ids`, `attention_mask`: (B, L). `valid_positions`: (M,) indices into the flattened (B·L) positions whose next
-    token is a response token. `targets`: (M,) those next tokens. Any token can pad: even if it is the end-of-sequence
-    token, the real end-of-sequence tokens are attended and trained.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        for row, example in enumerate(examples):
-            length = len(example["input_ids"])
-            input_ids[row, :length] = torch.tensor(example["input_ids"])
-            labels[row, :length] = torch.tensor(example["labels"])
-            attention_mask[row, :length] = 1
-        next_token = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        # The positions are found on the CPU: a boolean mask on the device would make the host wait for the count.
-        valid_positions = (next_token != IGNORE_INDEX).nonzero().squeeze(1)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "valid_positions": valid_positions,
-            "targets": next_token[valid_positions],
-            "example_ids": [example.get("index") for example in examples],
-        }
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Model: student, teacher and objective as one module; packed attention
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1191,11 +1095,6 @@ def fit(
             training.save_if_due(also=is_better and args.keep_best)
 
 
-def num_positions(batch: dict[str, Any]) -> int | Tensor:
-    """How many tokens of a micro-batch the model reads."""
-    return sum(batch["sequence_lengths"]) if "sequence_lengths" in batch else batch["attention_mask"].sum()
-
-
 def validate(
     training: Training,
     model: BALoRAModel,
@@ -1268,12 +1167,7 @@ def inspect_base(args: Arguments) -> Base:
     tokenizer, config = pretrained.load_tokenizer_and_config(
         path, args.model_revision, args.trust_remote_code, needs_all=not args.dry_run
     )
-    pretrained.require_trainable(args.model, config)
-    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
-        args.attn_implementation = "eager"
-        print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
-    if getattr(config, "output_router_logits", False):
-        print("note: the router's loss (output_router_logits) is not part of the objective")
+    pretrained.settle_config(args, config)
     attention = None if args.dry_run else args.attn_implementation  # only the run's machine needs to have it
     try:
         with torch.device("meta"):
@@ -1318,15 +1212,7 @@ def dry_run(args: Arguments, base: Base) -> str:
         pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
         screen = first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton) + "\n\n"
         dataset = validation.hold_out(args, dataset, None)[0]
-        lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
-        valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
-        # The largest of the micro-batches that one random order gives.
-        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(args.seed)).split(args.batch_size)
-        sizes = [int(lengths[batch].sum() if args.packing else lengths[batch].max() * len(batch)) for batch in order]
-        tokens, largest = max(zip(sizes, order, strict=True), key=lambda pair: pair[0])
-        if args.packing:
-            tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
-        data = estimates.DataSizes(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
+        data = estimates.DataSizes.of(args, dataset, num_dropped)
     except HubError as error:  # the run's machine may have the data
         data = error
     return screen + "\n".join(estimates.report(args, base, data)) + "\n\n" + runs.config_text(args)
@@ -1335,24 +1221,6 @@ def dry_run(args: Arguments, base: Base) -> str:
 def is_mixed(args: Arguments) -> bool:
     """Whether passes run in bf16 on fp32 masters: full fine-tuning under autocast, or DeepSpeed's own masters."""
     return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
-
-
-def encoded(
-    args: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", records: "datasets.Dataset"
-) -> "tuple[datasets.Dataset, int]":
-    """`build_dataset` of the records of --data.
-
-    Raises:
-        UserError: no example is left, or one cannot be trained on.
-    """
-    how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
-    dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
-    if len(dataset) == 0:
-        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
-        raise UserError(
-            f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
-        )
-    return dataset, num_dropped
 
 
 def encode_records(args: Arguments, base: Base, records: "datasets.Dataset", is_main: bool) -> "datasets.Dataset":
@@ -1384,9 +1252,7 @@ def load_student(
     dtype, is_main = resolve_dtype(args.dtype), accelerator.is_main_process
     # Full fine-tuning needs fp32 masters. With adapters the base is frozen, and its own type is enough.
     load_dtype = torch.float32 if args.method == "full" and args.deepspeed is None else dtype
-    model = pretrained.load_model(args, base.path, load_dtype)
-    if args.load_in is None and not any(is_partitioned(parameter) for parameter in model.parameters()):
-        model.to(accelerator.device)  # so that the decompositions run where they are fast
+    model = pretrained.load_model(args, base.path, load_dtype, accelerator.device)
     if checkpoint is not None:
         attach_adapters(model, args, checkpoints.load_tensors(checkpoint))
     elif base.adapter is not None:
@@ -1529,29 +1395,6 @@ def export_model(
         read_back.require_same(staging, model, template, sample, options)
 
 
-def held_out_examples(
-    args: Arguments, run: Arguments, tokenizer: "transformers.PreTrainedTokenizerBase", checkpoint: Path
-) -> "datasets.Dataset":
-    """The examples for --scale auto: those of --validation-data, else those that the run held out.
-
-    Raises:
-        UserError: there are none, or the run's --data changed, so that other examples would be held out.
-    """
-    if args.validation_data is not None:
-        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
-    if run.validation_data is None and run.eval_share is None:
-        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
-    source = validation.arguments_of_validation_data(run) or run
-    examples, _ = encoded(source, tokenizer, load_training_records(source))
-    if run.eval_share is None:
-        return examples
-    trained, held_out = validation.hold_out(run, examples, None)
-    parts = {"data": trained, "evaluation data": held_out}
-    contents = {name: checkpoints.contents_of(part) for name, part in parts.items()}
-    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
-    return held_out
-
-
 def export_again(args: Arguments) -> None:
     """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint, with ΔW at --scale."""
     source, alpha = Path(args.export_from), scaling.read_scale(args)
@@ -1573,7 +1416,7 @@ def export_again(args: Arguments) -> None:
         checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
-    held_out = held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
+    held_out = scaling.held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
     is_whole = run.method == "full" and alpha != 1
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
@@ -1639,20 +1482,15 @@ def run(args: Arguments, base: Base, started: float) -> None:
     if is_main:
         remedy = checkpoints.way_to_export(args)
         export_model(exported, base.tokenizer, args, base.path, Path(args.output_dir), remedy, sample=sample)
-        progress = training.progress
         summary = {
-            "processes": training.num_ranks,
-            "micro_batches": accumulation * training.num_ranks,
+            **training.summary(),
             "examples": len(dataset),
             "held_out_examples": len(held_out or ()),
             "dropped_examples": num_dropped,
             "trainable_parameters": base.trainable,
             "total_parameters": base.total + (0 if args.method == "full" else base.trainable),
-            "steps": progress.step,
-            "skipped_steps": progress.skipped_steps,
-            "validation": validation.summary(progress.history, progress.step, best),
+            "validation": validation.summary(training.progress.history, training.step, best),
             "resumed_from": str(checkpoint) if checkpoint else None,
-            "train_loss": training.mean_loss(),
             "train_seconds": seconds,
             "peak_memory_gib": peak,
             "linear_layers": base.coverage,

@@ -13,12 +13,15 @@ outlives its time is named, and the others go on; the exit code is then 1.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import select
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +80,58 @@ def serve(args: argparse.Namespace) -> None:
         answers.write(json.dumps({"problem": problem}) + "\n")
         answers.flush()
         return
-    import gpu_parts
-
-    for line in sys.stdin:
-        name = line.strip()
-        answer = gpu_parts.machine(args) if name == "machine" else gpu_parts.run(name, PARTS[name], args)
+    for name in map(str.strip, sys.stdin):
+        answer = machine(args) if name == "machine" else run(name, PARTS[name], args)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a part, and its problem: None, what it raised, or how many checks are outside their limits.
+
+    `is_over` False says that this process can go on: nothing was raised.
+    """
+    import gpu_cases
+    import gpu_fast
+    import gpu_right
+
+    options = gpu_cases.Options(args.device, args.small)
+    gpu_cases.free_memory(options)
+    group, _, rest = name.partition(".")
+    rows: list[dict] = []
+    try:
+        if group == "right":
+            measured = getattr(gpu_right, rest)(options)
+        else:
+            measured = getattr(gpu_fast, rest or name)(options, time.monotonic() + 0.9 * budget)
+        for row in measured:
+            rows.append(row)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return {"problem": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}", "rows": rows}
+    wrong = sum(not row.get("ok", True) for row in rows)
+    problem = f"{wrong} of {len(rows)} checks outside their limits" if wrong else None
+    return {"problem": problem, "rows": rows, "is_over": False}
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Device, versions, what is not installed, and the commit."""
+    import gpu_cases
+    import torch
+
+    packages = importlib.metadata.packages_distributions()  # reads every package there is; by module its package
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors", *gpu_cases.OPTIONAL):
+        is_there = gpu_cases.installed(name)
+        found[name] = importlib.metadata.version(packages.get(name, [name])[0]) if is_there else "not installed"
+    device = platform.processor() or platform.machine()
+    if args.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        device = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    return {"device": device, "versions": found, "commit": commit, "text": f"{device}; {versions}; commit {commit}"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

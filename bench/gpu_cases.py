@@ -3,7 +3,6 @@
 Nothing here needs more than torch, transformers and safetensors; what else is installed, `installed` knows.
 """
 
-import dataclasses
 import functools
 import gc
 import importlib.util
@@ -20,11 +19,10 @@ import transformers
 from torch import Tensor, nn
 
 import train
-from common.packing import enable_packing
 from common.targets import TARGET_MODULES, find_target_modules
+from common.templates import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parent.parent
-ICLR = contenders.REGULARIZERS
 OPTIONAL = ("accelerate", "peft", "trl", "liger_kernel", "bitsandbytes", "flash_attn", "triton", "deepspeed", "vllm")
 
 # Of 40 problems of GSM8K's training file, drawn at random: tokens of the prompt in its template, and of the answer.
@@ -113,19 +111,6 @@ def random_factors(model: nn.Module, rank: int) -> dict[str, tuple[Tensor, Tenso
     return factors
 
 
-def adapted(model: nn.Module, rank: int, initial: dict | None = None, move: float = 0.0) -> train.BALoRAModel:
-    """The model with PiSSA's adapters and packed attention, ready to train; `move` shifts B away from its start."""
-    train.add_adapters(model, "ba-lora", rank, rank, TARGET_MODULES, initial=initial)
-    enable_packing(model)
-    for layer in train.adapter_layers(model).values():
-        layer.lora_B.data += move
-    return train.BALoRAModel(model).train()
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Batches
 # ------------------------------------------------------------------------------------------------------------------
@@ -142,18 +127,20 @@ def examples(count: int, vocabulary: int, longest: int, seed: int = 0, exactly: 
         ids = torch.cat([head, torch.randint(2, vocabulary, (prompt + answer,), generator=generator)])
         ids = ids[: min(longest, prompt + answer)].tolist()
         prompt = min(prompt, len(ids) - 2)
-        rows.append({"input_ids": ids, "labels": [train.IGNORE_INDEX] * prompt + ids[prompt:], "index": index})
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:], "index": index})
     return rows
 
 
-def packed(rows: list[dict], options: Options) -> dict[str, Any]:
-    batch = train.PackingCollator()(rows)
+def on_device(batch: dict[str, Any], options: Options) -> dict[str, Any]:
     return {name: value.to(options.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
+def packed(rows: list[dict], options: Options) -> dict[str, Any]:
+    return on_device(train.PackingCollator()(rows), options)
+
+
 def padded(rows: list[dict], options: Options) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels` as every public trainer pads them."""
-    return {name: value.to(options.device) for name, value in contenders.padded_batch(rows).items()}
+    return on_device(contenders.padded_batch(rows), options)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -177,18 +164,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-@dataclass
-class Checks:
-    """The rows of a part that checks: each with its error and what it may be."""
+def check(what: str, error: float, limit: float) -> dict[str, Any]:
+    """The row of a check: its error and what it may be."""
+    return {"check": what, "error": float(f"{error:.3g}"), "limit": limit, "ok": error <= limit}
 
-    rows: list[dict] = dataclasses.field(default_factory=list)
 
-    def add(self, what: str, error: float, limit: float) -> None:
-        self.rows.append({"check": what, "error": float(f"{error:.3g}"), "limit": limit, "ok": error <= limit})
-
-    def note(self, what: str, why: str) -> None:
-        """A check that is left out, and why."""
-        self.rows.append({"check": what, "error": why, "limit": None, "ok": True})
+def note(what: str, why: str) -> dict[str, Any]:
+    """The row of a check that is left out, and why."""
+    return {"check": what, "error": why, "limit": None, "ok": True}
 
 
 def synchronize(options: Options) -> None:

@@ -1,10 +1,12 @@
-"""The measurements of bench/gpu.py: a training step, the objective alone, the start, and where a step goes."""
+"""The measurements of bench/gpu.py: a training step, the objective alone, the start, where a step goes, and counts."""
 
+import contextlib
 import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import contenders
 import gpu_cases as cases
@@ -16,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunked
-from common.activations import save_activations
+from common import chunked, chunks, token_kernel
 from common.targets import TARGET_MODULES, find_target_modules
 
 Step = Callable[[], Any]
@@ -37,51 +38,19 @@ def peft_step(model: nn.Module, options: Options, rank: int, rows: list[dict], p
         model = contenders.peft_model(model, rank, init=True)
     else:
         model = write_out(model, rank, cases.random_factors(model, rank))
-    model.train()
-    optimizer = torch.optim.AdamW(cases.trained(model), lr=2e-5, fused=options.is_cuda)
-    batch = cases.padded(rows, options)
-
-    def step() -> None:
-        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.is_cuda):
-            output = model(**batch)
-            loss = output.loss
-            if public:
-                with torch.no_grad():
-                    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                    reference = teacher(**inputs).logits
-                mask = batch["labels"] != train.IGNORE_INDEX
-                loss = loss + contenders.public_regularizers(output.logits, reference, mask)
-                del reference
-            del output
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return functools.partial(contenders.peft_step(model, teacher), cases.padded(rows, options))
 
 
 def our_step(
     model: nn.Module, options: Options, rank: int, rows: list[dict], terms: bool, cached: bool = False
 ) -> Step:
     """Ours, packed: BA-LoRA, with the teacher's states computed or given, or plain PiSSA."""
-    wrapper = cases.adapted(model, rank, cases.random_factors(model, rank))
-    if not model.is_gradient_checkpointing:
-        save_activations(model)
-    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=2e-5, fused=options.is_cuda)
+    wrapper = contenders.adapted(model, rank, cases.random_factors(model, rank))
     batch = cases.packed(rows, options)
     if cached:
         states = wrapper.of_teacher(wrapper.hidden_states, batch)
         wrapper.of_teacher = lambda *_: states
-
-    def step() -> None:
-        train.stack_factors(model)
-        loss, _ = wrapper(batch, cases.ICLR if terms else None, len(batch["targets"]), 1)
-        loss.backward()
-        train.stack_factors(model, hold=False)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return functools.partial(contenders.our_step(wrapper, contenders.REGULARIZERS if terms else None), batch)
 
 
 def with_liger(model: nn.Module, *rest: Any) -> Step:
@@ -168,13 +137,11 @@ def objective(options: Options, deadline: float) -> Iterator[dict]:
     yield {"V": "limits", "10¹² operations/s": round(rate / 1e12, 2), "GB/s": round(bandwidth / 1e9, 1)}
     shapes = [(24, 512, 16)] if options.small else [(1024, 32_000, 4096), (2048, 128_256, 2048), (2048, 256_000, 3072)]
     for num_tokens, vocabulary, width in shapes:
-        made = {"device": options.device}
-        hidden, teacher = (torch.randn(num_tokens, width, **made).to(options.dtype) for _ in range(2))
-        head = (torch.randn(vocabulary, width, **made) / width**0.5).to(options.dtype)
-        targets = torch.randint(vocabulary, (num_tokens,), **made)
-        factor = torch.randn(width, width, **made)  # any costs the same
+        made = (options.dtype, options.device)
+        hidden, teacher, head, targets = contenders.objective_inputs((num_tokens, vocabulary, width), *made)
+        factor = torch.randn(width, width, device=options.device)  # any costs the same
         floor = 3 * 2 * num_tokens * vocabulary * width / rate
-        for name, settings in (("task", None), ("iclr2026", cases.ICLR)):
+        for name, settings in (("task", None), ("iclr2026", contenders.REGULARIZERS)):
             for rows in (64, 256, 1024, 4096):
                 if time.monotonic() > deadline:
                     return
@@ -276,31 +243,10 @@ def profile(options: Options, deadline: float) -> Iterator[dict]:
     """One BA-LoRA step of LLaMA-2-7B by part: its time, the operators that compute, their bytes, the host's waits."""
     config, rank = (cases.tiny_config(options), 4) if options.small else (cases.CONFIGS["LLaMA-2-7B"](), 128)
     model = cases.make_model(config, options, options.dtype)
-    wrapper = cases.adapted(model, rank, cases.random_factors(model, rank))
-    save_activations(model)
-    optimizer = torch.optim.AdamW(cases.trained(wrapper), lr=2e-5, fused=options.is_cuda)
+    wrapper = contenders.adapted(model, rank, cases.random_factors(model, rank))
     longest = 32 if options.small else 512
     batch = cases.packed(cases.examples(4, config.vocab_size, longest, exactly=True), options)
-    head, hidden_of = model.get_output_embeddings().weight, wrapper.hidden_states
-    factor = chunked.head_factor(head)
-    given: dict[str, Any] = {}
-
-    def teacher() -> None:
-        given["teacher"] = wrapper.of_teacher(hidden_of, batch)
-
-    def student() -> None:
-        given["student"] = hidden_of(batch)
-
-    def objective_of() -> None:
-        rest = (factor, batch["targets"], cases.ICLR, len(batch["targets"]), 1)
-        given["loss"] = train.objective_from_hidden(given["student"], given["teacher"], head, *rest)[0]
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    parts = {"teacher, forward": teacher, "student, forward": student, "objective": objective_of}
-    parts |= {"student, backward": lambda: given.pop("loss").backward(), "AdamW": update}
+    parts = contenders.step_parts(wrapper, {"batch": batch})
     train.stack_factors(model)  # as a step of gradient accumulation finds them
     for part in parts.values():  # what a first step fills
         part()
@@ -329,3 +275,103 @@ def launches(parts: dict[str, Step], options: Options) -> Iterator[dict]:
     kernels = sum(count for key, count in counts.items() if "LaunchKernel" in key)
     waits = sum(count for key, count in counts.items() if "Synchronize" in key)
     yield {"part": "whole step by the CUDA runtime", "operators": kernels, "host waits": waits - 1}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What the forms for a GPU save, counted without one: operators, bytes and host waits, before and after. Meta tensors
+# have shapes and no numbers, so any machine counts what a large one would run.
+# ------------------------------------------------------------------------------------------------------------------
+
+CARD = 80 * 2**30  # bytes of the GPU that is counted for
+
+
+class Kernel:
+    """Stands in for a Triton kernel: one launch, and the bytes of the chunks that it reads and writes."""
+
+    def __init__(self, counted: Counted, writes: bool):
+        self.counted, self.writes = counted, writes
+
+    def __getitem__(self, grid: tuple) -> Callable[..., None]:
+        def launch(z: Tensor, teacher: Tensor, *rest: Any, HAS_TEACHER: bool, **_: Any) -> None:
+            self.counted.kernels += 1
+            self.counted.num_bytes += z.numel() * z.element_size() * (1 + HAS_TEACHER + self.writes)
+
+        return launch
+
+
+def token_terms(shape: tuple[int, int, int], fused: bool, memory_mib: float | None) -> dict[str, Any]:
+    """The token terms of M tokens in bf16 on an 80 GiB card: task, L_CR, top-K entropy, gradient, products."""
+    num_tokens, vocabulary, width = shape
+    made = {"device": "meta", "dtype": torch.bfloat16}
+    hidden, teacher = (torch.empty(num_tokens, width, **made) for _ in range(2))
+    head = torch.empty(vocabulary, width, **made)
+    targets = torch.empty(num_tokens, device="meta", dtype=torch.long)
+    most = chunks.most_rows(chunks.bytes_per_row(vocabulary, 2, 2 if fused else 4, 2, not fused), memory_mib, CARD)
+    count = -(-num_tokens // most)
+    slices = [slice(num_tokens * i // count, num_tokens * (i + 1) // count) for i in range(count)]
+    counted = Counted()
+    with contextlib.ExitStack() as stack:
+        replaced = [(chunked, "chunks", lambda *_, **__: slices), (chunked, "blocks", lambda z: [slice(None)])]
+        replaced += [(token_kernel, "is_usable", lambda *_: fused)]
+        replaced += [(token_kernel, f"_{name}", Kernel(counted, name == "write")) for name in ("read", "write")]
+        for module, name, value in replaced:
+            stack.enter_context(mock.patch.object(module, name, value, create=True))  # without triton no kernel exists
+        stack.enter_context(counted)
+        chunked.token_sums(
+            hidden,
+            teacher,
+            head,
+            targets,
+            contenders.REGULARIZERS.weights,
+            contenders.REGULARIZERS.settings,
+            True,
+            memory_mib,
+        )
+    return {"chunks": count, **figures(counted)}
+
+
+def figures(counted: Counted) -> dict[str, Any]:
+    return {"operators": counted.kernels, "GB": round(counted.num_bytes / 1e9, 3), "host waits": counted.waits}
+
+
+def stacking(layers: int, width: int, out: int, rank: int, held: bool) -> dict[str, Any]:
+    """What all forward and backward passes of one optimizer step, of four micro-batches, spend on stacking."""
+    A, A0 = (torch.empty(rank, width, device="meta") for _ in range(2))
+    B, B0 = (torch.empty(out, rank, device="meta") for _ in range(2))
+    with Counted() as counted:
+        [factor.to(torch.bfloat16) for factor in train._stack(A, B, A0, B0)]
+    times = layers * (1 if held else 4 * 2)
+    one = figures(counted)
+    return {"operators": one["operators"] * times, "GB": round(counted.num_bytes * times / 1e9, 3), "host waits": 0}
+
+
+def iteration(shape: tuple[int, int], on_gpu: bool) -> dict[str, Any]:
+    """L_SVDR's subspace iteration, run on this machine; singular values that fall as i^-0.7, about as a model's do."""
+    Y = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[1] + 1) ** -0.7
+    with Counted() as counted:
+        chunked.leading_by_iteration(Y, 10, on_gpu)
+    # The decomposition of a small matrix reads its verdict, and so does the look at the residual.
+    return figures(counted)
+
+
+def counts(options: Options, deadline: float) -> Iterator[dict]:
+    """Each of the forms for a GPU, before and after."""
+    shapes = {
+        "LLaMA-2-7B": (1024, 32_000, 4096),
+        "Llama-3.2-1B": (1024, 128_256, 2048),
+        "Gemma-7B": (1024, 256_000, 3072),
+    }
+    for name, shape in shapes.items():
+        ways = {
+            "128 MiB, plain": (False, 128.0),
+            "rows enough, plain": (False, None),
+            "rows enough, fused": (True, None),
+        }
+        for way, (fused, memory) in ways.items():
+            yield {"what": f"token terms, {name}, M = 1,024", "form": way} | token_terms(shape, fused, memory)
+    for way, held in (("in every pass", False), ("once per step", True)):
+        row = {"what": "stacking, 224 layers of 4096 × 4096, r = 128, 4 micro-batches", "form": way}
+        yield row | stacking(224, 4096, 4096, 128, held)
+    shape = (560, 530) if options.small else (1024, 2048)
+    for way, on_gpu in (("a look each round", False), ("wider, first looks left out", True)):
+        yield {"what": f"iteration, {shape[0]} × {shape[1]}", "form": way} | iteration(shape, on_gpu)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import contenders
 import torch
+from side_by_side import machine, ratios
 
 import train
 
@@ -35,11 +36,8 @@ def reset_peak() -> None:
 
 def worker(name: str, shape: tuple[int, int, int], repeats: int, connection) -> None:
     """Times one contender on one shape; sends the seconds of each repeat and the extra memory."""
-    num_tokens, vocabulary, width = shape
-    torch.manual_seed(0)
-    hidden, teacher = torch.randn(num_tokens, width), torch.randn(num_tokens, width)
-    head = torch.randn(vocabulary, width).div_(width**0.5)
-    targets = torch.randint(vocabulary, (num_tokens,))
+    hidden, teacher, head, targets = contenders.objective_inputs(shape)
+    num_tokens, width = hidden.shape
     # L itself needs V·d² operations once; any (d, d) matrix costs the same per evaluation.
     factor = torch.randn(width, width)
     hidden.requires_grad_()
@@ -93,17 +91,16 @@ def main() -> None:
             row += ["not run", f"{statistics.median(ours):.2f}", "", "not run", f"{our_memory:.0f}", ""]
         else:
             public, memory = measure("public", shape, args.repeats)
-            ratios = [theirs / mine for theirs, mine in zip(public, ours, strict=True)]
             row += [
                 f"{statistics.median(public):.2f}",
                 f"{statistics.median(ours):.2f}",
-                f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]",
+                ratios(public, ours, 1),
                 f"{memory:.0f}",
                 f"{our_memory:.0f}",
                 f"{our_memory / memory:.2f}",
             ]
         print("| " + " | ".join(row) + " |", flush=True)
-    print(f"\nMiB beyond weights and inputs; repeats after one to warm up: {args.repeats}. {contenders.machine()}")
+    print(f"\nMiB beyond weights and inputs; repeats after one to warm up: {args.repeats}. {machine()}")
 
 
 if __name__ == "__main__":

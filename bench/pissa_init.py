@@ -14,6 +14,7 @@ import time
 import contenders
 import peft
 import torch
+from side_by_side import machine, ratios
 from transformers import AutoModelForCausalLM
 
 import train
@@ -68,11 +69,10 @@ def main() -> None:
     print("| PiSSA initialisation | seconds | times faster [min, max] | largest error ratio |")
     print("|---|---|---|---|")
     for name in runs:
-        ratios = [base / mine for base, mine in zip(seconds["PEFT, pissa"], seconds[name], strict=True)]
         worst = max(residuals[name][layer] / exact[layer] for layer in exact)
-        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        spread = ratios(seconds["PEFT, pissa"], seconds[name])
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {spread} | {worst:.6f} |")
-    print(f"\n{len(exact)} matrices, r = {args.rank}, {args.repeats} turns. {contenders.machine()}")
+    print(f"\n{len(exact)} matrices, r = {args.rank}, {args.repeats} turns. {machine()}")
 
 
 if __name__ == "__main__":

@@ -8,108 +8,67 @@ machine reaches in the same run. The last row counts what PEFT's PiSSA with the 
 sequences, padded: r instead of 2r in the adapters, no teacher, and the head at every position.
 """
 
-import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import contenders
 import torch
+from side_by_side import machine, step_parser
 from transformers import AutoModelForCausalLM
 
 import train
-from common.activations import save_activations
 from common.cli import run_script
-from common.packing import enable_packing
+from common.packing import shared_beginning
 from common.pretrained import load_tokenizer_and_config, resolve_demo
-from common.targets import TARGET_MODULES
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def rate(size: int = 1536, repeats: int = 7) -> float:
     """Operations per second of a square fp32 product: the median."""
     a, b = torch.randn(2, size, size)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds)
+    return 2 * size**3 / statistics.median(seconds_of(lambda: a @ b) for _ in range(repeats))
 
 
-class Clock:
-    """Seconds by part; `wrap` times a function's calls."""
-
-    def __init__(self):
-        self.seconds = {}
-
-    def wrap(self, part, function):
-        def timed(*args, **kwargs):
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
-
-        return timed
-
-
-def timed_steps(model: torch.nn.Module, batches: list[list[dict]]) -> tuple[list[dict[str, float]], list[float]]:
+def timed_steps(wrapper: train.BALoRAModel, batches: list[dict]) -> tuple[list[dict[str, float]], list[float]]:
     """Seconds of each step by part, and the rate of one large product beside each; the first step warms up."""
-    wrapper = train.BALoRAModel(model)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
-
-    clock = Clock()
-    of_teacher, from_hidden = wrapper.of_teacher, train.objective_from_hidden
-    wrapper.of_teacher = clock.wrap("teacher, forward", of_teacher)
-    train.objective_from_hidden = clock.wrap("objective", from_hidden)
-    forward = clock.wrap("whole forward", wrapper)
+    given: dict[str, Any] = {}
+    parts = contenders.step_parts(wrapper, given)
     rows, rates = [], []
     for batch in batches:
-        clock.seconds = {}
-        packed = train.PackingCollator()(batch)
-        loss, _ = forward(packed, contenders.REGULARIZERS, len(packed["targets"]), 1)
-        clock.wrap("student, backward", loss.backward)()
-        clock.wrap("AdamW", optimizer.step)()
-        optimizer.zero_grad()
-        seconds = clock.seconds
-        whole = seconds.pop("whole forward")
-        seconds["student, forward"] = whole - seconds["teacher, forward"] - seconds["objective"]
-        rows.append(seconds)
+        given["batch"] = batch
+        train.stack_factors(wrapper.model)
+        row = {name: seconds_of(part) for name, part in parts.items() if name != "AdamW"}
+        train.stack_factors(wrapper.model, hold=False)
+        rows.append(row | {"AdamW": seconds_of(parts["AdamW"])})
         rates.append(rate())
     return rows[1:], rates[1:]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
-    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
-    parser.add_argument("--fields", nargs=2, default=["question", "response"])
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps, after one to warm up")
-    args = parser.parse_args(argv)
-
+    args = step_parser(__doc__, 6).parse_args(argv)
     path = resolve_demo(args.model, "model")
     tokenizer, _ = load_tokenizer_and_config(path)
     batches = contenders.batches_of(args, tokenizer)
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    train.add_adapters(model, "ba-lora", args.rank, args.rank, TARGET_MODULES)
-    assert enable_packing(model)
-    save_activations(model)
-    rows, rates = timed_steps(model, batches)
+    wrapper = contenders.adapted(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), args.rank)
+    model, packed = wrapper.model, list(map(train.PackingCollator(), batches))
+    rows, rates = timed_steps(wrapper, packed)
     per_second = statistics.median(rates)
 
     layers = train.adapter_layers(model).values()
     body = sum(layer.base.weight.numel() for layer in layers)
     sides = sum(sum(layer.base.weight.shape) for layer in layers)
     head = model.get_output_embeddings().weight.numel()
-    timed = batches[1:]
-    tokens = statistics.mean(train.PackingCollator()(batch)["input_ids"].numel() for batch in timed)
-    padded = statistics.mean(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in timed)
-    valid = statistics.mean(sum(label != train.IGNORE_INDEX for e in batch for label in e["labels"]) for batch in timed)
-    shared = statistics.mean(train.shared_beginning(batch) for batch in timed)
+    counts = contenders.token_counts(batches[1:])
+    padded, valid = counts["padded"], counts["valid"]
+    tokens = statistics.mean(batch["input_ids"].numel() for batch in packed[1:])
+    shared = statistics.mean(shared_beginning(batch) for batch in batches[1:])
     r = args.rank
     # What the last feed-forward leaves out: as many tokens' worth of its part of the body.
     skipped = sum(m.weight.numel() for m in model.get_decoder().layers[-1].mlp.modules() if type(m) is torch.nn.Linear)
@@ -135,8 +94,7 @@ def main(argv: list[str]) -> None:
     print(
         f"\nMedians of {len(rows)} steps; {tokens:.0f} tokens computed ({padded:.0f} padded, {valid:.0f} valid), "
         f"{shared:.0f} at the beginning of every sequence of a batch once; one product of 1,536³ runs at "
-        f"{per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations are not counted. "
-        f"{contenders.machine()}"
+        f"{per_second / 1e9:.0f}·10⁹ operations a second. Attention, norms and activations are not counted. {machine()}"
     )
 
 

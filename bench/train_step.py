@@ -8,19 +8,17 @@ one step each, so that a slow moment of the machine hits all of them. A step is 
 the median seconds, the ratio to PEFT's PiSSA step by step with its spread, and the peak resident memory.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from side_by_side import allocator_settings, machine, print_table, step_parser
+
 from common.cli import run_script
-from common.conversations import num_valid
-from common.pretrained import load_tokenizer_and_config, resolve_demo
 from common.ranks import peak_memory_gib
 
 CONTENDERS = {
@@ -30,16 +28,8 @@ CONTENDERS = {
     "ours": "BA-LoRA, ours",
     "cached": "BA-LoRA, ours, teacher cache",
 }
-
-
 PEFT = ("peft", "peft_tuned", "public")
 TUNED = ("peft_tuned", "ours", "cached")
-
-
-def allocator_settings() -> str:
-    """The GLIBC_TUNABLES that scripts/setup.sh gives to training on a CPU."""
-    text = (Path(__file__).resolve().parent.parent / "scripts" / "setup.sh").read_text()
-    return next(line.partition("=")[2] for line in text.splitlines() if line.startswith("cpu_allocator="))
 
 
 def worker(name: str, connection, model_path: str, rank: int, batches: list[list[dict]], cache: str) -> None:
@@ -50,81 +40,42 @@ def worker(name: str, connection, model_path: str, rank: int, batches: list[list
     from transformers import AutoModelForCausalLM
 
     import train
-    from common.activations import save_activations
-    from common.packing import enable_packing
-    from common.targets import TARGET_MODULES
+    from common.conversations import num_valid
     from common.teacher_cache import TeacherCache
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    def load() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+
     if name in PEFT:
-        model = contenders.peft_model(model, rank)
-        if name == "public":
-            teacher = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).requires_grad_(False)
+        teacher = load().requires_grad_(False) if name == "public" else None
+        step, collate = contenders.peft_step(contenders.peft_model(load(), rank), teacher), contenders.padded_batch
     else:
-        train.add_adapters(model, "ba-lora", rank, rank, TARGET_MODULES)
-        assert enable_packing(model)
-        save_activations(model)
-        wrapper = train.BALoRAModel(model)
-        if name == "cached":
-            examples = [example for batch in batches for example in batch]
-            counts = [num_valid(example["labels"]) for example in examples]
-            wrapper.teacher_cache = TeacherCache(Path(cache), model, datasets.Dataset.from_list(examples), counts)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5)
-
-    def step(examples: list[dict]) -> float:
-        if name in PEFT:
-            batch = contenders.padded_batch(examples)
-            output = model(**batch)
-            loss = output.loss
-            if name == "public":
-                with torch.no_grad():
-                    reference = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                mask = batch["labels"] != train.IGNORE_INDEX
-                loss = loss + contenders.public_regularizers(output.logits, reference, mask)
-                del reference
-            del output
-        else:
-            batch = train.PackingCollator()(examples)
-            loss, _ = wrapper(batch, contenders.REGULARIZERS, len(batch["targets"]), 1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    if name == "cached":  # as a second epoch finds it
-        for batch in batches:
-            packed = train.PackingCollator()(batch)
-            wrapper.teacher_cache.put(packed["example_ids"], wrapper.of_teacher(wrapper.hidden_states, packed))
+        wrapper, collate = contenders.adapted(load(), rank), train.PackingCollator()
+        if name == "cached":  # as a second epoch finds it
+            examples = datasets.Dataset.from_list([example for batch in batches for example in batch])
+            counts = list(map(num_valid, examples["labels"]))
+            wrapper.teacher_cache = TeacherCache(Path(cache), wrapper.model, examples, counts)
+            for packed in map(collate, batches):
+                wrapper.teacher_cache.put(packed["example_ids"], wrapper.of_teacher(wrapper.hidden_states, packed))
+        step = contenders.our_step(wrapper, contenders.REGULARIZERS)
     connection.send("ready")
     while (index := connection.recv()) is not None:
         started = time.perf_counter()
-        loss = step(batches[index])
+        loss = step(collate(batches[index]))
         seconds = time.perf_counter() - started
         connection.send((seconds, loss, peak_memory_gib()))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
-    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
-    parser.add_argument("--fields", nargs=2, default=["question", "response"])
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each contender, after one to warm up")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    args = parser.parse_args(argv)
+    args = step_parser(__doc__, 6, CONTENDERS).parse_args(argv)
 
     import contenders
+
+    from common.pretrained import load_tokenizer_and_config, resolve_demo
 
     model_path = resolve_demo(args.model, "model")
     tokenizer, _ = load_tokenizer_and_config(model_path)
     batches = contenders.batches_of(args, tokenizer)
-    examples = [example for batch in batches for example in batch]
-    tokens = sum(len(example["input_ids"]) for example in examples) / len(batches)
-    padded = sum(max(len(e["input_ids"]) for e in batch) * len(batch) for batch in batches) / len(batches)
-    valid = sum(label != -100 for example in examples for label in example["labels"]) / len(batches)
 
     context = multiprocessing.get_context("spawn")
     seconds = {name: [] for name in args.only}
@@ -148,18 +99,11 @@ def main(argv: list[str]) -> None:
         for connection in connections.values():
             connection.send(None)
 
-    reference = args.only[0]
-    print(f"| one training step | seconds | ratio to {reference} [min, max] | peak GiB | ratio |")
-    print("|---|---|---|---|---|")
-    for name in args.only:
-        ratios = [mine / base for mine, base in zip(seconds[name], seconds[reference], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        share = memory[name] / memory[reference]
-        label = CONTENDERS[name]
-        print(f"| {label} | {statistics.median(seconds[name]):.2f} | {spread} | {memory[name]:.2f} | {share:.2f} |")
+    print_table("one training step | seconds", CONTENDERS, seconds, memory)
+    counts = contenders.token_counts(batches)
     print(
-        f"\n{args.steps} steps of {args.batch_size} sequences, {tokens:.0f} tokens ({padded:.0f} padded, {valid:.0f} "
-        f"valid); r = {args.rank}, fp32. {contenders.machine()}"
+        f"\n{args.steps} steps of {args.batch_size} sequences, {counts['tokens']:.0f} tokens ({counts['padded']:.0f} "
+        f"padded, {counts['valid']:.0f} valid); r = {args.rank}, fp32. {machine()}"
     )
     print(json.dumps({"seconds": seconds, "peak_gib": memory}), file=sys.stderr)
 

@@ -21,7 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError, run_script
+from side_by_side import allocator_settings, machine, print_table, step_parser
+
+from common.cli import UserError, as_words, run_script
 
 CONTENDERS = {
     "trl": "TRL's SFTTrainer, PEFT's PiSSA",
@@ -87,8 +89,6 @@ def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
     Raises:
         UserError: it failed; its last lines are in the message.
     """
-    from train_step import allocator_settings
-
     environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     if name != "trl":
         environment["GLIBC_TUNABLES"] = allocator_settings()
@@ -100,9 +100,8 @@ def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
         more = {"name": name, "steps": args.steps, "examples": args.steps * args.batch_size, "result": str(result)}
         command = [sys.executable, __file__, "--child", json.dumps(shared | more)]
     else:
-        words = [word for option, value in shared.items() for word in as_words(option, value)]
         method = name.removesuffix("-bf16")
-        command = [sys.executable, "train.py", "--method", method, *words, "--gradient-accumulation", "1"]
+        command = [sys.executable, "train.py", "--method", method, *as_words(shared), "--gradient-accumulation", "1"]
         command += ["--max-steps", str(args.steps), "--limit", str(args.steps * args.batch_size)]
         command += ["--save-steps", "0", "--dtype", "bfloat16" if name.endswith("-bf16") else "float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -111,29 +110,14 @@ def run_once(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
     return json.loads(result.read_text())
 
 
-def as_words(option: str, value: Any) -> list[str]:
-    """An option of train.py as it is typed."""
-    return ["--" + option.replace("_", "-"), *(value if isinstance(value, list) else [str(value)])]
-
-
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="causal language model (default: the embedded SmolLM2-135M)")
-    parser.add_argument("--data", default="demo", help="real text of uneven lengths")
-    parser.add_argument("--fields", nargs=2, default=["question", "response"])
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8, help="steps of one training")
+    parser = step_parser(__doc__, 8, CONTENDERS)
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each contender")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
         train_trl(json.loads(args.child))
         return
-
-    import contenders
 
     seconds: dict[str, list[float]] = {name: [] for name in args.only}
     memory: dict[str, list[float]] = {name: [] for name in args.only}
@@ -147,19 +131,12 @@ def main(argv: list[str]) -> None:
             settings[name] = {key: made[key] for key in ("bf16", "gradient_checkpointing", "dtype") if key in made}
             print(f"round {number} {name}: {seconds[name][-1]:.2f} s a step", file=sys.stderr, flush=True)
 
-    reference = args.only[0]
-    print(f"| whole training | seconds a step | ratio to {reference} [min, max] | peak GiB | ratio |")
-    print("|---|---|---|---|---|")
-    for name in args.only:
-        ratios = [mine / base for mine, base in zip(seconds[name], seconds[reference], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
-        peak = statistics.median(memory[name])
-        share = peak / statistics.median(memory[reference])
-        print(f"| {CONTENDERS[name]} | {statistics.median(seconds[name]):.2f} | {spread} | {peak:.2f} | {share:.2f} |")
+    peaks = {name: statistics.median(found) for name, found in memory.items()}
+    print_table("whole training | seconds a step", CONTENDERS, seconds, peaks)
     print(
         f"\n{args.rounds} trainings of {args.steps} steps each; {args.batch_size} sequences of at most "
         f"{args.max_length} tokens a step; r = {args.rank}. TRL's settings: {settings.get('trl')}. "
-        f"{contenders.machine()}"
+        f"{machine()}"
     )
 
 

@@ -54,6 +54,8 @@ def _lean_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def _lean_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if x.is_cuda:  # torch's fused kernel, which keeps x and each row's 1 / rms too
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 

@@ -134,6 +134,14 @@ def set_head(model: "transformers.PreTrainedModel", probe: tuple[Tensor, Tensor]
         layer.bias.copy_(bias)
 
 
+def count_parameters(model: "transformers.PreTrainedModel") -> tuple[int, int]:
+    """How many parameters are trained outside of the head, and how many the head has."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules = map(model.get_submodule, head_modules(model))
+    head = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return trained - head, head
+
+
 def linear_for_conv1d(model: nn.Module) -> list[str]:
     """Replaces each of GPT-2's Conv1D (weight in × out) by an equal nn.Linear, in place; returns their names."""
     from transformers.pytorch_utils import Conv1D
@@ -162,6 +170,27 @@ def _with(layer: nn.Module, source: nn.Module) -> nn.Module:
     layer.weight = nn.Parameter(source.weight.detach().T.contiguous())
     layer.bias = nn.Parameter(source.bias.detach())
     return layer
+
+
+def classifies_by_last_position(config: "transformers.PretrainedConfig") -> bool:
+    """Whether the classifier reads the last position, padded or not: XLNet."""
+    return getattr(config, "summary_type", None) == "last"
+
+
+def set_padding(tokenizer: Any, config: "transformers.PretrainedConfig", name: str) -> None:
+    """Gives `tokenizer` the padding that the classifier needs: a token that ends no text, on the right side.
+
+    Raises:
+        UserError: no token can pad.
+    """
+    if tokenizer.pad_token_id is None:
+        # A classifier like GPT-2's reads the last token that is not padding.
+        known = (getattr(tokenizer, f"{kind}_token") for kind in ("eos", "bos", "sep", "cls", "mask"))
+        tokenizer.pad_token = next((token for token in known if token is not None), None)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no special token that can pad: declare its pad_token")
+    if classifies_by_last_position(config):
+        tokenizer.padding_side = "left"
 
 
 def encode(
@@ -203,9 +232,14 @@ def training_examples(
 
 @dataclass
 class Collator:
-    """Pads a batch to its longest example, on the right."""
+    """Pads a batch to its longest example, on the right, or on the left where the last position classifies."""
 
     pad_token_id: int
+    on_left: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: Any, config: "transformers.PretrainedConfig") -> "Collator":
+        return cls(tokenizer.pad_token_id, classifies_by_last_position(config))
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         length = max(len(example["input_ids"]) for example in examples)
@@ -214,7 +248,8 @@ class Collator:
             values = [example[name] for example in examples]
             if name in INPUTS:
                 fill = self.pad_token_id if name == "input_ids" else 0
-                values = [row + [fill] * (length - len(row)) for row in values]
+                padded = [(row, [fill] * (length - len(row))) for row in values]
+                values = [padding + row if self.on_left else row + padding for row, padding in padded]
             batch[name] = torch.tensor(np.array(values))
         return batch
 

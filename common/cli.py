@@ -5,6 +5,7 @@ A script's arguments are a dataclass of `option`s. If it inherits from several d
 options; nothing here imports more than tyro.
 """
 
+import argparse
 import dataclasses
 import difflib
 import errno
@@ -12,7 +13,7 @@ import math
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -70,6 +71,17 @@ def _nobody_reads_stdout() -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 # Options
 # ------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for scripts with arguments in an order: the description as it is written, mistakes in one line."""
+
+    def __init__(self, description: str):
+        shown = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def option(default: Any, text: str, formerly: str | None = None, first: bool = False) -> Any:
@@ -158,7 +170,7 @@ def _raise_user_error(event: Any, names: list[str]) -> NoReturn:
         case "UnrecognizedArgs":
             word = event.tokens[0].partition("=")[0]
             what = f"unknown option {word}" if word.startswith("-") else f"{word!r} belongs to no option"
-            near = _nearest(word.lstrip("-").replace("-", "_"), names) if word.startswith("-") else None
+            near = nearest(word.lstrip("-").replace("-", "_"), names) if word.startswith("-") else None
             message = what + (f"; did you mean {option_name(near)}?" if near else "")
         case "InvalidChoice":
             message = f"{flag} {event.value}: choose from {', '.join(map(str, event.choices))}"
@@ -172,8 +184,9 @@ def _raise_user_error(event: Any, names: list[str]) -> NoReturn:
     raise UserError(f"{' '.join(message.split())} (--help lists the options)")
 
 
-def _nearest(name: str, names: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """That of `known` which is spelt most alike, if any is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
@@ -190,7 +203,7 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
     for key, value in entries.items():
         key = _by_its_name(f"--{key}", arguments_type)[2:].replace("-", "_")
         if key not in fields:
-            near = _nearest(str(key), list(fields))
+            near = nearest(str(key), list(fields))
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near!r}?" if near else ""))
         if value is None or value == []:
             continue
@@ -250,3 +263,14 @@ def require_below_one(args: Any, *names: str) -> None:
 def option_name(name: str) -> str:
     """How an option is typed: `batch_size` is --batch-size."""
     return f"--{name.replace('_', '-')}"
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as they are typed."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(option_name(name) if value else option_name(f"no_{name}"))
+        else:
+            words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
+    return words

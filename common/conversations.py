@@ -542,6 +542,24 @@ def build_dataset(
     return dataset, len(records) - len(dataset)
 
 
+def encoded(
+    args: Any, tokenizer: "PreTrainedTokenizerBase", records: "datasets.Dataset"
+) -> "tuple[datasets.Dataset, int]":
+    """`build_dataset` of the records of --data.
+
+    Raises:
+        UserError: no example is left, or one cannot be trained on.
+    """
+    how = (args.fields, args.max_length, args.template, args.train_on, args.data, args.skip_bad)
+    dataset, num_dropped = build_dataset(records, tokenizer, *how, read_template_args(args.template_args))
+    if len(dataset) == 0:
+        counts = ", ".join(f"{count} {fate}" for fate, count in dataset.notes.fates.items())
+        raise UserError(
+            f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
+        )
+    return dataset, num_dropped
+
+
 def _first_of_kinds(kinds: Any) -> list[int]:
     import pyarrow.compute as pc
 

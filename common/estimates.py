@@ -3,14 +3,20 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.chunks import bytes_per_row, card_bytes, most_rows
 from common.cli import UserError
+from common.conversations import num_valid
+from common.packing import shared_beginning
 from common.pretrained import resolve_dtype
 from common.ranks import read_deepspeed
+from common.training import num_steps
+
+if TYPE_CHECKING:
+    import datasets
 
 # Memory beside the tensors: Python, torch and transformers, and the holes that the allocator cannot fill. Measured from
 # peaks of whole runs on Linux (tests/test_architectures.py measures again). On a GPU it does not count.
@@ -108,6 +114,18 @@ class DataSizes:
     largest_tokens: int
     largest_valid: int
 
+    @classmethod
+    def of(cls, args: Any, dataset: "datasets.Dataset", num_dropped: int) -> "DataSizes":
+        """The sizes of `dataset`; the largest micro-batch is that of one random order."""
+        lengths = torch.tensor([len(ids) for ids in dataset["input_ids"]])
+        valid = torch.tensor([num_valid(labels) for labels in dataset["labels"]])
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(args.seed)).split(args.batch_size)
+        sizes = [int(lengths[batch].sum() if args.packing else lengths[batch].max() * len(batch)) for batch in order]
+        tokens, largest = max(zip(sizes, order, strict=True), key=lambda pair: pair[0])
+        if args.packing:
+            tokens -= (len(largest) - 1) * shared_beginning([dataset[int(row)] for row in largest])
+        return cls(lengths, valid, num_dropped, tokens, int(valid[largest].sum()))
+
 
 def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
     """Parameters, data, steps, memory and disk of a run of train.py, a line each.
@@ -123,7 +141,7 @@ def report(args: Any, base: Any, data: DataSizes | UserError) -> list[str]:
     per_step = args.batch_size * args.gradient_accumulation * num_processes
     if isinstance(data, DataSizes):
         count, mean = len(data.lengths), data.lengths.float().mean().item()
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / per_step) * args.epochs)
+        steps = num_steps(args, count, num_processes)
         tokens, valid = data.largest_tokens, data.largest_valid
         lines += [
             f"data: {count} examples ({data.num_dropped} dropped), {mean:.0f} tokens on average, at most "

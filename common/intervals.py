@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,6 +65,30 @@ def paired_interval(differences: list[float]) -> tuple[float, float]:
     deviation = statistics.stdev(differences)
     half = float(stats.t.ppf(0.975, len(differences) - 1)) * deviation / len(differences) ** 0.5
     return statistics.mean(differences), half
+
+
+def by_seed(ours: Mapping[int, float | None], theirs: Mapping[int, float | None]) -> dict[int, float]:
+    """`ours` − `theirs` for every seed that has both."""
+    both = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+    return {seed: one - other for seed, (one, other) in both.items() if one is not None and other is not None}
+
+
+def spread(values: Iterable[float | None], digits: int, nothing: str = "-") -> str:
+    """Mean ± sample standard deviation of those that are there, as text."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return nothing
+    text = f"{statistics.mean(known):.{digits}f}"
+    return text + (f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else "")
+
+
+def difference(paired: Iterable[float], digits: int, nothing: str = "-", one: str = "one pair") -> str:
+    """The mean of paired differences with its 95 % interval by Student's t, as text."""
+    known = list(paired)
+    if len(known) < 2:
+        return f"{known[0]:+.{digits}f} ({one})" if known else nothing
+    mean, half = paired_interval(known)
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 
 from common.intervals import proportion
 from common.markdown import markdown
+
+if TYPE_CHECKING:
+    from common.labelled import Data
 
 BOOTSTRAP_SAMPLES = 500
 ERRORS = ("rmse", "mae")  # in the units of the labels
@@ -169,3 +173,41 @@ def score_table(results: dict[str, Any], method: str, metrics: tuple[str, ...], 
             ]
             table.append([name, str(cells[0]["of"]), metric_name, *texts])
     return markdown(table)
+
+
+def score_report(summary: dict[str, Any], data: "Data", args: Any) -> str:
+    """The summary for the terminal: a row per evaluation set and metric, then the first set's confusion matrix."""
+    table = score_table(summary["results"], args.method, data.metrics, data.class_names)
+    lines = [
+        "",
+        table,
+        "",
+        "(in percent, errors in the labels' units; with 95 % intervals; both probes read the frozen encoder)",
+    ]
+    name, result = next(iter(summary["results"].items()))
+    if not data.is_regression:
+        result = result[args.method]
+        lines.append(f"{args.method} on {name}: calibration error {result['calibration_error']:.3f}; rows are labels")
+        width = max(map(len, data.class_names))
+        for label, row in zip(data.class_names, result["confusion_matrix"], strict=True):
+            right = result["class_accuracy"][label]
+            share = "none" if right["value"] is None else f"{right['value']:.1%} right"
+            lines.append(f"  {label:{width}}  {'  '.join(f'{count:6d}' for count in row)}   {share}")
+    output_dir = Path(args.output_dir)
+    best, name = summary["validation"], data.metrics[0]
+    scores = {
+        test: [of[kind][name]["value"] for kind in (args.method, "probe")] for test, of in summary["results"].items()
+    }
+    if below := [test for test, (ours, probe) in scores.items() if ours < probe]:
+        lines.append(
+            f"note: {args.method} ends below the linear probe of the untouched encoder on {', '.join(below)}: train "
+            "longer, or with another --learning-rate"
+        )
+    if best["step"] == 0:
+        lines.append("note: no state of the training was better by validation than the model before it, which is kept")
+    lines += [
+        f"best state: step {best['step']} of {summary['steps']}, validation {name} {best[name]:.3f}",
+        f"{summary['seconds']:.0f} s in all; {output_dir}/: results.json, predictions.jsonl, config.yaml, merged/"
+        + ("" if args.method == "full" else ", adapter/ (PEFT's format)"),
+    ]
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -124,3 +125,21 @@ def shared_among_ranks(
             dist.broadcast(A, owner)
             dist.broadcast(B, owner)
             yield A, B
+
+
+def factors_of_all(
+    layers: list[nn.Linear], factors: Callable[[Tensor], tuple[Tensor, Tensor]], rank: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`factors` of each layer's weight in order: shared out among the ranks, or one thread per core."""
+    if num_ranks() > 1:
+        yield from shared_among_ranks(layers, factors, rank)
+        return
+    num_threads = torch.get_num_threads()
+    # One decomposition alone cannot use all cores.
+    workers = num_threads if all(layer.weight.device.type == "cpu" for layer in layers) else 1
+    try:
+        torch.set_num_threads(num_threads // workers)
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(lambda layer: factors(dequantized(layer)), layers)
+    finally:
+        torch.set_num_threads(num_threads)

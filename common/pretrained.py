@@ -72,6 +72,20 @@ def load_tokenizer_and_config(
     return tokenizer, config
 
 
+def settle_config(args: Any, config: "transformers.PretrainedConfig") -> None:
+    """Chooses the attention that `config` needs, and notes what the objective leaves out of the model's own loss.
+
+    Raises:
+        UserError: see `require_trainable`.
+    """
+    require_trainable(args.model, config)
+    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
+        args.attn_implementation = "eager"
+        print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
+    if getattr(config, "output_router_logits", False):
+        print("note: the router's loss (output_router_logits) is not part of the objective")
+
+
 def require_trainable(name: str, config: "transformers.PretrainedConfig") -> None:
     """Raises a UserError where the configuration is of a kind that cannot be trained here."""
     quantization = getattr(config, "quantization_config", None)
@@ -213,13 +227,23 @@ def mend_generation_config(model: "transformers.PreTrainedModel") -> None:
         model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
 
 
-def load_model(args: Any, model_path: str, dtype: "torch.dtype") -> "transformers.PreTrainedModel":
-    """The pre-trained model, quantized where --load-in says so."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def load_model(
+    args: Any, model_path: str, dtype: "torch.dtype", device: "torch.device | None" = None
+) -> "transformers.PreTrainedModel":
+    """The pre-trained model, quantized where --load-in says so.
 
-    quantization = {}
+    Args:
+        device: gets each weight as it is read, so that no rank holds the whole model in the host's memory; None: the
+            CPU. ZeRO-3 and bitsandbytes choose themselves.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    options = {}
+    if device is not None and args.load_in is None and not is_deepspeed_zero3_enabled():
+        options["device_map"] = {"": device}
     if args.load_in is not None:
-        quantization["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=args.load_in == "4bit",
             load_in_8bit=args.load_in == "8bit",
             bnb_4bit_quant_type="nf4",
@@ -233,7 +257,7 @@ def load_model(args: Any, model_path: str, dtype: "torch.dtype") -> "transformer
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             use_safetensors=True,
-            **quantization,
+            **options,
         )
     except OSError as error:  # such as a hub model that has only pickled weights
         raise UserError(f"cannot load the model {args.model!r}: {first_line(error)}") from error

@@ -45,6 +45,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def score_of(record: dict[str, Any], benchmark: str, name: str) -> float | None:
+    """A score's value, None where the run has none."""
+    found = (record["scores"].get(benchmark) or {}).get(name)
+    return found.get("value") if isinstance(found, dict) else found
+
+
 def is_record(content: Any) -> bool:
     return isinstance(content, dict) and {"version", "run", "scores"} <= set(content)
 

@@ -94,6 +94,28 @@ METRICS = "metrics.jsonl"  # a line per logging step and validation
 SAMPLES = "samples.jsonl"  # the model's answers at each validation
 
 
+def leave_if_done(args: Any) -> None:
+    """Ends the program where --output-dir holds a finished run of these settings.
+
+    Raises:
+        UserError: it is a run of other settings, or cannot be read.
+    """
+    results = Path(args.output_dir) / "results.json"
+    if results.is_file():
+        require_same_run(Path(args.output_dir), args)
+        print(f"done: {results}")
+        sys.exit(0)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether the folder is of a run of this script that did not end."""
+    try:
+        made = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(made, dict) and "teacher_head" in made and not (folder / "results.json").exists()
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file under another name and moves it to its place, so that it is there whole or not at all.
 

@@ -12,15 +12,23 @@ lowest. It prints (numbers for illustration):
     chosen: 0.9, the smallest scale whose loss is within 0.003 nats of the lowest
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from common import checkpoints, validation
 from common.cli import UserError, option
+from common.conversations import encoded, load_training_records
 from common.templates import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
 
 GRID = tuple(tenths / 10 for tenths in range(10, 0, -1))
 MOST_NUMBERS = 2**28  # how many log-probabilities of the base are kept at a time
@@ -157,3 +165,26 @@ def choose(scaled: Scaled, examples: Sequence[Mapping[str, Any]], tolerance: flo
     print("\n".join([*lines, f"chosen: {scale:g}, {why} on {curve.examples} held-out examples"]), flush=True)
     found = {"held_out_examples": curve.examples, "losses": curve.losses, "kl_base_tuned": curve.kl_base_tuned}
     return {"scale": scale, "why": why, "tolerance": tolerance, **found}
+
+
+def held_out_examples(
+    args: Any, run: Any, tokenizer: "PreTrainedTokenizerBase", checkpoint: Path
+) -> "datasets.Dataset":
+    """The examples for --scale auto: those of --validation-data, else those that the run held out.
+
+    Raises:
+        UserError: there are none, or the run's --data changed, so that other examples would be held out.
+    """
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
+    examples, _ = encoded(source, tokenizer, load_training_records(source))
+    if run.eval_share is None:
+        return examples
+    trained, held_out = validation.hold_out(run, examples, None)
+    parts = {"data": trained, "evaluation data": held_out}
+    contents = {name: checkpoints.contents_of(part) for name, part in parts.items()}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
+    return held_out

@@ -21,6 +21,18 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def padded(
+    rows: list[list[int]], pad: int, left: bool = False, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of several lengths as one tensor (B, T), padded on the right or on the left, and the mask of the rest."""
+    width = max(map(len, rows))
+    fill = [[pad] * (width - len(row)) for row in rows]
+    values = [[*more, *row] if left else [*row, *more] for row, more in zip(rows, fill, strict=True)]
+    lengths = torch.tensor(list(map(len, rows)), device=device)[:, None]
+    places = torch.arange(width, device=device)
+    return torch.tensor(values, device=device), (places >= width - lengths if left else places < lengths).long()
+
+
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors have the same type, shape and bytes, NaN included."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:

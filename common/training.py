@@ -125,6 +125,14 @@ class MicroBatches:
         return epochs + min(place * self.accumulation, self.rounds_per_epoch) / self.rounds_per_epoch
 
 
+def num_steps(args: Any, num_examples: int, num_ranks: int, accumulation: int | None = None) -> int:
+    """Optimizer steps of a run: --max-steps, or --epochs over the examples. `accumulation`: see MicroBatches."""
+    if args.max_steps > 0:
+        return args.max_steps
+    shape = (args.batch_size, accumulation or args.gradient_accumulation, 0, num_ranks)
+    return math.ceil(args.epochs * MicroBatches(lambda epoch: [], num_examples, *shape).steps_per_epoch)
+
+
 def generator_of(seed: int, epoch: int) -> torch.Generator:
     """The random generator of an epoch's order."""
     return torch.Generator().manual_seed(seed + epoch)
@@ -226,8 +234,7 @@ class Training:
         )
         self.is_main = self.rank == 0
         self.batches = MicroBatches(order, num_examples, args.batch_size, accumulation, self.rank, self.num_ranks)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.epochs * self.batches.steps_per_epoch)
-        self.progress = Progress(max_steps=steps)
+        self.progress = Progress(max_steps=num_steps(args, num_examples, self.num_ranks, accumulation))
         self.contents = dict(contents or {})
         identity = checkpoints.checkpoint_identity(args, accumulation * self.num_ranks)
         self.identity = identity | {"contents": self.contents}
@@ -541,6 +548,16 @@ class Training:
             if "loss" in entry:
                 total, step = total + entry["loss"] * (entry["step"] - step), entry["step"]
         return total / max(step, 1)
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of processes, micro-batches per step, steps and skipped steps; the mean loss."""
+        return {
+            "processes": self.num_ranks,
+            "micro_batches": self.batches.accumulation * self.num_ranks,
+            "steps": self.step,
+            "skipped_steps": self.progress.skipped_steps,
+            "train_loss": self.mean_loss(),
+        }
 
     @property
     def seconds(self) -> float:

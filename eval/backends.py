@@ -1,6 +1,7 @@
 """The two back ends of eval/generation.py, on a checkpoint or on a base with a LoRA adapter.
 
-The import takes seconds, so only `load_backend` and checks of an adapter do it.
+The import takes seconds, so only `load_backend` of eval/benchmark.py and checks of an adapter do it. The options are
+those of both: TransformersBackend leaves alone what is vLLM's.
 """
 
 import hashlib
@@ -26,7 +27,8 @@ from common.cli import UserError
 from common.devices import choose_device
 from common.pretrained import resolve_dtype
 from common.templates import decode_response
-from eval.generation import Completion, Sampling, batches, with_bar
+from common.tensors import padded
+from eval.generation import Completion, Sampling, batch_size_of, batches, with_bar
 from eval.quiet import quiet_vllm
 
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks of vLLM's kernels
@@ -97,14 +99,15 @@ class TransformersBackend:
         self,
         ckpt: str,
         tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: list[int],
+        *,
         dtype: str,
-        batch_size: int,
-        adapter: str | None,
+        batch_size: int | None = None,
+        adapter: str | None = None,
+        **_: Any,
     ):
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.eos_token_ids = eos_token_ids
+        self.batch_size = batch_size_of(batch_size, self.name)
+        self.eos_token_ids = eos_token_ids_of(ckpt, tokenizer)
         self.device = choose_device()
         self.model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=resolve_dtype(dtype), use_safetensors=True)
         # The checkpoint's own may switch on sampling, or a repetition penalty, which greedy decoding would obey.
@@ -130,7 +133,7 @@ class TransformersBackend:
             use_cache=True,
             **settings,
         )
-        input_ids, attention_mask = _left_padded(prompts, self.eos_token_ids[0], self.device)
+        input_ids, attention_mask = padded(prompts, self.eos_token_ids[0], left=True, device=self.device)
         stopping = [_Stop(self.tokenizer, input_ids.shape[1], sampling.stop)] if sampling.stop else []
         output = self.model.generate(
             input_ids=input_ids,
@@ -151,7 +154,7 @@ class TransformersBackend:
         sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         found = [0.0] * len(sequences)
         for indices in with_bar(batches([len(sequence) for sequence in sequences], self.batch_size), "response loss"):
-            input_ids, attention_mask = _left_padded([sequences[i] for i in indices], 0, self.device)
+            input_ids, attention_mask = padded([sequences[i] for i in indices], 0, left=True, device=self.device)
             longest = max(len(responses[i]) for i in indices)
             logits = self.model(
                 input_ids=input_ids,
@@ -173,13 +176,6 @@ def _seed_of(seeds: list[int]) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(seeds).encode()).digest()[:7], "big")
 
 
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, attention_mask
-
-
 class VLLMBackend:
     """vLLM's offline engine, which forms batches of its own inside each batch it is given."""
 
@@ -189,15 +185,16 @@ class VLLMBackend:
         self,
         ckpt: str,
         tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: list[int],
+        *,
         dtype: str,
-        batch_size: int,
-        adapter: str | None,
         max_length: int,
-        seed: int,
-        tensor_parallel_size: int,
-        gpu_memory_utilization: float,
+        batch_size: int | None = None,
+        adapter: str | None = None,
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
     ):
+        """`max_length`: tokens of the longest prompt with its completion or response."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         # In a process of its own the engine starts on the first request while others still arrive. Chance would decide
@@ -220,8 +217,8 @@ class VLLMBackend:
             options |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": 1}
             self.lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.eos_token_ids = eos_token_ids
+        self.batch_size = batch_size_of(batch_size, self.name)
+        self.eos_token_ids = eos_token_ids_of(ckpt, tokenizer)
         cores = os.sched_getaffinity(0)
         with quiet_vllm():
             self.llm = LLM(
@@ -290,3 +287,6 @@ def eos_token_ids_of(ckpt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]
         configured = None
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [tokenizer.eos_token_id, *configured] if token is not None})
+
+
+BACKENDS = {kind.name: kind for kind in (TransformersBackend, VLLMBackend)}

@@ -41,7 +41,6 @@ from eval.generation import (
     backend_name,
     batch_size_of,
     batches,
-    load_backend,
     with_bar,
 )
 
@@ -394,6 +393,21 @@ class Results:
         print("\n".join([*lines, f"  {'items and summary':24}{self.items_path}, {self.summary_path}"]))
 
 
+def load_backend(backend: str, ckpt: str, tokenizer: Any, **options: Any) -> Backend:
+    """Loads the checkpoint, with a LoRA adapter where one is given (`check_adapter` first).
+
+    Args:
+        options: those of its class in eval/backends.py, which takes seconds to import.
+
+    Raises:
+        UserError: vLLM is asked for and not installed.
+    """
+    name = backend_name(backend)
+    from eval.backends import BACKENDS
+
+    return BACKENDS[name](ckpt, tokenizer, **options)
+
+
 class Run(Results):
     """One benchmark on one checkpoint, from checked arguments to results.
 
@@ -573,7 +587,6 @@ class Run(Results):
                 self._origin["backend"],
                 self.ckpt,
                 self.tokenizer,
-                self.config,
                 dtype=args.dtype,
                 max_length=self.max_length,
                 batch_size=args.batch_size,

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import codeop
+import functools
 import math
 import re
 import symtable
@@ -11,7 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -76,34 +77,23 @@ CORRECTS = re.compile(
     r"\b(?:actually|correct(?:ed|ion|ly)?|final|fix(?:ed)?|improved|revised|sorry|updated|wait)\b", re.I
 )
 BESIDE = re.compile(r"\b(?:also|alternatively?|another|buggy|incorrect\w*|mistakes?|naive|not|other|wrong)\b", re.I)
+ODD_INDENT = re.compile(r"^[ \t]*[^\S\n \t][^\S\n]*", re.MULTILINE)  # with blanks that are neither space nor tab
 # A statement with one of these reads, shows, tests or ends something: it is no part of the function.
-DRIVES = {
-    "__name__",
-    "_exit",
-    "argv",
-    "assert",
-    "exit",
-    "input",
-    "main",
-    "parse_args",
-    "print",
-    "quit",
-    "show",
-    "stdin",
-}
-DRIVES |= {"testmod"}
-NOT_HARMLESS = {
-    "antigravity",
-    "idlelib",
-    "this",
-    "tkinter",
-    "turtle",
-    "turtledemo",
-}  # on import they act, or need a screen
+DRIVES = set("__name__ _exit argv assert exit input main parse_args print quit show stdin testmod".split())  # noqa: SIM905
+NOT_HARMLESS = set("antigravity idlelib this tkinter turtle turtledemo".split())  # noqa: SIM905  # act, or need a screen
+BUILT_IN = frozenset(dir(builtins))
 MOST_PARSED = 1_000_000  # characters of one completion that are parsed: some texts would take for ever
 MOST_ROUNDS = 10  # rounds in which statements that change needed data are added
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
+
+
+class Names(NamedTuple):
+    """Names of the module in a statement."""
+
+    binds: set[str]
+    reads: set[str]  # and built-in names; functions in the statement count
+    at_once: set[str]  # the names that are read when the statement runs
 
 
 @dataclass
@@ -116,17 +106,26 @@ class Statement:
     group: int  # the same for statements between which there is nothing but code
     introduction: str  # the prose before the group
     nodes: list[ast.stmt]
-    binds: set[str]  # names of the module
-    reads: set[str]  # names of the module, and built-in ones, that it or functions in it read
-    at_once: set[str]  # names that are read when the statement runs
 
     def walk(self) -> Iterator[ast.AST]:
         return (node for statement in self.nodes for node in ast.walk(statement))
 
+    @functools.cached_property
     def words(self) -> set[str]:
         """Every name and attribute in it, and "assert" where it has one."""
-        found = {"assert" if isinstance(node, ast.Assert) else None for node in self.walk()}
-        return found | {getattr(node, "id", getattr(node, "attr", None)) for node in self.walk()}
+        return {
+            "assert" if isinstance(node, ast.Assert) else getattr(node, "id", getattr(node, "attr", ""))
+            for node in self.walk()
+        }
+
+    @functools.cached_property
+    def returns(self) -> bool:
+        """Whether it belongs into a function."""
+        return any(map(_returns, self.nodes))
+
+    @functools.cached_property
+    def names(self) -> Names:
+        return _names_of(self.text) if self.nodes else Names(set(), set(), set())
 
     def is_only(self, kinds: tuple[type, ...]) -> bool:
         return all(isinstance(node, kinds) for node in self.nodes)
@@ -156,7 +155,7 @@ def _is_open(node: ast.stmt) -> bool:
     return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
-def extract_code(completion: str, names: tuple[str, ...], before: str = "") -> str:
+def extract_code(completion: str, names: tuple[str, ...], before: str = "", opening: str = "") -> str:
     """The program in a completion: the definitions of `names`, with what they need and what can do no harm.
 
     All code in a completion is one program, like the cells of a notebook: of several definitions the last one counts.
@@ -165,33 +164,42 @@ def extract_code(completion: str, names: tuple[str, ...], before: str = "") -> s
 
     Args:
         before: the source that the completion goes on from.
+        opening: the beginning of a function; a completion that defines none of `names` is its body.
     """
-    lines, statements = statements_of(re.sub(r"^ (?=\S)", "", completion))  # the space that parts it from its prompt
+    with warnings.catch_warnings():  # of the parser
+        warnings.simplefilter("ignore")
+        lines, statements = statements_of(
+            re.sub(r"^ (?=\S)", "", completion)
+        )  # the space that parts it from its prompt
+        program = _defined(statements, names, before)
+        if program is None:
+            program = _body(lines, statements)
+            if opening:
+                whole = opening + as_body(program)
+                program = _defined(statements_of(whole)[1], names) or whole  # without what is called after the body
+        return program
+
+
+def _defined(statements: list[Statement], names: tuple[str, ...], before: str = "") -> str | None:
+    """The program that defines `names`; None if the statements define none of them."""
     defining = _defining(statements, names)
     if not defining:
-        return _body(lines, statements)
+        return None
     given = statements_of(before)[1]
     for statement in given:
         statement.group = -1
     levels: dict[int, int] = {}  # by group, how deep the program's own statements stand
     for statement in [*defining, *statements]:
         levels.setdefault(statement.group, statement.indent)
-    statements = [
-        statement for statement in statements if statement.nodes and statement.indent == levels[statement.group]
-    ]
-    return _program(_current([*given, *statements], names), names)
-
-
-def defines(code: str, names: tuple[str, ...]) -> bool:
-    """Whether one of `names` is defined, assigned or imported outside every block."""
-    return bool(_defining(statements_of(code)[1], names))
+    own = [statement for statement in statements if statement.nodes and statement.indent == levels[statement.group]]
+    return _program(_current([*given, *own], names), names)
 
 
 def statements_of(text: str) -> tuple[list[str], list[Statement]]:
     """The text's lines, with fences and other marks taken apart from code, and the statements in them."""
     thoughts, _, answer = text.rpartition("</think>")
     text = END_OF_TEXT.split(answer if answer.strip() else thoughts, maxsplit=1)[0].replace("\r\n", "\n")
-    lines = [re.sub(r"^\s+", lambda space: re.sub(r"[^\t]", " ", space[0]), line) for line in text.split("\n")]
+    lines = ODD_INDENT.sub(lambda blanks: re.sub(r"[^\t]", " ", blanks[0]), text).split("\n")
     found: list[Statement] = []
     group, introduction, prose = 0, "", [""]
     start, left = 0, MOST_PARSED
@@ -209,8 +217,7 @@ def statements_of(text: str) -> tuple[list[str], list[Statement]]:
             introduction, prose = "\n".join(prose[-3:]), []
         indent = len(lines[start]) - len(lines[start].lstrip())
         code = _at_level(lines[start:end], indent)
-        names = _names_of(code) if nodes else (set(), set(), set())
-        found.append(Statement(code, range(start, end), indent, group, introduction, nodes, *names))
+        found.append(Statement(code, range(start, end), indent, group, introduction, nodes))
         start = end
     return lines, found
 
@@ -272,9 +279,7 @@ def _parsed(text: str) -> list[ast.stmt] | None:
         SyntaxError: it is no code, or too deep to be parsed.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return compile(text, "", "exec", ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT, True).body
+        return compile(text, "", "exec", ast.PyCF_ONLY_AST | codeop.PyCF_ALLOW_INCOMPLETE_INPUT, True).body
     except SyntaxError as error:
         if error.msg == "incomplete input":
             return None
@@ -315,12 +320,11 @@ def _may_be_prose(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and not is_text and not any(isinstance(part, acts) for part in ast.walk(node))
 
 
-def _names_of(code: str) -> tuple[set[str], set[str], set[str]]:
-    """The names of the module that a statement binds, that it reads, and that it reads at once."""
+def _names_of(code: str) -> Names:
     try:
         module = symtable.symtable(code, "", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # such as a `nonlocal` outside of a function
-        return set(), set(), set()
+        return Names(set(), set(), set())
     symbols = module.get_symbols()
     binds = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
     at_once = {symbol.get_name() for symbol in symbols if symbol.is_referenced()}
@@ -332,7 +336,7 @@ def _names_of(code: str) -> tuple[set[str], set[str], set[str]]:
             if symbol.is_global():
                 reads |= {symbol.get_name()} if symbol.is_referenced() else set()
                 binds |= {symbol.get_name()} if symbol.is_assigned() else set()
-    return binds, reads, at_once
+    return Names(binds, reads, at_once)
 
 
 def _methods(statement: Statement, names: tuple[str, ...]) -> dict[str, str]:
@@ -347,20 +351,20 @@ def _methods(statement: Statement, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _defines(statement: Statement, names: tuple[str, ...]) -> bool:
-    return bool(statement.binds & set(names) or _methods(statement, names))
+    return bool(statement.names.binds & set(names) or _methods(statement, names))
 
 
 def _defining(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
     """The statements that define one of `names`, but not in a function's body; none if they are stubs for a body."""
-    bodies = {s.group for s in statements if any(map(_returns, s.nodes))}
+    bodies = {s.group for s in statements if s.returns}
     found = [s for s in statements if _defines(s, names) and s.group not in bodies]
     return [] if bodies and all(s.is_stub() for s in found) else found
 
 
 def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
     """The versions that count."""
-    solid = {name for statement in statements if not statement.is_stub() for name in statement.binds}
-    statements = [s for s in statements if not (s.is_stub() and s.binds <= solid)]
+    solid = {name for statement in statements if not statement.is_stub() for name in statement.names.binds}
+    statements = [s for s in statements if not (s.is_stub() and s.names.binds <= solid)]
     counting, beside = None, set()
     for statement in statements:
         if _defines(statement, names) and statement.group not in {counting, *beside}:
@@ -375,31 +379,30 @@ def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statem
 def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
     """The definitions of `names`, with the statements that they need and harmless ones, in their order."""
     methods: dict[str, str] = {}
+    links: dict[str, set[str]] = {}  # by name, the names in the statements that bind it
     for statement in statements:
         methods |= _methods(statement, names)
-    missing = set(names) - {name for statement in statements for name in statement.binds}
-    methods = {name: method for name, method in methods.items() if name in missing}
-    links: dict[str, tuple[set[str], set[str]]] = {}  # by name, what the statements that bind it read, and their words
-    for statement in statements:
-        for name in statement.binds:
-            reads, words = links.setdefault(name, (set(), set()))
-            reads.update(statement.reads, statement.binds)
-            words.update(statement.words())
-    needed = _reached(set(names) | {method.split(".")[0].removesuffix("()") for method in methods.values()}, links)
-    data = {name for s in statements if not s.is_only(DEFINITIONS) for name in s.binds}
-    acting: list[Statement] = []
+        for name in statement.names.binds:
+            links.setdefault(name, set()).update(statement.names.reads, statement.names.binds)
+    methods = {name: method for name, method in methods.items() if name not in links}
+    needed = _reached({*names, *(method.split(".")[0].removesuffix("()") for method in methods.values())}, links)
     waiting = [s for s in statements if not s.is_only((*DEFINITIONS, *IMPORTS))]
+    data = {name for s in statements if waiting and not s.is_only(DEFINITIONS) for name in s.names.binds}
+    driving = {*names, *(name for s in statements if waiting and s.words & DRIVES for name in s.names.binds)}
+    acting: list[Statement] = []
     for _ in range(MOST_ROUNDS):  # a statement that changes needed data needs more data, which others may change
-        more = [s for s in waiting if _acts_on(s, needed, data, links, set(names))]
-        waiting = [s for s in waiting if s not in more] if more else []
+        more = [s for s in waiting if _acts_on(s, needed, data, driving, links)]
+        if not more:
+            break
+        waiting = [s for s in waiting if s not in more]
         acting += more
-        needed |= _reached({name for statement in more for name in statement.reads}, links)
+        needed |= _reached({name for statement in more for name in statement.names.reads}, links)
     kept: list[Statement] = []
-    bound = set(dir(builtins))
+    bound = set(BUILT_IN)
     for statement in statements:
-        if statement in acting or statement.binds & needed or _is_harmless(statement, bound):
+        if statement in acting or statement.names.binds & needed or _is_harmless(statement, bound):
             kept.append(statement)
-            bound |= statement.binds
+            bound |= statement.names.binds
     kept.sort(key=lambda statement: not statement.text.startswith("from __future__ "))
     text = ""
     for before, statement in zip([None, *kept], kept, strict=False):
@@ -408,25 +411,24 @@ def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
     return text + "".join(f"\n{name} = {method}\n" for name, method in methods.items())
 
 
-def _reached(names: set[str], links: dict[str, tuple[set[str], set[str]]]) -> set[str]:
-    """The names, the names that their statements read, and so on."""
+def _reached(names: set[str], links: dict[str, set[str]]) -> set[str]:
+    """The names, the names in the statements that bind them, and so on."""
     reached, new = set(), set(names)
     while new:
         reached |= new
-        new = {name for known in new & links.keys() for name in links[known][0]} - reached
+        new = set().union(*(links.get(name, ()) for name in new)) - reached
     return reached
 
 
 def _acts_on(
-    statement: Statement, needed: set[str], data: set[str], links: dict[str, tuple[set[str], set[str]]], names: set[str]
+    statement: Statement, needed: set[str], data: set[str], driving: set[str], links: dict[str, set[str]]
 ) -> bool:
     """Whether a statement changes data that are needed, and drives nothing: no call of `names`, no output, no test."""
     stored = {_root(node) for node in statement.walk() if isinstance(getattr(node, "ctx", None), ast.Store)}
-    reached = _reached(statement.reads - stored, links)
-    words = statement.words()
-    if words & DRIVES or reached & names or any(links[name][1] & DRIVES for name in reached & links.keys()):
+    reached = _reached(statement.names.reads - stored, links)
+    if statement.words & DRIVES or reached & driving:
         return False
-    sets = any(isinstance(word, str) and word.startswith("set") for word in words)  # sys.setrecursionlimit
+    sets = any(word.startswith("set") for word in statement.words)  # sys.setrecursionlimit
     return sets or bool(stored & needed) or bool(reached & data & needed)
 
 
@@ -446,7 +448,7 @@ def _is_harmless(statement: Statement, bound: set[str]) -> bool:
         known = sys.stdlib_module_names - NOT_HARMLESS
         return all(module.split(".")[0] in known for module in modules)
     if statement.is_only((ast.FunctionDef,)):
-        return statement.at_once <= bound and not any(node.decorator_list for node in statement.nodes)
+        return statement.names.at_once <= bound and not any(node.decorator_list for node in statement.nodes)
     try:
         return statement.is_only((ast.Assign,)) and all(
             ast.literal_eval(node.value) or True for node in statement.nodes
@@ -460,7 +462,7 @@ def _body(lines: list[str], statements: list[Statement]) -> str:
     groups: dict[int, list[Statement]] = {}
     for statement in statements:
         groups.setdefault(statement.group, []).append(statement)
-    returning = [group for group in groups.values() if any(_returns(node) for s in group for node in s.nodes)]
+    returning = [group for group in groups.values() if any(s.returns for s in group)]
     if not groups:
         return "\n"
     chosen = (returning or list(groups.values()))[0]

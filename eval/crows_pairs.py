@@ -38,8 +38,8 @@ from common.cli import UserError, option, parse_arguments, require_positive, run
 from common.intervals import mean, ratio, score_line, share, slope
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.tables import load_records, require_fields
-from eval.benchmark import Results, check_context, read_jsonl, weights_identity
-from eval.generation import batches, load_backend
+from eval.benchmark import Results, check_context, load_backend, read_jsonl, weights_identity
+from eval.generation import batches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -162,7 +162,7 @@ def log_likelihoods(
     check_context(config, args.ckpt, max(lengths), "a sentence is too long for it")
     names = [name and weights_identity(name) for name in (ckpt, args.adapter)]
     options = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": max(lengths), "adapter": args.adapter}
-    model = functools.cache(lambda: load_backend("transformers", ckpt, tokenizer, config, **options))
+    model = functools.cache(lambda: load_backend("transformers", ckpt, tokenizer, **options))
 
     def make(group: list[int]) -> list[float]:
         return model().log_likelihoods(*zip(*(sentences[i] for i in group), strict=True))
@@ -222,11 +222,6 @@ def report_lines(scores: dict[str, Any], by_type: dict[str, dict[str, Any]]) -> 
         ]
     measure, form = ("change", signed) if "before" in scores else ("pct_stereotype", "{:.1%}".format)
     return lines + [score_line(f"  {name}"[:24], of_type[measure], form) for name, of_type in by_type.items()]
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:

@@ -341,6 +341,8 @@ def measure(
     """
     import torch
 
+    from common.tensors import padded
+
     dtype = resolve_dtype(args.dtype)
     versions = package_versions()
     how = [{key: name and weights_identity(name) for key, name in names.items()}, str(dtype)]
@@ -353,10 +355,7 @@ def measure(
     def make(scale: float, group: list[int]) -> list[dict[str, float]]:
         if args.scales != [1.0]:
             pair().scaled.set(scale)
-        device, width = pair().base.device, max(lengths[i] for i in group)
-        # Padded on the right, where no token looks.
-        rows = torch.tensor([documents[i] + [0] * (width - lengths[i]) for i in group], device=device)
-        mask = torch.tensor([[1] * lengths[i] + [0] * (width - lengths[i]) for i in group], device=device)
+        rows, mask = padded([documents[i] for i in group], 0, device=pair().base.device)
         with torch.inference_mode():
             both = (*pair().logits(input_ids=rows, attention_mask=mask), rows)
             return [asdict(sums_of(*(whole[row, : lengths[i]] for whole in both))) for row, i in enumerate(group)]
@@ -447,11 +446,6 @@ def report_lines(scores: dict[str, Any], diversity: dict[str, dict]) -> list[str
         lines.append(score_line(f"distinct, {Path(path).stem}", found["answers"]))
     lines.append(f"  {'texts':24}{scores['documents']} with {scores['tokens']} predicted tokens")
     return lines
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
 
 
 class Comparison(Results):

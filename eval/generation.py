@@ -1,4 +1,4 @@
-"""The interface of the two back ends that generate, vLLM and transformers (eval/backends.py).
+"""The interface of the two back ends that generate, vLLM and transformers, which eval/backends.py has.
 
 Both take a batch of prompts as token ids and return the same completions but for rounding. The caller forms the batches
 (`batches`). Rounding depends on them, so a resumed run must form the same batches.
@@ -7,14 +7,11 @@ Both take a batch of prompts as token ids and return the same completions but fo
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from tqdm import tqdm
 
 from common.cli import UserError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -80,49 +77,6 @@ def backend_name(backend: str) -> str:
 def batch_size_of(batch_size: int | None, backend: str) -> int:
     """`batch_size`, or the back end's own if it is None."""
     return batch_size or {"vllm": 256, "transformers": 32}[backend]
-
-
-def load_backend(
-    backend: str,
-    ckpt: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    config: "PretrainedConfig",
-    *,
-    dtype: str,
-    max_length: int,
-    batch_size: int | None = None,
-    adapter: str | None = None,
-    seed: int = 0,
-    tensor_parallel_size: int = 1,
-    gpu_memory_utilization: float = 0.9,
-) -> Backend:
-    """Loads the checkpoint, with a LoRA adapter where one is given (`check_adapter` first).
-
-    Args:
-        max_length: tokens of the longest prompt with its completion or response.
-
-    Raises:
-        UserError: vLLM is asked for and not installed.
-    """
-    backend = backend_name(backend)
-    from eval.backends import TransformersBackend, VLLMBackend, eos_token_ids_of
-
-    eos_token_ids = eos_token_ids_of(ckpt, tokenizer)
-    batch_size = batch_size_of(batch_size, backend)
-    if backend == "transformers":
-        return TransformersBackend(ckpt, tokenizer, eos_token_ids, dtype, batch_size, adapter)
-    return VLLMBackend(
-        ckpt,
-        tokenizer,
-        eos_token_ids,
-        dtype,
-        batch_size,
-        adapter,
-        max_length,
-        seed,
-        tensor_parallel_size,
-        gpu_memory_utilization,
-    )
 
 
 def with_bar(groups: list[list[int]], description: str, done: int = 0) -> Iterator[list[int]]:

@@ -51,6 +51,7 @@ class Arguments(LossArguments, benchmark.Arguments):
 
 
 NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
+LAST_DIGIT = re.compile(r"\d[-\s$\d.,/]*")  # in the reversed text: with everything before it that NUMBER may match
 # Characters that may stand between "####" and its number.
 DECORATION = re.compile(r"(?:[\s*:+=`$€£]|(?:the )?(?:final )?answer(?: is)?\b|\\boxed\{)*", re.IGNORECASE)
 MOST_DIGITS = 100  # a longer sequence of digits is an endless repetition, not a number
@@ -83,12 +84,14 @@ WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|m
 def extract_answer(text: str) -> Fraction | None:
     """The number after the last "The answer is:"; else the number right after the last "####", which is a heading in
     Markdown too; else the number after "The answer is". None without any of them."""
-    text = _plain(re.split("|".join(benchmark.BEGINNINGS), text)[0])
+    text = re.split("|".join(benchmark.BEGINNINGS), text)[0]
+    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{ZERO WIDTH SPACE}", " ")
     for marker in MARKERS:
         _, *answers = re.split(marker, text, flags=re.IGNORECASE)
         if answers:
             return next((value for found, value in map(_answer, reversed(answers)) if found), None)
-        headings = (NUMBER.match(part, DECORATION.match(part).end()) for part in reversed(text.split("####")[1:]))
+        parts = map(_plain, reversed(text.split("####")[1:]))
+        headings = (NUMBER.match(part, DECORATION.match(part).end()) for part in parts)
         if found := next(filter(None, headings), None):
             return _ended(found)
     return None
@@ -96,6 +99,7 @@ def extract_answer(text: str) -> Fraction | None:
 
 def _answer(text: str) -> tuple[bool, Fraction | None]:
     """Whether an answer has a number, and the number, if it can be read."""
+    text = _plain(text)
     if word := WORD.match(text):
         return True, Fraction(WORDS.index(word[1].lower()))
     found = NUMBER.search(EACH.sub("", NAME.sub("", EQUATION.sub("", text))))
@@ -107,8 +111,7 @@ def _ended(found: re.Match | None) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """Rewrites thousands, fractions, mixed numbers, powers of ten and the minus sign in the form that NUMBER reads."""
-    text = text.replace("\N{MINUS SIGN}", "-").replace("\N{ZERO WIDTH SPACE}", " ")
+    """Rewrites thousands, fractions, mixed numbers and powers of ten in the form that NUMBER reads."""
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text)
     text = GROUPS.sub(lambda groups: groups[1] + re.sub(r"\D", "", groups[2]), text)
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
@@ -136,7 +139,8 @@ def published_answer(text: str) -> int | None:
 
 def extract_last_number(text: str) -> Fraction | None:
     """The last number in the text: the lenient reading."""
-    numbers = list(NUMBER.finditer(text))
+    tail = LAST_DIGIT.search(text[::-1])
+    numbers = list(NUMBER.finditer(tail[0][::-1])) if tail else []
     return _number(numbers[-1]) if numbers else None
 
 

@@ -11,16 +11,14 @@ What the page shows of a benchmark's items, a dictionary each:
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.cli import UserError
+from common.runs import write_whole
 from eval.benchmark import read_jsonl
-
-if TYPE_CHECKING:
-    from eval.report import Run
+from eval.results import TERMS, ReportedRun
 
 TEMPLATE = Path(__file__).with_suffix(".html").with_name("report.html")
 PLACE = "<!-- data -->"
@@ -45,19 +43,10 @@ FACTS = {"extracted": "extracted", "last_number": "last number", "verdict": "pro
 FACTS |= {"problem": "problem", "score": "score", "judge": "judge"}
 TEXTS = {"program": "program", "output": "what the program printed", "judgment": "judgment"}
 
-CURVES = {
-    "loss": "loss, nats per token",
-    "task": "task loss, nats per token",
-    "consistency": "consistency, L_CR",
-    "diversity": "diversity, L_DR",
-    "spectral": "spectral, L_SVDR",
-    "lambda_consistency": "λ₁, weight of L_CR",
-    "lambda_diversity": "λ₂, weight of L_DR",
-    "lambda_spectral": "λ₃, weight of L_SVDR",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "validation": "validation score",
-}
+CURVES = {"loss": "loss, nats per token", "task": "task loss, nats per token"}
+CURVES |= {name: f"{name}, {loss}" for name, (loss, _) in TERMS.items()}
+CURVES |= {f"lambda_{name}": f"{weight}, weight of {loss}" for name, (loss, weight) in TERMS.items()}
+CURVES |= {"learning_rate": "learning rate", "grad_norm": "gradient norm", "validation": "validation score"}
 MOST_POINTS = 500  # most points of a curve; a longer curve is averaged over neighbours
 
 
@@ -69,17 +58,13 @@ def require_writable(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} is there already: name another file, or give --overwrite")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part_of(path).touch()
-        part_of(path).unlink()
+        write_whole(path.with_name(f".{path.name}.part"), "")
+        path.with_name(f".{path.name}.part").unlink()
     except OSError as error:
         raise UserError(f"cannot write to --html {path}: {error.strerror}") from error
 
 
-def part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def write_html(path: Path, tables: list[dict], runs: "dict[str, Run]", metrics: dict[str, Path]) -> None:
+def write_html(path: Path, tables: list[dict], runs: dict[str, ReportedRun], metrics: dict[str, Path]) -> None:
     """Writes the page.
 
     Args:
@@ -103,8 +88,7 @@ def write_html(path: Path, tables: list[dict], runs: "dict[str, Run]", metrics: 
     blocks += [data_block(f"items-{name}", content["items"]) for name, content in benchmarks.items()]
     before, _, after = TEMPLATE.read_text(encoding="utf-8").partition(PLACE)
     try:
-        part_of(path).write_text(before + "\n".join(blocks) + after, encoding="utf-8")
-        os.replace(part_of(path), path)
+        write_whole(path, before + "\n".join(blocks) + after)
     except OSError as error:
         raise UserError(f"cannot write to --html {path}: {error.strerror}") from error
 
@@ -120,7 +104,7 @@ def data_block(name: str, value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def benchmark_of(name: str, runs: "dict[str, Run]") -> dict[str, Any]:
+def benchmark_of(name: str, runs: dict[str, ReportedRun]) -> dict[str, Any]:
     """A benchmark's items side by side, and what the page must know before it reads them."""
     found, missing = {}, {}
     for label, run in runs.items():

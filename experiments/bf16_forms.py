@@ -6,7 +6,8 @@ prints the table; each run is a row of experiments/results/bf16_forms.jsonl, and
     python experiments/bf16_forms.py --table    the table alone
 
 Plan, committed before the first row. SmolLM2-135M-Instruct on the demo's problems (configs/demo.yaml, r = 32): PiSSA at
-1e-4 and LoRA at 1e-3, 100 steps, three seeds; then PiSSA for 400 steps. Forms of ΔW x, with everything else alike:
+1e-4 and LoRA at 1e-3, 100 steps of 4 sequences, three seeds; then PiSSA for 400 steps. (Until the first row was due the
+plan had the configuration's 8 sequences: three seeds of those do not fit the budget.) Forms of ΔW x, all else alike:
     stacked       [B, −B₀] [A; A₀] x, as train.py has it, with the factors rounded to bf16
     differences   (B − B₀) A x + B₀ (A − A₀) x: the same rank and cost, the differences taken in fp32 and then rounded
     residual      (W − s B₀A₀) x + s B A x, the residual rounded to bf16: PEFT's PiSSA under autocast
@@ -24,7 +25,6 @@ Predictions:
     4. The distance of LoRA's ΔW in bf16 is below that of PiSSA's.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -36,7 +36,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train
+from common.cli import Parser, run_script
 from common.markdown import markdown
+from experiments.study import append_row, mend_rows, read_rows
 
 ROWS = Path(__file__).resolve().parent / "results" / "bf16_forms.jsonl"
 FORMS = ("fp32", "stacked", "differences", "residual")
@@ -97,7 +99,7 @@ def run(form: str, method: str, rate: float, steps: int, seed: int, folder: Path
     words = ["--config", "configs/demo.yaml", "--method", method, "--learning-rate", str(rate), "--seed", str(seed)]
     words += ["--dtype", "float32" if form == "fp32" else "bfloat16", "--max-steps", str(steps), "--eval-share", "0.02"]
     words += ["--eval-steps", str(steps), "--save-steps", "0", "--report-to", "none", "--output-dir", str(folder)]
-    words += ["--init-cache", "output/bf16_forms"]
+    words += ["--init-cache", "output/bf16_forms", "--batch-size", "4", "--gradient-accumulation", "1"]
     kept = {}
 
     def keep(model, *_, **__):
@@ -128,21 +130,20 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return statistics.median(((mine - other).norm() / other.norm()).item() for mine, other in deltas)
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--table", action="store_true", help="run nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    mend_rows(ROWS)
     factors = Path("output/bf16_forms")
     factors.mkdir(parents=True, exist_ok=True)
     for method, rate, steps in () if args.table else ARMS:
         for seed, form in [(seed, form) for seed in args.seeds for form in FORMS]:
             about = {"method": method, "rate": rate, "steps": steps, "seed": seed, "form": form}
-            if any(about.items() <= row.items() for row in rows()) or (method == "lora" and form == "residual"):
+            if any(about.items() <= row.items() for row in read_rows(ROWS)) or (
+                method == "lora" and form == "residual"
+            ):
                 continue
             reference = factors / f"{method}-{steps}-{seed}.safetensors"
             with tempfile.TemporaryDirectory() as folder:
@@ -150,13 +151,12 @@ def main() -> None:
             if form == "fp32":
                 save_file(kept, reference)
             row = about | {"loss": loss, "distance": distance(kept, load_file(reference))}
-            ROWS.parent.mkdir(exist_ok=True)
-            with ROWS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    cells = [[str(row[name]) for name in ("method", "steps", "form", "seed")] for row in rows()]
-    cells = [[*cell, f"{row['loss']:.4f}", f"{row['distance']:.1%}"] for cell, row in zip(cells, rows(), strict=True)]
+            append_row(ROWS, row)
+    rows = read_rows(ROWS)
+    cells = [[str(row[name]) for name in ("method", "steps", "form", "seed")] for row in rows]
+    cells = [[*cell, f"{row['loss']:.4f}", f"{row['distance']:.1%}"] for cell, row in zip(cells, rows, strict=True)]
     print(markdown([["method", "steps", "form", "seed", "held-out loss", "ΔW from fp32's"], *cells]))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

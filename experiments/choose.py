@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from common import run_records
 from common.cli import UserError, run_script
+from common.runs import write_whole
 from experiments import run_record
-
-ROOT = Path(__file__).resolve().parent.parent
+from experiments.entries import ROOT
 
 
 def score_of(record: dict[str, Any], name: str) -> float:
@@ -31,8 +32,7 @@ def score_of(record: dict[str, Any], name: str) -> float:
         found = next((value for key, value in (record["validation"] or {}).items() if key != "step"), None)
     else:
         benchmark, _, score = name.partition(".")
-        found = (record["scores"].get(benchmark) or {}).get(score)
-        found = found.get("value") if isinstance(found, dict) else found
+        found = run_records.score_of(record, benchmark, score)
     if found is None:
         raise UserError(f"{record['run']} has no score {name!r} to choose by (it is {record['status']})")
     return float(found)
@@ -68,9 +68,7 @@ def main(argv: list[str]) -> None:
     records = [run_record.write_record(plan, name) for name in choice["runs"]]
     scores = curve(records, choice["option"], choice["score"])
     value = best(scores, choice["mode"], choice["within"])
-    entries = {}
-    if choice["config"]:
-        entries = yaml.safe_load((ROOT / choice["config"]).read_text()) or {}
+    entries = yaml.safe_load((ROOT / choice["config"]).read_text()) or {} if choice["config"] else {}
     entries[choice["option"].replace("-", "_")] = yaml.safe_load(value)
     lines = [f"# Chosen by {choice['score']}, the mean of {len(next(iter(scores.values())))} runs on validation:"]
     lines += [f"#   {option:>10}  {statistics.mean(found):.4f}" for option, found in scores.items()]
@@ -78,9 +76,7 @@ def main(argv: list[str]) -> None:
         lines.append("# The best one is at the grid's edge: a wider grid may have a better one.")
         print(f"note: {target.stem}: {choice['option']} {value} is at the grid's edge")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    part.write_text("\n".join(lines) + "\n" + yaml.safe_dump(entries, sort_keys=False))
-    part.replace(target)
+    write_whole(target, "\n".join(lines) + "\n" + yaml.safe_dump(entries, sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from common.cli import (
     run_script,
 )
 from common.intervals import mean, ratio, score_line
-from eval.benchmark import Results
+from eval.benchmark import Results, load_backend
 from eval.forgetting import Sums, sums_of
-from eval.generation import Sampling, batches, load_backend
+from eval.generation import Sampling, batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,12 +148,12 @@ def hidden_states(model: "PreTrainedModel", sequences: list[Sequence], batch_siz
     """The last hidden states of every sequence, (T, d) fp32 each; padded on the right, where no token looks."""
     import torch
 
+    from common.tensors import padded
+
     found: list[Any] = [None] * len(sequences)
     lengths = [len(sequence.tokens) for sequence in sequences]
     for group in batches(lengths, batch_size):
-        width = max(lengths[i] for i in group)
-        rows = torch.tensor([sequences[i].tokens + [0] * (width - lengths[i]) for i in group])
-        mask = torch.tensor([[1] * lengths[i] + [0] * (width - lengths[i]) for i in group])
+        rows, mask = padded([sequences[i].tokens for i in group], 0)
         with torch.inference_mode():
             states = model.get_decoder()(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
         for i, state in zip(group, states, strict=True):
@@ -228,7 +228,7 @@ def distinct(args: Arguments, tokenizer: Any, config: Any, questions: list[str])
 
     prompts = [encode_prompt(tokenizer, "alpaca", question) for question in questions]
     options = {"dtype": args.dtype, "max_length": max(map(len, prompts)) + args.max_new_tokens}
-    model = load_backend("transformers", args.ckpt, tokenizer, config, **options)
+    model = load_backend("transformers", args.ckpt, tokenizer, **options)
     sampling = Sampling(args.max_new_tokens, args.temperature)
     answers, texts = [], []
     for number, prompt in enumerate(prompts):
@@ -237,11 +237,6 @@ def distinct(args: Arguments, tokenizer: Any, config: Any, questions: list[str])
         texts.append(len({completion.text for completion in made}) / args.samples)
         answers.append(len({str(extract_answer(completion.text)) for completion in made}) / args.samples)
     return {"distinct_answers": mean(answers), "distinct_texts": mean(texts)}
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
 
 
 class Curve(Results):

@@ -26,14 +26,13 @@ A label may also set sequences-per-step, processes, benchmarks, evaluation, tune
 Text may name an axis' label: "{files}/noise-{seed}.jsonl".
 """
 
-import difflib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from common import cli
 from common.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +50,16 @@ def names() -> list[str]:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """'; did you mean ...?' where one of `known` is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = cli.nearest(str(word), known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def read_yaml(path: Path | str, what: str = "") -> Any:
+    """A YAML file's content; `what` says in a message which file it is. Raises a UserError where it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {what}{path}: {' '.join(str(error).split())}") from error
 
 
 def load(name: str) -> dict[str, Any]:
@@ -65,10 +72,7 @@ def load(name: str) -> dict[str, Any]:
     if name != "-" and not path.is_file():
         known = nearest(name, names()) or f": one of {', '.join(names())}"
         raise UserError(f"no experiment {name!r}{known}")
-    try:
-        entries = yaml.safe_load(sys.stdin.read() if name == "-" else path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    entries = read_yaml("/dev/stdin" if name == "-" else path)
     if not isinstance(entries, dict):
         raise UserError(f"{path} is no experiment: expected entries such as 'about:' and 'axes:'")
     for key in entries:

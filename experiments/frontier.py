@@ -11,7 +11,6 @@ point is a run's end read at a scale α. Until the plan's runs are there the pag
 conclusion.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -23,11 +22,12 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from common.cli import UserError, run_script
-from common.intervals import paired_interval
-from common.markdown import markdown
+from common.cli import Parser, UserError, run_script
+from common.intervals import by_seed, difference, holm, spread
+from common.markdown import markdown, pyplot
 from common.run_records import records_in
 from experiments.entries import load
+from experiments.study import append_row, read_rows
 
 SCALES = ("1", "0.9", "0.8", "0.65", "0.5")
 TEXTS = ("mbpp", "mt_bench", "math500")
@@ -128,10 +128,6 @@ def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]]) -> dict[str, 
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def points_table(arms: dict[str, dict[int, list[list[Point]]]]) -> str:
     """All points, means over seeds."""
     rows = [["arm", "rate", "α", "seeds", "validation loss", "response loss", "KL(base ‖ tuned)", "forgetting"]]
@@ -140,7 +136,7 @@ def points_table(arms: dict[str, dict[int, list[list[Point]]]]) -> str:
         for rate, place in itertools.product(sorted({run[0].rate for run in flat}, reverse=True), range(len(SCALES))):
             here = [run[place] for run in flat if run[0].rate == rate]
             cells = [
-                spread([getattr(p, name) for p in here]) for name in ("validation", "response", "kl", "forgetting")
+                spread([getattr(p, name) for p in here], 3) for name in ("validation", "response", "kl", "forgetting")
             ]
             rows.append([arm, f"{rate:g}", SCALES[place], str(len(here)), *cells])
     return markdown(rows)
@@ -152,8 +148,8 @@ def chosen_table(chosen: dict[str, dict[int, Point]], answers: dict[tuple[str, f
     for arm, points in chosen.items():
         solved = [answers[p.run, p.alpha] for p in points.values() if (p.run, p.alpha) in answers]
         products = ", ".join(f"{p.rate:g} × {p.alpha:.2f}" for p in points.values())
-        cells = [spread([getattr(p, name) for p in points.values()]) for name in ("response", "kl", "forgetting")]
-        rows.append([arm, str(len(points)), products, *cells, spread(solved) if solved else "not yet"])
+        cells = [spread([getattr(p, name) for p in points.values()], 3) for name in ("response", "kl", "forgetting")]
+        rows.append([arm, str(len(points)), products, *cells, spread(solved, 3, "not yet")])
     return markdown(rows)
 
 
@@ -161,24 +157,18 @@ def primary_table(chosen: dict[str, dict[int, Point]]) -> str:
     """KL at equal loss, paired by seed: t-interval, t-test, Holm over the two."""
     rows, tests = [["difference in KL, at equal loss", "seeds", "mean [95 %]", "p, Holm"]], []
     for first, second in PRIMARY:
-        seeds = sorted(chosen.get(first, {}).keys() & chosen.get(second, {}).keys())
-        differences = [chosen[first][seed].kl - chosen[second][seed].kl for seed in seeds]
-        mean, half = paired_interval(differences)
+        kls = [{seed: point.kl for seed, point in chosen.get(arm, {}).items()} for arm in (first, second)]
+        differences = list(by_seed(*kls).values())
         tests.append(float(scipy.stats.ttest_1samp(differences, 0).pvalue))
-        rows.append([f"{first} − {second}", str(len(seeds)), f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"])
-    least = min(tests)
-    for row, p in zip(rows[1:], tests, strict=True):
-        row.append(f"{min(1.0, 2 * p if p == least else max(p, 2 * least)):.4f}")
+        rows.append([f"{first} − {second}", str(len(differences)), difference(differences, 4)])
+    for row, p in zip(rows[1:], holm(tests), strict=True):
+        row.append(f"{p:.4f}")
     return markdown(rows)
 
 
 def draw(arms: dict[str, dict[int, list[list[Point]]]], path: Path) -> None:
     """KL against response loss over α, at the arm's higher rate: the mean over seeds and a band of one deviation."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (arm, name), colour in zip(SHOWN.items(), COLOURS, strict=True):
         runs = [max(of_seed, key=lambda run: run[0].rate) for of_seed in arms.get(arm, {}).values()]
@@ -230,15 +220,9 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
     return "\n".join(text)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def read_answers(folder: Path) -> dict[tuple[str, float], float]:
     """Accuracy by run and α."""
-    path = folder / "answers.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_rows(folder / "answers.jsonl")
     return {(row["run"], row["scale"]): row["accuracy"]["value"] for row in rows}
 
 
@@ -255,35 +239,17 @@ def measure_answers(records: list[dict[str, Any]], folder: Path, output: Path) -
             made = output / "scaled" / f"{point.run}-{point.alpha:g}"
             if (point.run, point.alpha) in known or not (output / point.run / "checkpoints").is_dir():
                 continue
-            words = ["--export-from", output / point.run, "--scale", point.alpha, "--output-dir", made, "--overwrite"]
-            score = [
-                "--ckpt",
-                made / "merged",
-                "--data",
-                output / "files" / "answers.jsonl",
-                "--backend",
-                "transformers",
-            ]
-            score += [
-                "--batch-size",
-                50,
-                "--max-new-tokens",
-                96,
-                "--dtype",
-                "bfloat16",
-                "--output-dir",
-                made,
-                "--skip-done",
-            ]
-            for command in (["train.py", *words], ["eval/gsm8k.py", *score]):
+            export = ["--export-from", output / point.run, "--scale", point.alpha, "--output-dir", made, "--overwrite"]
+            solve = ["--ckpt", made / "merged", "--data", problems, "--output-dir", made, "--backend", "transformers"]
+            solve += ["--batch-size", "50", "--max-new-tokens", "96", "--dtype", "bfloat16", "--skip-done"]
+            for command in (["train.py", *export], ["eval/gsm8k.py", *solve]):
                 subprocess.run(["python", *map(str, command)], check=True)
             accuracy = json.loads((made / "gsm8k.json").read_text())["accuracy"]
-            with open(folder / "answers.jsonl", "a") as file:
-                file.write(json.dumps({"run": point.run, "scale": point.alpha, "accuracy": accuracy}) + "\n")
+            append_row(folder / "answers.jsonl", {"run": point.run, "scale": point.alpha, "accuracy": accuracy})
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("records", type=Path, help="folder of the records")
     parser.add_argument("--page", type=Path, help="folder that gets frontier.md and frontier.png")
     parser.add_argument("--answers", type=Path, help="folder of the runs, to solve problems at the chosen points")

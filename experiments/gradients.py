@@ -8,7 +8,6 @@ with respect to what is trained, over that of the task's loss. Each λ is the ru
 is 0, the formulation's published one. A share of 0.01 moves the update by a hundredth at most.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import torch
 
 import train
 from common import checkpoints, pretrained
-from common.cli import UserError, parse_arguments, run_script
-from common.conversations import load_training_records
+from common.cli import Parser, UserError, parse_arguments, run_script
+from common.conversations import encoded, load_training_records
 from common.markdown import markdown
 
 
@@ -60,7 +59,7 @@ def measured(folder: Path, count: int) -> dict[int, dict[str, float]]:
         raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
     path = pretrained.resolve_demo(args.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, args.model_revision, args.trust_remote_code)
-    examples, _ = train.encoded(args, tokenizer, load_training_records(args).select(range(count)))
+    examples, _ = encoded(args, tokenizer, load_training_records(args).select(range(count)))
     model, rows = None, {}
     for checkpoint in found:
         tensors = checkpoints.load_tensors(checkpoint)
@@ -73,7 +72,7 @@ def measured(folder: Path, count: int) -> dict[int, dict[str, float]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a run of train.py")
     parser.add_argument("--examples", type=int, default=4, help="the first N examples of its data")
     parser.add_argument("--json", type=Path, help="file that gets the numbers")

@@ -10,18 +10,15 @@ How to run
     sh scripts/experiment.sh nlg                      runs it
 """
 
-import argparse
 import json
 import shlex
-import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.cli import UserError, run_script
-from experiments.entries import load, names
-from experiments.runs import Plan, PlannedRun, as_words, expand, measure_script, read_config
+from common.cli import Parser, UserError, as_words, run_script
+from common.runs import write_whole
+from experiments.entries import load, names, read_yaml
+from experiments.runs import Plan, PlannedRun, expand, measure_script, read_config
 
 PLAN_VERSION = 1
 
@@ -126,24 +123,11 @@ def all_commands(content: dict[str, Any]) -> list[str]:
     return lines + content["report"][1:]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
 def read_paths(path: str | None) -> dict[str, str]:
     """Local copies by hub name, from a YAML file."""
     if path is None:
         return {}
-    try:
-        found = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read --paths {path}: {' '.join(str(error).split())}") from error
+    found = read_yaml(path, "--paths ") or {}
     if not isinstance(found, dict) or not all(isinstance(place, str) for place in found.values()):
         raise UserError(f"--paths {path}: expected lines of the form 'hub name: folder'")
     return {str(name): place for name, place in found.items()}
@@ -172,7 +156,7 @@ def listing() -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("experiment", nargs="?", help="its name, or a file; none: a list of all")
     parser.add_argument("--output-dir", help="folder of its runs; by default output/NAME")
     parser.add_argument("--axis", action="append", default=[], metavar="AXIS=A,B", help="take these of an axis")
@@ -208,11 +192,9 @@ def main(argv: list[str]) -> None:
         print(price.text(plan))
     if not args.plan:
         print("\n".join(["commands:", *all_commands(content)]))
-    if args.plan:
+    else:
         Path(args.plan).parent.mkdir(parents=True, exist_ok=True)
-        part = Path(f"{args.plan}.part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(args.plan)
+        write_whole(Path(args.plan), json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

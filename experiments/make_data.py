@@ -16,15 +16,15 @@ sentences --split SPLIT --count N [--noise P] [--ratio R] [--seed S] FILE
 tiny-data FOLDER, tiny-benchmarks FOLDER                          a few items of arithmetic in every format
 """
 
-import argparse
+import inspect
 import json
 import random
-import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError, run_script
+from common.cli import Parser, UserError, run_script
+from common.runs import write_whole
 from common.tables import load_records, require_fields
 
 ANSWER_TOKENS = 96  # of `answers`, at most
@@ -33,9 +33,7 @@ ANSWER_TOKENS = 96  # of `answers`, at most
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Lines of JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    part.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -71,11 +69,11 @@ def held_out(data: str, subset: str | None, skip: int, count: int) -> list[dict[
     raise UserError(f"{data} has {len(rows)} such rows after the first {skip}, not {count}")
 
 
-def gsm8k_with_responses(data: str, config: str | None, split: str, skip: int, count: int) -> list[dict[str, str]]:
+def gsm8k_with_responses(data: str, subset: str | None, split: str, skip: int, count: int) -> list[dict[str, str]]:
     """Rows after the first `skip`; `response` is without the calculator's marks and ends as MetaMathQA's answers do."""
     from eval.gsm8k import solved
 
-    records = load_records(data, split, name=config)
+    records = load_records(data, split, name=subset)
     require_fields(records, ["question", "answer"], data, "GSM8K's format has question and answer")
     records = chosen(records, data, skip, count)
     return [{"question": row["question"], "answer": row["answer"], "response": solved(row)[1]} for row in records]
@@ -97,9 +95,9 @@ def chosen(records: Any, data: str, skip: int, count: int) -> Any:
     return records.select(range(skip, skip + count))
 
 
-def texts(data: str, config: str | None, split: str, fields: list[str], skip: int, count: int) -> list[dict[str, str]]:
+def texts(data: str, subset: str | None, split: str, fields: list[str], skip: int, count: int) -> list[dict[str, str]]:
     """The fields of each row, one under the other."""
-    records = load_records(data, split, name=config)
+    records = load_records(data, split, name=subset)
     require_fields(records, fields, data, "name the texts' columns by --fields")
     return [{"text": "\n".join(row[name] for name in fields)} for row in chosen(records, data, skip, count)]
 
@@ -107,12 +105,13 @@ def texts(data: str, config: str | None, split: str, fields: list[str], skip: in
 def answers(data: str, model: str, split: str, skip: int, count: int) -> list[dict[str, str]]:
     """MT-Bench's first turns, each with the greedy answer of `model`, in its chat template."""
     from common.pretrained import load_tokenizer_and_config, resolve_demo
-    from eval.generation import Sampling, batches, load_backend
+    from eval.benchmark import load_backend
+    from eval.generation import Sampling, batches
 
     records = load_records(data, split)
     require_fields(records, ["turns"], data, "MT-Bench's format has turns")
     path = resolve_demo(model, "model")
-    tokenizer, config = load_tokenizer_and_config(path)
+    tokenizer, _ = load_tokenizer_and_config(path)
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": row["turns"][0]}], tokenize=False, add_generation_prompt=True
@@ -120,7 +119,7 @@ def answers(data: str, model: str, split: str, skip: int, count: int) -> list[di
         for row in chosen(records, data, skip, count)
     ]
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    backend = load_backend("transformers", path, tokenizer, config, dtype="float32", max_length=2048)
+    backend = load_backend("transformers", path, tokenizer, dtype="float32", max_length=2048)
     found = [""] * len(prompts)
     for group in batches([len(ids) for ids in encoded], 16):
         made = backend.generate([encoded[i] for i in group], Sampling(max_new_tokens=ANSWER_TOKENS))
@@ -158,6 +157,13 @@ def imbalanced(rows: list[dict], label: str | None, ratio: int | None, count: in
     if any(left.values()):
         raise UserError(f"too few rows of class {max(left, key=left.__getitem__)}: give a smaller --count")
     return chosen
+
+
+def imbalance(
+    data: str, subset: str | None, split: str, label: str | None, ratio: int | None, count: int | None, seed: int
+) -> list[dict]:
+    """Rows of a data set, as `imbalanced` has them."""
+    return imbalanced(load_records(data, split, name=subset).to_list(), label, ratio, count, seed)
 
 
 def sentences(split: str, count: int, noise: int, ratio: int | None, seed: int) -> list[dict[str, Any]]:
@@ -228,25 +234,22 @@ def tiny_benchmarks(folder: Path) -> None:
     write(folder / "mt_bench.jsonl", questions)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
+# Each with options of the names of its arguments.
+KINDS = {
+    "problems": problems,
+    "held-out": held_out,
+    "gsm8k": gsm8k_with_responses,
+    "texts": texts,
+    "answers": answers,
+    "imbalance": imbalance,
+    "sentences": sentences,
+}
+TINY = {"tiny-data": tiny_data, "tiny-benchmarks": tiny_benchmarks}
 
 
 def main(argv: list[str]) -> None:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = (
-        "problems",
-        "held-out",
-        "gsm8k",
-        "texts",
-        "answers",
-        "imbalance",
-        "sentences",
-        "tiny-data",
-        "tiny-benchmarks",
-    )
-    parser.add_argument("kind", choices=kinds)
+    parser = Parser(__doc__)
+    parser.add_argument("kind", choices=[*KINDS, *TINY])
     parser.add_argument("target", type=Path)
     for name in ("data", "subset", "label", "model"):
         parser.add_argument(f"--{name}")
@@ -255,28 +258,13 @@ def main(argv: list[str]) -> None:
     for name, default in (("count", None), ("skip", 0), ("ratio", None), ("noise", 0), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
-    if args.kind in ("problems", "held-out", "gsm8k", "texts", "answers", "sentences") and args.count is None:
+    if args.kind in TINY:
+        TINY[args.kind](args.target)
+        return
+    if args.count is None and args.kind != "imbalance":
         raise UserError(f"{args.kind} needs --count")
-    match args.kind:
-        case "problems":
-            write(args.target, problems(args.count, args.skip))
-        case "held-out":
-            write(args.target, held_out(args.data, args.subset, args.skip, args.count))
-        case "gsm8k":
-            write(args.target, gsm8k_with_responses(args.data, args.subset, args.split, args.skip, args.count))
-        case "texts":
-            write(args.target, texts(args.data, args.subset, args.split, args.fields, args.skip, args.count))
-        case "answers":
-            write(args.target, answers(args.data, args.model, args.split, args.skip, args.count))
-        case "imbalance":
-            rows = load_records(args.data, args.split, name=args.subset)
-            write(args.target, imbalanced(rows.to_list(), args.label, args.ratio, args.count, args.seed))
-        case "sentences":
-            write(args.target, sentences(args.split, args.count, args.noise, args.ratio, args.seed))
-        case "tiny-data":
-            tiny_data(args.target)
-        case "tiny-benchmarks":
-            tiny_benchmarks(args.target)
+    make = KINDS[args.kind]
+    write(args.target, make(**{name: getattr(args, name) for name in inspect.signature(make).parameters}))
 
 
 if __name__ == "__main__":

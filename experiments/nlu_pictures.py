@@ -23,6 +23,7 @@ import torch
 import finetune_bert_l_sst2 as nlu
 from common.classifiers import Outputs, run_model
 from common.cli import UserError, option, parse_arguments, run_script
+from common.markdown import pyplot
 from experiments import nlu_robustness as robustness
 
 
@@ -54,12 +55,11 @@ def snapshots(method: str, head: str, learning_rate: float) -> list[Outputs]:
 
 def draw_tsne(runs: dict[str, list[Outputs]], labels: np.ndarray, folder: Path) -> list[str]:
     """A row per method, a column per snapshot."""
-    from matplotlib import pyplot as plt
     from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
 
     count = len(next(iter(runs.values())))
-    figure, axes = plt.subplots(len(runs), count, figsize=(3 * count, 3.2 * len(runs)), layout="constrained")
+    figure, axes = pyplot().subplots(len(runs), count, figsize=(3 * count, 3.2 * len(runs)), layout="constrained")
     for (method, outputs), row in zip(runs.items(), axes, strict=True):
         for epoch, (output, axis) in enumerate(zip(outputs, row, strict=True)):
             points = TSNE(random_state=0, init="pca", perplexity=30).fit_transform(output.features)
@@ -74,14 +74,12 @@ def draw_tsne(runs: dict[str, list[Outputs]], labels: np.ndarray, folder: Path) 
             axis.set_xticks([])
             axis.set_yticks([])
     figure.legend(["negative", "positive"], loc="outside lower center", ncols=2, frameon=False, markerscale=2)
-    return save(figure, folder / "nlu_tsne")
+    return save(figure, folder / "nlu_tsne.png")
 
 
 def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
     """Singular values of the logits and of the centred features at the end of training."""
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for place, (method, outputs) in enumerate(runs.items()):
         colour, marker = robustness.STYLE[method]
         sigma = np.linalg.svd(outputs[-1].logits, compute_uv=False)
@@ -101,19 +99,16 @@ def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
     right.set_xlabel("i")
     right.set_ylabel("σᵢ / σ₁ of the features")
     right.legend(frameon=False, fontsize=8)
-    return save(figure, folder / "nlu_spectrum")
+    return save(figure, folder / "nlu_spectrum.png")
 
 
 def save(figure, path: Path) -> list[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    return [str(path.with_suffix(".png"))]
+    figure.savefig(path, dpi=150)
+    return [str(path)]
 
 
 def main(argv: list[str]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
     args = parse_arguments(Arguments, __doc__, argv)
     if args.head not in robustness.HEADS:
         raise UserError(f"--head is {args.head!r}: initial or probe")

@@ -29,11 +29,13 @@ Results are appended one line per run, and a cell that is there is not run again
 Two processes of one thread each are what two cores run fastest.
 """
 
+import dataclasses
 import itertools
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,9 @@ import yaml
 import finetune_bert_l_sst2 as nlu
 from common.classifiers import encode, final_linear, load_classifier, run_model, set_head
 from common.cli import UserError, option, parse_arguments, run_script
-from common.intervals import holm, paired_interval
+from common.intervals import by_seed, difference, holm, paired_interval, spread
 from common.labelled import demo_data
-from common.markdown import markdown
+from common.markdown import markdown, pyplot
 from common.metrics import score
 from common.probe import apply_probe, fit_probe
 from experiments import study
@@ -113,7 +115,7 @@ def prepare(num_threads: int = 1) -> None:
     args = nlu.Arguments(model="demo", max_length=MAX_TOKENS + 1)
     path = nlu.model_path(args)
     tokenizer, config = nlu.load_tokenizer(args, path, len(data.class_names))
-    collator = nlu.Collator(tokenizer.pad_token_id)
+    collator = nlu.Collator.of(tokenizer, config)
     PARTS.update(path=path, config=config, collator=collator, data=data, targets=args.target_modules)
     model = load_classifier(path, config, seed=0)
     sizes = {"train": None, "validation": NUM_VALIDATION} | dict.fromkeys(data.tests, NUM_DOMAIN) | {"movies": NUM_TEST}
@@ -259,8 +261,12 @@ def terms_cells(chosen: dict[tuple[str, str], float]) -> list[Cell]:
     return [*cells("probe"), *again, *cells("initial")]
 
 
+def cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell) if field.name in row})
+
+
 def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
-    return study.read_results(path, Cell)
+    return {cell_of(row): row for row in study.read_rows(path)}
 
 
 def select(rows: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -284,14 +290,12 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def run_all(cells: list[Cell], path: Path, processes: int) -> None:
-    study.run_missing(cells, path, processes, run_cell, prepare, describe, cells[0].phase)
+    study.run_missing([[cell] for cell in cells], path, processes, run_cell, prepare, cell_of, describe)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Report
 # ------------------------------------------------------------------------------------------------------------------
-
-VARIANTS = [*itertools.product(METHODS, HEADS), ("probe", "probe")]
 
 
 def values(rows: dict[Cell, dict], condition: str, method: str, head: str, name: str, domain: str) -> dict[int, float]:
@@ -309,9 +313,8 @@ def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
     counts = [sum(cell.phase == phase for cell in rows) for phase in ("study", "tuning", "terms", "auc")]
     domains = list(next(row for cell, row in rows.items() if cell.phase == "study")["scores"])
     by_condition = {condition: (condition, domains[0]) for condition in CONDITIONS}
-    imbalances = {condition: (condition, domains[0]) for condition in CONDITIONS if condition.startswith("imb")}
-    by_domain = {domain: (CONDITIONS[0], domain) for domain in domains}
-    noisy_domains = {domain: ("noise 20", domain) for domain in domains}
+    imbalances = {name: column for name, column in by_condition.items() if name.startswith("imb")}
+    by_domain, noisy_domains = ({domain: (at, domain) for domain in domains} for at in ("noise 0", "noise 20"))
     return {
         "counts": "{}, and {} for the learning rates, {} of the terms one by one and {} for AUC".format(*counts),
         "accuracy": table_of_scores(rows, "accuracy", by_condition),
@@ -338,39 +341,38 @@ def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
 
 def page_text(rows: dict[Cell, dict[str, Any]]) -> str:
     """The page: experiments/robustness/page.md with its tables."""
-    text = (HERE / "page.md").read_text()
-    for name, table in tables(rows).items():
-        text = text.replace("{" + name + "}", table)
-    return text
+    return study.filled_page(HERE / "page.md", tables(rows))
 
 
 Columns = dict[str, tuple[str, str]]  # condition and domain of each
+TITLES = {f"{method}, {head} head": (method, head) for method, head in itertools.product(METHODS, HEADS)}
+TITLES |= {"linear probe alone": ("probe", "probe")}
+OTHERS = {f"− {other}, {head} head": (other, head) for head, other in itertools.product(HEADS, METHODS[:-1])}
+
+
+def grid(title: str, rows: dict[str, tuple], columns: dict[str, tuple], cell: Callable[..., str]) -> str:
+    """A table with the cell of every row and column, which are both given to `cell` one part after the other."""
+    body = [[name, *(cell(*row, *column) for column in columns.values())] for name, row in rows.items()]
+    return markdown([[title, *columns], *body])
 
 
 def table_of_scores(rows: dict[Cell, dict[str, Any]], name: str, columns: Columns) -> str:
     """A row per method and head."""
 
-    def cells(method: str, head: str) -> list[str]:
-        found = [values(rows, condition, method, head, name, domain) for condition, domain in columns.values()]
-        return [study.mean_and_deviation(list(by_seed.values())) for by_seed in found]
+    def cell(method: str, head: str, condition: str, domain: str) -> str:
+        return spread(values(rows, condition, method, head, name, domain).values(), 1, "not run")
 
-    titles = {(method, head): f"{method}, {head} head" for method, head in VARIANTS}
-    titles["probe", "probe"] = "linear probe alone"
-    return markdown([["", *columns], *([title, *cells(*variant)] for variant, title in titles.items())])
+    return grid("", TITLES, columns, cell)
 
 
 def table_of_differences(rows: dict[Cell, dict[str, Any]], name: str, columns: Columns) -> str:
     """BA-LoRA minus each other method from the same head."""
 
-    def cell(condition: str, domain: str, other: str, head: str) -> str:
+    def cell(other: str, head: str, condition: str, domain: str) -> str:
         ours, theirs = (values(rows, condition, method, head, name, domain) for method in ("ba-lora", other))
         return study.paired_difference(ours, theirs)
 
-    body = [
-        [f"− {other}, {head} head", *(cell(*column, other, head) for column in columns.values())]
-        for head, other in itertools.product(HEADS, METHODS[:-1])
-    ]
-    return markdown([["", *columns], *body])
+    return grid("", OTHERS, columns, cell)
 
 
 # What a method loses from clean labels to labels that are not, pooled over the levels.
@@ -386,21 +388,18 @@ def losses(rows: dict[Cell, dict], method: str, head: str, conditions: tuple[str
 def table_of_losses(rows: dict[Cell, dict[str, Any]]) -> str:
     """A row per method and head; a column per level, and the levels pooled."""
     columns = {condition: (condition,) for condition in CONDITIONS[1:]} | LEVELS
-    body = [
-        [
-            "linear probe alone" if method == "probe" else f"{method}, {head} head",
-            *(study.mean_and_deviation(list(losses(rows, method, head, at).values())) for at in columns.values()),
-        ]
-        for method, head in VARIANTS
-    ]
-    return markdown([["", *columns], *body])
+
+    def cell(method: str, head: str, *at: str) -> str:
+        return spread(losses(rows, method, head, at).values(), 1, "not run")
+
+    return grid("", TITLES, columns, cell)
 
 
 def with_holm(title: list[str], differences: list[list[dict[int, float]]], names: list[str]) -> str:
     """A row per list of differences by seed: each mean with its interval, and Holm's p over the whole table."""
     from scipy import stats
 
-    flat = [list(by_seed.values()) for row in differences for by_seed in row]
+    flat = [list(of_seeds.values()) for row in differences for of_seeds in row]
     adjusted = iter(holm([float(stats.ttest_1samp(values, 0.0).pvalue) for values in flat]))
     body = [
         [name, *(f"{study.paired_difference(d, dict.fromkeys(d, 0.0))}, p = {next(adjusted):.3f}" for d in row)]
@@ -411,12 +410,11 @@ def with_holm(title: list[str], differences: list[list[dict[int, float]]], names
 
 def table_of_loss_differences(rows: dict[Cell, dict[str, Any]]) -> str:
     """What BA-LoRA loses minus what another method from the same head loses."""
-    pairs = list(itertools.product(HEADS, METHODS[:-1]))
-    differences = []
-    for head, other in pairs:
-        of_both = [[losses(rows, method, head, at) for method in ("ba-lora", other)] for at in LEVELS.values()]
-        differences.append([{seed: ours[seed] - theirs[seed] for seed in ours} for ours, theirs in of_both])
-    return with_holm(["", *LEVELS], differences, [f"− {other}, {head} head" for head, other in pairs])
+    differences = [
+        [by_seed(*(losses(rows, method, head, at) for method in ("ba-lora", other))) for at in LEVELS.values()]
+        for other, head in OTHERS.values()
+    ]
+    return with_holm(["", *LEVELS], differences, list(OTHERS))
 
 
 MEASURES = {"calibration_error": "calibration error", "accuracy": "accuracy", "auc": "AUC", "margin": "margin"}
@@ -459,7 +457,7 @@ def table_of_terms(rows: dict[Cell, dict[str, Any]]) -> str:
         combinations = sorted(of_terms(rows, "accuracy", head, OF_TERMS[1]), key=lambda on: (len(on), sorted(on)))
         for on in combinations:
             cells = [
-                study.mean_and_deviation(list(of_terms(rows, measure, head, condition)[on].values()))
+                spread(of_terms(rows, measure, head, condition)[on].values(), 1)
                 for measure, condition in itertools.product(MEASURES, OF_TERMS)
             ]
             names = ", ".join(f"L_{name}" for name in TERMS if name in on) or "none"
@@ -483,12 +481,16 @@ def table_of_effects(rows: dict[Cell, dict[str, Any]]) -> str:
 
 def table_of_joint_effects(rows: dict[Cell, dict[str, Any]]) -> str:
     """What L_CR adds to L_DR, and L_DR to L_CR, to the calibration error."""
-    body = []
-    for head, (term, given) in itertools.product(heads_of_terms(rows), (("CR", "DR"), ("DR", "CR"))):
-        of_both = (effect(rows, "calibration_error", head, condition, term, given) for condition in OF_TERMS)
-        cells = [study.paired_difference(by_seed, dict.fromkeys(by_seed, 0.0)) for by_seed in of_both]
-        body.append([f"L_{term} given L_{given}, {head} head", *cells])
-    return markdown([["calibration error", *OF_TERMS], *body])
+
+    def cell(head: str, term: str, given: str, condition: str) -> str:
+        found = effect(rows, "calibration_error", head, condition, term, given)
+        return study.paired_difference(found, dict.fromkeys(found, 0.0))
+
+    names = {
+        f"L_{term} given L_{given}, {head} head": (head, term, given)
+        for head, (term, given) in itertools.product(heads_of_terms(rows), (("CR", "DR"), ("DR", "CR")))
+    }
+    return grid("calibration error", names, {condition: (condition,) for condition in OF_TERMS}, cell)
 
 
 def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:
@@ -501,7 +503,7 @@ def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:
         if len(differences) > 1:
             mean, half = paired_interval(differences)
             place = "below 0" if mean + half < 0 else "above 0" if mean - half > 0 else "around 0"
-            came = [f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]", "yes" if place == told["expect"] else "no"]
+            came = [difference(differences, 2), "yes" if place == told["expect"] else "no"]
         given = f" given L_{told['given']}" if "given" in told else ""
         name = f"{MEASURES[told['measure']]}: L_{told['term']}{given}, {told['head']} head, {told['condition']}"
         body.append([name, told["expect"], *came])
@@ -517,7 +519,7 @@ def table_of_auc(rows: dict[Cell, dict[str, Any]]) -> str:
     seeds, body = set.intersection(*map(set, by_method.values())), []
     for method, of_seed in by_method.items():
         found = [of_seed[seed] for seed in sorted(seeds)]
-        cells = [study.mean_and_deviation([100 * one[name] for one in found]) for name in ("accuracy", "auc")]
+        cells = [spread([100 * one[name] for one in found], 1, "not run") for name in ("accuracy", "auc")]
         body.append([f"{method}, probe head", str(len(found)), *cells])
     return markdown([["", "seeds", "accuracy", "AUC"], *body])
 
@@ -527,24 +529,19 @@ STYLE = {"full": ("#999999", "s"), "lora": ("#E69F00", "^"), "pissa": ("#0072B2"
 STYLE |= {"probe": ("#009E73", "x")}
 
 
-def draw_panel(
-    axis: Any,
-    rows: dict[Cell, dict[str, Any]],
-    head: str,
-    conditions: tuple[str, ...],
-    places: list[float],
-    domain: str,
-) -> None:
-    """A curve per method over `conditions`, which stand at `places`; those that were not run are left out."""
+def draw_panel(axis: Any, rows: dict[Cell, dict[str, Any]], head: str, places: dict[str, float], domain: str) -> None:
+    """A curve per method over the conditions at their `places`; those that were not run are left out."""
     for number, method in enumerate([*METHODS, "probe"]):
         colour, marker = STYLE[method]
         source = "probe" if method == "probe" else head
-        groups = [list(values(rows, c, method, source, "accuracy", domain).values()) for c in conditions]
-        known = [position for position, group in enumerate(groups) if group]
+        groups = {
+            place: list(values(rows, c, method, source, "accuracy", domain).values()) for c, place in places.items()
+        }
+        groups = {place + (number - 2) * 0.04: group for place, group in groups.items() if group}
         axis.errorbar(
-            [places[position] + (number - 2) * 0.04 for position in known],
-            [statistics.mean(groups[position]) for position in known],
-            [statistics.stdev(groups[at]) if len(groups[at]) > 1 else 0.0 for at in known],
+            list(groups),
+            [statistics.mean(group) for group in groups.values()],
+            [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups.values()],
             color=colour,
             marker=marker,
             linestyle="--" if method == "probe" else "-",
@@ -555,21 +552,16 @@ def draw_panel(
 
 def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[str]:
     """Accuracy under noise and imbalance, one panel per head: mean and standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     files = []
-    for kind, conditions, label in (
-        ("noise", CONDITIONS[:4], "flipped training labels, %"),
-        ("imbalance", (CONDITIONS[0], *CONDITIONS[4:]), "negative sentences to one positive"),
+    for kind, conditions, places, label in (  # to scale, the second by its logarithm
+        ("noise", CONDITIONS[:4], (0, 1, 2, 4), "flipped training labels, %"),
+        ("imbalance", (CONDITIONS[0], *CONDITIONS[4:]), (0, 1, 1.7), "negative sentences to one positive"),
     ):
         ticks = [c.split()[1] for c in conditions] if kind == "noise" else ["1", "10", "50"]
-        places = [0, 1, 2, 4] if kind == "noise" else [0, 1, 1.7]  # to scale, the second by its logarithm
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
         for axis, head in zip(axes, HEADS, strict=True):
-            draw_panel(axis, rows, head, conditions, places, domain)
+            draw_panel(axis, rows, head, dict(zip(conditions, places, strict=True)), domain)
             axis.set_xticks(places, ticks)
             axis.set_xlabel(label)
             axis.set_title(f"{head} head")
@@ -581,11 +573,6 @@ def draw(rows: dict[Cell, dict[str, Any]], folder: Path, domain: str) -> list[st
         figure.savefig(files[-1], dpi=150)
         plt.close(figure)
     return files
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str]) -> None:

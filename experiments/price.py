@@ -19,7 +19,6 @@ Shapes of the published models are in data/shapes/, sizes of the published data 
 import contextlib
 import functools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+import finetune_bert_l_sst2 as nlu
+from common.classifiers import count_parameters, linear_for_conv1d
 from common.cli import UserError
 from common.estimates import adapter_bytes, estimated_memory
 from common.targets import default_target_modules, find_target_modules
+from common.training import num_steps
+from eval.results import NLG, NLU
 from experiments.entries import ROOT
 from experiments.runs import Plan, PlannedRun, parse_training
 
@@ -42,18 +45,9 @@ PEAKS = {"A100": (312e12, 19.5e12), "H100": (989e12, 67e12)}
 TRAINING, FLOAT32, GENERATION = 0.40, 0.50, 0.05  # of the peak that is reached
 CPU = 100e9  # FLOP/s of the machine that runs a twin
 PROMPT = 256  # tokens of a benchmark's prompt
-GLUE_TESTS = {
-    "mnli": 19647,
-    "sst2": 872,
-    "mrpc": 408,
-    "cola": 1043,
-    "qnli": 5463,
-    "qqp": 40430,
-    "rte": 277,
-    "stsb": 1500,
-}
-ITEMS = {"gsm8k": 1319, "hendrycks_math": 5000, "humaneval": 164, "mbpp": 500, "mt_bench": 160}
-ITEMS |= {"crows_pairs": 3016, "curve": 2000}  # what reads and does not write; of a curve about so many
+GLUE_TESTS = {name: column.items for name, column in NLU.items()} | {"mnli": 19647}  # both of MNLI's
+# Two turns of each of MT-Bench's; then what reads and does not write, of a curve about so many.
+ITEMS = {name: column.items for name, column in NLG.items()} | {"mt_bench": 160, "crows_pairs": 3016, "curve": 2000}
 NEW_TOKENS = {"gsm8k": 1024, "hendrycks_math": 2048, "humaneval": 512, "mbpp": 512, "mt_bench": 1024}
 NEW_TOKENS |= {"crows_pairs": 0, "curve": 0}
 FULL_STATE = 12  # bytes per trained parameter of a checkpoint: fp32 and both of Adam's moments
@@ -150,18 +144,6 @@ def linear_parameters(model: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def price_of(plan: Plan, run: PlannedRun) -> Price:
-    """What one run takes.
-
-    Raises:
-        UserError: its model or its data is not known, or an option does not fit the model.
-    """
-    args = parse_training(plan, run)
-    if run.script == "train.py":
-        return language_model_price(plan, run, args)
-    return classifier_price(plan, run, args)
-
-
 def language_model_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     """Of a run of train.py."""
     on_gpu = bool(plan.entries.get("needs-gpu"))
@@ -174,9 +156,8 @@ def language_model_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
         num_adapters = len(layers)
         trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in layers.values())
     per_step = args.batch_size * args.gradient_accumulation * run.processes
-    steps = args.max_steps
-    if steps <= 0:
-        steps = math.ceil(math.ceil(num_examples(args.data, args.data_subset, args.limit) / per_step) * args.epochs)
+    count = 0 if args.max_steps > 0 else num_examples(args.data, args.data_subset, args.limit)
+    steps = num_steps(args, count, run.processes)
     tokens = steps * per_step * args.max_length
 
     num_linear, head = linear_parameters(model), config.hidden_size * config.vocab_size
@@ -234,17 +215,19 @@ def classifier_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     """Of a run of finetune_bert_l_sst2.py, which trains in float32 on one device."""
     name = "demo-encoder" if args.model == "demo" else args.model
     model = skeleton(name, num_classes={"mnli": 3, "stsb": 1}.get(args.task, 2))
-    heads = [part for part, _ in model.named_children() if part in HEADS]
-    head_size = sum(item.numel() for part in heads for item in model.get_submodule(part).parameters())
-    num_linear, total = linear_parameters(model), model.num_parameters()
-    full = args.method == "full"
-    trainable = total - head_size if full else encoder_adapters(model, args.target_modules, args.rank)
+    linear_for_conv1d(model)
+    num_linear, (trainable, head_size) = linear_parameters(model), count_parameters(model)
+    total, full = trainable + head_size, args.method == "full"
+    if not full:
+        targets = args.target_modules or nlu.default_targets(model)
+        layers = find_target_modules(model, targets, args.rank)
+        trainable = sum(args.rank * sum(layer.weight.shape) for layer in layers.values())
 
     source = "demo sentences" if args.data == "demo" else args.data or "nyu-mll/glue"
     count = num_examples(source, args.task, args.limit)
     validation = 0 if args.data == "demo" else min(max(count // 10, 1), 2000)
     count -= validation
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(count / args.batch_size) * args.epochs)
+    steps = num_steps(args, count, 1)
     tokens = steps * args.batch_size * args.max_length
     config = model.config
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -271,47 +254,17 @@ def classifier_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     )
 
 
-# What is trained whole, and the layers that get an adapter: in BERT and RoBERTa, DeBERTa, GPT-2.
-HEADS = ("classifier", "pooler", "score", "classification_head")
-ENCODER_TARGETS = [
-    "query",
-    "key",
-    "value",
-    "query_proj",
-    "key_proj",
-    "value_proj",
-    "intermediate.dense",
-    "output.dense",
-]
-ENCODER_TARGETS += ["c_attn", "c_fc", "c_proj"]
-
-
-def encoder_adapters(model: Any, targets: list[str] | None, rank: int) -> int:
-    """Parameters of the adapters of an encoder's linear layers whose names end with one of the targets.
-
-    Raises:
-        UserError: there is none.
-    """
-    ends = tuple(f".{target}" for target in targets or ENCODER_TARGETS)
-    layers = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and name.endswith(ends) and not name.startswith(HEADS)
-    ]
-    if not layers:
-        raise UserError(
-            f"{type(model).__name__} has none of {', '.join(targets or ENCODER_TARGETS)}: name target-modules"
-        )
-    return sum(rank * sum(layer.weight.shape) for layer in layers)
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # An experiment
 # ------------------------------------------------------------------------------------------------------------------
 
 
 def prices(plan: Plan) -> list[Price]:
-    """Of every run; runs that differ in nothing but the seed are counted once."""
+    """Of every run; runs that differ in nothing but the seed are counted once.
+
+    Raises:
+        UserError: a model or data are not known, or an option does not fit the model.
+    """
     known: dict[str, Price] = {}
     found = []
     for run in plan.runs:
@@ -320,7 +273,8 @@ def prices(plan: Plan) -> list[Price]:
         for seed in {run.labels.get("seed")} - {None}:
             alike = alike.replace(f"-{seed}", "-SEED")  # in the name of a file
         if alike not in known:
-            known[alike] = price_of(plan, run)
+            price_of = language_model_price if run.script == "train.py" else classifier_price
+            known[alike] = price_of(plan, run, parse_training(plan, run))
         found.append(known[alike])
     return found
 

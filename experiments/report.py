@@ -21,8 +21,9 @@ from typing import Any
 
 from common import run_records
 from common.cli import UserError, run_script
-from common.intervals import paired_interval
-from common.markdown import markdown
+from common.intervals import by_seed, difference, spread
+from common.markdown import markdown, pyplot
+from common.runs import write_whole
 from experiments import choose, run_record
 from experiments.entries import load, names
 
@@ -63,8 +64,7 @@ def columns_of(records: list[Record], only: list[str] | None) -> list[Column]:
 
 def value_of(record: Record, column: Column) -> float | None:
     """A score, in percent where it is a share."""
-    found = (record["scores"].get(column[0]) or {}).get(column[1])
-    found = found.get("value") if isinstance(found, dict) else found
+    found = run_records.score_of(record, *column)
     if found is None:
         return None
     return 100 * found if column[1].partition(".")[0] in IN_PERCENT else found
@@ -73,22 +73,6 @@ def value_of(record: Record, column: Column) -> float | None:
 def digits(column: Column) -> int:
     """Places after the point: of percents two, of losses and others three."""
     return 2 if column[1].partition(".")[0] in IN_PERCENT else 3
-
-
-def spread(values: list[float], column: Column) -> str:
-    """Mean ± sample standard deviation."""
-    places = digits(column)
-    text = f"{statistics.mean(values):.{places}f}"
-    return text + (f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else "")
-
-
-def interval(differences: list[float], column: Column) -> str:
-    """The mean of paired differences with its 95 % t-interval."""
-    form = f"{{:+.{digits(column)}f}}"
-    if len(differences) < 2:
-        return f"{form.format(differences[0])} (one pair)"
-    mean, half = paired_interval(differences)
-    return f"{form.format(mean)} [{form.format(mean - half)}, {form.format(mean + half)}]"
 
 
 def without_value(members: list[Record], column: Column) -> str:
@@ -114,10 +98,10 @@ def table(records: list[Record], columns: list[Column]) -> str:
     head = ["arm", "seeds", *(f"{part} {name}" for part, name in columns), "rate", "minutes", "GiB"]
     rows = [head]
     for arm, members in arms(records).items():
-        cells = []
-        for column in columns:
-            values = [value for value in (value_of(record, column) for record in members) if value is not None]
-            cells.append(spread(values, column) if values else without_value(members, column))
+        cells = [
+            spread((value_of(record, column) for record in members), digits(column), without_value(members, column))
+            for column in columns
+        ]
         rates = sorted({f"{record['settings'].get('learning_rate', 0):g}" for record in members})
         seconds = [record["time"]["train_seconds"] or record["time"]["seconds"] for record in members]
         seconds = [value for value in seconds if value is not None]
@@ -153,9 +137,8 @@ def differences(records: list[Record], columns: list[Column], axis: str, baselin
         for arm, members in groups.items():
             cells = []
             for column in columns:
-                both = [(value_of(one, column), value_of(two, column)) for one, two in members]
-                both = [one - two for one, two in both if one is not None and two is not None]
-                cells.append(interval(both, column) if both else "-")
+                ours, theirs = ({i: value_of(pair[side], column) for i, pair in enumerate(members)} for side in (0, 1))
+                cells.append(difference(by_seed(ours, theirs).values(), digits(column)))
             rows.append([arm, str(len(members)), *cells])
     return markdown(rows) if len(rows) > 1 else "no pairs yet"
 
@@ -175,18 +158,15 @@ def effects(records: list[Record], columns: list[Column], axes: list[str]) -> st
         for record in records:
             place = (record["labels"][first], record["labels"][second])
             cells.setdefault(str(record["seed"]), {})[place] = value_of(record, column)
-        found: dict[str, list[float]] = {name: [] for name in parts}
+        found = []
         for cell in cells.values():
             values = [cell.get(place) for place in ((a, x), (b, x), (a, y), (b, y))]
-            if None in values:
-                continue
-            start, only_first, only_second, both = values
-            found["whole"].append(both - start)
-            found[f"of {first}"].append((only_first - start + both - only_second) / 2)
-            found[f"of {second}"].append((only_second - start + both - only_first) / 2)
-            found["interaction"].append(both - only_first - only_second + start)
-        for name, values in found.items():
-            parts[name].append(interval(values, column) if values else "-")
+            if None not in values:
+                start, only_first, only_second, both = values
+                halves = ((only_first - start + both - only_second) / 2, (only_second - start + both - only_first) / 2)
+                found.append((both - start, *halves, both - only_first - only_second + start))
+        for part, differences in zip(parts.values(), zip(*found, strict=True) if found else [()] * 4, strict=True):
+            part.append(difference(differences, digits(column)))
     return markdown(rows + [[name, *cells] for name, cells in parts.items()])
 
 
@@ -228,11 +208,7 @@ def lines_of(records: list[Record], option: str, column: Column) -> dict[str, di
 
 def draw(records: list[Record], option: str, columns: list[Column], folder: Path) -> list[Path]:
     """A panel per score: mean and standard deviation over the option, on a logarithmic axis where it spans a decade."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = [column for column in columns if lines_of(records, option, column)]
     if not columns:
         return []
@@ -266,11 +242,6 @@ def draw(records: list[Record], option: str, columns: list[Column], folder: Path
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return paths
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
 
 
 def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> str:
@@ -329,9 +300,7 @@ def main(argv: list[str]) -> None:
         tuning = [record for record in done if record["phase"] == "tuning"]
         shown = tuning or done  # where a tuning chose, its grid is the curve
         drawn = draw(shown, options["curve"], columns_of(shown, options.get("scores")), folder)
-    part = folder / ".summary.md.part"
-    part.write_text(text + "\n")
-    part.replace(folder / "summary.md")
+    write_whole(folder / "summary.md", text + "\n")
     print(text)
     print(f"\nsummary: {', '.join(map(str, [folder / 'summary.md', *drawn]))}")
 

@@ -14,6 +14,7 @@ import yaml
 
 from common.cli import UserError, run_script
 from common.run_records import VERSION, read_json
+from common.runs import write_whole
 
 # What an eval script writes beside its scores.
 NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}
@@ -135,11 +136,8 @@ def write_record(plan: dict[str, Any], name: str) -> dict[str, Any]:
     """Writes the record of a run and returns it."""
     path = Path(plan["folder"], "records", f"{name}.json")
     record = record_of(plan, name)
-    text = json.dumps(record, indent=2, sort_keys=True) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    write_whole(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
     return record
 
 

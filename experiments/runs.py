@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from common.cli import UserError, parse_arguments
-from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, nearest
+from common.cli import UserError, as_words, parse_arguments
+from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, nearest, read_yaml
 
 SCRIPTS = ("train.py", "finetune_bert_l_sst2.py")
 BENCHMARKS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
@@ -193,11 +193,10 @@ def batch_size(run: PlannedRun) -> int:
 @functools.cache
 def read_config(path: str) -> dict[str, Any]:
     """The entries of a configuration of the scripts, by the names that are typed with underscores."""
-    try:
-        found = yaml.safe_load((ROOT / path).read_text()) or {}
-        return {key.replace("-", "_"): value for key, value in found.items()}
-    except (OSError, UnicodeDecodeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the configuration {path}: {' '.join(str(error).split())}") from error
+    found = read_yaml(ROOT / path, "the configuration ") or {}
+    if not isinstance(found, dict):
+        raise UserError(f"the configuration {path} holds no entries")
+    return {key.replace("-", "_"): value for key, value in found.items()}
 
 
 def need(plan: Plan, run: PlannedRun, path: str, places: dict[str, str], where: str) -> None:
@@ -316,14 +315,10 @@ def arguments_of(script: str) -> type:
     return importlib.import_module(script.removesuffix(".py").replace("/", ".")).Arguments
 
 
-def option_types(script: str) -> dict[str, Any]:
-    """A script's options with their types, by the names that are typed."""
-    return {name.replace("_", "-"): kind for name, kind in typing.get_type_hints(arguments_of(script)).items()}
-
-
 def check_options(script: str, options: dict[str, Any], where: str) -> None:
     """Raises a UserError where an option is not one of the script's, or takes no such value."""
-    known = option_types(script)
+    hints = typing.get_type_hints(arguments_of(script))
+    known = {name.replace("_", "-"): kind for name, kind in hints.items()}
     for key, value in list(options.items()):
         name = key.replace("_", "-")
         if name not in known:
@@ -332,7 +327,7 @@ def check_options(script: str, options: dict[str, Any], where: str) -> None:
         kinds = typing.get_args(known[name]) if is_union else (known[name],)
         kinds = [kind for kind in kinds if kind is not type(None)]
         choices = [
-            item for kind in kinds for item in typing.get_args(kind) if typing.get_origin(kind) is typing.Literal
+            item for kind in kinds if typing.get_origin(kind) is typing.Literal for item in typing.get_args(kind)
         ]
         if choices and value not in choices:
             raise UserError(
@@ -345,11 +340,8 @@ def check_options(script: str, options: dict[str, Any], where: str) -> None:
             with contextlib.suppress(ValueError):
                 value = options[key] = float(value)
         if expected and not choices and (not isinstance(value, expected) or (is_bool and expected is not bool)):
-            raise UserError(f"{where}: --{name} {value!r} is no {expected_name(kinds[0])}")
-
-
-def expected_name(kind: Any) -> str:
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(kind, "list")
+            what = {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(kinds[0], "list")
+            raise UserError(f"{where}: --{name} {value!r} is no {what}")
 
 
 def check(plan: Plan) -> None:
@@ -369,13 +361,11 @@ def check(plan: Plan) -> None:
         if run.script not in SCRIPTS:
             raise UserError(f"{plan.experiment}: unknown script {run.script!r}{nearest(run.script, SCRIPTS)}")
         for script, options in [(run.script, run.settings), *measured(run)]:
-            if isinstance(options.get("seed"), int):
-                alike = json.dumps(
-                    [script, {key: value for key, value in options.items() if key != "seed"}], default=str
-                )
-                if alike in known:
-                    continue
-                known.add(alike)
+            seed = type(options.get("seed")).__name__  # runs that differ in nothing else are checked once
+            alike = json.dumps([script, options | {"seed": seed}], default=str)
+            if alike in known:
+                continue
+            known.add(alike)
             check_options(script, options, f"{plan.experiment}: {run.name}")
             if script == run.script:
                 if options.get("config"):
@@ -396,20 +386,6 @@ def measured(run: PlannedRun) -> list[tuple[str, dict[str, Any]]]:
     if run.forgetting is not None:
         found.append(("eval/forgetting.py", run.forgetting))
     return found
-
-
-def as_words(options: dict[str, Any]) -> list[str]:
-    """Options as they are typed."""
-    words = []
-    for name, value in options.items():
-        name = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words += [f"--{name}", str(value)]
-    return words
 
 
 def parse_training(plan: Plan, run: PlannedRun) -> Any:

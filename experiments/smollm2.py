@@ -8,16 +8,14 @@ At equal learning: the ends of an arm's tuning runs, one per rate up to its best
 Between two of them the line is read off. A step of a run under way is no such point: its schedule has not ended.
 """
 
-import argparse
 import itertools
-import statistics
 from pathlib import Path
 from typing import Any
 
-from common.cli import UserError, run_script
-from common.intervals import paired_interval
-from common.markdown import markdown
-from common.run_records import records_in
+from common.cli import Parser, UserError, run_script
+from common.intervals import by_seed, difference, spread
+from common.markdown import markdown, pyplot
+from common.run_records import records_in, score_of
 from experiments.report import STYLES
 
 Record = dict[str, Any]
@@ -34,11 +32,6 @@ ORDER = ["full", "lora", "lora-terms", *LAMBDAS, "pissa-dr", "pissa-svdr", "ba-l
 # ------------------------------------------------------------------------------------------------------------------
 # What is read off
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def score(record: Record, benchmark: str, name: str) -> float | None:
-    found = (record["scores"].get(benchmark) or {}).get(name)
-    return found.get("value") if isinstance(found, dict) else found
 
 
 def points(record: Record, measure: str) -> list[Point]:
@@ -84,36 +77,16 @@ def by_rate(tuning: list[Record], arm: str) -> list[Record]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def spread(values: list[float | None], form: str) -> str:
-    """Mean ± sample standard deviation of those that are there."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    text = form.format(statistics.mean(known))
-    return text + (f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else "")
-
-
-def difference(values: dict[int, float | None], others: dict[int, float | None], form: str = "{:+.3f}") -> str:
-    """Mean of the differences seed by seed with its 95 % t-interval."""
-    known = values.keys() & others.keys()
-    pairs = [(values[seed], others[seed]) for seed in sorted(known)]
-    found = [one - two for one, two in pairs if one is not None and two is not None]
-    if len(found) < 2:
-        return form.format(found[0]) + " (one pair)" if found else "-"
-    mean, half = paired_interval(found)
-    return f"{form.format(mean)} [{form.format(mean - half)}, {form.format(mean + half)}]"
-
-
 def learning_table(arms: dict[str, dict[int, Record]]) -> str:
     """Every arm at its own rate."""
-    columns = [("gsm8k", "accuracy", "{:.3f}"), ("curve", "response_loss", "{:.3f}")]
-    columns += [("curve", name, "{:.3f}") for name in (*MEASURES, "distinct_answers", "entropy_change", "energy.10")]
-    rows = [["arm", "rate", "seeds", *(name for _, name, _ in columns)]]
+    columns = [("gsm8k", "accuracy"), ("curve", "response_loss")]
+    columns += [("curve", name) for name in (*MEASURES, "distinct_answers", "entropy_change", "energy.10")]
+    rows = [["arm", "rate", "seeds", *(name for _, name in columns)]]
     before = next(iter(next(iter(arms.values())).values()))
-    rows.append(["base", "", "", *(spread([score(before, part, f"{name}@0")], form) for part, name, form in columns)])
+    rows.append(["base", "", "", *(spread([score_of(before, part, f"{name}@0")], 3) for part, name in columns)])
     for arm, runs in arms.items():
         rates = sorted({f"{record['settings']['learning_rate']:g}" for record in runs.values()})
-        cells = [spread([score(record, part, name) for record in runs.values()], form) for part, name, form in columns]
+        cells = [spread((score_of(record, *column) for record in runs.values()), 3) for column in columns]
         rows.append([arm, ", ".join(rates), str(len(runs)), *cells])
     return markdown(rows)
 
@@ -143,15 +116,16 @@ def stereotype_table(arms: dict[str, dict[int, Record]]) -> str:
     names = ("pct_stereotype", "likelihood_diff", "loss", "change", "slope", "flips.mcnemar_p")
     rows = [["arm", *names, f"change minus {BASELINE}'s"]]
     base = next(iter(next(iter(arms.values())).values()))
-    before = [score(base, "crows_pairs", f"before.{name}") for name in names[:3]]
-    rows.append(["base", *("-" if value is None else f"{value:.3f}" for value in before), *[""] * 4])
+    before = [spread([score_of(base, "crows_pairs", f"before.{name}")], 3) for name in names[:3]]
+    rows.append(["base", *before, *[""] * 4])
+    changes = {
+        arm: {seed: score_of(record, "crows_pairs", "change") for seed, record in runs.items()}
+        for arm, runs in arms.items()
+    }
     for arm, runs in arms.items():
-        cells = [spread([score(record, "crows_pairs", name) for record in runs.values()], "{:.3f}") for name in names]
-        ours, theirs = (
-            {seed: score(record, "crows_pairs", "change") for seed, record in found.items()}
-            for found in (runs, arms.get(BASELINE, {}))
-        )
-        rows.append([arm, *cells, "" if arm == BASELINE else difference(ours, theirs)])
+        cells = [spread((score_of(record, "crows_pairs", name) for record in runs.values()), 3) for name in names]
+        beside = "" if arm == BASELINE else difference(by_seed(changes[arm], changes.get(BASELINE, {})).values(), 3)
+        rows.append([arm, *cells, beside])
     return markdown(rows)
 
 
@@ -162,11 +136,7 @@ def stereotype_table(arms: dict[str, dict[int, Record]]) -> str:
 
 def draw(path: Path, lines: dict[str, list[Point]], log: bool) -> Path:
     """KL against the response loss, a line per arm with its name at its end."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, line), (colour, marker) in zip(lines.items(), STYLES, strict=False):
         axis.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=5)
@@ -196,11 +166,6 @@ def pictures(tuning: list[Record], folder: Path) -> list[Path]:
     return [draw(path, found, log) for path, found, log in zip(paths, (lines, weights), (False, True), strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def tables(records: list[Record]) -> str:
     """All tables as Markdown."""
     study, tuning = done(records, "study"), done(records, "tuning")
@@ -217,7 +182,7 @@ def tables(records: list[Record]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("records", type=Path, help="folder of the records")
     parser.add_argument("--pictures", type=Path, help="folder that gets the pictures")
     args = parser.parse_args(argv)

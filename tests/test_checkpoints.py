@@ -1,5 +1,6 @@
 """Interruptions: whatever ends a run, what is left is complete, and --resume ends where an uninterrupted run ends."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,7 +15,19 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, start_script
+from conftest import (
+    PATIENCE,
+    ROOT,
+    bits,
+    free_port,
+    make_tokenizer,
+    read_jsonl,
+    run_apart,
+    save_tiny,
+    start_script,
+    sums,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -33,10 +46,8 @@ STEPS = 24
 def folder(tmp_path_factory) -> Path:
     """A model and data whose run takes a few seconds: long enough to be killed in."""
     folder = tmp_path_factory.mktemp("runs")
-    make_model(hidden_size=64, intermediate_size=128, num_hidden_layers=4).save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 9)} for i in range(64)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny(folder / "base", hidden_size=64, intermediate_size=128, num_hidden_layers=4)
+    write_jsonl(folder / "data.jsonl", sums(64, 9))
     return folder
 
 
@@ -46,13 +57,25 @@ def arguments(folder: Path, output: Path, *options) -> list[str]:
     return [str(word) for word in (*fixed, "--save-steps", SAVE_STEPS, "--output-dir", output, *options)]
 
 
-def run(folder: Path, output: Path, *options, file_size: int | None = None) -> tuple[int, str]:
-    """A whole run: its exit code and what it printed."""
-    log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
-    process = start_script("train", arguments(folder, output, *options), log, file_size)
-    process.join(120)
-    assert process.exitcode is not None, "the run does not end"
-    return process.exitcode, log.read_text()
+def run(folder: Path, output: Path, *options, **how) -> tuple[int, str]:
+    """A run to its end: its exit code and what it printed."""
+    return run_apart("train", arguments(folder, output, *options), output.parent, **how)
+
+
+def unfinished(whole: Path, output: Path, *gone: str) -> Path:
+    """A copy of a run that was ended before its record, and before what is `gone`."""
+    shutil.copytree(whole, output)
+    for name in ("run.json", *gone):
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return output
+
+
+LAST = f"checkpoints/checkpoint-{STEPS}"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +87,7 @@ def uninterrupted(folder: Path) -> Path:
 
 
 def adapter_of(output: Path) -> dict[str, bytes]:
-    """The exported adapter, bit for bit. (The file's own header has no fixed order.)"""
-    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return bits(output / "adapter" / "adapter_model.safetensors")
 
 
 def steps_done(output: Path) -> int:
@@ -85,30 +106,16 @@ def saved_step(output: Path) -> int:
 
 @pytest.mark.parametrize("trial", range(10))
 def test_kill_9_at_any_moment_and_resume_is_an_uninterrupted_run(trial, folder, uninterrupted):
-    """Seven random moments of the whole run, three while a checkpoint is being written."""
-    for attempt in range(5):  # on a busy machine a save may pass unseen, and the run ends before it is killed
-        output = folder / f"killed-{trial}-{attempt}"
-        process = start_script("train", arguments(folder, output), folder / f"{output.name}.log")
-        incomplete = output / "checkpoints" / INCOMPLETE
-        moment = random.Random(trial).randrange(STEPS) if trial < 7 else (trial - 7) * SAVE_STEPS
-        while steps_done(output) < moment and process.is_alive():
-            time.sleep(0.002)
-        if trial < 7:
-            time.sleep(random.Random(trial).uniform(0, 0.1))
-        else:
-            while not incomplete.is_dir() and process.is_alive():
-                pass
-        process.kill()
-        process.join(10)
-        if process.exitcode == -signal.SIGKILL:
-            break
-    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    """Five random steps, and five of the 175 moments at which a checkpoint or an export touches a file."""
+    output, draw = folder / f"killed-{trial}", random.Random(trial)
+    place = ("metrics.jsonl", draw.randrange(1, STEPS)) if trial < 5 else (INCOMPLETE, draw.randrange(1, 170))
+    code, text = run(folder, output, ends=(signal.SIGKILL, *place))
+    assert code == -signal.SIGKILL, text
     assert steps_done(output) - saved_step(output) <= SAVE_STEPS
     code, text = run(folder, output, "--resume")
     assert code == 0, text
     assert adapter_of(output) == adapter_of(uninterrupted)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in read_jsonl(output / "metrics.jsonl")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
@@ -116,17 +123,12 @@ def test_kill_9_at_any_moment_and_resume_is_an_uninterrupted_run(trial, folder, 
 )
 def test_a_signal_finishes_the_step_saves_and_loses_nothing(number, code, folder, uninterrupted):
     output = folder / f"signal-{number}"
-    log = folder / f"signal-{number}.log"
-    process = start_script("train", arguments(folder, output), log)
-    while steps_done(output) < 6:
-        time.sleep(0.002)
-    os.kill(process.pid, number)
-    process.join(30)
-    assert process.exitcode == code
+    ended, text = run(folder, output, ends=(number, "metrics.jsonl", 6))
+    assert ended == code
     stopped_at = steps_done(output)
-    assert stopped_at < STEPS
+    assert 5 <= stopped_at < STEPS
     assert saved_step(output) == stopped_at
-    assert f"interrupted after step {stopped_at}" in log.read_text()
+    assert f"interrupted after step {stopped_at}" in text
     assert not (output / "adapter").exists()
     assert run(folder, output, "--resume")[0] == 0
     assert adapter_of(output) == adapter_of(uninterrupted)
@@ -136,17 +138,13 @@ def test_a_line_of_the_log_spans_an_interruption(folder):
     """Means over seven steps, and run.json's mean loss: a checkpoint holds what the next line has gathered so far."""
     options, lines, losses = ("--logging-steps", 7, "--save-steps", 1), {}, {}
     output = folder / "spans"
-    process = start_script("train", arguments(folder, output, *options), folder / "spans.log")
-    while not (output / "checkpoints" / "checkpoint-9").is_dir():
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(30)
+    assert run(folder, output, *options, ends=(signal.SIGTERM, "checkpoint-9", 1))[0] == 143
     assert 9 <= saved_step(output) < STEPS
     assert run(folder, output, *options, "--resume")[0] == 0
     assert run(folder, folder / "spans-whole", *options)[0] == 0
     for each in (output, folder / "spans-whole"):
-        rows = map(json.loads, (each / "metrics.jsonl").read_text().splitlines())
         machine = ("tokens_per_second", "peak_memory_gib")
+        rows = read_jsonl(each / "metrics.jsonl")
         lines[each] = [{name: value for name, value in row.items() if name not in machine} for row in rows]
         losses[each] = json.loads((each / "run.json").read_text())["train_loss"]
     assert lines[output] == lines[folder / "spans-whole"]
@@ -161,30 +159,27 @@ subprocess.run([sys.executable, *sys.argv[2:]], env=environment)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ranks_do_not_outlive_their_launcher(number, folder, uninterrupted):
+def test_ranks_do_not_outlive_their_launcher(number, folder):
     """Whatever ends the launcher, which passes nothing on: the rank saves and ends as after SIGTERM."""
-    output, port = folder / f"launched-{number}", 29600 + os.getpid() % 300 + number
+    output = folder / f"launched-{number}"
     launcher = folder / "deepspeed.py"  # a launcher is known by its command
     launcher.write_text(LAUNCHER)
     words = [ROOT / "train.py", *arguments(folder, output, "--max-steps", 4000, "--save-steps", 4000)]
-    with open(folder / f"launched-{number}.log", "w") as log:
-        process = subprocess.Popen([sys.executable, launcher, str(port), *map(str, words)], stdout=log, stderr=log)
+    command = [sys.executable, launcher, free_port(), *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while steps_done(output) < 6:
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     process.send_signal(number)
-    process.wait(30)
-    deadline = time.monotonic() + 60
-    while newest_checkpoint(output) is None:
-        assert time.monotonic() < deadline, (folder / f"launched-{number}.log").read_text()[-2000:]
-        time.sleep(0.05)
-    time.sleep(1)
-    assert steps_done(output) == saved_step(output), "it trains on"
+    printed, _ = process.communicate(timeout=PATIENCE)  # until nobody is left who could write
+    assert steps_done(output) == saved_step(output) < 4000, printed
 
 
 def test_one_run_at_a_time_writes_to_a_folder(folder):
     output = folder / "shared"
     first = start_script("train", arguments(folder, output, "--max-steps", 4000), folder / "shared.log")
     while steps_done(output) < 1:
+        assert first.is_alive(), (folder / "shared.log").read_text()
         time.sleep(0.01)
     before = (output / "config.yaml").stat().st_mtime_ns
     code, text = run(folder, output, "--resume", "--max-steps", 4000)
@@ -207,14 +202,10 @@ def test_a_run_of_one_step_trains(folder):
 
 def test_settings_of_the_resumed_start_act(folder, uninterrupted):
     """How often it logs and saves is this start's, not the checkpoint's."""
-    output = folder / "other-intervals"
-    shutil.copytree(uninterrupted, output)
-    (output / "run.json").unlink()
-    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    output = unfinished(uninterrupted, folder / "other-intervals", LAST)
     code, text = run(folder, output, "--resume", "--logging-steps", 2, "--save-steps", 1, "--keep-checkpoints", 9)
     assert code == 0, text
-    lines = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [*range(1, 21), 22, 24]
+    assert [line["step"] for line in read_jsonl(output / "metrics.jsonl")] == [*range(1, 21), 22, 24]
     steps = [int(path.name.partition("-")[2]) for path in complete_checkpoints(output)]
     assert steps == [24, 23, 22, 21, 20]
     assert adapter_of(output) == adapter_of(uninterrupted)
@@ -222,10 +213,7 @@ def test_settings_of_the_resumed_start_act(folder, uninterrupted):
 
 def test_data_and_base_are_known_by_their_content(folder, uninterrupted, tmp_path):
     """Changed in place they are refused, moved they are the same, and the user may insist."""
-    output = tmp_path / "out"
-    shutil.copytree(uninterrupted, output)
-    (output / "run.json").unlink()
-    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    output = unfinished(uninterrupted, tmp_path / "out", LAST)
     shutil.copytree(folder / "base", tmp_path / "moved")
     rows = (folder / "data.jsonl").read_text()
     (tmp_path / "moved.jsonl").write_text(rows.replace("Add 63 and 1", "Add 63 and 2"))
@@ -261,9 +249,7 @@ def test_lines_that_a_disk_does_not_take_follow_later(tmp_path, capsys):
 
 
 def test_damaged_lines_and_records_are_named_and_passed_over(folder, uninterrupted):
-    output = folder / "damaged-records"
-    shutil.copytree(uninterrupted, output)
-    shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    output = unfinished(uninterrupted, folder / "damaged-records", LAST)
     (output / "run.json").write_text('{"steps": 2')
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
     (output / "metrics.jsonl").write_text("".join([*lines[:20], "\0\0\0\n", *lines[20:]]))
@@ -271,28 +257,30 @@ def test_damaged_lines_and_records_are_named_and_passed_over(folder, uninterrupt
     assert code == 0, text
     assert "run.json is damaged and passed over" in text
     assert "metrics.jsonl: 1 damaged lines are left out" in text
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, STEPS + 1))
+    assert [line["step"] for line in read_jsonl(output / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
 def test_a_second_signal_leaves_at_once(folder, tmp_path):
     """In a step of a thousand micro-batches, which takes half a minute."""
     rows = [{"instruction": f"Add {i}", "output": "The sum" + "!" * 300} for i in range(2000)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "data.jsonl", rows)
     log, output = tmp_path / "twice.log", tmp_path / "twice"
     options = ("--data", tmp_path / "data.jsonl", "--gradient-accumulation", 1000)
     process = start_script("train", arguments(folder, output, *options), log)
-    while "0/24" not in (log.read_text() if log.exists() else ""):  # the progress bar: training has begun
-        time.sleep(0.05)
-    time.sleep(1)
-    os.kill(process.pid, signal.SIGTERM)
-    time.sleep(2.5)
+    for expected in ("0/24", "SIGTERM: stopping after this step"):  # the progress bar: training has begun
+        while expected not in log.read_text():
+            assert process.is_alive(), log.read_text()
+            time.sleep(0.05)
+        if expected == "0/24":
+            os.kill(process.pid, signal.SIGTERM)
     assert process.is_alive()
-    assert "SIGTERM: stopping after this step" in log.read_text()
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(2)
+    while process.is_alive():  # what comes within two seconds is the first signal, passed on by a launcher
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
+        process.join(0.5)
     assert process.exitcode == 143
+    assert steps_done(output) == saved_step(output) == 0
 
 
 @pytest.mark.parametrize("method", ["full", "ba-lora"])
@@ -301,14 +289,10 @@ def test_a_run_killed_before_its_export_takes_no_further_step(method, folder):
     options = ("--method", method, "--lr-scheduler", "constant_with_warmup", "--max-steps", 6, "--save-steps", 3)
     whole, output = folder / f"whole-{method}", folder / f"killed-before-export-{method}"
     assert run(folder, whole, *options)[0] == 0
-    shutil.copytree(whole, output)
-    for name in ("adapter", "merged"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    (output / "run.json").unlink()
+    unfinished(whole, output, "merged", *["adapter"] * (method != "full"))
     code, text = run(folder, output, *options, "--resume")
     assert code == 0, text
-    theirs, ours = (load_file(path / "merged" / "model.safetensors") for path in (whole, output))
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert bits(output / "merged" / "model.safetensors") == bits(whole / "merged" / "model.safetensors")
     assert json.loads((output / "run.json").read_text())["steps"] == 6
     assert saved_step(output) == 6
 
@@ -330,21 +314,6 @@ def test_a_finished_run_is_left_alone(folder, uninterrupted):
     assert code == 0
     assert "its merged/ is gone" in text
     assert not (output / "merged").exists()
-    assert adapter_of(output) == adapter_of(uninterrupted)
-
-
-def test_damaged_checkpoints_are_written_again(folder, uninterrupted):
-    output = folder / "damaged-twice"
-    options = ("--keep-checkpoints", 9)
-    assert run(folder, output, *options)[0] == 0
-    for step in (20, 24):
-        with open(output / "checkpoints" / f"checkpoint-{step}" / TRAINED_TENSORS, "r+b") as file:
-            file.truncate(100)
-    (output / "run.json").unlink()
-    code, text = run(folder, output, *options, "--resume")
-    assert code == 0, text
-    assert "going on from" in text
-    assert [path.name for path in complete_checkpoints(output)][:2] == ["checkpoint-24", "checkpoint-20"]
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
@@ -391,9 +360,7 @@ def test_a_checkpoint_holds_no_base_weight_and_is_small(uninterrupted):
 
 
 def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uninterrupted, capsys):
-    output = folder / "damaged"
-    shutil.copytree(uninterrupted, output)
-    (output / "run.json").unlink()
+    output = unfinished(uninterrupted, folder / "damaged")
     with open(output / "checkpoints" / "checkpoint-24" / "exp_avg.safetensors", "r+b") as file:
         file.truncate(100)
     shutil.copytree(output / "checkpoints" / "checkpoint-20", output / "checkpoints" / "checkpoint-22")
@@ -410,6 +377,7 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
     assert "checkpoint-22 is passed over: it belongs to a run with rank = 16, not 8" in text
     assert "going on from" in text
     assert "checkpoint-20" in text.partition("going on from")[2].splitlines()[0]
+    assert "checkpoint-24" in [path.name for path in complete_checkpoints(output)]  # written again
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
@@ -424,16 +392,14 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
 )
 def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, tmp_path, option, value, message):
     """With other settings --resume has nothing to go on from, and beginning anew would delete what is there."""
-    output = tmp_path / "unfinished"
-    shutil.copytree(uninterrupted, output)
-    (output / "run.json").unlink()
-    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    output = unfinished(uninterrupted, tmp_path / "unfinished")
+    before = contents(output)
     code, text = run(folder, output, "--resume", option, value)
     assert code == 2
     last = text.strip().splitlines()[-1]
     assert message in last
     assert "--overwrite instead of --resume" in last
-    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    assert contents(output) == before
 
 
 @pytest.mark.parametrize(
@@ -447,14 +413,12 @@ def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, tm
 def test_micro_batches_that_cannot_stay_are_refused(
     folder, uninterrupted, tmp_path, monkeypatch, processes, accumulation, message
 ):
-    output = tmp_path / "unfinished"
-    shutil.copytree(uninterrupted, output)
-    (output / "run.json").unlink()
+    output = unfinished(uninterrupted, tmp_path / "unfinished")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    before = contents(output)
     with pytest.raises(UserError, match=re.escape(message)):
         train.main(arguments(folder, output, "--gradient-accumulation", accumulation, "--resume"))
-    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+    assert contents(output) == before
 
 
 def test_a_finished_run_is_left_alone_by_another_number_of_processes(
@@ -472,14 +436,9 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(ended, folder, un
     """Files above 60 kB cannot be written: neither a checkpoint's nor the exported model's. The export can be made from
     the training's end where that has a checkpoint, else from an earlier step, which then says so."""
     output = folder / f"full-disk-{ended}"
-    shutil.copytree(uninterrupted, output)
-    (output / "run.json").unlink()
-    for name in ("adapter", "merged"):
-        shutil.rmtree(output / name)
-    if not ended:
-        shutil.rmtree(output / "checkpoints" / "checkpoint-24")
+    unfinished(uninterrupted, output, "adapter", "merged", *[LAST] * (not ended))
     newest = newest_checkpoint(output)
-    before = {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()}
+    before = contents(output / "checkpoints")
     code, text = run(folder, output, "--resume", file_size=60_000)
     assert ended or "the checkpoint of step 24 could not be written" in text
     assert ended or f"the last one is {newest}" in text
@@ -489,12 +448,10 @@ def test_a_failed_write_leaves_the_last_checkpoint_and_says_so(ended, folder, un
     assert ("--export-from" in text.splitlines()[-1]) == ended
     assert "Traceback" not in text
     assert not [name for name in ("adapter", "merged") if (output / name).exists()], "half an export"
-    assert {file: file.read_bytes() for file in (output / "checkpoints").rglob("*") if file.is_file()} == before
-    log = folder / f"full-disk-again-{ended}.log"
-    again = start_script("train", ["--export-from", output], log)
-    again.join(120)
-    assert again.exitcode == 0
-    for text in (log.read_text(), (output / "adapter" / "README.md").read_text()):
+    assert contents(output / "checkpoints") == before
+    code, printed = run_apart("train", ["--export-from", output], folder)
+    assert code == 0, printed
+    for text in (printed, (output / "adapter" / "README.md").read_text()):
         assert ("step 20 of 24" in text) != ended
     checkpoint = load_file(newest / TRAINED_TENSORS)
     exported = load_file(output / "adapter" / "adapter_model.safetensors")
@@ -521,24 +478,17 @@ def test_a_teacher_cache_takes_its_room_before_it_is_mapped(folder, tmp_path):
 def test_export_from_writes_the_same_files_again(method, folder):
     output = folder / f"export-{method}"
     assert run(folder, output, "--method", method)[0] == 0
-    log = folder / f"export-{method}.log"
-    process = start_script("train", ["--export-from", output], log)
-    process.join(60)
-    assert process.exitcode == 2
-    assert "exists: replace it with --overwrite" in log.read_text()
-    process = start_script("train", ["--export-from", output, "--output-dir", folder / f"{method}-again"], log)
-    process.join(60)
-    assert process.exitcode == 0, log.read_text()
+    code, text = run_apart("train", ["--export-from", output], folder)
+    assert (code, "exists: replace it with --overwrite" in text) == (2, True)
+    words = ["--export-from", output, "--output-dir", folder / f"{method}-again"]
+    code, text = run_apart("train", words, folder)
+    assert code == 0, text
     written = [file for name in ("adapter", "merged") for file in (output / name).glob("*") if file.is_file()]
     assert written
     for file in written:
         again = folder / f"{method}-again" / file.relative_to(output)
-        if file.suffix == ".safetensors":
-            assert {name: tensor.numpy().tobytes() for name, tensor in load_file(again).items()} == {
-                name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()
-            }
-        else:
-            assert again.read_bytes() == file.read_bytes()
+        read = bits if file.suffix == ".safetensors" else Path.read_bytes
+        assert read(again) == read(file)
 
 
 # ---------------------------------------------------------------------------------------------- NaN and Inf
@@ -553,7 +503,7 @@ def poisoned(folder: Path) -> Path:
     model.get_input_embeddings().weight.data[make_tokenizer()("?")["input_ids"][0]] = float("nan")
     model.save_pretrained(poisoned / "base")
     rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "?" * (i == 11)} for i in range(16)]
-    (poisoned / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(poisoned / "data.jsonl", rows)
     return poisoned
 
 
@@ -582,7 +532,7 @@ def test_skip_leaves_the_step_out_and_counts(poisoned):
         moved = any(not torch.equal(states[n][name], states[n - 1][name]) for name in states[n])
         assert moved == (n != step)
     assert all(tensor.isfinite().all() for tensor in load_file(output / "adapter/adapter_model.safetensors").values())
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(output / "metrics.jsonl")
     assert all(value == value for line in lines for value in line.values())  # no NaN in the log either
 
 

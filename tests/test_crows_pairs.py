@@ -8,10 +8,11 @@ import subprocess
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 import transformers
-from conftest import ROOT, make_model, make_tokenizer
+from conftest import ROOT, make_tokenizer, read_jsonl, save_noisy
 from test_user_errors import error_of
 
 from common.cli import UserError
@@ -49,22 +50,10 @@ def run(tmp_path, checkpoint, pairs_file):
     def run(*options, ckpt=checkpoint, out=tmp_path / "out"):
         argv = ["--ckpt", ckpt, "--data", pairs_file, "--batch-size", 5, "--output-dir", out, *options]
         crows_pairs.main([str(word) for word in argv])
-        items = [json.loads(line) for line in (out / "crows_pairs.jsonl").read_text().splitlines()]
+        items = read_jsonl(out / "crows_pairs.jsonl")
         return items, json.loads((out / "crows_pairs.json").read_text())
 
     return run
-
-
-def noisy_checkpoint(folder):
-    """The tiny model's weights with noise."""
-    model = make_model()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def by_formula(path, sentence):
@@ -74,14 +63,13 @@ def by_formula(path, sentence):
     tokens = [tokenizer.eos_token_id, *tokenizer(sentence)["input_ids"]]
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].numpy()
-    shifted = logits - logits.max(-1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    log_p = scipy.special.log_softmax(logits, axis=-1)
     return sum(log_p[t, tokens[t + 1]] for t in range(len(tokens) - 1)), len(tokens) - 1
 
 
 def test_every_score_by_its_formula(run, checkpoint, tmp_path):
     """Batches with padding against each sentence alone in a float64 model; then the comparison of two models."""
-    tuned = noisy_checkpoint(tmp_path / "tuned")
+    tuned = save_noisy(tmp_path / "tuned", 0.3)
     before, _ = run()
     items, summary = run("--against", tmp_path / "out" / "crows_pairs.jsonl", ckpt=tuned, out=tmp_path / "tuned-out")
     preferences = []

@@ -1,16 +1,19 @@
 """Learning against forgetting by checkpoint: every number by its formula on the exported model, in float64."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer
+from conftest import make_tokenizer, read_jsonl, save_tiny, sums, write_jsonl
 from test_forgetting import by_formula
 from test_user_errors import error_of
 
 import train
+from common.conversations import build_dataset
+from common.tables import load_records
 from eval import backends
 from eval.generation import Completion
 from experiments import curve
@@ -18,61 +21,62 @@ from experiments import curve
 TEXTS = {"prose": ["Sea turtles are rare.", "A long night."], "code": ["def f(x):\n    return x"]}
 
 
-@pytest.fixture
-def texts(tmp_path):
-    paths = []
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, data to train on, and texts."""
+    folder = tmp_path_factory.mktemp("curve")
+    save_tiny(folder / "base")
+    write_jsonl(folder / "data.jsonl", sums(16))
     for name, lines in TEXTS.items():
-        paths.append(tmp_path / f"{name}.jsonl")
-        paths[-1].write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, ""]))
-    return paths
+        write_jsonl(folder / f"{name}.jsonl", [{"text": line} for line in [*lines, ""]])
+    return folder
 
 
-@pytest.fixture(params=["ba-lora", "lora", "full"])
-def run_folder(request, checkpoint, data_file, tmp_path):
+@pytest.fixture(params=["ba-lora", "lora", "full"], scope="module")
+def run_folder(request, folder):
     """A run with a checkpoint at steps 2, 4 and 6."""
-    out = tmp_path / "run"
-    words = ["--model", checkpoint, "--data", data_file, "--method", request.param, "--rank", 2, "--output-dir", out]
+    out = folder / request.param
+    words = ["--model", folder / "base", "--data", folder / "data.jsonl", "--method", request.param, "--rank", 2]
     words += ["--batch-size", 4, "--gradient-accumulation", 1, "--learning-rate", 1e-2, "--max-steps", 6]
-    words += ["--save-steps", 2, "--keep-checkpoints", 3, "--epochs", 9]
+    words += ["--save-steps", 2, "--keep-checkpoints", 3, "--epochs", 9, "--output-dir", out]
     train.main(list(map(str, words)))
     return out
 
 
-def measured(run_folder, data_file, texts, *options):
-    out = run_folder / "results"
-    words = ["--ckpt", run_folder / "merged", "--data", data_file, "--texts", *texts, "--output-dir", out]
+def measured(run_folder, folder, out, *options):
+    texts = [folder / f"{name}.jsonl" for name in TEXTS]
+    words = ["--ckpt", run_folder / "merged", "--data", folder / "data.jsonl", "--texts", *texts, "--output-dir", out]
     curve.main([str(word) for word in [*words, "--batch-size", 3, "--overwrite", *options]])
-    points = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
-    return points, json.loads((out / "curve.json").read_text())
+    return read_jsonl(out / "curve.jsonl"), json.loads((out / "curve.json").read_text())
 
 
-def test_every_point_by_its_formula(run_folder, checkpoint, data_file, texts):
+def test_every_point_by_its_formula(run_folder, folder, tmp_path):
     """The last point against merged/ and the base, each text and example alone in float64; an earlier one against
     --export-from of a folder that ends there."""
-    points, summary = measured(run_folder, data_file, texts)
+    points, summary = measured(run_folder, folder, tmp_path)
     assert [point["step"] for point in points] == [0, 2, 4, 6]
-    (run_folder / "checkpoints" / "checkpoint-6").rename(run_folder / "gone")
-    train.main(["--export-from", str(run_folder), "--output-dir", str(run_folder / "earlier")])
-    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    shutil.copytree(run_folder, tmp_path / "ended", ignore=shutil.ignore_patterns("checkpoint-6"))
+    train.main(["--export-from", str(tmp_path / "ended"), "--output-dir", str(tmp_path / "earlier")])
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
     tokenizer = make_tokenizer()
-    for folder, point in ((run_folder / "merged", points[3]), (run_folder / "earlier" / "merged", points[2])):
-        tuned = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for made, point in ((run_folder / "merged", points[3]), (tmp_path / "earlier" / "merged", points[2])):
+        tuned = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float64)
         check_texts(point, base, tuned, tokenizer)
-        check_responses(point, tuned, tokenizer, data_file)
+        check_responses(point, tuned, tokenizer, folder / "data.jsonl")
     assert summary["forgetting@4"] == points[2]["forgetting"]["value"]
     assert summary["kl_base_tuned.code@6"] == points[3]["kl_base_tuned.code"]["value"]
     assert summary["response_loss"] == points[3]["response_loss"]
     assert points[0]["forgetting"]["value"] == points[0]["kl_base_tuned"]["value"] == 0
 
 
-def test_points_over_scales_are_the_scaled_weights(run_folder, checkpoint, data_file, texts):
+def test_points_over_scales_are_the_scaled_weights(run_folder, folder, tmp_path):
     """The end of the run alone, each α against W₀ + α (W − W₀) of the base and merged/, put together in float64."""
-    halves = data_file.with_name("validation.jsonl")
+    data_file, halves = folder / "data.jsonl", folder / "validation.jsonl"
     halves.write_text("\n".join(data_file.read_text().splitlines()[:3]))
-    points, summary = measured(run_folder, data_file, texts, "--scales", 1, 0.4, "--validation", halves)
+    points, summary = measured(run_folder, folder, tmp_path, "--scales", 1, 0.4, "--validation", halves)
     assert [point["scale"] for point in points] == [0, 1, 0.4]
     models = [
-        transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (checkpoint, run_folder / "merged")
+        transformers.AutoModelForCausalLM.from_pretrained(made) for made in (folder / "base", run_folder / "merged")
     ]
     base, tuned = (model.double() for model in models)
     for weight, before in zip(tuned.parameters(), base.parameters(), strict=True):
@@ -107,12 +111,9 @@ def check_texts(point, base, tuned, tokenizer):
 
 def check_responses(point, tuned, tokenizer, data_file):
     losses, rows = [], []
-    for line in data_file.read_text().splitlines():
-        row = json.loads(line)
-        example, _ = train.build_dataset(
-            train_rows([row]), tokenizer, ["instruction", "output"], 512
-        )  # the prompt's border is common/templates.py's business, tested there
-        ids, labels = torch.tensor(example[0]["input_ids"]), torch.tensor(example[0]["labels"])
+    examples, _ = build_dataset(load_records(str(data_file)), tokenizer, ["instruction", "output"], 512)
+    for example in examples:  # the prompt's border is common/templates.py's business, tested there
+        ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
         with torch.no_grad():
             logits = tuned(ids[None]).logits[0, :-1]
         valid = labels[1:] != -100
@@ -124,13 +125,7 @@ def check_responses(point, tuned, tokenizer, data_file):
         assert point[f"energy.{k}"] == pytest.approx(squares[:k].sum() / squares.sum(), rel=1e-4)
 
 
-def train_rows(rows):
-    import datasets
-
-    return datasets.Dataset.from_list(rows)
-
-
-def test_distinct_answers_are_counted(run_folder, data_file, texts, monkeypatch):
+def test_distinct_answers_are_counted(run_folder, folder, tmp_path, monkeypatch):
     written = ["The answer is: 4", "So 4. The answer is: 4", "The answer is: 5", "no number"]
 
     def generate(self, prompts, sampling, seeds):
@@ -138,16 +133,25 @@ def test_distinct_answers_are_counted(run_folder, data_file, texts, monkeypatch)
         return [Completion(text, 3, True) for text in written]
 
     monkeypatch.setattr(backends.TransformersBackend, "generate", generate)
-    _, summary = measured(run_folder, data_file, texts, "--questions", 2, "--samples", 4)
+    _, summary = measured(run_folder, folder, tmp_path, "--questions", 2, "--samples", 4)
     assert summary["distinct_answers"]["value"] == 3 / 4
     assert summary["distinct_texts"]["value"] == 1.0
 
 
-def test_bad_input(checkpoint, data_file, texts, tmp_path, monkeypatch, capsys):
+def test_bad_input(checkpoint, data_file, folder, tmp_path, monkeypatch, capsys):
     def error(*options, ckpt=checkpoint):
         capsys.readouterr()
-        argv = ["--ckpt", ckpt, "--data", data_file, "--texts", *texts, "--output-dir", tmp_path / "out", *options]
-        return error_of(curve, argv, monkeypatch, capsys)
+        argv = [
+            "--ckpt",
+            ckpt,
+            "--data",
+            data_file,
+            "--texts",
+            folder / "prose.jsonl",
+            "--output-dir",
+            tmp_path / "out",
+        ]
+        return error_of(curve, [*argv, *options], monkeypatch, capsys)
 
     assert "no config.yaml beside it" in error()
     assert "--limit is 0" in error("--limit", 0)

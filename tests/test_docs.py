@@ -10,7 +10,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+import finetune_bert_l_sst2 as nlu
 from eval.published import published_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,34 +22,19 @@ WRITTEN_BY_RUNS = ("output/", "results/")
 
 # Options of other programs that the pages name, by the program that takes them.
 OTHERS = {
-    "deepspeed": {"--no_local_rank", "--num_gpus", "--hostfile"},
-    "torchrun": {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"},
-    "vllm": {
-        "--served-model-name",
-        "--host",
-        "--port",
-        "--enable-lora",
-        "--max-lora-rank",
-        "--lora-modules",
-        "--model",
-    },
-    "tensorboard": {"--logdir"},
-    "pip": {"--no-deps", "--no-binary", "--dest"},
-    "convert_hf_to_gguf.py": {"--outfile", "--outtype"},
-    "convert_lora_to_gguf.py": {"--outfile", "--outtype", "--base"},
-    "llama-server": {"--model", "--lora", "--jinja"},
-    "snakemake": {
-        "--executor",
-        "--jobs",
-        "--unlock",
-        "--default-resources",
-        "--set-resources",
-        "--set-threads",
-        "--cores",
-    }
-    | {"--slurm-status-command"},
-    "every script": {"--help"},
+    "deepspeed": "--no_local_rank --num_gpus --hostfile",
+    "torchrun": "--nproc_per_node --nnodes --node_rank --master_addr --master_port",
+    "vllm": "--served-model-name --host --port --enable-lora --max-lora-rank --lora-modules --model",
+    "tensorboard": "--logdir",
+    "pip": "--no-deps --no-binary --dest",
+    "convert_hf_to_gguf.py": "--outfile --outtype",
+    "convert_lora_to_gguf.py": "--outfile --outtype --base",
+    "llama-server": "--model --lora --jinja",
+    "snakemake": "--executor --jobs --unlock --default-resources --set-resources --set-threads --cores "
+    "--slurm-status-command",
+    "every script": "--help",
 }
+OTHERS = {program: set(options.split()) for program, options in OTHERS.items()}
 # The shell scripts hand their options on to one of these.
 BEHIND = {name: ["train.py"] for name in ("ba-lora", "lora", "pissa", "full-ft", "nlg")}
 BEHIND |= {"glue": ["finetune_bert_l_sst2.py"]}
@@ -300,3 +287,31 @@ def test_published_numbers_are_those_of_the_data():
 
 def all_tables() -> str:
     return "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/reproducing.md"))
+
+
+def test_every_rate_is_in_the_table_of_rates():
+    """Configurations, scripts, experiments and the pages' commands take the rate of their method and model from it."""
+    page = (ROOT / "docs/own-model.md").read_text().partition("## Settings to begin with")[2]
+    table = {}
+    for row in re.findall(r"^\| (SmolLM2|MiniLM|1 to 3 B|LLaMA)[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|", page, re.M):
+        full, lora, pissa = ([float(rate) for rate in re.findall(r"\d+e-\d+", cell)] for cell in row[1:])
+        table[row[0]] = {"full": full, "lora": lora, "pissa": pissa, "ba-lora": pissa}
+    assert len(table) == 4
+    used = [("SmolLM2", "pissa", yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["learning_rate"])]
+    paper = yaml.safe_load((ROOT / "configs/llama2_7b_metamath.yaml").read_text())["learning_rate"]
+    used += [("LLaMA", method, paper) for method in table["LLaMA"]]
+    used += [("MiniLM", method, rate) for method, rate in nlu.LEARNING_RATES.items()]
+    for name in ("glue-demo", "glue-imbalance-demo"):
+        arms = yaml.safe_load((ROOT / f"experiments/{name}.yaml").read_text())["axes"]["method"].values()
+        used += [("MiniLM", arm["method"], arm["learning-rate"]) for arm in arms]
+    script = (ROOT / "scripts/ba-lora.sh").read_text()
+    used += [("SmolLM2", *pair) for pair in re.findall(r"^ +(full|lora)\) set -- --learning-rate (\S+)", script, re.M)]
+    arms = yaml.safe_load((ROOT / "experiments/frontier.yaml").read_text())["axes"]["arm"]
+    used += [("SmolLM2", arm["method"], arm["learning-rate"]) for name, arm in arms.items() if "third" not in name]
+    text = "\n".join(file.read_text() for file in PAGES)
+    commands = re.findall(r"train\.py(?:[^\n]*\\\n)*[^\n]*", text)
+    command = re.compile(r"--method (\S+)(?:.|\n)*--learning-rate (\S+)")
+    used += [("SmolLM2", *found.groups()) for text in commands if (found := command.search(text))]
+    assert len(used) >= 30
+    wrong = [use for use in used if not min(row := table[use[0]][use[1]]) <= float(use[2]) <= max(row)]
+    assert not wrong

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, record
 from safetensors.torch import load_file
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import run_records
 from common.cli import UserError
-from eval.published import published_tables
 from experiments import choose, entries, grid, price, report, run_record, runs
 
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
@@ -231,25 +230,6 @@ def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def record(run: str, **changes) -> dict:
-    """A record as run_record.py writes it, of a run that is done."""
-    return {
-        "version": run_records.VERSION,
-        "run": run,
-        "arm": run,
-        "phase": "study",
-        "labels": {},
-        "status": "done",
-        "error": None,
-        "settings": {},
-        "seed": 1,
-        "scores": {},
-        "validation": None,
-        "time": {"train_seconds": 60.0, "seconds": None},
-        "memory": {"peak_gib": 1.0},
-    } | changes
-
-
 def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record("a") | {"version": 99}))
@@ -309,34 +289,6 @@ def test_the_best_rate_is_chosen_and_of_equals_the_smaller(tmp_path, monkeypatch
         choose.score_of(record("a"), "gsm8k.accuracy")
 
 
-def test_the_parts_of_a_difference_add_up_and_intervals_are_those_of_a_paired_t_test():
-    rng = np.random.default_rng(0)
-    places = [("lora", "plain"), ("pissa", "plain"), ("lora", "terms"), ("pissa", "terms")]
-    values = {(place, seed): rng.random() for place in places for seed in range(4)}
-    records = [
-        record(
-            f"{start}-{terms}-{seed}",
-            arm=f"{start}-{terms}",
-            seed=seed,
-            labels={"start": start, "terms": terms, "seed": seed},
-            scores={"gsm8k": {"accuracy": {"value": value}}},
-        )
-        for ((start, terms), seed), value in values.items()
-    ]
-    columns = report.columns_of(records, None)
-    rows = [line.split("|") for line in report.effects(records, columns, ["start", "terms"]).splitlines()]
-    means = {row[1].strip(): float(row[2].split()[0]) for row in rows[2:]}
-    a, b, c, d = (100 * np.array([values[place, seed] for seed in range(4)]) for place in places)
-    assert means["whole"] == pytest.approx((d - a).mean(), abs=0.006)
-    assert means["of start"] + means["of terms"] == pytest.approx(means["whole"], abs=0.02)
-    assert means["interaction"] == pytest.approx(((d - c) - (b - a)).mean(), abs=0.006)
-    low, high = stats.ttest_rel(b, a).confidence_interval()
-    text = report.differences(records, columns, "start", "lora")
-    (line,) = (line for line in text.splitlines() if "pissa-plain" in line)
-    assert f"{(b - a).mean():+.2f} [{low:+.2f}, {high:+.2f}]" in line
-    assert f"{statistics.mean(list(d)):.2f} ± {statistics.stdev(list(d)):.2f}" in report.table(records, columns)
-
-
 def test_answers_without_a_judge_are_named_in_the_table():
     judged = {"mt_bench": {"first_turn": {"value": 4.5}}}
     waiting = {
@@ -351,47 +303,41 @@ def test_answers_without_a_judge_are_named_in_the_table():
 
 
 def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
-    """Of start-demo without its plan: the parts of the difference, and each arm's rate with what it was chosen by."""
+    """Of start-demo without its plan: means, differences and their parts with paired t-intervals, each arm's rates."""
     losses = {"0.001": 0.5, "0.01": 0.3, "0.003": 0.4}
     chooses = {"option": "learning-rate", "score": "gsm8k.response_loss", "mode": "min"}
-    made = {}
+    rng, values = np.random.default_rng(0), {}
+
+    def write(name: str, **changes) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps(record(name, experiment="start-demo", **changes)))
+
     for start, terms in (("lora", "plain"), ("lora", "terms"), ("pissa", "plain"), ("pissa", "terms")):
         arm, place = f"{start}-{terms}", {"start": start, "terms": terms}
         for rate, loss in losses.items():
-            labels, scores = place | {"learning-rate": rate}, {"gsm8k": {"response_loss": loss}}
-            made[f"tune-{arm}-{rate}"] = {"phase": "tuning", "chooses": chooses, "labels": labels, "scores": scores}
-        for seed in (42, 43):
-            value = 0.1 + 0.2 * (start == "pissa") + 0.05 * (terms == "terms") + 0.01 * seed * (start == "pissa")
-            scores = {"gsm8k": {"accuracy": {"value": value}}}
-            made[f"{arm}-{seed}"] = {"labels": place | {"seed": str(seed)}, "seed": seed, "scores": scores}
-        for name in [name for name in made if arm in name]:
-            content = record(name, experiment="start-demo") | made[name] | {"arm": arm}
-            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+            about = {"phase": "tuning", "chooses": chooses, "labels": place | {"learning-rate": rate}}
+            write(f"tune-{arm}-{rate}", arm=arm, scores={"gsm8k": {"response_loss": loss}}, **about)
+        values[arm] = 100 * rng.random(4)
+        for seed, value in enumerate(values[arm]):
+            scores = {"gsm8k": {"accuracy": {"value": value / 100}}}
+            write(f"{arm}-{seed}", arm=arm, seed=seed, labels=place | {"seed": str(seed)}, scores=scores)
     report.main([str(tmp_path)])
     printed = capsys.readouterr().out
-    rows = {
-        cells[1].strip(): cells[2].strip()
-        for cells in (line.split("|") for line in printed.splitlines() if "|" in line)
-    }
-    half = stats.t.ppf(0.975, 1) * np.std([62, 63], ddof=1) / np.sqrt(2)
-    assert rows["of start"] == f"+62.50 [{62.5 - half:+.2f}, {62.5 + half:+.2f}]"
-    assert rows["of terms"] == "+5.00 [+5.00, +5.00]"
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if line.startswith("|")]
+    cells = {row[1]: row[2] for row in rows}
+    a, b, c, d = values.values()
+
+    def interval(differences: np.ndarray) -> str:
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval()
+        return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    parts = {"whole": d - a, "of start": ((c - a) + (d - b)) / 2, "of terms": ((b - a) + (d - c)) / 2}
+    for name, differences in (parts | {"interaction": (d - c) - (b - a)}).items():
+        assert cells[name] == interval(differences), name
+    assert f"| lora-terms  | 4     | {interval(b - a)}" in printed
+    assert f"| pissa-terms | 4     | {interval(d - c)}" in printed
+    for arm, of_seeds in values.items():
+        assert f"| {arm:11} | 4     | {statistics.mean(of_seeds):.2f} ± {statistics.stdev(of_seeds):.2f} " in printed
     assert "lora-terms, by gsm8k.response_loss: 0.001 0.5000; 0.003 0.4000; **0.01** 0.3000; the best is at" in printed
-
-
-def test_the_published_tables_of_each_formulation():
-    """The averages of whole rows are those of their cells; each table says how sure it is."""
-    tables = {(table.model, table.version): table for table in published_tables()}
-    old, new = (tables["LLaMA-2-7B", version] for version in ("arxiv2024", "iclr2026"))
-    assert (old.certainty, new.certainty) == ("primary", "secondary")
-    assert "secondary" in new.caption and "secondary" not in old.caption
-    for table in (old, new):
-        for cells in table.cells.values():
-            mean = statistics.mean(
-                cells[name][0] for name in ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
-            )
-            assert mean == pytest.approx(cells["average"], abs=0.011)
-    assert ("Mistral-7B", "arxiv2024") in tables and ("Mistral-7B", "iclr2026") not in tables
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ import datasets
 import numpy as np
 import peft
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 import transformers
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, read_jsonl, save_noisy, save_tiny, write_jsonl
 from test_user_errors import error_of
 
 from common import intervals
@@ -23,22 +24,13 @@ TEXTS = ["Sea turtles are rare.", "def f(x):\n    return x", "No.", "Ünïcödé
 
 @pytest.fixture
 def texts(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, "", "x"]))
-    return path
+    return write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in [*TEXTS, "", "x"]])
 
 
 @pytest.fixture
 def tuned(tmp_path):
     """A model that is near the base: its weights with noise."""
-    model = make_model()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(tmp_path / "tuned")
-    make_tokenizer().save_pretrained(tmp_path / "tuned")
-    return tmp_path / "tuned"
+    return save_noisy(tmp_path / "tuned", 0.1)
 
 
 @pytest.fixture
@@ -48,20 +40,15 @@ def run(tmp_path, checkpoint, texts):
     def run(*options, out=tmp_path / "out", data=texts):
         argv = ["--base", checkpoint, "--data", data, "--batch-size", 3, "--output-dir", out, *options]
         forgetting.main([str(word) for word in argv])
-        items = [json.loads(line) for line in (out / "forgetting.jsonl").read_text().splitlines()]
+        items = read_jsonl(out / "forgetting.jsonl")
         return items, json.loads((out / "forgetting.json").read_text())
 
     return run
 
 
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
 def by_formula(before, after, token_ids):
     """The seven means over one document's predicted tokens, from (T, V) logits, in numpy's float64."""
-    p, q = (np.exp(log_softmax(np.asarray(logits, dtype=np.float64)[:-1])) for logits in (before, after))
+    p, q = (scipy.special.softmax(np.asarray(logits, dtype=np.float64)[:-1], axis=-1) for logits in (before, after))
     places = range(len(token_ids) - 1)
     return {
         "loss_before": np.mean([-np.log(p[t, token_ids[t + 1]]) for t in places]),
@@ -131,26 +118,13 @@ def test_equal_weights_differ_by_exactly_nothing(run, checkpoint, tmp_path):
         ]
     ):
         items, summary = run(*options, out=tmp_path / f"out-{number}")
+        if "--adapter" in options:
+            assert (summary["ckpt"], summary["adapter"]) == (str(checkpoint), str(tmp_path / "adapter"))
         for name in ("forgetting", "kl_base_tuned", "kl_tuned_base", "entropy_change"):
             assert (summary[name]["value"], summary[name]["interval_95"]) == (0, [0, 0])
         assert (summary["agreement"]["value"], summary["agreement"]["interval_95"]) == (1, [1, 1])
         assert all(item["kl_base_tuned"] == item["kl_tuned_base"] == 0 for item in items)
         assert summary["loss_before"]["value"] == summary["loss_after"]["value"] > 1
-
-
-def test_an_adapter_is_measured_like_the_merged_model(run, checkpoint, tmp_path):
-    torch.manual_seed(5)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(make_model(), config)
-    model.save_pretrained(tmp_path / "adapter")
-    model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    make_tokenizer().save_pretrained(tmp_path / "merged")
-    _, of_adapter = run("--adapter", tmp_path / "adapter", out=tmp_path / "a")
-    _, of_merged = run("--ckpt", tmp_path / "merged", out=tmp_path / "b")
-    for name in forgetting.MEASURES:
-        assert of_adapter[name]["value"] == pytest.approx(of_merged[name]["value"], rel=1e-4)
-    assert of_adapter["kl_base_tuned"]["value"] > 0.01
-    assert (of_adapter["ckpt"], of_adapter["adapter"]) == (str(checkpoint), str(tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -258,7 +232,7 @@ def test_distinct_answers_among_samples(run, tuned, tmp_path):
         for n, (answer, text) in enumerate(answers)
     ]
     path = tmp_path / "gsm8k.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     _, summary = run("--ckpt", tuned, "--completions", path)
     found = summary["diversity"][str(path)]
     assert found["answers"]["value"] == pytest.approx((2 / 3 + 1 / 3) / 2)
@@ -323,8 +297,7 @@ def test_bad_input(checkpoint, tuned, texts, tmp_path, monkeypatch, capsys):
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(other)
     assert f"{other} and {checkpoint} have no common tokenizer (they differ in '<new>')" in error("--ckpt", other)
-    make_model(vocab_size=300).save_pretrained(other)
-    make_tokenizer().save_pretrained(other)
+    save_tiny(other, vocab_size=300)
     assert "has 300 logits" in error("--ckpt", other)
     assert "no --base" in error(base=())
     assert "one of --ckpt and --adapter" in error(ckpt=())

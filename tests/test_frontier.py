@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import record
 
 from experiments import frontier
 from experiments.entries import load
@@ -24,22 +25,20 @@ def kls_of(arm, rate, seed):
     return [factor * rate * 2e3 * a**2 for a in ALPHAS]
 
 
-def record(arm, suffix, seed):
+def run_of(arm, suffix, seed):
     rate, curve = RATES[suffix], {}
     for a, loss, kl in zip(ALPHAS, losses_of(arm, rate, seed), kls_of(arm, rate, seed), strict=True):
         curve |= {f"validation_loss@{a:g}": loss, f"response_loss@{a:g}": loss + 0.01}
         for shift, text in enumerate(frontier.TEXTS):
             curve |= {f"kl_base_tuned.{text}@{a:g}": kl + 0.1 * (shift - 1), f"forgetting.{text}@{a:g}": kl}
-    run = f"{arm}{suffix}-{seed}"
-    settings = {"learning_rate": rate}
-    about = {"version": 1, "experiment": "frontier", "run": run, "arm": arm + suffix, "seed": seed, "status": "done"}
-    return about | {"settings": settings, "scores": {"curve": curve}}
+    about = {"experiment": "frontier", "arm": arm + suffix, "seed": seed, "settings": {"learning_rate": rate}}
+    return record(f"{arm}{suffix}-{seed}", **about, scores={"curve": curve})
 
 
 @pytest.fixture
 def records():
     arms = ("pissa", "cr-0.15", "masked-0.15")
-    return [record(arm, suffix, seed) for arm in arms for suffix in RATES for seed in (51, 52, 53, 54, 55)]
+    return [run_of(arm, suffix, seed) for arm in arms for suffix in RATES for seed in (51, 52, 53, 54, 55)]
 
 
 def expected_at_level(arm, seed, level):
@@ -87,7 +86,7 @@ def test_the_two_rules_and_the_primary_outcome(records, tmp_path, capsys):
         low, high = test.confidence_interval()
         assert row[3].strip() == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
         assert row[4].strip() == f"{holm[test.pvalue]:.4f}"
-    records.append(record("lora", "", 51) | {"status": "failed"})
+    records.append(run_of("lora", "", 51) | {"status": "failed"})
     for one in records:
         (tmp_path / f"{one['run']}.json").write_text(json.dumps(one))
     (tmp_path / "frontier.md").write_text("# Head\n\n<!-- tables -->\nold\n")

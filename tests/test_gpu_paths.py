@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import ROOT, make_model, relative_error
 from test_training import make_trainer
@@ -56,9 +57,11 @@ def test_a_step_of_llama_2_7b_on_a_gpu_waits_three_times_and_copies_twice(tmp_pa
         places = list(on_gpu["forward"]["waits"])
         assert sum(on_gpu["forward"]["waits"].values()) == len(places) == waits, places
         assert all(", chunked.py: " in place for place in places)
-        copies = on_gpu["forward"]["copies"]  # the ends of the sequences, for the teacher and for the student
-        assert sum(copies.values()) == 2 and all("packing.py: ends = " in place for place in copies), copies
-        empty = {"waits": {}, "copies": {}}
+        # One attention a layer, of the teacher and of the student, whatever the number of sequences.
+        assert on_gpu["forward"]["attentions"] == 2 * {"iclr2026": 1, "arxiv2024": 3}[formulation]
+        copies = on_gpu["forward"]["copies"]  # ends and keys' places, for teacher and student
+        assert sum(copies.values()) == 2 and all("packing.py: on_device = " in place for place in copies), copies
+        empty = {"waits": {}, "copies": {}, "attentions": 0}
         assert on_gpu["update"] == on_meta["backward"] == on_meta["update"] == empty
         assert on_gpu["types"] == ["torch.float32 of torch.float32 on cuda"]
         assert on_meta["types"] == ["torch.float32 of torch.float32 on meta"]
@@ -67,16 +70,8 @@ def test_a_step_of_llama_2_7b_on_a_gpu_waits_three_times_and_copies_twice(tmp_pa
 def memory_of(capsys, tmp_path, *options):
     """GiB by part that --dry-run prints for LLaMA-2-7B, and the lines above."""
     transformers.LlamaConfig().save_pretrained(tmp_path / "model")
-    words = [
-        "--model",
-        str(tmp_path / "model"),
-        "--data",
-        "metamath",
-        "--output-dir",
-        str(tmp_path / "out"),
-        "--dry-run",
-    ]
-    train.main([*words, *options])
+    words = ["--model", str(tmp_path / "model"), "--data", "metamath", "--output-dir", str(tmp_path / "out")]
+    train.main([*words, "--dry-run", *options])
     head, _, parts = capsys.readouterr().out.partition("memory per ")
     found = dict(re.findall(r"^  (\w+) +([\d.]+) GiB$", parts, re.MULTILINE))
     return {name: float(size) for name, size in found.items()}, head, parts.splitlines()[0]
@@ -236,6 +231,41 @@ def test_packed_attentions_backward_does_not_grow_with_the_square_of_the_sequenc
     assert whole.count == 3
 
 
+def by_definition(q, k, v, ends_q, ends_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch's attention for sequences of any lengths, which no CPU has. FlashAttention's causal mask: the last query
+    sees the last key."""
+    assert window_size == (-1, 0) and {ends_q.dtype, ends_k.dtype} == {torch.int32}
+    outputs = []
+    for start_q, end_q, start_k, end_k in zip(ends_q[:-1], ends_q[1:], ends_k[:-1], ends_k[1:], strict=True):
+        assert end_q - start_q <= max_q and end_k - start_k <= max_k
+        own = [
+            x[a:b].transpose(0, 1)[None] for x, a, b in ((q, start_q, end_q), (k, start_k, end_k), (v, start_k, end_k))
+        ]
+        seen = torch.ones(end_q - start_q, end_k - start_k, dtype=torch.bool).tril(
+            int((end_k - start_k) - (end_q - start_q))
+        )
+        out = F.scaled_dot_product_attention(*own, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_attention_in_one_launch_is_that_of_each_sequence(shared, monkeypatch):
+    """Values and gradients; queries and keys of different lengths where a beginning is shared, grouped heads."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_definition)
+    lengths = [5, 4, 9]
+    tokens = sum(lengths) - 2 * shared
+    given = packing.for_one_launch(lengths, shared, torch.device("cpu"))
+    assert given["cu_seq_lens_k"].tolist() == [0, 5, 9, 18]
+    qkv = [torch.randn(1, heads, tokens, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    each, _ = packing.attend_per_sequence(None, *qkv, None, 0.3, sequence_lengths=lengths, shared_length=shared)
+    once = packing.attend_in_one_launch(*qkv, 0.3, **given)[None]
+    assert torch.allclose(once, each, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(each)
+    for mine, theirs in zip(*(torch.autograd.grad((x * weights).sum(), qkv) for x in (once, each)), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["pissa", "lora"])
 def test_factors_stacked_once_change_no_bit(method, dtype):
@@ -286,18 +316,16 @@ def test_no_stacked_factors_outlive_an_update(fused, tokenizer, data_file, tmp_p
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*ends, strict=True))
 
 
-def test_a_gpus_iteration_looks_seldom_and_agrees():
-    """Within the bounds of the whole decomposition, by fewer rounds that look at the residual."""
+def test_the_iteration_agrees_with_the_eigendecomposition_and_looks_seldom_on_a_gpu():
+    """There by fewer rounds that look at the residual."""
     generator = torch.Generator().manual_seed(0)
     for decay in (0.3, 1.0):
         Y = torch.randn(600, 550, generator=generator) * torch.arange(1, 551) ** -decay
-        looks = []
+        looks, (expected_sigma, expected_polar) = [], chunked.leading_by_eigh(Y, 10)
         for on_gpu in (False, True):
             with Counted() as counted:
-                chunked.leading_by_iteration(Y, 10, on_gpu)
+                sigma, polar = chunked.leading_by_iteration(Y, 10, on_gpu)
             looks.append(counted.counts["_linalg_eigh"])
+            assert relative_error(sigma, expected_sigma[:10]) < 1e-6
+            assert relative_error(polar, expected_polar) < 1e-3
         assert looks[1] < looks[0]
-        sigma, polar = chunked.leading_by_iteration(Y, 10, True)
-        expected_sigma, expected_polar = chunked.leading_by_eigh(Y, 10)
-        assert relative_error(sigma, expected_sigma[:10]) < 1e-6
-        assert relative_error(polar, expected_polar) < 1e-3

@@ -10,37 +10,22 @@ from safetensors.torch import load_file
 from test_user_errors import error_of
 
 import train
+from common.conversations import build_dataset
+from common.tables import load_records
 from experiments import gradients
 
 
 def test_shares_along_a_run_are_those_of_the_oracle(checkpoint, data_file, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    words = [
-        "--model",
-        checkpoint,
-        "--data",
-        data_file,
-        "--rank",
-        2,
-        "--output-dir",
-        out,
-        "--max-steps",
-        4,
-        "--epochs",
-        9,
-    ]
-    words += ["--batch-size", 4, "--gradient-accumulation", 1, "--learning-rate", 1e-2, "--save-steps", 2]
-    words += ["--lambda-consistency", 0.15, "--lambda-diversity", 0, "--spectral-k", 3]
+    words = ["--model", checkpoint, "--data", data_file, "--output-dir", out, "--rank", 2, "--max-steps", 4]
+    words += ["--epochs", 9, "--batch-size", 4, "--gradient-accumulation", 1, "--learning-rate", 1e-2]
+    words += ["--save-steps", 2, "--lambda-consistency", 0.15, "--lambda-diversity", 0, "--spectral-k", 3]
     train.main(list(map(str, words)))
     gradients.main([str(out), "--examples", "1", "--json", str(tmp_path / "shares.json")])
     found = json.loads((tmp_path / "shares.json").read_text())
     assert list(found) == ["2", "4"]
-    row = json.loads(data_file.read_text().splitlines()[0])
-    import datasets
-
-    example, _ = train.build_dataset(
-        datasets.Dataset.from_list([row]), make_tokenizer(), ["instruction", "output"], 512
-    )
+    rows = load_records(str(data_file)).select([0])
+    example, _ = build_dataset(rows, make_tokenizer(), ["instruction", "output"], 512)
     ids, labels = (torch.tensor(example[0][name]) for name in ("input_ids", "labels"))
     valid, args = labels[1:] != -100, train.parse_arguments(train.Arguments, "", ["--config", str(out / "config.yaml")])
     for step, shares in found.items():

@@ -15,7 +15,8 @@ from common.templates import encode_prompt, encode_response
 from data import demo
 from eval import gsm8k, report
 from eval.backends import TransformersBackend
-from eval.generation import Sampling, batches, load_backend, response_loss
+from eval.benchmark import load_backend
+from eval.generation import Sampling, batches, response_loss
 
 
 @pytest.mark.parametrize(
@@ -191,8 +192,8 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def transformers_backend(smollm2):
-    path, tokenizer, config, _ = smollm2
-    return load_backend("transformers", path, tokenizer, config, dtype="float32", batch_size=3, max_length=512)
+    path, tokenizer, _, _ = smollm2
+    return load_backend("transformers", path, tokenizer, dtype="float32", batch_size=3, max_length=512)
 
 
 def test_batched_generation_equals_one_prompt_at_a_time(smollm2, transformers_backend):
@@ -226,8 +227,8 @@ def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
 
 def by_vllm(path: str, questions: list, prompts: list, responses: list, out: Path) -> None:
     """In a process of its own, which it binds to cores: what it generates, and the loss of the responses."""
-    tokenizer, config = load_tokenizer_and_config(path)
-    backend = load_backend("vllm", path, tokenizer, config, dtype="float32", batch_size=1, max_length=512)
+    tokenizer, _ = load_tokenizer_and_config(path)
+    backend = load_backend("vllm", path, tokenizer, dtype="float32", batch_size=1, max_length=512)
     texts = [completion.text for completion in backend.generate(questions, Sampling(32))]
     out.write_text(json.dumps([texts, response_loss(backend, prompts, responses)]))
 
@@ -258,11 +259,11 @@ def test_vllm_and_transformers_agree(smollm2, transformers_backend, tmp_path):
 
 def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    tokenizer, config = load_tokenizer_and_config(str(checkpoint))
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
     options = {"dtype": "float32", "batch_size": 1, "max_length": 8}
-    assert isinstance(load_backend("auto", str(checkpoint), tokenizer, config, **options), TransformersBackend)
+    assert isinstance(load_backend("auto", str(checkpoint), tokenizer, **options), TransformersBackend)
     with pytest.raises(UserError, match="no vLLM"):
-        load_backend("vllm", str(checkpoint), tokenizer, config, **options)
+        load_backend("vllm", str(checkpoint), tokenizer, **options)
 
 
 def test_a_checkpoint_is_scored_and_reported(checkpoint, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Each thing in its room: how long files and functions may be, and which room may not reach into which."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -26,13 +27,13 @@ def functions(name: str):
 
 
 def imported(name: str) -> set[str]:
-    """The first word of everything that the file imports, anywhere in it."""
+    """Everything that the file imports, anywhere in it, by dotted names."""
     modules = set()
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
         if isinstance(node, ast.Import):
-            modules |= {alias.name.partition(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            modules.add(node.module.partition(".")[0])
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return modules
 
 
@@ -63,7 +64,13 @@ def test_no_room_reaches_into_one_above(name):
     above = {"train", "finetune_bert_l_sst2", "experiments", "bench"} | (
         {"eval"} if not name.startswith("eval") else set()
     )
-    assert not imported(name) & above
+    assert not {module.partition(".")[0] for module in imported(name)} & above
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {name.removesuffix(".py").replace("/", ".").removeprefix("bench."): name for name in PROGRAMS}
+    graph = {module: imported(name) & modules.keys() for module, name in modules.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import write_jsonl
 from test_report import write_summary
 from test_user_errors import error_of
 
@@ -61,12 +62,12 @@ def results(tmp_path_factory) -> dict[str, list[dict]]:
         (folder / name / "config.yaml").write_text("model: some/model\nmethod: pissa\nseed: 1\n")
         lines = [{"loss": 2 / step, "lambda_spectral": 0.1, "step": step} for step in range(1, 1201)]
         lines += [{"eval_loss": 0.5, "eval_runtime": 1.0, "step": 600}, {"loss": float("nan"), "step": 1201}]
-        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(folder / name / "metrics.jsonl", lines)
     write_summary(folder / "pissa" / "results", "mt_bench", None, 0, ckpt=str(folder / "pissa" / "merged"))
     turns = [{"index": 0, "sample": 0, "turn": turn, "instruction": f"Say {turn}.", "prompt": f"Say {turn}.",
               "completion": f"{turn}", "num_tokens": 1, "finished": True, "category": "writing",
               "score": None, "problem": "not judged"} for turn in (0, 1)]  # fmt: skip
-    (folder / "pissa" / "results" / "mt_bench.jsonl").write_text("".join(json.dumps(item) + "\n" for item in turns))
+    write_jsonl(folder / "pissa" / "results" / "mt_bench.jsonl", turns)
     report.main([f"{name}={folder / name / 'results'}" for name in NAMES] + ["--html", str(folder / "report.html")])
     return found | {"page": folder / "report.html"}
 

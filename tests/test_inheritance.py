@@ -127,7 +127,8 @@ def test_measures_on_cases_made_by_hand():
     # Ten items at 0.95 of which nine are right, ten at 0.55 of which all are: (0.05 + 0.45) / 2.
     confidence = np.repeat([0.95, 0.55], 10)
     correct = np.array([True] * 9 + [False] + [True] * 10)
-    assert M.calibration_error(confidence, correct) == pytest.approx(0.25)
+    chosen = np.log([confidence, 1 - confidence]).T
+    assert M.calibration_error(chosen, np.where(correct, 0, 1), num_bins=10) == pytest.approx(0.25)
     logits = torch.randn(5, 7, dtype=torch.float64)
     expected = scipy.stats.entropy(torch.softmax(logits / 2, dim=1).numpy(), axis=1).mean()
     assert M.entropy(logits, 2.0) == pytest.approx(expected)

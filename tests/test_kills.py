@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_model, make_tokenizer
-from safetensors.torch import load_file
+from conftest import ROOT, bits, free_port, make_tokenizer, save_tiny, sums, write_jsonl
 from transformers import BertConfig, BertForSequenceClassification
 
 from common.runs import INCOMPLETE
@@ -38,34 +37,23 @@ pytestmark = pytest.mark.skipif("SLOW" not in os.environ, reason="an hour; SLOW=
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kills")
-    make_model().save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
+    save_tiny(folder / "base")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertForSequenceClassification(BertConfig(vocab_size=258, **sizes)).save_pretrained(folder / "encoder")
     make_tokenizer().save_pretrained(folder / "encoder")
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 9)} for i in range(96)]
+    rows = sums(96, 9)
     reviews = [{"sentence": f"{i} a {('bad', 'good')[i % 2]} film", "label": i % 2} for i in range(96)]
     for name, lines in (("data", rows[:64]), ("held_out", rows[64:]), ("reviews", reviews)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(folder / f"{name}.jsonl", lines)
     return folder
 
 
 def command(script: str, launcher: str, folder: Path, output: Path) -> list[str]:
     program, *variant = script.split(", ")
     ranks = 1 if launcher == "one process" else 2
-    port = ["--master_port", random.randrange(20000, 29000)] if ranks > 1 else []  # other runs may have the usual one
-    words = [
-        *LAUNCHERS[launcher],
-        *port,
-        ROOT / f"{program}.py",
-        "--output-dir",
-        output,
-        "--rank",
-        4,
-        "--batch-size",
-        2,
-    ]
-    words += ["--save-steps", 3, "--gradient-accumulation", 4 // ranks, "--resume"]
+    port = ["--master_port", free_port()] if ranks > 1 else []  # other runs may have the usual one
+    words = [*LAUNCHERS[launcher], *port, ROOT / f"{program}.py", "--output-dir", output, "--rank", 4]
+    words += ["--batch-size", 2, "--save-steps", 3, "--gradient-accumulation", 4 // ranks, "--resume"]
     if program == "train":
         words += ["--model", folder / "base", "--data", folder / "data.jsonl", "--max-steps", 40, "--logging-steps", 1]
         words += ["--validation-data", folder / "held_out.jsonl", "--eval-steps", 4, "--learning-rate", 1e-2]
@@ -148,8 +136,5 @@ def test_kills_at_random_moments_lose_nothing(script, launcher, folder):
     print(f"\n| {script} | {launcher} | {len(met)} | {'; '.join(met)} |")
     assert met, "it was never killed"
     for file in whole.glob("*/*.safetensors"):
-        theirs, ours = load_file(file), load_file(killed / file.relative_to(whole))
-        assert {key: value.numpy().tobytes() for key, value in ours.items()} == {
-            key: value.numpy().tobytes() for key, value in theirs.items()
-        }, file
+        assert bits(killed / file.relative_to(whole)) == bits(file), file
     assert lines_of(killed) == lines_of(whole)

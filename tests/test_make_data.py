@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, read_jsonl, write_jsonl
 from test_user_errors import error_of
 
 from data import demo
@@ -21,13 +21,13 @@ PROBLEMS = [
 def made(tmp_path, kind, *options):
     target = tmp_path / f"{kind}.jsonl"
     make_data.main([kind, str(target), *map(str, options)])
-    return [json.loads(line) for line in target.read_text().splitlines()]
+    return read_jsonl(target)
 
 
 @pytest.fixture
 def gsm8k_file(tmp_path):
     path = tmp_path / "source.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    write_jsonl(path, PROBLEMS)
     return path
 
 

@@ -1,6 +1,5 @@
 """docs/method.md: the term that the page adds, carried out on a copy of train.py, and beside the fused objective."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import ROOT, read_jsonl, relative_error
 from test_objective import SETTINGS, definition, fused, make_inputs
 
 import train
@@ -43,7 +42,7 @@ def test_the_pages_term_trains_and_stands_in_log_card_and_report(tmp_path, check
         folder = tmp_path / str(weight)
         printed = run("train.py", *options, "--lambda-mean", weight, "--output-dir", folder, cwd=copy)
         assert ("lacks the term mean" in printed) == (weight > 0)
-        logs[weight] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logs[weight] = read_jsonl(folder / "metrics.jsonl")
     assert not any("mean" in line or "eval_mean" in line for line in logs[0])
     steps = [line for line in logs[100] if "mean" in line]
     assert len(steps) == 3

@@ -3,12 +3,12 @@
 import http.server
 import json
 import shlex
+import signal
 import threading
-import time
 
 import datasets
 import pytest
-from conftest import start_script
+from conftest import read_jsonl, run_apart, write_jsonl
 from test_user_errors import error_of
 
 from common.cli import UserError
@@ -86,8 +86,15 @@ def files(tmp_path, monkeypatch):
     """FastChat's three files, small; and no pauses between attempts."""
     monkeypatch.setattr(mt_bench, "FIRST_PAUSE", 0.001)
     for name, rows in (("question", QUESTIONS), ("prompts", PROMPTS), ("references", REFERENCES)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
     return tmp_path
+
+
+def judged_by(url, files):
+    """Options of a run of the tiny model that is judged."""
+    argv = ["--backend", "transformers", "--max-new-tokens", 6, "--judge-model", "stub", "--judge-url", url]
+    argv += ["--data", files / "question.jsonl", "--judge-prompts", files / "prompts.jsonl"]
+    return [*argv, "--references", files / "references.jsonl"]
 
 
 @pytest.fixture
@@ -100,7 +107,7 @@ def run(files, checkpoint):
             argv += ["--judge-model", "stub", "--judge-url", judge if isinstance(judge, str) else judge.url]
             argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
         mt_bench.main([str(word) for word in argv])
-        items = [json.loads(line) for line in (files / "out" / "mt_bench.jsonl").read_text().splitlines()]
+        items = read_jsonl(files / "out" / "mt_bench.jsonl")
         return items, json.loads((files / "out" / "mt_bench.json").read_text())
 
     return run
@@ -136,7 +143,7 @@ def test_the_real_files_fill_every_prompt(shared_data):
         judge_prompts=str(shared_data / "mt_bench_judge_prompts.jsonl"),
         references=str(shared_data / "mt_bench_reference.jsonl"),
     )
-    rows = [json.loads(line) for line in (shared_data / "mt_bench_question.jsonl").read_text().splitlines()]
+    rows = read_jsonl(shared_data / "mt_bench_question.jsonl")
     questions = mt_bench.check_questions(rows, "question.jsonl")
     judge = mt_bench.Judge.of(args, questions)
     assert len(questions) == 80
@@ -257,46 +264,18 @@ def test_missing_judgments_are_asked_for_again_and_the_others_are_not(run, stub,
 
 
 def test_a_run_killed_while_judging_asks_only_for_the_rest(run, stub, files, checkpoint):
-    """Killed at every judgment in turn and started again: the results of a run that was not, and no judgment is asked
+    """Killed three times with a second judgment to write: the results of a run that was not, and no judgment is asked
     for that had been written."""
-    argv = [
-        "--ckpt",
-        checkpoint,
-        "--backend",
-        "transformers",
-        "--max-new-tokens",
-        6,
-        "--data",
-        files / "question.jsonl",
-    ]
-    argv += ["--output-dir", files / "killed", "--judge-model", "stub", "--judge-url", stub.url, "--judge-requests", 1]
-    argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
-    answered = threading.Semaphore(0)
-
-    def reply(body, count):
-        answered.release()
-        time.sleep(0.5 if kills < 3 else 0)
-        return f"[[{len(body['messages'][1]['content']) % 10 + 1}]]"
-
-    kills = 0
-    stub.reply = reply
-    while kills < 3:
-        process = start_script("eval.mt_bench", argv, files / "log")
-        for _ in range(2):  # the second question means that the first answer has arrived
-            assert answered.acquire(timeout=120), (files / "log").read_text()
-        time.sleep(0.2)
-        process.kill()
-        process.join()
-        kills += 1
-        while answered.acquire(blocking=False):
-            pass
-    process = start_script("eval.mt_bench", argv, files / "log")
-    process.join()
-    assert process.exitcode == 0, (files / "log").read_text()
-    assert len(stub.asked) <= 6 + 3  # one under way at each kill
+    argv = ["--ckpt", checkpoint, *judged_by(stub.url, files), "--judge-requests", 1, "--output-dir", files / "killed"]
+    stub.reply = lambda body, count: f"[[{len(body['messages'][1]['content']) % 10 + 1}]]"
+    for _ in range(3):
+        code, text = run_apart("eval.mt_bench", argv, files, ends=(signal.SIGKILL, "mt_bench.judgments.jsonl", 3))
+        assert code == -signal.SIGKILL, text
+    code, text = run_apart("eval.mt_bench", argv, files)
+    assert code == 0, text
+    assert len(stub.asked) == 6 + 3
     items, summary = run("--judge-requests", 1, judge=stub)
-    killed = [json.loads(line) for line in (files / "killed" / "mt_bench.jsonl").read_text().splitlines()]
-    assert killed == items
+    assert read_jsonl(files / "killed" / "mt_bench.jsonl") == items
     assert json.loads((files / "killed" / "mt_bench.json").read_text())["both_turns"] == summary["both_turns"]
 
 
@@ -306,18 +285,7 @@ def mt_bench_error(files, checkpoint, monkeypatch, capsys):
 
     def error(*options, url="http://127.0.0.1:9/v1"):
         capsys.readouterr()
-        argv = [
-            "--ckpt",
-            checkpoint,
-            "--backend",
-            "transformers",
-            "--max-new-tokens",
-            6,
-            "--data",
-            files / "question.jsonl",
-        ]
-        argv += ["--output-dir", files / "out", "--judge-model", "stub", "--judge-url", url]
-        argv += ["--judge-prompts", files / "prompts.jsonl", "--references", files / "references.jsonl"]
+        argv = ["--ckpt", checkpoint, *judged_by(url, files), "--output-dir", files / "out"]
         return error_of(mt_bench, [*argv, *options], monkeypatch, capsys)
 
     return error
@@ -348,7 +316,7 @@ def test_half_a_character_is_written_and_read_again(run, stub, files):
     assert [item["judgment"] for item in items] == [said] * 6
     assert summary["both_turns"]["value"] == 6
     rows = [item | {"completion": "\ud83d"} for item in items]
-    (files / "again.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(files / "again.jsonl", rows)
     again, _ = run("--overwrite", judge=stub, answers=("--rescore", files / "again.jsonl"))
     assert [item["completion"] for item in again] == ["\ud83d"] * 6
 

@@ -3,9 +3,7 @@
 import dataclasses
 import itertools
 import math
-import shutil
 
-import datasets
 import oracle
 import pytest
 import torch
@@ -16,7 +14,6 @@ from test_training import make_trainer
 import train
 from common import chunked, chunks
 from common.activations import save_activations
-from common.cli import UserError
 from common.conversations import build_dataset, num_valid
 from common.packing import PER_SEQUENCE, enable_packing
 from common.pretrained import head_is_linear
@@ -129,16 +126,6 @@ def test_the_spectral_term_in_hidden_space(norm, shape):
         assert relative_error(gradient @ factor.T, z.grad @ head.double()) < 1e-3
     else:
         assert (gradient @ factor.T).norm() < 1e-6
-
-
-def test_the_iteration_agrees_with_the_eigendecomposition():
-    generator = torch.Generator().manual_seed(0)
-    for decay in (0.3, 1.0):
-        Y = torch.randn(600, 550, generator=generator) * torch.arange(1, 551) ** -decay
-        sigma, polar = chunked.leading_by_iteration(Y, 10)
-        expected_sigma, expected_polar = chunked.leading_by_eigh(Y, 10)
-        assert relative_error(sigma, expected_sigma[:10]) < 1e-6
-        assert relative_error(polar, expected_polar) < 1e-3
 
 
 def test_repeated_singular_values_and_rank_deficiency():
@@ -255,38 +242,46 @@ def test_a_plain_head_is_found_by_trying():
     assert not head_is_linear(capped)
 
 
+def model_and_batch(architecture, tokenizer, packed=False, **extra):
+    """A model of an architecture's configuration with adapters away from their start, and a batch of three lengths."""
+    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2} | extra
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = getattr(transformers, f"{architecture}Config")(**shape, **heads, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
+    assert not packed or enable_packing(model)
+    for layer in train.adapter_layers(model).values():
+        layer.lora_B.data += 0.05
+    examples = [encode_turn(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
+    return model, (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
+
+
+def loss_and_gradients(model, batch):
+    loss, _ = train.BALoRAModel(model)(batch, ICLR, len(batch["targets"]), 1)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(ours, theirs):
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    for name, gradient in theirs[1].items():
+        assert relative_error(ours[1][name], gradient) < 1e-4, name
+
+
 @pytest.mark.parametrize(
     ("architecture", "sliding_window"),
     [("Llama", None), ("Mistral", None), ("Mistral", 4096), ("Qwen2", None), ("Gemma", None)],
 )
 def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenizer):
     """Loss and gradients of the adapters, with the stock attention under padding as the reference."""
-    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     extra = {"sliding_window": sliding_window} if architecture == "Mistral" else {}
-    config = getattr(transformers, f"{architecture}Config")(**shape, **heads, **extra, initializer_range=0.2)
-    examples = [encode_turn(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
-    results = []
-    for packed in (False, True):
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
-        train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
-        if packed:
-            assert enable_packing(model)
-        wrapper = train.BALoRAModel(model)
-        batch = (train.PackingCollator() if packed else train.PaddingCollator(0))(examples)
-        if packed:  # the template's head stands there once
-            assert batch["shared_length"] > 100
-            lengths = [len(example["input_ids"]) for example in examples]
-            assert batch["input_ids"].numel() == sum(lengths) - 2 * batch["shared_length"]
-        for layer in train.adapter_layers(model).values():
-            layer.lora_B.data += 0.05
-        loss, _ = wrapper(batch, ICLR, len(batch["targets"]), 1)
-        loss.backward()
-        results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-5)
-    for name, gradient in results[0][1].items():
-        assert relative_error(results[1][1][name], gradient) < 1e-4, name
+    model, padded = model_and_batch(architecture, tokenizer, **extra)
+    expected = loss_and_gradients(model, padded)
+    model, packed = model_and_batch(architecture, tokenizer, packed=True, **extra)
+    assert packed["shared_length"] > 100  # the template's head stands there once
+    assert packed["input_ids"].numel() == padded["attention_mask"].sum() - 2 * packed["shared_length"]
+    assert_equal_gradients(loss_and_gradients(model, packed), expected)
 
 
 @pytest.mark.parametrize(
@@ -356,52 +351,34 @@ def test_the_adapters_own_backward_equals_autograd():
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma", "Qwen2"])
 def test_keeping_fewer_activations_changes_no_gradient(architecture, tokenizer):
     """Gated MLPs and norms with and without `save_activations`: loss and every adapter's gradient."""
-    shape = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = getattr(transformers, f"{architecture}Config")(**shape, **heads, initializer_range=0.2)
-    examples = [encode_turn(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 30, 7)]
     results, kept = [], []
     for lean in (False, True):
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{architecture}ForCausalLM")(config)
-        train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
-        for layer in train.adapter_layers(model).values():
-            layer.lora_B.data += 0.05
-        expected_count = {"Llama": 13, "Qwen2": 13, "Gemma": 0}[
-            architecture
-        ]  # four MLPs, nine norms; Gemma's are GELU's
-        assert not lean or save_activations(model) == expected_count
+        model, batch = model_and_batch(architecture, tokenizer, num_hidden_layers=4)
+        # Four MLPs, nine norms; Gemma's are GELU's.
+        assert not lean or save_activations(model) == (0 if architecture == "Gemma" else 13)
         sizes = {}
 
         def pack(tensor, sizes=sizes):
             sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        batch = train.PaddingCollator(0)(examples)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss, _ = train.BALoRAModel(model)(batch, ICLR, len(batch["targets"]), 1)
-        loss.backward()
+            results.append(loss_and_gradients(model, batch))
         kept.append(sum(sizes.values()))
-        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
-    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
-    for name, gradient in results[0][1].items():
-        assert relative_error(results[1][1][name], gradient) < 1e-4, name
+    assert_equal_gradients(*reversed(results))
     assert architecture == "Gemma" or kept[1] < 0.9 * kept[0]
 
 
 def test_fewer_activations_are_kept_under_a_bfloat16_base(tokenizer):
     """Where the adapters are fp32: loss and gradients are those of the modules' own forward."""
-    records = datasets.Dataset.from_list([{"q": "ab" * n, "a": "The sum is " + "c" * n} for n in (1, 9)])
-    examples = list(train.build_dataset(records, tokenizer, ["q", "a"], 400)[0])
+    examples = [encode_turn(tokenizer, "ab" * n, "The sum is " + "c" * n, 400) for n in (1, 9)]
     results = []
     for lean in (False, True):
         model = make_model(initializer_range=0.1).to(torch.bfloat16)
         train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
         assert not lean or save_activations(model) == 7  # two MLPs, five norms
-        batch = train.PaddingCollator(0)(examples)
-        loss, _ = train.BALoRAModel(model)(batch, ICLR, len(batch["targets"]), 1)
-        loss.backward()
-        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        loss, gradients = loss_and_gradients(model, train.PaddingCollator(0)(examples))
+        results.append((loss, torch.cat([gradient.flatten() for gradient in gradients.values()])))
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
     assert relative_error(results[1][1], results[0][1]) < 3e-2
 
@@ -488,14 +465,6 @@ def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
     assert files(make_model(seed=0), 16) == 1
     assert files(make_model(seed=1), 16) == 2  # other weights
     assert files(make_model(seed=0), 15) == 3  # other data
-
-
-def test_a_full_disk_is_told_before_anything_is_written(tokenizer, data_file, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10))
-    with pytest.raises(UserError, match=r"needs .* GiB and the disk has 0\.00"):
-        cached_run(tmp_path, tokenizer, max_steps=1)
-    assert not (tmp_path / "cache").exists()
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

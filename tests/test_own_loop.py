@@ -1,7 +1,6 @@
 """docs/own-loop.md: the bare loop and TRL's, run as they stand there, train the same adapter; the trap is one."""
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_model, relative_error
+from conftest import ROOT, make_model, relative_error, write_jsonl
 
 import train
 from common.targets import TARGET_MODULES
@@ -30,7 +29,7 @@ def lora_weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_both_loops_train_the_same_adapter_and_peft_loads_it(checkpoint, tmp_path):
     data = tmp_path / "data.jsonl"
     rows = ({"prompt": f"Add {i} and 1: ", "completion": f"it is {i + 1}{'!' * (i % 5)}"} for i in range(16))
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(data, rows)
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     for name, script in (("bare", BARE), ("trl", TRL)):
         (tmp_path / f"loop_{name}.py").write_text(script)

@@ -47,8 +47,11 @@ INPUTS = {
     "equal_rows": np.tile(RNG.normal(size=(1, 9)), (5, 1)),
     "very_large": RNG.normal(size=(6, 9)) * 1e4,
     "zero": np.zeros((4, 6)),
+    "repeated": np.eye(4, 6),
     "no_token": np.zeros((0, 6)),
 }
+
+SMOOTH = [name for name in INPUTS if name not in ("zero", "repeated")]
 
 
 def value_and_gradient(term, logits: np.ndarray, dtype: torch.dtype) -> tuple[float, np.ndarray]:
@@ -66,7 +69,7 @@ def assert_close(actual, expected, tolerance: float, scale: float) -> None:
     assert difference <= tolerance * np.linalg.norm(expected[1]) + scale
 
 
-@pytest.mark.parametrize("kind", [name for name in INPUTS if name != "zero"])
+@pytest.mark.parametrize("kind", SMOOTH)
 @pytest.mark.parametrize("name", STUDENT_TERMS)
 def test_student_terms_equal_the_formula_in_float64(name, kind):
     term, formula = STUDENT_TERMS[name]
@@ -77,7 +80,7 @@ def test_student_terms_equal_the_formula_in_float64(name, kind):
     assert_close(value_and_gradient(term, logits, torch.float64), formula(logits), 1e-9, floor)
 
 
-@pytest.mark.parametrize("kind", [name for name in INPUTS if name != "zero"])
+@pytest.mark.parametrize("kind", SMOOTH)
 @pytest.mark.parametrize("name", PAIR_TERMS)
 def test_pair_terms_equal_the_formula_in_float64(name, kind):
     term, formula = PAIR_TERMS[name]
@@ -102,20 +105,21 @@ def test_bfloat16_logits_are_computed_in_float32(name):
     assert term(z).item() == pytest.approx(formula(z.double().numpy())[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["zero", "repeated"])
 @pytest.mark.parametrize("name", [*STUDENT_TERMS, *PAIR_TERMS])
-def test_a_zero_matrix_has_a_finite_value_and_gradient(name):
-    zero = INPUTS["zero"]
+def test_equal_singular_values_have_a_finite_value_and_gradient(name, kind):
+    logits = INPUTS[kind]
     if name in STUDENT_TERMS:
         term, formula = STUDENT_TERMS[name]
-        expected = formula(zero)
+        expected = formula(logits)
     else:
         pair, formula = PAIR_TERMS[name]
-        expected = formula(zero, zero)
+        expected = formula(logits, 0 * logits)
 
         def term(z):
             return pair(z, torch.zeros_like(z))
 
-    actual = value_and_gradient(term, zero, torch.float64)
+    actual = value_and_gradient(term, logits, torch.float64)
     assert actual[0] == pytest.approx(expected[0], abs=1e-12)
     assert np.isfinite(actual[1]).all()
 

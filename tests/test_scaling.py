@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import make_tokenizer
+from conftest import make_tokenizer, save_tiny, sums, write_jsonl
 from test_forgetting import by_formula
 from test_user_errors import error_of
 
 import train
 from common import exports, peft_format
 from common.cli import RunStopped
+from common.conversations import build_dataset
+from common.tables import load_records
 from eval import forgetting
 
 IDS = torch.arange(24).view(2, 12) * 10
@@ -23,13 +25,11 @@ METHODS = ["lora", "ba-lora", "full"]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A base, data, and a run of each method that moved far; four of the sixteen examples are held out."""
-    from conftest import make_model
 
     folder = tmp_path_factory.mktemp("runs")
-    make_model().save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(16)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tiny(folder / "base")
+    rows = sums(16)
+    write_jsonl(folder / "data.jsonl", rows)
     for method in METHODS:
         words = ["--model", folder / "base", "--data", folder / "data.jsonl", "--method", method, "--rank", 4]
         words += ["--alpha", 8, "--max-steps", 6, "--epochs", 9, "--learning-rate", 1e-2, "--gradient-accumulation", 1]
@@ -100,15 +100,15 @@ def test_auto_takes_the_smallest_scale_within_the_tolerance(runs, method, capsys
     out = export(runs, method, "--scale", "auto", "--scale-tolerance", tolerance)
     found = json.loads((out / "run.json").read_text())["export"]
     assert found["held_out_examples"] == 4
-    kept = [json.loads(line) for line in (runs / "data.jsonl").read_text().splitlines()]
+    rows = load_records(str(runs / "data.jsonl"))
+    examples, _ = build_dataset(rows, make_tokenizer(), ["instruction", "output"], 512)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(42)).tolist()
     curve = {}
     base = in_float64(runs / "base")
     for tenths in range(1, 11):
         model, losses, kls = between(runs, method, tenths / 10), [], []
         for row in sorted(order[:4]):
-            example, _ = train.build_dataset(rows_of(kept[row]), make_tokenizer(), ["instruction", "output"], 512)
-            ids, labels = (torch.tensor(example[0][name]) for name in ("input_ids", "labels"))
+            ids, labels = (torch.tensor(examples[row][name]) for name in ("input_ids", "labels"))
             with torch.no_grad():
                 p, q = (each(ids[None]).logits[0, :-1].log_softmax(-1) for each in (base, model))
             valid = labels[1:] != -100
@@ -121,12 +121,6 @@ def test_auto_takes_the_smallest_scale_within_the_tolerance(runs, method, capsys
     assert found["scale"] == min(float(scale) for scale, (loss, _) in curve.items() if loss <= lowest + tolerance) < 1
     assert f"chosen: {found['scale']:g}, the smallest scale" in capsys.readouterr().out
     assert distance(in_float64(out / "merged"), between(runs, method, found["scale"])) < 1e-5
-
-
-def rows_of(row):
-    import datasets
-
-    return datasets.Dataset.from_list([row])
 
 
 def test_held_out_examples_may_be_others_and_changed_data_are_refused(runs, monkeypatch, capsys):

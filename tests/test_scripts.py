@@ -56,10 +56,12 @@ def test_the_papers_experiment_on_gpus(script, method, num_gpus, monkeypatch):
     assert "eval/report.py" in printed
 
 
-def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmarks(monkeypatch):
-    """Every method, data set and seed once; GSM8K and MATH of metamath alone, and so on; one report of all."""
+@pytest.mark.parametrize("questions", ["/q.jsonl", ""])
+def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmarks(questions, monkeypatch):
+    """Every method, data set and seed once; GSM8K and MATH of metamath alone, and so on; one report of all. Without a
+    file of questions MT-Bench's are the hub's."""
     monkeypatch.chdir(ROOT)
-    printed = dry_run("nlg.sh", "--formulation", "arxiv2024", NUM_GPUS="8", MT_BENCH="/q.jsonl", SEEDS="1 2")
+    printed = dry_run("nlg.sh", "--formulation", "arxiv2024", NUM_GPUS="8", MT_BENCH=questions, SEEDS="1 2")
     trainings, scored = {}, {}
     for words in map(shlex.split, printed.splitlines()):
         if "train.py" in words:
@@ -70,7 +72,7 @@ def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmark
             args = parse_arguments(suite.Arguments, "", words[2:])
             assert args.ckpt == args.output_dir.partition("/results")[0] + "/merged"
             assert args.output_dir not in scored
-            assert args.mt_bench == "/q.jsonl"
+            assert args.mt_bench == (questions or None)
             scored[args.output_dir] = args.benchmarks
     methods, seeds = ("full", "lora", "pissa", "ba-lora"), (1, 2)
     benchmarks = {
@@ -88,26 +90,10 @@ def test_the_published_table_is_three_trainings_each_scored_on_its_own_benchmark
 
 def test_a_driver_without_a_gpu_is_no_gpu(tmp_path):
     """nvidia-smi that finds nothing: the demo, not a silent end."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'No devices were found'\nexit 6\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    assert "no CUDA GPU" in dry_run("ba-lora.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100'; echo 'GPU 1: H100'\n")
-    assert "2 CUDA GPUs" in dry_run("ba-lora.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
-
-
-def test_visible_gpus_are_those_that_train(tmp_path):
-    """deepspeed takes the first GPUs when it is told their number; CUDA_VISIBLE_DEVICES names others."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: H100; done\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    printed = dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="2,3", **path)
-    assert "2 CUDA GPUs" in printed
-    assert "deepspeed --no_local_rank --include localhost:2,3 train.py" in printed
-    assert "--gradient-accumulation 16" in printed
-    assert "--include localhost:2,3 train.py" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="2, 3", **path)
-    assert "=GPU-1f2e torchrun --standalone" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="GPU-1f2e", **path)
-    assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="", **path)
-    assert "no CUDA GPU" in dry_run("ba-lora.sh", CUDA_VISIBLE_DEVICES="-1", **path)
+    variables = stub_nvidia_smi(tmp_path, "No devices were found")
+    with (tmp_path / "nvidia-smi").open("a") as file:
+        file.write("exit 6\n")
+    assert "no CUDA GPU" in dry_run("ba-lora.sh", **variables)
 
 
 def stub_nvidia_smi(folder, *listed: str) -> dict[str, str]:
@@ -129,6 +115,9 @@ BY_NAME = "env CUDA_VISIBLE_DEVICES={} torchrun --standalone --nproc_per_node {}
         (FOUR, {}, "deepspeed --no_local_rank --num_gpus 4 train.py", "0,1,2,3"),
         (FOUR, {"NUM_GPUS": "2"}, "deepspeed --no_local_rank --num_gpus 2 train.py", "0,1,2,3"),
         (FOUR, {"CUDA_VISIBLE_DEVICES": "2,3", "NUM_GPUS": "1"}, "--include localhost:2 train.py", "2,3"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "2, 3"}, "--include localhost:2,3 train.py", "2,3"),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": ""}, "no CUDA GPU", ""),
+        (FOUR, {"CUDA_VISIBLE_DEVICES": "-1"}, "no CUDA GPU", ""),
         (FOUR, {"CUDA_VISIBLE_DEVICES": "3,1"}, "--include localhost:3,1 train.py", "3,1"),
         (FOUR, {"CUDA_VISIBLE_DEVICES": "3,-1,2"}, "--include localhost:3 train.py", "3"),
         (FOUR, {"CUDA_VISIBLE_DEVICES": "1,7,2"}, "--include localhost:1 train.py", "1"),
@@ -144,10 +133,16 @@ BY_NAME = "env CUDA_VISIBLE_DEVICES={} torchrun --standalone --nproc_per_node {}
         (MIG, {"CUDA_VISIBLE_DEVICES": "MIG-1c,MIG-2d"}, BY_NAME.format("MIG-1c", 1), "MIG-1c,MIG-2d"),
     ],
 )
-def test_a_run_takes_the_cards_that_are_named_and_no_others(listed, variables, launcher, devices, tmp_path):
+def test_a_run_takes_the_cards_that_are_named_and_no_others(
+    listed, variables, launcher, devices, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
     variables = stub_nvidia_smi(tmp_path, *listed) | variables
     printed = dry_run("ba-lora.sh", **variables)
     assert launcher in printed
+    if devices:
+        args, count = train_options(printed), int(re.search(r"(\d+) CUDA GPUs", printed)[1])
+        assert args.batch_size * args.gradient_accumulation * count == 128
     words = "cd scripts && . ./setup.sh && cards | paste -s -d , -"
     shown = subprocess.run(["sh", "-c", words], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     assert shown.stdout == f"{devices}\n"
@@ -235,18 +230,6 @@ def test_a_second_start_asks_the_scripts_what_is_done(tmp_path, monkeypatch):
     scoring = [line for line in eight.splitlines() if "eval/suite.py" in line]
     assert len(scoring) == 2
     assert all("--overwrite" in line for line in scoring)
-
-
-def test_the_published_table_needs_no_file_of_questions(monkeypatch):
-    """MT-Bench's training is one of the three, with the hub's questions."""
-    monkeypatch.chdir(ROOT)
-    printed = dry_run("nlg.sh", NUM_GPUS="8", MT_BENCH="", SEEDS="1", METHODS="lora")
-    trained = [line.partition("--data-subset ")[2].split()[0] for line in printed.splitlines() if " train.py " in line]
-    assert trained == ["metamath", "python", "conversation"]
-    (line,) = (line for line in printed.splitlines() if "--benchmarks mt_bench" in line)
-    commands = suite.commands(parse_arguments(suite.Arguments, "", shlex.split(line)[2:]))
-    assert parse_arguments(mt_bench.Arguments, "", commands["mt_bench"]).data == mt_bench.HUB_DATA
-    assert "eval/report.py" in printed.splitlines()[-1]
 
 
 def test_the_demo_without_gpus(monkeypatch):

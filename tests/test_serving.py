@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from common.pretrained import resolve_demo
 from common.templates import Template
-from eval.backends import TransformersBackend, eos_token_ids_of
+from eval.backends import TransformersBackend
 from eval.generation import Sampling
 
 pytestmark = [
@@ -107,8 +107,7 @@ def test_a_server_gives_the_model_the_prompt_of_training_and_answers_as_eval_doe
         prompts.append([token for ids in before for token in ids])
     assert [answer["prompt_token_ids"] for answer in made] == prompts
     merged = AutoTokenizer.from_pretrained(run / "merged")
-    eos = eos_token_ids_of(str(run / "merged"), merged)
-    backend = TransformersBackend(str(run / "merged"), merged, eos, "float32", 1, None)
+    backend = TransformersBackend(str(run / "merged"), merged, dtype="float32", batch_size=1)
     for prompt, answer in zip(prompts, made, strict=True):
         (expected,) = backend.generate([prompt], Sampling(16))
         assert answer["choices"][0]["message"]["content"] == expected.text

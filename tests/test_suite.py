@@ -2,9 +2,10 @@
 
 import json
 import shlex
+import signal
 
 import pytest
-from conftest import make_model, make_tokenizer, start_script
+from conftest import make_model, make_tokenizer, run_apart, write_jsonl
 from test_benchmark import comparable
 from test_mt_bench import QUESTIONS
 from test_user_errors import error_of
@@ -31,7 +32,7 @@ def argv(tmp_path):
     rows_of = {"gsm8k": GSM8K, "hendrycks_math": MATH, "mbpp": MBPP, "mt_bench": QUESTIONS}
     for name, rows in rows_of.items():
         path = tmp_path / f"{name}-data.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(path, rows)
         words += [f"--{name.replace('_', '-')}", path]
     return list(map(str, words))
 
@@ -154,13 +155,9 @@ def test_a_suite_that_is_killed_keeps_what_was_generated(argv, tmp_path, loads):
     nothing had happened."""
     run(argv, tmp_path / "whole")
     out = tmp_path / "killed"
-    process = start_script("eval.suite", [*argv, "--output-dir", out], tmp_path / "log")
-    completions = out / "hendrycks_math.completions.jsonl"
-    while process.exitcode is None and not (completions.exists() and completions.stat().st_size):
-        process.join(0.02)
-    process.kill()
-    process.join()
-    assert completions.stat().st_size, (tmp_path / "log").read_text()
+    words, moment = [*argv, "--output-dir", out], ("hendrycks_math.completions.jsonl", 3)
+    code, text = run_apart("eval.suite", words, tmp_path, ends=(signal.SIGKILL, *moment))
+    assert code == -signal.SIGKILL, text
     assert (out / "gsm8k.json").exists()
     made = {path.name: path.read_bytes() for path in out.glob("*.completions.jsonl")}
     assert run(argv, out, "--skip-done") == 0

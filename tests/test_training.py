@@ -18,8 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import MERGED, ROOT, encode_turn, make_model, make_tokenizer, relative_error
-from safetensors.torch import load_file
+from conftest import MERGED, ROOT, bits, encode_turn, make_model, make_tokenizer, read_jsonl, relative_error
 
 import train
 from common import chunked, estimates
@@ -28,7 +27,7 @@ from common.packing import enable_packing
 from common.ranks import start_ranks
 from common.tables import load_records
 from common.targets import TARGET_MODULES
-from common.templates import ALPACA_PROMPT, encode_prompt
+from common.templates import ALPACA_PROMPT, IGNORE_INDEX, encode_prompt
 from common.training import MicroBatches, Training, random_order
 
 # ---------------------------------------------------------------------------------------------- data
@@ -40,10 +39,10 @@ def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
     together = tokenizer(prompt + response)["input_ids"]
     assert tokenizer.convert_tokens_to_ids(MERGED) in together  # the trap is there
     example = encode_turn(tokenizer, "Add", response, 512)
-    learnt = [token for token in example["labels"] if token != train.IGNORE_INDEX]
+    learnt = [token for token in example["labels"] if token != IGNORE_INDEX]
     assert tokenizer.decode(learnt[:-1]) == response
     assert learnt[-1] == tokenizer.eos_token_id
-    unlearnt = [t for t, label in zip(*example.values(), strict=True) if label == train.IGNORE_INDEX]
+    unlearnt = [t for t, label in zip(*example.values(), strict=True) if label == IGNORE_INDEX]
     assert tokenizer.decode(unlearnt) == prompt
 
 
@@ -65,7 +64,7 @@ def test_valid_positions_predict_exactly_the_response(tokenizer):
         (row * width + i, example["labels"][i + 1])
         for row, example in enumerate(examples)
         for i in range(len(example["labels"]) - 1)
-        if example["labels"][i + 1] != train.IGNORE_INDEX
+        if example["labels"][i + 1] != IGNORE_INDEX
     ]
     assert list(zip(batch["valid_positions"].tolist(), batch["targets"].tolist(), strict=True)) == expected
     prompt_end = len(encode_prompt(tokenizer, "a")) - 1
@@ -89,26 +88,6 @@ def test_examples_without_a_response_token_are_dropped_and_counted(tokenizer):
     ]
     dataset, dropped = build_dataset(datasets.Dataset.from_list(rows), tokenizer, ["q", "a"], 512)
     assert (len(dataset), dropped) == (1, 3)
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])
-def test_every_local_format_and_a_folder_of_it(suffix, tmp_path):
-    rows = [{"instruction": f"q, {i}", "output": f"a\n{i}"} for i in range(5)]
-    dataset = datasets.Dataset.from_list(rows)
-    file = tmp_path / f"part.{suffix}"
-    match suffix:
-        case "json":
-            file.write_text(json.dumps(rows))
-        case "jsonl":
-            dataset.to_json(file)
-        case "csv":
-            dataset.to_csv(file)
-        case "tsv":
-            dataset.to_csv(file, sep="\t")
-        case "parquet":
-            dataset.to_parquet(file)
-    assert load_records(str(file)).to_list() == rows
-    assert load_records(str(tmp_path)).to_list() == rows
 
 
 def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_path):
@@ -384,7 +363,7 @@ def test_a_run_leaves_what_it_promises(method, checkpoint, data_file, tmp_path, 
         assert relative_error(adapted(input_ids).logits, merged(input_ids).logits) < 1e-4
         assert peft.PeftConfig.from_pretrained(out / "adapter").base_model_name_or_path == str(checkpoint)
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     names = {"loss", "task", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gib"}
@@ -409,39 +388,34 @@ def test_a_run_leaves_what_it_promises(method, checkpoint, data_file, tmp_path, 
 def test_the_written_configuration_repeats_the_run(checkpoint, data_file, tmp_path):
     run(checkpoint, data_file, tmp_path / "one")
     train.main(["--config", str(tmp_path / "one" / "config.yaml"), "--output-dir", str(tmp_path / "two")])
-    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert list(one) == list(two)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (bits(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one == two
 
 
 def test_logged_terms_add_up_to_the_logged_loss(checkpoint, data_file, tmp_path):
     run(checkpoint, data_file, tmp_path / "out", "--consistency-schedule", "adaptive", "--formulation", "arxiv2024")
-    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
-        step = json.loads(line)
-        if "loss" in step:
-            total = step["task"] + sum(
-                step[f"lambda_{name}"] * step[name] for name in ("consistency", "diversity", "spectral")
-            )
-            assert step["loss"] == pytest.approx(total, rel=1e-4)
+    steps = [line for line in read_jsonl(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+    assert len(steps) == 3
+    for step in steps:
+        terms = (step[f"lambda_{name}"] * step[name] for name in ("consistency", "diversity", "spectral"))
+        assert step["loss"] == pytest.approx(step["task"] + sum(terms), rel=1e-4)
 
 
-@pytest.mark.parametrize("logging_steps", ["2", "10"])
-def test_the_mean_loss_is_over_every_step(logging_steps, checkpoint, data_file, tmp_path):
+def test_the_mean_loss_is_over_every_step(checkpoint, data_file, tmp_path):
     """However seldom they are logged; five steps are no multiple."""
-    options = ("--max-steps", "5", "--logging-steps")
-    run(checkpoint, data_file, tmp_path / "every", *options, "1")
-    run(checkpoint, data_file, tmp_path / "seldom", *options, logging_steps)
-    lines = map(json.loads, (tmp_path / "every" / "metrics.jsonl").read_text().splitlines())
-    losses = [line["loss"] for line in lines if "loss" in line]
+    means = {}
+    for logging_steps in ("1", "2", "10"):
+        run(checkpoint, data_file, tmp_path / logging_steps, "--max-steps", "5", "--logging-steps", logging_steps)
+        means[logging_steps] = json.loads((tmp_path / logging_steps / "run.json").read_text())["train_loss"]
+    losses = [line["loss"] for line in read_jsonl(tmp_path / "1" / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 5
-    mean = json.loads((tmp_path / "seldom" / "run.json").read_text())["train_loss"]
-    assert mean == pytest.approx(sum(losses) / 5, rel=1e-4)
+    assert means == pytest.approx(dict.fromkeys(means, sum(losses) / 5), rel=1e-4)
 
 
 def test_another_seed_is_another_run(checkpoint, data_file, tmp_path):
     for seed in ("1", "2"):
         run(checkpoint, data_file, tmp_path / seed, "--seed", seed)
-    one, two = ((tmp_path / seed / "adapter" / "adapter_model.safetensors").read_bytes() for seed in ("1", "2"))
+    one, two = (bits(tmp_path / seed / "adapter" / "adapter_model.safetensors") for seed in ("1", "2"))
     assert one != two
 
 

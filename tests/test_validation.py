@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,14 +14,14 @@ import pytest
 import torch
 import transformers
 from accelerate import tracking
-from conftest import ROOT, make_model, make_tokenizer, start_script
-from safetensors.torch import load_file
+from conftest import ROOT, bits, make_model, make_tokenizer, read_jsonl, run_apart, save_tiny, sums, write_jsonl
 
 import train
+from common.conversations import build_dataset
 from common.packing import enable_packing
 from common.ranks import start_ranks
 from common.tables import load_records
-from common.templates import encode_prompt
+from common.templates import IGNORE_INDEX, encode_prompt
 from common.training import Training, random_order
 from common.validation import is_out_of_patience, read_prompts, vain_validations
 
@@ -33,11 +32,10 @@ STEPS, EVAL_STEPS = 12, 3
 def folder(tmp_path_factory) -> Path:
     """A model with dropout, so that a random number too many shows; data to train on, and as much to validate on."""
     folder = tmp_path_factory.mktemp("validation")
-    make_model(attention_dropout=0.1).save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 7)} for i in range(75)]
+    save_tiny(folder / "base", attention_dropout=0.1)
+    rows = sums(71, 7)
     for name, part in (("all", rows[:60]), ("held_out", rows[60:71])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write_jsonl(folder / f"{name}.jsonl", part)
     (folder / "prompts.txt").write_text("Add 3 and 1\n\nAdd 90 and 1\n")
     return folder
 
@@ -51,11 +49,9 @@ def arguments(folder: Path, output: Path, *options) -> list[str]:
 
 def run(folder: Path, output: Path, *options) -> str:
     """What a whole run printed."""
-    log = output.parent / f"{output.name}-{time.monotonic_ns()}.log"
-    process = start_script("train", arguments(folder, output, *options), log)
-    process.join(120)
-    assert process.exitcode == 0, log.read_text()
-    return log.read_text()
+    code, text = run_apart("train", arguments(folder, output, *options), output.parent)
+    assert code == 0, text
+    return text
 
 
 def validated(folder: Path) -> tuple:
@@ -76,18 +72,16 @@ def watched(folder: Path) -> Path:
     return folder / "watched"
 
 
-def last_state(output: Path, step: int = STEPS) -> dict[str, bytes]:
-    tensors = load_file(output / "checkpoints" / f"checkpoint-{step}" / "trained.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+def last_state(output: Path) -> dict[str, bytes]:
+    return bits(output / "checkpoints" / f"checkpoint-{STEPS}" / "trained.safetensors")
 
 
 def adapter_of(output: Path) -> dict[str, bytes]:
-    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return bits(output / "adapter" / "adapter_model.safetensors")
 
 
 def lines_of(output: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (output / name).read_text().splitlines()]
+    return read_jsonl(output / name)
 
 
 def validations(output: Path) -> list[dict]:
@@ -104,7 +98,7 @@ def logits_of_each(model: torch.nn.Module, examples: list[dict]) -> tuple[np.nda
     logits, targets = [], []
     for example in examples:
         labels = torch.tensor(example["labels"])[1:]
-        valid = labels != train.IGNORE_INDEX
+        valid = labels != IGNORE_INDEX
         with torch.no_grad():
             whole = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
         logits.append(whole[valid].numpy())
@@ -135,7 +129,7 @@ def test_a_validation_is_the_mean_over_valid_tokens_in_float64(batch_size, packi
     if head == "scaled":
         base.register_forward_hook(halved)
     records = load_records(str(folder / "held_out.jsonl"))
-    held_out, _ = train.build_dataset(records, tokenizer, ["instruction", "output"], 512)
+    held_out, _ = build_dataset(records, tokenizer, ["instruction", "output"], 512)
     model = train.add_adapters(copy.deepcopy(base), "ba-lora", 4, 4.0, None)
     for layer in train.adapter_layers(model).values():
         layer.lora_B.data += 0.02  # away from the teacher
@@ -218,25 +212,16 @@ def test_a_share_is_the_run_on_what_remains(folder):
     assert validations(share) == validations(folder / "apart")
 
 
-@pytest.mark.parametrize("moment", ["at the validation", "while it samples", "after it"])
+@pytest.mark.parametrize(
+    "moment",  # lines of the log: steps 1 to 6, a validation after the third and the sixth; a sample for each
+    [("metrics.jsonl", 8), ("samples.jsonl", 2), ("metrics.jsonl", 13)],
+    ids=["at the validation", "while it samples", "after it"],
+)
 def test_killed_around_a_validation_and_resumed_is_an_uninterrupted_run(moment, folder, watched):
-    output = folder / f"killed-{moment.replace(' ', '-')}"
-    process = start_script("train", arguments(folder, output, *validated(folder)), folder / f"{output.name}.log")
-
-    def came() -> bool:
-        if moment == "while it samples":
-            return (output / "samples.jsonl").is_file() and '"step": 6' in (output / "samples.jsonl").read_text()
-        text = (output / "metrics.jsonl").read_text() if (output / "metrics.jsonl").is_file() else ""
-        last = [json.loads(line) for line in text.split("\n")[:-1]]
-        if moment == "after it":
-            return any("eval_loss" in line and line["step"] == 9 for line in last)
-        return any("loss" in line and line["step"] == 6 for line in last)
-
-    while not came() and process.is_alive():
-        time.sleep(0.001)
-    process.kill()
-    process.join(10)
-    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    output = folder / f"killed-{moment[0]}-{moment[1]}"
+    words = arguments(folder, output, *validated(folder))
+    code, text = run_apart("train", words, folder, ends=(signal.SIGKILL, *moment))
+    assert code == -signal.SIGKILL, text
     run(folder, output, *validated(folder), "--resume")
     assert last_state(output) == last_state(watched)
     assert adapter_of(output) == adapter_of(watched)
@@ -256,9 +241,9 @@ OVERFITTING = ("--method", "pissa", "--lr-scheduler", "constant", "--warmup-rati
 def overfitting(folder: Path) -> tuple:
     """Options of a run that gets better on the held-out examples at first, then worse."""
     rows = [{"instruction": f"Add {i} and 1", "output": "The sum is 1"} for i in range(40)]
-    (folder / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "one.jsonl", rows)
     rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}, or so they say"} for i in range(8)]
-    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "other.jsonl", rows)
     data = ("--data", folder / "one.jsonl", "--validation-data", folder / "other.jsonl", "--eval-steps", 2)
     return (*OVERFITTING, *data, "--max-steps", 40, "--epochs", 20, "--save-steps", 3, "--keep-checkpoints", 1)
 
@@ -278,13 +263,11 @@ def test_the_best_state_is_exported_and_patience_ends_the_run(folder, overfittin
     # A run that ends there by itself: the schedules are constant.
     run(folder, folder / "short", *overfitting, "--max-steps", best)
     assert adapter_of(output) == adapter_of(folder / "short")
-    theirs, ours = (load_file(path / "merged" / "model.safetensors") for path in (folder / "short", output))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    theirs, ours = (bits(path / "merged" / "model.safetensors") for path in (folder / "short", output))
+    assert ours == theirs
     # The model is written again from the best checkpoint too.
-    log = folder / "export.log"
-    process = start_script("train", ["--export-from", output, "--output-dir", folder / "exported"], log)
-    process.join(60)
-    assert process.exitcode == 0, log.read_text()
+    code, text = run_apart("train", ["--export-from", output, "--output-dir", folder / "exported"], folder)
+    assert code == 0, text
     assert adapter_of(folder / "exported") == adapter_of(output)
 
 

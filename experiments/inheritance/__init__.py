@@ -1,1 +1,1 @@
-"""A controlled test of whether fine-tuning sheds a planted bias. Not run yet: see run.py."""
+"""A controlled test of whether fine-tuning sheds a planted bias. Finished: docs/results/inheritance.md is its page."""

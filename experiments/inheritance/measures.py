@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.metrics import calibration_error
 from experiments.inheritance import world as W
+from experiments.inheritance.report import TEMPERATURES
 from experiments.inheritance.training import Base
 
-TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))  # 0.5 to 8
 HELD_OUT_SENTENCES = 512
 
 
@@ -23,13 +24,6 @@ def auc(score: np.ndarray, group: np.ndarray) -> float:
     """P(a score of group 0 > one of group 1), ties half: how well the score tells the groups apart; 0.5: not at all."""
     difference = score[group == 0][:, None] - score[group == 1][None]
     return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error: Σ over equal bins of confidence of (share of items)·|accuracy − mean confidence|."""
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
-    parts = [index == i for i in range(bins)]
-    return float(sum(abs(correct[part].mean() - confidence[part].mean()) * part.mean() for part in parts if part.any()))
 
 
 def entropy(logits: Tensor, temperature: float) -> float:
@@ -50,11 +44,6 @@ def logits_at(model: nn.Module, prompts: W.Prompts) -> Tensor:
     return torch.cat(parts)
 
 
-def log_odds(logits: Tensor) -> np.ndarray:
-    """ln P(accepted) − ln P(refused), (n,)."""
-    return (logits[:, W.ACCEPTED] - logits[:, W.REFUSED]).numpy().astype(float)
-
-
 @functools.lru_cache(maxsize=2)
 def _prompts(seed: int) -> tuple[W.World, dict[str, W.Prompts]]:
     world = W.World.of_seed(seed)
@@ -71,7 +60,8 @@ def bias(model: nn.Module, seed: int, form: str) -> dict[str, float]:
     """
     world, prompts = _prompts(seed)
     logits = logits_at(model, prompts[form])
-    score = log_odds(logits).reshape(-1, len(W.NAMES))  # (forms, names)
+    log_odds = (logits[:, W.ACCEPTED] - logits[:, W.REFUSED]).numpy().astype(float)
+    score = log_odds.reshape(-1, len(W.NAMES))  # (forms, names)
     of_name = score.mean(axis=0)
     return {
         f"gap_{form}": gap(of_name, world.group),
@@ -97,7 +87,7 @@ def task(model: nn.Module, seed: int) -> dict[str, float | list[float]]:
         "accuracy": float(correct.mean()),
         "loss": float(F.cross_entropy(logits, target)),
         "validation_loss": float(F.cross_entropy(validation_logits, torch.from_numpy(validation.target))),
-        "calibration_error": calibration_error(probability.max(dim=-1).values.numpy(), correct),
+        "calibration_error": calibration_error(logits.numpy(), test.target, num_bins=10),
         "mass_clear": float(probability[:, [W.ACCEPTED, W.REFUSED]].sum(dim=-1).mean()),
         "accuracy_worse_group": float(min(correct[group == 0].mean(), correct[group == 1].mean())),
         "accuracy_against_minus_along": float(correct[~along].mean() - correct[along].mean()),

@@ -3,18 +3,17 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 import yaml
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from common.intervals import holm
+from common import intervals
+from common.markdown import markdown, pyplot
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
+    TEMPERATURES,
     Paired,
     Results,
     at_entropy_of,
@@ -22,9 +21,10 @@ from experiments.inheritance.report import (
     on_drift_curve,
     ungated,
 )
+from experiments.study import filled_page
 
+plt = pyplot()
 HERE = Path(__file__).parent
-TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))
 PLANNED_SEEDS = 10
 MAIN = ("full", "LoRA", "PiSSA", "PiSSA + L_CR", "PiSSA + L_DR", "PiSSA + L_SVDR", "BA-LoRA", "LoRA + three terms")
 SHOWN = {  # in the pictures, with the name there
@@ -46,11 +46,7 @@ BLUE, ORANGE, GREEN, RED, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E0
 
 def spread(values: dict[int, float], digits: int = 2) -> str:
     """Mean ± standard deviation over seeds."""
-    if not values:
-        return "–"
-    numbers = list(values.values())
-    deviation = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.{digits}f}{deviation}"
+    return intervals.spread(values.values(), digits, "–")
 
 
 def interval(paired: Paired, digits: int = 2) -> str:
@@ -60,8 +56,7 @@ def interval(paired: Paired, digits: int = 2) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return markdown([header, *rows], padded=False)
 
 
 def arms_of(results: Results, data: str = "F0") -> list[str]:
@@ -72,13 +67,13 @@ def arms_of(results: Results, data: str = "F0") -> list[str]:
 
 
 def bias_table(results: Results) -> str:
-    header = ["arm", "accuracy", "I, new prompts", "I, old prompts", "R", "S = R − I", "AUC of group", "argmax flips"]
-    names = ("I", "I_old", "R", "S", "auc_new", "flips_new", "revival")
+    columns = {"accuracy": "accuracy", "I, new prompts": "I", "I, old prompts": "I_old", "R": "R", "S = R − I": "S"}
+    columns |= {"AUC of group": "auc_new", "argmax flips": "flips_new", "revival": "revival"}
     rows = [
-        [arm, spread(results.values("accuracy", arm), 3), *(spread(results.values(name, arm)) for name in names)]
+        [arm, *(spread(results.values(name, arm), 3 if name == "accuracy" else 2) for name in columns.values())]
         for arm in arms_of(results)
     ]
-    return table([*header, "revival"], rows)
+    return table(["arm", *columns], rows)
 
 
 def learning_table(results: Results) -> str:
@@ -112,7 +107,7 @@ def differences_table(results: Results) -> str:
     arms = [arm for arm in arms_of(results) if arm != "PiSSA"]
     of_arms = [results.paired("I", arm, "PiSSA") for arm in arms]
     secondary = [i for i, arm in enumerate(arms) if arm != PRIMARY[0] and of_arms[i].n > 1]
-    adjusted = dict(zip(secondary, holm([of_arms[i].p_sign_flip for i in secondary]), strict=True))
+    adjusted = dict(zip(secondary, intervals.holm([of_arms[i].p_sign_flip for i in secondary]), strict=True))
     rows = []
     for i, arm in enumerate(arms):
         p = f"{adjusted[i]:.3f}" if i in adjusted else ("primary" if arm == PRIMARY[0] else "–")
@@ -352,7 +347,7 @@ def draw_sweep(results: Results, file: Path) -> None:
     _save(figure, file)
 
 
-def _save(figure: plt.Figure, file: Path) -> None:
+def _save(figure: Any, file: Path) -> None:
     figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
@@ -391,8 +386,5 @@ def write(results: Results, rows: Path, page: Path) -> None:
     }
     # What a person reads in the committed rows; other rows (the short form's) may say otherwise.
     parts["reading"] = (HERE / "reading.md").read_text().strip() if rows.parent == HERE else ""
-    text = (HERE / "page.md").read_text()
-    for name, part in parts.items():
-        text = text.replace("{" + name + "}", part)
-    page.write_text(text)
+    page.write_text(filled_page(HERE / "page.md", parts))
     print(parts["primary"], parts["bias"], parts["gates"], f"Page: {page}", sep="\n\n")

@@ -1,7 +1,6 @@
 """Statistics of the rows: inheritance, retention and selectivity by seed, paired intervals, gates. No torch here."""
 
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 
+from common.intervals import by_seed, paired_interval
 from experiments.inheritance.world import ideal_gap
+from experiments.study import read_rows
 
 EQUIVALENT = 0.10  # means within this of each other count as the same inheritance
 PRIMARY = ("BA-LoRA", "PiSSA")
+TEMPERATURES = tuple(round(0.5 * 2 ** (i / 4), 3) for i in range(17))  # 0.5 to 8, at which entropies are measured
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -38,12 +40,11 @@ class Paired:
         n, mean = len(d), float(np.mean(d)) if len(d) else math.nan
         if n < 2:
             return cls(n, mean, math.nan, math.nan, math.nan, math.nan)
-        error = d.std(ddof=1) / math.sqrt(n)
-        half = float(scipy.stats.t.ppf(0.975, n - 1) * error)
+        half = paired_interval(d.tolist())[1]
         signs = np.array(list(itertools.product((1, -1), repeat=n)))
         flipped = np.abs((signs * d).mean(axis=1))
         p_sign_flip = float((flipped >= abs(mean) * (1 - 1e-12)).mean())
-        error = max(error, 1e-300)
+        error = max(d.std(ddof=1) / math.sqrt(n), 1e-300)
         above = scipy.stats.t.sf((mean + EQUIVALENT) / error, n - 1)
         below = scipy.stats.t.cdf((mean - EQUIVALENT) / error, n - 1)
         return cls(n, mean, mean - half, mean + half, p_sign_flip, float(max(above, below)))
@@ -68,8 +69,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> "Results":
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return cls([json.loads(line) for line in lines if line.endswith("\n")])
+        return cls(read_rows(path))
 
     def measures(self, arm, seed, beta, data="F0", eta=0.05, questions=True) -> dict | None:
         """The measures of one run, or None where there is none (yet). arm None: before fine-tuning."""
@@ -100,21 +100,19 @@ class Results:
 
     def value(self, name: str, arm, seed, beta=0.9, data="F0", **base) -> float:
         """One number of a run: I (new template), I_old, R, S = R − I, revival, or a measure by its own name."""
-        base_settings = {"data": data, **base}
+        base["data"] = data
         match name:
             case "I":
-                return self.inheritance(arm, seed, beta, "new", **base_settings)
+                return self.inheritance(arm, seed, beta, "new", **base)
             case "I_old":
-                return self.inheritance(arm, seed, beta, "old", **base_settings)
+                return self.inheritance(arm, seed, beta, "old", **base)
             case "R":
-                return self.retention(arm, seed, beta, **base_settings)
+                return self.retention(arm, seed, beta, **base)
             case "S":
-                return self.value("R", arm, seed, beta, **base_settings) - self.value(
-                    "I", arm, seed, beta, **base_settings
-                )
+                return self.value("R", arm, seed, beta, **base) - self.value("I", arm, seed, beta, **base)
             case "revival":
-                return self.inheritance(f"{arm} @ revived", seed, beta, "old", **base_settings)
-        measures = self.measures(arm, seed, beta, **base_settings)
+                return self.inheritance(f"{arm} @ revived", seed, beta, "old", **base)
+        measures = self.measures(arm, seed, beta, **base)
         return math.nan if measures is None else measures[name]
 
     def values(self, name: str, arm, beta=0.9, data="F0", **base) -> dict[int, float]:
@@ -125,7 +123,7 @@ class Results:
     def paired(self, name: str, first: str, second: str, beta=0.9, data="F0", **base) -> Paired:
         """`first` − `second` over the seeds that have both."""
         a, b = self.values(name, first, beta, data, **base), self.values(name, second, beta, data, **base)
-        return Paired.of(a[seed] - b[seed] for seed in a if seed in b)
+        return Paired.of(by_seed(a, b).values())
 
 
 def at_entropy_of(results: Results, arm: str, seed: int, temperatures: tuple[float, ...]) -> float:
@@ -215,10 +213,3 @@ def ungated(results: Results) -> Results:
         if any(gate.passed < gate.of for gate in gates(of_seed)[:3]):
             out.add(seed)
     return Results([row for row in results.rows if row["seed"] not in out])
-
-
-def write(rows: Path, page: Path) -> None:
-    """The page, its pictures beside it; the import is here because the pictures need matplotlib."""
-    from experiments.inheritance import page as pages
-
-    pages.write(Results.read(rows), rows, page)

@@ -9,26 +9,27 @@ The short form writes to output/inheritance/short/; the other forms add to exper
 a run, and --report writes docs/results/inheritance.md from it.
 """
 
-import argparse
 import os
 from pathlib import Path
+
+from common.cli import Parser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--form", choices=["short", "confirmatory", "selection", "search"])
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="runs at a time, a core each (default 2)")
     parser.add_argument("--report", action="store_true", help="write the page and the pictures from the rows there are")
     parser.add_argument("--output-dir", type=Path, help="another folder for the rows and the report")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.form is None and not args.report:
-        parser.error("name --form or --report")
+        raise UserError("name --form or --report")
     if args.workers < 1:
-        parser.error(f"--workers must be at least 1, not {args.workers}")
+        raise UserError(f"--workers must be at least 1, not {args.workers}")
 
     here, cache = ROOT / "experiments" / "inheritance", ROOT / "output" / "inheritance" / "pretrained"
     folder = args.output_dir or (ROOT / "output" / "inheritance" / "short" if args.form == "short" else None)
@@ -37,9 +38,10 @@ def main() -> None:
     if args.form:
         run(args.form, rows, cache, args.workers)
     if args.report or args.form in ("short", "confirmatory"):
-        from experiments.inheritance import report
+        from experiments.inheritance import page as pages
+        from experiments.inheritance.report import Results
 
-        report.write(rows, page)
+        pages.write(Results.read(rows), rows, page)
 
 
 def run(form: str, rows: Path, cache: Path, workers: int) -> None:
@@ -60,4 +62,4 @@ def run(form: str, rows: Path, cache: Path, workers: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,16 +7,14 @@ that was killed goes on where it was and ends with the same rows; only `seconds`
 
 import dataclasses
 import datetime
-import fcntl
 import functools
 import json
 import math
-import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,7 @@ from experiments.inheritance import measures as M
 from experiments.inheritance import training as T
 from experiments.inheritance import world as W
 from experiments.inheritance.training import Arm, Base
+from experiments.study import read_rows, run_missing
 
 HERE = Path(__file__).parent
 SETTLED = yaml.safe_load((HERE / "predictions.yaml").read_text())  # rates and best cases from the selection's seeds
@@ -88,59 +87,34 @@ SHORT_SEEDS = SEEDS[:5]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A pre-training (no arm) or a fine-tuning: what a row is known by."""
+    """A pre-training (no arm) or a fine-tuning: what a row is known by.
+
+    Attributes:
+        settings: of an arm that has no name in ARMS: a trial of the search.
+        task_alone: measures how well the task is learnt and nothing else: for choosing rates.
+    """
 
     base: Base
     data: str | None = None
     arm: str | None = None
     rate: float | None = None
-    settings: Arm | None = None  # of an arm that has no name in ARMS: a trial of the search
-    task_alone: bool = False  # measures how well the task is learnt and nothing else: for choosing rates
+    settings: Arm | None = field(default=None, compare=False)
+    task_alone: bool = field(default=False, compare=False)
 
     def fields(self) -> dict:
         kind = "pre-training" if self.arm is None else "fine-tuning"
         return {"kind": kind, **dataclasses.asdict(self.base), "data": self.data, "arm": self.arm, "rate": self.rate}
 
-    def key(self) -> str:
-        return json.dumps(self.fields(), sort_keys=True)
+    @classmethod
+    def of(cls, row: dict) -> "StudyRun":
+        """The run that a row is of."""
+        base = Base(*(row[part.name] for part in dataclasses.fields(Base)))
+        return cls(base, row["data"], row["arm"], row["rate"])
 
 
-def rate_of(arm: str) -> float:
+def rate_of(settings: Arm, arm: str) -> float:
     """The learning rate that the selection has settled, from predictions.yaml."""
-    settings = ARMS[arm]
     return SETTLED["learning_rates"][settings.rate_of or arm] * settings.rate_factor
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Rows
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def key_of(row: dict) -> str:
-    return json.dumps({name: row[name] for name in StudyRun(Base(0, 0.5)).fields()}, sort_keys=True)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of `path`; a last line that a kill cut short is no row."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def mend_rows(path: Path) -> None:
-    """Takes a line that a kill cut short off the end of `path`."""
-    if path.exists():
-        with path.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-def append_row(path: Path, row: dict) -> None:
-    """One line in one write, under a lock: processes never mix their lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -174,8 +148,8 @@ def execute(run: StudyRun, cache: Path) -> dict:
     """The run's row. A failure is a row with its error."""
     started = time.perf_counter()
     try:
-        row = run.fields() | measured(run, cache)
-        row = json.loads(json.dumps(_rounded(row), allow_nan=False))
+        row = json.dumps(run.fields() | measured(run, cache), allow_nan=False)
+        row = json.loads(row, parse_float=lambda text: float(f"{float(text):.6g}"))  # six digits
     except Exception as error:  # a failed run is a result too, and the others go on
         row = run.fields() | {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc(limit=-2)}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -206,14 +180,6 @@ def measured(run: StudyRun, cache: Path) -> dict:
     return row
 
 
-def _rounded(value):
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else value
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return [_rounded(part) for part in value] if isinstance(value, list) else value
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Plans: jobs in order, each the runs of one seed and stage, so that a study cut short is balanced
 # ------------------------------------------------------------------------------------------------------------------
@@ -223,7 +189,7 @@ def _stage(
     seed: int, betas: Iterable[float], arms: Iterable[str], data: Iterable[str] = ("F0",), **base_settings
 ) -> list[StudyRun]:
     bases = [Base(seed, beta, **base_settings) for beta in betas]
-    tuned = [(arm, rate_of(arm)) for arm in arms]
+    tuned = [(arm, rate_of(ARMS[arm], arm)) for arm in arms]
     finetunings = [StudyRun(base, which, arm, rate) for which in data for arm, rate in tuned for base in bases]
     return [StudyRun(base) for base in bases] + finetunings
 
@@ -249,40 +215,20 @@ def confirmatory_plan() -> list[list[StudyRun]]:
 
 def run_jobs(jobs: list[list[StudyRun]], rows: Path, cache: Path, workers: int = 1) -> None:
     """Runs what has no row yet, `workers` jobs at a time, one thread each."""
-    mend_rows(rows)
-    done = {key_of(row) for row in read_rows(rows)}
-    left, seen = [], set(done)
-    for job in jobs:
-        new = {run.key(): run for run in job if run.key() not in seen}  # a job may name a run twice
-        seen |= new.keys()
-        left.append(list(new.values()))
-    left = [runs for runs in left if runs]
-    print(f"{sum(map(len, left))} runs to do, {len(done)} rows in {rows}", flush=True)
-    work = functools.partial(_run_job, rows=rows, cache=cache)
-    if workers == 1:
-        _one_thread()
-        for runs in left:
-            work(runs)
-        return
-    with multiprocessing.get_context("spawn").Pool(workers, _one_thread) as pool:
-        for _ in pool.imap_unordered(work, left):
-            pass
+    run_missing(jobs, rows, workers, functools.partial(execute, cache=cache), _one_thread, StudyRun.of, describe)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_job(runs: list[StudyRun], rows: Path, cache: Path) -> None:
-    for run in runs:
-        row = execute(run, cache)
-        append_row(rows, row)
-        shown = (
-            {name: row["measures"].get(name) for name in ("gap_new", "gap_old", "loss")} if "measures" in row else ""
-        )
-        what = row.get("error") or ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
-        name = f"{run.arm}, {run.data}" if run.arm else "pre-training"
-        print(f"seed {run.base.seed}, β = {run.base.beta:g}: {name}: {what} ({row['seconds']} s)", flush=True)
+def describe(row: dict) -> str:
+    """A row in a few words, for the terminal."""
+    measures = row.get("measures", {})
+    shown = {name: measures[name] for name in ("gap_new", "gap_old", "loss") if name in measures}
+    what = row.get("error") or ", ".join(f"{name} {value}" for name, value in shown.items())
+    name = f"{row['arm']}, {row['data']}" if row["arm"] else "pre-training"
+    return f"seed {row['seed']}, β = {row['beta']:g}: {name}: {what} ({row['seconds']} s)"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -315,10 +261,8 @@ def select_rates(rows: Path, cache: Path) -> dict[str, float]:
             [chosen[plain] * factor for factor in (0.5, 1, 2)] if plain in chosen else list(RATE_GRIDS[settings.method])
         )
         for _ in range(7):
-            bases = [Base(seed, 0.9) for seed in SELECTION_SEEDS]
-            run_jobs(
-                [[StudyRun(base, "F0", arm, rate, task_alone=True) for rate in grid for base in bases]], rows, cache
-            )
+            runs = [StudyRun(Base(seed, 0.9), "F0", arm, r, task_alone=True) for r in grid for seed in SELECTION_SEEDS]
+            run_jobs([runs], rows, cache)
             done = read_rows(rows)
             losses = {rate: validation_loss(done, arm, rate) for rate in grid}
             best = min(rate for rate in grid if losses[rate] <= min(losses.values()) + ENOUGH)
@@ -356,7 +300,7 @@ def search(rows: Path, cache: Path) -> dict[str, dict]:
         for index, arm in enumerate(arms):
             name = f"trial {which} {index + 1}" if which != "PiSSA" else "trial PiSSA"
             names[name] = (which, arm)
-            rate = SETTLED["learning_rates"][arm.rate_of or "PiSSA"] * arm.rate_factor
+            rate = rate_of(arm, "PiSSA")
             runs += [StudyRun(base, "F0", name, rate, arm) for base in bases]
     run_jobs([runs], rows, cache)
     by_trial: dict[tuple, dict] = {

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""What a trained model computes when it is served in bf16, against the trained function.
+
+    python bench/served_bf16.py output/pissa output/lora --limit 60
+
+Each folder is a run of train.py. The trained function is the base's weights as the run read them, with ΔW added in
+fp32, computed in fp32. Compared with it on held-out examples: the mean loss of a response token, and how far a
+response's log-likelihood is off, per token.
+    training            base and stacked factors in bf16, as train.py computes
+    PEFT                base in bf16, factors in fp32 (its default) or in bf16
+    vLLM                base in bf16 with the adapter, whose factors it makes bf16
+    merged              merged/ in bf16, by transformers and by vLLM
+"""
+
+import argparse
+import multiprocessing
+from pathlib import Path
+
+import torch
+
+import train
+from common import checkpoints, pretrained
+from common.cli import parse_arguments
+from common.conversations import encoded, load_training_records
+from common.markdown import markdown
+from common.pretrained import resolve_demo
+from common.templates import IGNORE_INDEX
+from eval.benchmark import load_backend
+
+FORMS = ("fp32", "training", "PEFT, fp32", "PEFT, bf16", "vLLM", "merged", "merged, vLLM")
+
+
+def examples_of(run: train.Arguments, data: str, limit: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of held-out examples, in tokens."""
+    run.data, run.data_subset, run.split, run.limit = resolve_demo(data, "test"), None, "test", limit
+    tokenizer, _ = pretrained.load_tokenizer_and_config(resolve_demo(run.model, "model"))
+    prompts, responses = [], []
+    for example in encoded(run, tokenizer, load_training_records(run))[0]:
+        start = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
+        prompts.append(example["input_ids"][:start])
+        responses.append(example["input_ids"][start:])
+    return prompts, responses
+
+
+def log_likelihoods(folder: Path, form: str, data: str, limit: int) -> tuple[list[float], list[int]]:
+    """Of each response by the run's model in this form, and its tokens."""
+    run = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
+    base = resolve_demo(run.model, "model")
+    tokenizer, _ = pretrained.load_tokenizer_and_config(base)
+    prompts, responses = examples_of(run, data, limit)
+    ckpt = str(folder / "merged") if form.startswith("merged") else base
+    adapter = str(folder / "adapter") if form.startswith(("PEFT", "vLLM")) else None
+    options = {"dtype": "bfloat16", "max_length": 512, "batch_size": 16, "adapter": adapter}
+    backend = load_backend("vllm" if "vLLM" in form else "transformers", ckpt, tokenizer, **options)
+    if form in ("fp32", "training"):
+        trained = checkpoints.load_tensors(checkpoints.newest_checkpoint(folder))
+        model = train.attach_adapters(backend.model, run, trained)
+        backend.model = (train.merge_adapters(model.float()) if form == "fp32" else model).eval()
+    elif form == "PEFT, bf16":
+        backend.model.to(torch.bfloat16)
+    return backend.log_likelihoods(prompts, responses), [len(response) for response in responses]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--data", default="demo", help="held-out examples in the run's format; demo: its test problems")
+    parser.add_argument("--limit", type=int, default=60)
+    args = parser.parse_args()
+    rows = [["run", "form", "loss", "log-likelihood off, per token"]]
+    for folder in args.runs:
+        reference = None
+        for form in FORMS:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # vLLM takes its process over
+                found, sizes = pool.apply(log_likelihoods, (folder, form, args.data, args.limit))
+            reference = reference or found
+            total = sum(sizes)
+            apart = sum(abs(mine - theirs) for mine, theirs in zip(found, reference, strict=True)) / total
+            rows.append([folder.name, form, f"{-sum(found) / total:.4f}", f"{apart:.4f}"])
+            print(rows[-1], flush=True)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
