@@ -216,6 +216,12 @@ class VLLMBackend:
             max_rank = next(size for size in VLLM_LORA_RANKS if size >= rank)
             options |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": 1}
             self.lora = LoRARequest("adapter", 1, str(Path(adapter).resolve()))
+            if choose_device().type == "cpu" and not _adapts_head(adapter):
+                from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+                # Its CPU form adds the adapter's part of the logits once for each sequence, and fails where the
+                # log-probabilities of a prompt need it for each token (vLLM's issue 29955). Here this part is zero.
+                PunicaWrapperCPU.add_lora_logits = lambda self, y, *args, **kwargs: y
         self.tokenizer = tokenizer
         self.batch_size = batch_size_of(batch_size, self.name)
         self.eos_token_ids = eos_token_ids_of(ckpt, tokenizer)
@@ -277,6 +283,11 @@ class VLLMBackend:
             of_response = zip(output.prompt_logprobs[-len(response) :], response, strict=True)
             found.append(sum(logprobs[token].logprob for logprobs, token in of_response))
         return found
+
+
+def _adapts_head(adapter: str) -> bool:
+    with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+        return any("lm_head" in name for name in file.keys())  # noqa: SIM118
 
 
 def eos_token_ids_of(ckpt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

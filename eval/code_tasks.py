@@ -69,7 +69,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 END_OF_TEXT = re.compile(r"<\|[\w ]+\|>|</s>[ \t]*$|^(?:" + "|".join(benchmark.BEGINNINGS) + ")", re.MULTILINE)
 FENCE = re.compile(r"(.*?)(`{3,}|~{3,})(.*)")
 INLINE = re.compile(r"[ \t]*(?:(?:python3?|py)\b[ \t]*)?(?=\w)(.*?)(?:`{3,}|~{3,})(.*)", re.IGNORECASE)
-MARK = re.compile(r"([ \t]*)(?:>>>|\.\.\.|>)(?: |$)")  # an interpreter's prompts, a quotation
+MARK = re.compile(r"([ \t]*)(?:>>>|In \[\d+\]:|\.\.\.:?|>)(?: |$)")  # an interpreter's prompts, a quotation
 COMPOUND = re.compile(r"(?:async|class|def|for|if|try|while|with)\b|@")
 CONTINUES = re.compile(r"(?:elif|else|except|finally)\b")
 # Words in the lines before a further version: that it replaces the version before, or that it stands beside it.

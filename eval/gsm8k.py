@@ -7,10 +7,10 @@ One item, as data in GSM8K's format has it, a completion, and its verdict:
      "answer": "In May she sold 48/2 = <<48/2=24>>24 clips. Altogether 48+24 = <<48+24=72>>72.\\n#### 72"}
     "In May: 48 / 2 = 24. Altogether 48 + 24 = 72.\\nThe answer is: 72"      extracted 72, correct
 
-Three verdicts. `correct`: the number after the last "The answer is:", or else after GSM8K's own "####", or else after
-"The answer is", is the gold number. `correct_strict`: by the published rule (BA-LoRA, PiSSA, MetaMath), which knows the
-first mark alone, reads no more than "1,000" of "1,000,000", and rounds: 17.6 counts for 18. `correct_lenient`: the
-completion's last number is it.
+Three verdicts. `correct`: the number after the last "The answer is:", or else after GSM8K's own "####", or else in the
+last \\boxed{}, or else after "The answer is", is the gold number. `correct_strict`: by the published rule (BA-LoRA,
+PiSSA, MetaMath), which knows the first mark alone, reads no more than "1,000" of "1,000,000", and rounds: 17.6 counts
+for 18. `correct_lenient`: the completion's last number is it.
 
 How to run
     python eval/gsm8k.py --ckpt output/ba-lora/merged                       the 1,319 test problems from the hub
@@ -23,6 +23,7 @@ What comes out, in --output-dir
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -57,13 +58,14 @@ DECORATION = re.compile(r"(?:[\s*:+=`$€£]|(?:the )?(?:final )?answer(?: is)?\
 MOST_DIGITS = 100  # a longer sequence of digits is an endless repetition, not a number
 
 
-# The second mark does not count if the sentence goes on to say how the answer is found.
+# The last mark does not count if the sentence goes on to say how the answer is found.
 MARKERS = (
     r"the (?:final )?answer is:",
+    r"\\boxed\s*\{",
     r"the (?:final )?answer is\b(?!:|\s+(?:a|an|as|found|given|in|not|obtained|that|the)\b)",
 )
 # "18 + 24 = 42": the value comes after the last equals sign of the sentence.
-EQUATION = re.compile(r"\A(?:(?!\.\s).)*\d\s*[-+*/×÷](?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)")
+EQUATION = re.compile(r"\A(?:(?!\.\s).)*\d\s*(?:[-+*/×÷]|% of\b)(?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)")
 NAME = re.compile(r"\b[A-Za-z]_?\{?\d+\}?(?=\s*=)")  # "x2 = 18"
 MONEY = r"(?:\$\s?\d|\d[\d,.]* (?:dollars|cents|euros|pounds))"
 EACH = re.compile(
@@ -83,7 +85,7 @@ WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|m
 
 def extract_answer(text: str) -> Fraction | None:
     """The number after the last "The answer is:"; else the number right after the last "####", which is a heading in
-    Markdown too; else the number after "The answer is". None without any of them."""
+    Markdown too; else the number in the last \\boxed{}; else the number after "The answer is". None without any."""
     text = re.split("|".join(benchmark.BEGINNINGS), text)[0]
     text = text.replace("\N{MINUS SIGN}", "-").replace("\N{ZERO WIDTH SPACE}", " ")
     for marker in MARKERS:
@@ -112,6 +114,8 @@ def _ended(found: re.Match | None) -> Fraction | None:
 
 def _plain(text: str) -> str:
     """Rewrites thousands, fractions, mixed numbers and powers of ten in the form that NUMBER reads."""
+    text = re.sub(r"(?<![\d ])( ?)–(?=\$?\d)", r"\1-", text)  # a dash for a minus sign
+    text = re.sub("[¼-¾⅐-⅞]", lambda sign: " " + unicodedata.normalize("NFKC", sign[0]).replace("⁄", "/"), text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text)
     text = GROUPS.sub(lambda groups: groups[1] + re.sub(r"\D", "", groups[2]), text)
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)

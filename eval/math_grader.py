@@ -135,6 +135,7 @@ READINGS: tuple[tuple[str, Any], ...] = (
     (r"\A\$([^$]*)\$\Z|\A\\\((.*)\\\)\Z|\A\\\[(.*)\\\]\Z", lambda m: m[1] or m[2] or m[3] or ""),
     (r"\A\\(?:boxed|fbox)\{([^{}]*)\}\Z", r"\1"),
     (r"\A\\displaystyle\b", ""),
+    (r"\A\\(?:text|mbox)\{\s*([-+]?[\d.][^{}]*)\}\Z", r"\1"),  # a number among the words
     ("|".join(SIGNS), lambda sign: SIGNS[sign[0]]),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda digits: f"^{{{digits[0].translate(SUPERSCRIPTS)}}}"),
     (r"[¼-¾⅐-⅞]", lambda sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄"))),

@@ -119,7 +119,8 @@ def isolation() -> Isolation:
     for level, with_filter in attempts:
         found = Isolation(level, with_filter, tuple(problems))
         try:
-            verdict = _run(Program("def f(): return 1", "assert f() == 1", ("f",)), Limits(), found)
+            # With an import: a library that lies below /tmp, for example, is not visible in namespaces.
+            verdict = _run(Program("import dataclasses\ndef f(): return 1", "assert f() == 1", ("f",)), Limits(), found)
             if verdict.passed:
                 return found
             problem = f"{level}: {verdict.detail}"

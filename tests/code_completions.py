@@ -120,6 +120,7 @@ PASSING = {
     "prose ''' ": "Use ''' for docstrings.\n\n" + RIGHT,
     "prose backtick": "Use `add` as in ```add(1, 2)```:\n\n" + RIGHT,
     "repl": ">>> def add(x, y):\n...     return x + y\n... \n>>> add(1, 2)\n3\n",
+    "ipython": "In [1]: def add(x, y):\n   ...:     return x + y\n   ...: \n\nIn [2]: add(1, 2)\nOut[2]: 3\n",
     "quote": "> ```python\n> def add(x, y):\n>     return x + y\n> ```\n",
     "list fence": "1. First:\n\n   ```python\n   def add(x, y):\n       return x + y\n   ```\n\n2. Done.",
     "bullet fence": "- " + FENCE + "python\n  def add(x, y):\n      return x + y\n  " + FENCE,

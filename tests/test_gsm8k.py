@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -87,6 +88,13 @@ from eval.generation import Sampling, batches, response_loss
         ("The answer is: x2 = 18", 18),
         ("The answer is: x = 18", 18),
         ("The answer is: 2^3", None),
+        ("The answer is: –5", -5),
+        ("The answer is: 1½ hours", Fraction(3, 2)),
+        ("The answer is: ¾", Fraction(3, 4)),
+        ("The answer is: 100% of 18 = 18", 18),
+        (r"So she pays $\boxed{18}$ dollars.", 18),
+        (r"\boxed{17}? No. The answer is: 18", 18),
+        ("The answer is: 2 million", 2),  # as GSM8K's own answers
     ],
 )
 def test_extracted_answers(text, expected):
@@ -225,10 +233,11 @@ def test_response_loss_equals_the_models_own(smollm2, transformers_backend):
     assert response_loss(transformers_backend, prompts[:3], responses) == pytest.approx(expected, rel=1e-4)
 
 
-def by_vllm(path: str, questions: list, prompts: list, responses: list, out: Path) -> None:
+def by_vllm(path: str, questions: list, prompts: list, responses: list, out: Path, adapter: str | None = None) -> None:
     """In a process of its own, which it binds to cores: what it generates, and the loss of the responses."""
     tokenizer, _ = load_tokenizer_and_config(path)
-    backend = load_backend("vllm", path, tokenizer, dtype="float32", batch_size=1, max_length=512)
+    options = {"dtype": "float32", "batch_size": 1, "max_length": 512, "adapter": adapter}
+    backend = load_backend("vllm", path, tokenizer, **options)
     texts = [completion.text for completion in backend.generate(questions, Sampling(32))]
     out.write_text(json.dumps([texts, response_loss(backend, prompts, responses)]))
 
@@ -255,6 +264,28 @@ def test_vllm_and_transformers_agree(smollm2, transformers_backend, tmp_path):
     agreeing = sum(a == b for a, b in zip(ours, theirs, strict=True))
     assert agreeing >= 0.95 * 50  # fp32 sums in another order may turn a near tie
     assert loss == pytest.approx(their_loss, rel=1e-3)
+
+
+def test_vllm_gives_the_loss_with_an_adapter(smollm2, transformers_backend, tmp_path):
+    """vLLM's own form on a CPU fails there: its adapted logits are those of the sequences, not of their tokens."""
+    pytest.importorskip("vllm")
+    path, tokenizer, _, prompts = smollm2
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(path),
+        peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    responses = [encode_response(tokenizer, "6 * 6 = 36\nThe answer is: 36")] * len(prompts)
+    words = (path, prompts[:1], prompts, responses, tmp_path / "found.json", adapter)
+    process = forking().Process(target=by_vllm, args=words)
+    process.start()
+    options = {"dtype": "float32", "batch_size": 4, "max_length": 512}
+    loss = response_loss(load_backend("transformers", path, tokenizer, adapter=adapter, **options), prompts, responses)
+    process.join()
+    assert process.exitcode == 0
+    assert json.loads((tmp_path / "found.json").read_text())[1] == pytest.approx(loss, rel=1e-3)
+    assert abs(loss - response_loss(transformers_backend, prompts, responses)) > 0.05
 
 
 def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):

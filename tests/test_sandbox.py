@@ -480,6 +480,61 @@ def test_each_level_keeps_out_what_it_says(source, seen_by, level, tmp_path):
     assert verdict.passed == (level in seen_by), verdict
 
 
+# What the header of sandbox.py, the page and `describe` claim, in their words, and what would fail if it were not so:
+# attacks of hostile_programs.py, families of system calls, or tests of this file.
+HELD_BY = {
+    "Python's standard library, system libraries and numpy": "change_library installed_packages read_passwd sys",
+    "Python's library, numpy and an empty": "change_library installed_packages read_secret list_home",
+    "it can lock or watch none of them": "locks and watches|locks, leases, watches and owners of descriptors",
+    "network": "connect_loopback udp_loopback listen netlink raw_system_call download",
+    "other processes": "proc_any signal_parent ptrace_parent memory_of_parent priority_of_parent limit_parent",
+    "environment": "environment environment_of_parent environment_of_self environment_in_memory",
+    "no process can be started": "fork vfork clone clone3 subprocess exec fork_bomb|processes",
+    "start no processes": "fork vfork clone clone3 subprocess exec",
+    "other objects of the kernel": "memory_system_v unix_socket abstract_socket|keys|asynchronous I/O",
+    "shared memory, queues, keys, locks": "System V and POSIX memory, queues and semaphores|keys|sockets with a name",
+    "system calls": "io_uring raw_system_call|the kernel's corners|namespaces and mounts",
+    "disk and output are limited": "memory_bomb endless_loop sleep disk_bomb sparse_file endless_output",
+    "Memory, disk and time are limited": "memory_bomb endless_loop sleep disk_bomb sparse_file",
+    "ends with all its threads": "threads_remain|test_no_process_is_left",
+    "the load of the machine changes no verdict": "test_a_busy_machine_changes_no_verdict",
+    "As many programs run at the same time": "test_workers_are_the_cores_that_a_container_leaves",
+    "by plain data only": "equal_to_all class_lies garbage own_memory|test_plain_data_comes_back_as_it_was",
+    "shares no memory with the model's code": "frames garbage own_memory memory_of_judge",
+    "does not pass by an early exit": "exit_hard_at_import patched_builtins equal_to_all",
+    "cleared afterwards whatever rights": "test_a_folder_is_cleared_whatever_rights_are_left",
+    "whether a file exists": "test_each_level_keeps_out_what_it_says|where a link leads",
+    "host's name": "test_each_level_keeps_out_what_it_says",
+    "threads as its memory holds": "thread_bomb",
+    "fill the disk": "test_each_level_keeps_out_what_it_says",
+    "refuse to run code": "test_nothing_runs_without_isolation_unless_asked",
+    "those that Python needs": "test_families_of_system_calls_are_refused|test_an_honest_program_passes",
+    "hostile programs do not pass": "test_a_hostile_program_does_not_pass",
+}
+NO_CLAIM = "|".join(
+    [
+        "code that a model wrote|is on by default|needs Linux|as root, or as a user|where the kernel has namespaces",
+        "counts seconds|same with these exceptions|runs it all the same|prints what is isolated|first lines of",
+        "It is made for|adversary|own solutions pass|164 of 164",  # solutions: tests/test_code_benchmarks.py
+    ]
+)
+
+
+def test_every_sentence_about_the_sandbox_is_held_by_an_attack():
+    header = sandbox.__doc__.partition("Protects")[2].partition("Does not protect")[0]
+    page = (ROOT / "docs" / "evaluation.md").read_text().partition("## The sandbox")[2].partition("\n## ")[0]
+    described = [found.describe() for found in LEVELS.values()]
+    sentences = re.split(r"(?<=[.;:])\s", " ".join(f"{header} {page} {' '.join(described)}".split()))
+    claims = [sentence for sentence in sentences if len(sentence.split()) > 4 and not re.search(NO_CLAIM, sentence)]
+    assert len(claims) >= 25
+    assert [claim for claim in claims if not any(words in claim for words in HELD_BY)] == []
+    assert [words for words in HELD_BY if not any(words in claim for claim in claims)] == []
+    for holders in HELD_BY.values():
+        for holder in holders.split("|"):
+            known = {*REFUSED, *ARGUMENTS, *globals()}
+            assert holder in known or all(name in PROGRAMS for name in holder.split()), holder
+
+
 @pytest.mark.skipif(os.getuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root ignores permissions")
 def test_a_folder_is_cleared_whatever_rights_are_left(level):
     """As an ordinary user, to whom rights mean something."""
