@@ -96,19 +96,6 @@ def test_shots_come_before_the_question(argv, tmp_path, problems):
     assert raw[0]["prompt"] == "Question: 0 and 1?\nAnswer: 0\nThe answer is: 0\n\nQuestion: 0 and 1?\nAnswer:"
 
 
-def test_a_completion_ends_before_a_stop_string(checkpoint):
-    """Both the tokens and the text, against the same completion without stop strings."""
-    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
-    prompt = tokenizer("Hello")["input_ids"]
-    (whole,) = backend.generate([prompt], Sampling(30))
-    stop = next(char for char in whole.text[3:] if char.isascii() and char.isprintable())
-    (cut,) = backend.generate([prompt], Sampling(30, stop=(stop,)))
-    assert cut.text == whole.text[: whole.text.index(stop)]
-    assert cut.finished
-    assert cut.num_tokens < whole.num_tokens
-
-
 # ---------------------------------------------------------------------------------------------- sampling
 
 
