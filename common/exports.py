@@ -64,18 +64,6 @@ def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return classic
 
 
-def clean_tokenizer_config(path: Path) -> None:
-    """Removes entries of a tokenizer_config.json that only transformers 5 knows, or that its loading call left."""
-    config = json.loads(path.read_text())
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # both versions know the class by this name
-    for name in ("backend", "is_local", "local_files_only"):
-        config.pop(name, None)
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
 @torch.no_grad()
 def probe_logits(model: nn.Module) -> Tensor:
     """Of two sequences from all over the vocabulary, (2, 12, V) on the CPU, in fp32."""
@@ -212,14 +200,17 @@ def _require_bits(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "transformers.GenerationConfig") -> None:
-    """Checks that the stored tokenizer gives training's tokens for a text and for the prompts of `sample`, and that
-    answers end as the trained model's."""
+    """Checks that the stored tokenizer gives training's tokens for every token's text and for the prompts of `sample`,
+    and that answers end as the trained model's."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    found, text, tokenizer = AutoTokenizer.from_pretrained(folder), "Two 2s are 4, naïve 你好\n", template.tokenizer
+    found, tokenizer = AutoTokenizer.from_pretrained(folder), template.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    text = "\n".join(["Two 2s are 4, naïve 你好", *tokenizer.batch_decode([[id_] for id_ in vocabulary.values()])])
     if found.chat_template != template.plain_jinja:
         raise ValueError(f"{folder.name}/ has another chat template")
-    if found(text)["input_ids"] != tokenizer(text)["input_ids"] or found.eos_token_id != tokenizer.eos_token_id:
+    are_alike = found.get_vocab() == vocabulary and found(text)["input_ids"] == tokenizer(text)["input_ids"]
+    if not are_alike or found.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(f"the tokenizer of {folder.name}/ gives other tokens")
     ends = GenerationConfig.from_pretrained(folder)
     if (ends.eos_token_id, ends.do_sample) != (generation.eos_token_id, generation.do_sample):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.cli import UserError, first_line
-from common.prompts import ALPACA_PROMPT
+from common.templates import ALPACA_PROMPT
 from common.tensors import save_tensors
 
 

@@ -19,8 +19,8 @@ import train
 from common import exports
 from common.cli import RunStopped, UserError
 from common.peft_format import export_adapter
-from common.prompts import encode_prompt
 from common.targets import TARGET_MODULES
+from common.templates import encode_prompt
 from common.tensors import save_tensors
 
 METHODS = ["lora", "pissa", "ba-lora"]
@@ -293,6 +293,18 @@ def edit_tensor(path: Path, name: str, edit: object) -> None:
     save_file(tensors | ({} if changed is None else {name: changed.contiguous()}), path, metadata={"format": "pt"})
 
 
+def edit_tokenizer(out: Path, edit: object) -> None:
+    path = out / "merged" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    edit(content["model"])
+    path.write_text(json.dumps(content))
+
+
+def exchange(model: dict) -> None:
+    """Two bytes that no text has."""
+    model["vocab"]["ú"], model["vocab"]["û"] = model["vocab"]["û"], model["vocab"]["ú"]
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -321,6 +333,9 @@ FAULTS = {
     ),
     "the end token": lambda out: edit_json(out / "adapter" / "generation_config.json", eos_token_id=3),
     "sampling": lambda out: edit_json(out / "merged" / "generation_config.json", do_sample=True),
+    "a merge of the tokenizer": lambda out: edit_tokenizer(out, lambda model: model["merges"].pop()),
+    "two tokens exchanged": lambda out: edit_tokenizer(out, exchange),
+    "the tokenizer's end": lambda out: edit_json(out / "adapter" / "tokenizer_config.json", eos_token="!"),
     "the chat template": lambda out: (out / "merged" / "chat_template.jinja").write_text("{{ messages }}"),
 }
 INDEX = torch.tensor([3])

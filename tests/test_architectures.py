@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from common.cli import UserError
-from common.prompts import encode_prompt
+from common.templates import encode_prompt
 from data import demo
 
 ARCHITECTURES = [(name, "ba-lora") for name in architectures.ARCHITECTURES]
