@@ -1,5 +1,6 @@
-"""Tables for the terminal and for pages, and what draws their pictures."""
+"""Tables for the terminal and for pages, and the pictures of the pages."""
 
+from pathlib import Path
 from typing import Any
 
 
@@ -12,10 +13,19 @@ def markdown(rows: list[list[str]], padded: bool = True) -> str:
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files; imported where it is needed, for that takes a second."""
+    """matplotlib's pyplot, for files. The import takes a second, so it happens only where a picture is drawn."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def save_picture(figure: Any, path: Path, title: str) -> Path:
+    """Write the picture with its message above it. The file does not name the version of matplotlib."""
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot().close(figure)
+    return path

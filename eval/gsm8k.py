@@ -30,7 +30,7 @@ from typing import Any
 
 from common.cli import UserError, option, parse_arguments, run_script
 from common.intervals import score_line, share
-from common.prompts import encode_response
+from common.templates import encode_response
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
 from eval.generation import LoadBackend, response_loss

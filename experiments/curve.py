@@ -116,9 +116,8 @@ def read_sequences(args: Arguments, run: "train.Arguments", tokenizer: Any) -> l
         UserError: no such file, no such column, or nothing in it.
     """
     from common.conversations import build_dataset
-    from common.prompts import encode_opening
     from common.tables import load_records, read_table, require_fields
-    from common.templates import IGNORE_INDEX
+    from common.templates import IGNORE_INDEX, encode_opening
 
     found = []
     for data, source in ((args.data, None), (args.validation, "")):
@@ -221,7 +220,7 @@ def summarise(sequences: list[Sequence], sums: list[Sums]) -> dict[str, Any]:
     return scores
 
 
-def distinct(args: Arguments, tokenizer: Any, config: Any, questions: list[str]) -> dict[str, Any]:
+def distinct(args: Arguments, tokenizer: Any, questions: list[str]) -> dict[str, Any]:
     """Of the samples of every question, the shares of distinct answers and of distinct completions; answers are read as
     GSM8K's are, and samples without one have one in common."""
     from eval.benchmark import digest, encode_prompt
@@ -256,6 +255,22 @@ def check_arguments(args: Arguments) -> Path:
     if not (run / "config.yaml").is_file():
         raise UserError(f"--ckpt {args.ckpt}: no config.yaml beside it, so it is not merged/ of a run of train.py")
     return run
+
+
+def run_of(folder: Path) -> tuple["train.Arguments", dict[int, Path]]:
+    """The arguments of a run of train.py, and its complete checkpoints by step.
+
+    Raises:
+        UserError: it has none.
+    """
+    import train
+    from common import checkpoints
+
+    run = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
+    found = {int(path.name.partition("-")[2]): path for path in checkpoints.complete_checkpoints(folder)[::-1]}
+    if not found:
+        raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
+    return run, found
 
 
 def points_of(
@@ -301,18 +316,13 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     folder = check_arguments(args)
     results = Curve("curve", args)
-    import train
-    from common import checkpoints
     from common.pretrained import load_tokenizer_and_config, resolve_demo
 
-    run = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
-    folders = {int(path.name.partition("-")[2]): path for path in checkpoints.complete_checkpoints(folder)[::-1]}
-    if not folders:
-        raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
+    run, folders = run_of(folder)
     if args.scales:
         folders = {max(folders): folders[max(folders)]}
     path = resolve_demo(run.model, "model")
-    tokenizer, config = load_tokenizer_and_config(path)
+    tokenizer, _ = load_tokenizer_and_config(path)
     sequences = read_sequences(args, run, tokenizer)
     points = points_of(args, run, path, sequences, folders)
     scores = dict(points[max(points)])
@@ -326,7 +336,7 @@ def main(argv: list[str]) -> None:
         from common.tables import load_records
 
         questions = load_records(args.data, "test")[run.fields[0]][: args.questions]
-        scores |= distinct(args, tokenizer, config, questions)
+        scores |= distinct(args, tokenizer, questions)
     about = {"checkpoint": results.state(), "ckpt": args.ckpt, "adapter": None, "backend": "transformers"}
     nats, signed = "{:.3f}".format, "{:+.3f}".format
     lines = [score_line("response loss", scores["response_loss"], nats)]

@@ -16,9 +16,10 @@ import torch
 
 import train
 from common import checkpoints, pretrained
-from common.cli import Parser, UserError, parse_arguments, run_script
+from common.cli import Parser, UserError, run_script
 from common.conversations import encoded, load_training_records
 from common.markdown import markdown
+from experiments.curve import run_of
 
 
 def norm_of(loss: torch.Tensor, parameters: list[torch.Tensor]) -> float:
@@ -51,23 +52,20 @@ def measured(folder: Path, count: int) -> dict[int, dict[str, float]]:
     """By step, the start among them where a checkpoint has it."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: no config.yaml there, so no run of train.py")
-    args = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
+    args, folders = run_of(folder)
     if args.method == "full":
         raise UserError(f"{folder} trained without adapters: the terms' teacher is the model without them")
-    found = checkpoints.complete_checkpoints(folder)[::-1]
-    if not found:
-        raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
     path = pretrained.resolve_demo(args.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, args.model_revision, args.trust_remote_code)
     examples, _ = encoded(args, tokenizer, load_training_records(args).select(range(count)))
     model, rows = None, {}
-    for checkpoint in found:
+    for step, checkpoint in folders.items():
         tensors = checkpoints.load_tensors(checkpoint)
         if model is None:
             model = train.rebuilt_model(args, path, pretrained.resolve_dtype(args.dtype), tensors)
         with torch.no_grad():
             checkpoints.load_trained_tensors(model, tensors)
-        rows[int(checkpoint.name.partition("-")[2])] = shares(model, list(examples), args)
+        rows[step] = shares(model, list(examples), args)
     return rows
 
 

@@ -203,35 +203,28 @@ def tiny_data(folder: Path) -> None:
 
 def tiny_benchmarks(folder: Path) -> None:
     """Items of GSM8K, MATH, MBPP and MT-Bench in their formats, eight of each."""
-    numbers = range(2, 10)
-    write(
-        folder / "gsm8k.jsonl",
-        ({"question": f"What is {i} + {i}?", "answer": f"{i} + {i}\n#### {2 * i}"} for i in numbers),
-    )
-    write(
-        folder / "math.jsonl",
-        (
-            {"problem": f"Find ${i}^2$.", "solution": f"$\\boxed{{{i * i}}}$", "level": "Level 1", "type": "Algebra"}
-            for i in numbers
-        ),
-    )
-    write(
-        folder / "mbpp.jsonl",
-        (
-            {
-                "task_id": i,
-                "text": f"Write a function add that adds {i} to its argument.",
-                "code": f"def add(x):\n    return x + {i}",
-                "test_list": [f"assert add(1) == {1 + i}"],
-            }
-            for i in numbers
-        ),
-    )
-    questions = (
-        {"question_id": i, "category": "math", "turns": [f"What is {i} times {i}?", f"And {i} times {i + 1}?"]}
-        for i in numbers
-    )
-    write(folder / "mt_bench.jsonl", questions)
+    formats = {
+        "gsm8k": lambda i: {"question": f"What is {i} + {i}?", "answer": f"{i} + {i}\n#### {2 * i}"},
+        "math": lambda i: {
+            "problem": f"Find ${i}^2$.",
+            "solution": f"$\\boxed{{{i * i}}}$",
+            "level": "Level 1",
+            "type": "Algebra",
+        },
+        "mbpp": lambda i: {
+            "task_id": i,
+            "text": f"Write a function add that adds {i} to its argument.",
+            "code": f"def add(x):\n    return x + {i}",
+            "test_list": [f"assert add(1) == {1 + i}"],
+        },
+        "mt_bench": lambda i: {
+            "question_id": i,
+            "category": "math",
+            "turns": [f"What is {i} times {i}?", f"And {i} times {i + 1}?"],
+        },
+    }
+    for name, item in formats.items():
+        write(folder / f"{name}.jsonl", map(item, range(2, 10)))
 
 
 # Each with options of the names of its arguments.

@@ -23,8 +23,11 @@ import torch
 import finetune_bert_l_sst2 as nlu
 from common.classifiers import Outputs, run_model
 from common.cli import UserError, option, parse_arguments, run_script
-from common.markdown import pyplot
+from common.markdown import pyplot, save_picture
 from experiments import nlu_robustness as robustness
+
+TSNE_TITLE = "BA-LoRA separates the two classes later than LoRA"
+SPECTRUM_TITLE = "BA-LoRA concentrates the logits less than the other methods"
 
 
 @dataclass
@@ -53,7 +56,7 @@ def snapshots(method: str, head: str, learning_rate: float) -> list[Outputs]:
     return taken
 
 
-def draw_tsne(runs: dict[str, list[Outputs]], labels: np.ndarray, folder: Path) -> list[str]:
+def draw_tsne(runs: dict[str, list[Outputs]], labels: np.ndarray, folder: Path) -> Path:
     """A row per method, a column per snapshot."""
     from sklearn.manifold import TSNE
     from sklearn.metrics import silhouette_score
@@ -74,10 +77,10 @@ def draw_tsne(runs: dict[str, list[Outputs]], labels: np.ndarray, folder: Path) 
             axis.set_xticks([])
             axis.set_yticks([])
     figure.legend(["negative", "positive"], loc="outside lower center", ncols=2, frameon=False, markerscale=2)
-    return save(figure, folder / "nlu_tsne.png")
+    return save_picture(figure, folder / "nlu_tsne.png", TSNE_TITLE)
 
 
-def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
+def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> Path:
     """Singular values of the logits and of the centred features at the end of training."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for place, (method, outputs) in enumerate(runs.items()):
@@ -99,13 +102,7 @@ def draw_spectrum(runs: dict[str, list[Outputs]], folder: Path) -> list[str]:
     right.set_xlabel("i")
     right.set_ylabel("σᵢ / σ₁ of the features")
     right.legend(frameon=False, fontsize=8)
-    return save(figure, folder / "nlu_spectrum.png")
-
-
-def save(figure, path: Path) -> list[str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return [str(path)]
+    return save_picture(figure, folder / "nlu_spectrum.png", SPECTRUM_TITLE)
 
 
 def main(argv: list[str]) -> None:
@@ -121,7 +118,7 @@ def main(argv: list[str]) -> None:
     labels = robustness.POOLS["movies"].labels
     compared = {method: runs[method] for method in ("lora", "ba-lora")}
     folder = Path(args.pictures)
-    print("\n".join([*draw_tsne(compared, labels, folder), *draw_spectrum(runs, folder)]))
+    print(draw_tsne(compared, labels, folder), draw_spectrum(runs, folder), sep="\n")
 
 
 if __name__ == "__main__":

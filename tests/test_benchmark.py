@@ -24,7 +24,7 @@ from transformers import GemmaTokenizer, LlamaTokenizer
 from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
-from common.prompts import encode_opening, encode_prompt
+from common.templates import encode_opening, encode_prompt
 from eval import benchmark, gsm8k, hendrycks_math
 from eval.backends import TransformersBackend, VLLMBackend
 from eval.benchmark import load_backend
@@ -94,19 +94,6 @@ def test_shots_come_before_the_question(argv, tmp_path, problems):
     assert prompt.endswith("### Response:")
     raw, _ = run(gsm8k, argv, tmp_path / "raw", "--shots", 1, "--shots-data", problems, "--limit", 1, "--prompt", "raw")
     assert raw[0]["prompt"] == "Question: 0 and 1?\nAnswer: 0\nThe answer is: 0\n\nQuestion: 0 and 1?\nAnswer:"
-
-
-def test_a_completion_ends_before_a_stop_string(checkpoint):
-    """Both the tokens and the text, against the same completion without stop strings."""
-    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
-    backend = load_backend("transformers", str(checkpoint), tokenizer, dtype="float32", max_length=64)
-    prompt = tokenizer("Hello")["input_ids"]
-    (whole,) = backend.generate([prompt], Sampling(30))
-    stop = next(char for char in whole.text[3:] if char.isascii() and char.isprintable())
-    (cut,) = backend.generate([prompt], Sampling(30, stop=(stop,)))
-    assert cut.text == whole.text[: whole.text.index(stop)]
-    assert cut.finished
-    assert cut.num_tokens < whole.num_tokens
 
 
 # ---------------------------------------------------------------------------------------------- sampling

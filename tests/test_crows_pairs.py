@@ -112,7 +112,10 @@ def test_flips_by_mcnemars_exact_test():
     p = 2 * sum(math.comb(11, i) for i in range(3)) / 2**11
     assert (flips["to_stereotype"], flips["from_stereotype"]) == (9, 2)
     assert flips["mcnemar_p"] == pytest.approx(p)
-    assert crows_pairs.compare(items(before), items(before))["flips"]["mcnemar_p"] == 1.0
+    same = crows_pairs.compare(items(before), items(before))
+    assert same["flips"] == {"to_stereotype": 0, "from_stereotype": 0, "mcnemar_p": 1.0}
+    assert same["change"] == {"value": 0.0, "of": 16, "interval_95": (0.0, 0.0)}
+    assert same["slope"]["value"] == pytest.approx(1.0)
 
 
 def test_a_slopes_interval_covers_the_truth():
@@ -126,14 +129,6 @@ def test_a_slopes_interval_covers_the_truth():
         held += low <= 0.7 <= high
     assert scipy.stats.binom.ppf(0.0005, 200, 0.93) <= held <= scipy.stats.binom.ppf(0.9995, 200, 0.95)
     assert slope([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])["value"] is None
-
-
-def test_equal_models_differ_by_nothing(run, tmp_path):
-    run()
-    _, summary = run("--against", tmp_path / "out" / "crows_pairs.jsonl", out=tmp_path / "again")
-    assert summary["change"] == {"value": 0.0, "of": 6, "interval_95": [0.0, 0.0]}
-    assert summary["flips"] == {"to_stereotype": 0, "from_stereotype": 0, "mcnemar_p": 1.0}
-    assert summary["slope"]["value"] == pytest.approx(1.0)
 
 
 @pytest.mark.skipif(not HARNESS.exists(), reason="no lm-evaluation-harness: sh scripts/test.sh installs it")

@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, on_ranks, start_ranks
+from conftest import (
+    PATIENCE,
+    ROOT,
+    free_port,
+    make_model,
+    make_tokenizer,
+    on_ranks,
+    read_jsonl,
+    save_tiny,
+    start_ranks,
+    sums,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
@@ -38,8 +50,9 @@ def launch(name: str, runs: list[dict], folder: Path) -> list[str]:
     file = folder / f"{name}.json"
     file.write_text(json.dumps(runs))
     if LAUNCHERS[name]:
-        command = [*LAUNCHERS[name], str(ROOT / "tests" / "distributed_runs.py"), str(file)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": 400}
+        port = ["--master_port", free_port()]  # other runs may have the usual one
+        command = [*LAUNCHERS[name], *port, str(ROOT / "tests" / "distributed_runs.py"), str(file)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": PATIENCE}
         done = subprocess.run(command, env=environment(), cwd=ROOT, **options)
         assert done.returncode == 0, done.stdout[-3000:]
         printed = done.stdout
@@ -68,11 +81,10 @@ def run_of(argv: list, **more: str | list[str]) -> dict:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    make_model().save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(64)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))  # five micro-batches
+    save_tiny(folder / "base")
+    rows = sums(64)
+    write_jsonl(folder / "data.jsonl", rows)
+    write_jsonl(folder / "held_out.jsonl", rows[:9])  # five micro-batches
     return folder
 
 
@@ -85,7 +97,7 @@ def poisoned(folder: Path) -> Path:
     model.save_pretrained(poisoned / "base")
     make_tokenizer().save_pretrained(poisoned / "base")
     rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "?" * (i == 11)} for i in range(40)]
-    (poisoned / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(poisoned / "data.jsonl", rows)
     return poisoned
 
 
@@ -165,34 +177,18 @@ def test_two_ranks_end_where_one_process_ends(name, method, runs, folder):
             assert (ours[tensor] - theirs[tensor]).norm() <= 1e-4 * theirs[tensor].norm()
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_metrics_count_every_rank(name, runs):
-    def metrics(launcher: str) -> list[dict]:
-        lines = (runs[launcher, "ba-lora"] / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if "loss" in row]
-
-    for ours, theirs in zip(metrics(name), metrics("one process"), strict=True):
-        for term in ("loss", "task", "consistency", "diversity", "lambda_consistency", "grad_norm"):
-            assert ours[term] == pytest.approx(theirs[term], rel=1e-4)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "one process"])
-def test_a_validation_gives_one_processs_numbers(name, method, runs):
-    """Of an odd number of micro-batches: one rank has none left at the end."""
-
-    def validations(launcher: str) -> list[dict]:
-        lines = (runs[launcher, method] / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if "eval_loss" in row]
-
-    ours, theirs = validations(name), validations("one process")
-    assert [row["step"] for row in ours] == [2, 4, 5]
+def test_metrics_and_validations_are_one_processs(name, method, runs):
+    """Every rank counts; a validation has an odd number of micro-batches: one rank has none left at the end."""
+    ours, theirs = (read_jsonl(runs[launcher, method] / "metrics.jsonl") for launcher in (name, "one process"))
+    assert [row["step"] for row in ours if "eval_loss" in row] == [2, 4, 5]
+    machine = {"tokens_per_second", "peak_memory_gib", "eval_seconds"}
     for row, expected in zip(ours, theirs, strict=True):
         assert row.keys() == expected.keys()
-        assert ("eval_spectral" in row) == (method == "ba-lora")
-        assert row["eval_accuracy"] == pytest.approx(expected["eval_accuracy"], abs=1e-9)
-        for term in row.keys() & {"eval_loss", "eval_consistency", "eval_diversity", "eval_spectral"}:
-            assert row[term] == pytest.approx(expected[term], rel=1e-4, abs=1e-6)
+        assert ("eval_spectral" in row) == (method == "ba-lora" and "eval_loss" in row)
+        for term in row.keys() - machine:
+            assert row[term] == pytest.approx(expected[term], rel=1e-4, abs=1e-6), term
 
 
 def test_the_best_state_of_two_ranks_is_exported(runs, folder):
@@ -217,6 +213,23 @@ def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, printed, folder):
 # ---------------------------------------------------------------------------------------------- another number of ranks
 
 
+@pytest.mark.parametrize("on_one_rank", [False, True])
+def test_a_bad_example_ends_every_rank_with_the_same_line(on_one_rank, folder, tmp_path):
+    """Also where one rank alone finds it: each of two nodes has files of its own."""
+    good, bad = {"instruction": "Add", "output": "4"}, {"instruction": "Add", "output": "5", "weight": 0.5}
+    for rank in (0, 1):
+        rows = [good] if on_one_rank and rank == 0 else [good, bad]
+        (tmp_path / f"rank-{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", folder / "base", "--data", tmp_path / "rank-{RANK}.jsonl", "--output-dir", tmp_path / "run"]
+    ranks, logs = start_ranks(2, [*argv, "--rank", 4], tmp_path, "train")
+    for process in ranks:
+        process.join(200)
+    assert [process.exitcode for process in ranks] == [2, 2]
+    data = tmp_path / f"rank-{int(on_one_rank)}.jsonl"
+    expected = f"train.py: error: {data}, example 2: its weight is 0.5: 0 and 1 alone are read"
+    assert [[line for line in log.read_text().splitlines() if "error:" in line] for log in logs] == [[expected]] * 2
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
 def test_micro_batches_are_the_same_for_every_number_of_ranks(num_ranks):
     """torch's own sampler gives them to one process; none comes twice, none is lost."""
@@ -231,24 +244,20 @@ def test_micro_batches_are_the_same_for_every_number_of_ranks(num_ranks):
 
 
 def unfinished_by_two_ranks(folder: Path, output: Path, argv: list) -> None:
-    """Starts two ranks, and kills them when the first checkpoint is there."""
-    ranks, logs = start_ranks(2, [*argv, "--output-dir", output], folder, "train")
-    deadline = time.monotonic() + 120
-    while newest_checkpoint(output) is None:
-        assert time.monotonic() < deadline, logs[0].read_text()[-3000:]
-        assert all(rank.is_alive() for rank in ranks), logs[0].read_text()[-3000:]
-        time.sleep(0.01)
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    assert not (output / "run.json").exists(), "it ended before it was killed"
+    """Starts two ranks, of which the first is killed in the step after the first checkpoint, and the second then."""
+    words = [*argv, "--output-dir", output]
+    ranks, logs = start_ranks(2, words, folder, "train", ends=(signal.SIGKILL, "metrics.jsonl", 6))
+    ranks[0].join(PATIENCE)
+    ranks[1].kill()
+    ranks[1].join()
+    assert ranks[0].exitcode == -signal.SIGKILL, logs[0].read_text()[-3000:]
+    assert newest_checkpoint(output).name == "checkpoint-5"
 
 
 @pytest.mark.parametrize("name", ["torchrun", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_ranks_killed_go_on_as_one_and_as_four(name, folder):
     """In the midst of an epoch whose last step has 5 examples instead of 8."""
-    rows = [{"instruction": f"Add {i} and 1", "output": f"The sum is {i + 1}" + "!" * (i % 5)} for i in range(61)]
-    (folder / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "uneven.jsonl", sums(61))
     argv = ["--model", folder / "base", "--data", folder / "uneven.jsonl", "--rank", 4, "--learning-rate", 1e-3]
     argv += ["--epochs", 2, "--batch-size", 2, "--logging-steps", 1, "--save-steps", 5]
     whole = folder / "uninterrupted-uneven"
@@ -270,7 +279,7 @@ def test_two_ranks_killed_go_on_as_one_and_as_four(name, folder):
         assert (movement_of_it - learnt).norm() < 1e-4 * learnt.norm()
         result = json.loads((output / "run.json").read_text())
         assert (result["processes"], result["micro_batches"], result["steps"]) == (count, 4, 16)
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        lines = read_jsonl(output / "metrics.jsonl")
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, 17))
 
 
@@ -366,10 +375,10 @@ def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
     make_model(hidden_size=1024, intermediate_size=1024, num_hidden_layers=4).save_pretrained(tmp_path / "base")
     script = tmp_path / "measure.py"
     script.write_text(MEASURE.format(base=str(tmp_path / "base"), out=str(tmp_path)))
-    command = ["torchrun", "--nproc_per_node", "2", str(script)]
+    command = ["torchrun", "--nproc_per_node", "2", "--master_port", free_port(), str(script)]
     # What is freed goes back at once: the peak is of what is alive.
     where = environment() | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
-    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         most, count, growth, partitioned = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -400,20 +409,8 @@ def nodes():
     if not made:
         pytest.skip("network namespaces cannot be made here")
     try:
-        ip(
-            "link",
-            "add",
-            f"{names[0]}v",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            f"{names[1]}v",
-            "netns",
-            names[1],
-        )
+        ends = [f"{name}v" for name in names]
+        ip(*f"link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}".split())
         for name, address in zip(names, ADDRESSES, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}v")
             ip("-n", name, "link", "set", f"{name}v", "up")
@@ -446,27 +443,22 @@ def test_two_nodes_end_where_one_process_ends_and_a_lost_rank_ends_both(nodes, r
     file.write_text(json.dumps([run_of(launched("torchrun", folder, whole, "--method", "ba-lora")), run_of(argv)]))
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
     processes = start_nodes(nodes, "tests/distributed_runs.py", [file], logs)
-    deadline = time.monotonic() + 120
     while newest_checkpoint(output) is None:
-        assert time.monotonic() < deadline, logs[0].read_text()[-2000:]
         assert all(process.poll() is None for process in processes), logs[0].read_text()[-2000:]
         time.sleep(0.1)
-    expected, _ = movement(runs["one process", "ba-lora"], folder)
-    actual, _ = movement(whole, folder)
-    assert (actual - expected).norm() < 1e-4 * expected.norm()
     listed = subprocess.run(["pgrep", "-P", str(processes[1].pid), "-f", "runs.json"], capture_output=True, text=True)
     worker = int(listed.stdout.split()[0])  # of the second node
     os.kill(worker, signal.SIGKILL)
-    started = time.monotonic()
-    codes = [process.wait(60) for process in processes]
-    assert time.monotonic() - started < 60
-    assert all(code != 0 for code in codes)
+    assert all(process.wait(PATIENCE) != 0 for process in processes)
+    expected, _ = movement(runs["one process", "ba-lora"], folder)
+    actual, _ = movement(whole, folder)
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
     message = next(line for line in logs[0].read_text().splitlines() if "stopped:" in line)
     assert "lost another rank" in message
     assert "--resume goes on from" in message
 
     logs = [tmp_path / "c.log", tmp_path / "d.log"]
     for process in start_nodes(nodes, "train.py", [*argv, "--resume"], logs):
-        assert process.wait(200) == 0, logs[0].read_text()[-2000:]
+        assert process.wait(PATIENCE) == 0, logs[0].read_text()[-2000:]
     assert "going on from" in logs[0].read_text()
     assert json.loads((output / "run.json").read_text())["steps"] == 200

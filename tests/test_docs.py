@@ -114,7 +114,9 @@ def anchors(page: Path) -> set[str]:
 def options_of(script: str) -> frozenset[str]:
     """The options of a Python script: of its `Arguments`, or those that it adds to argparse."""
     tree = ast.parse((ROOT / script).read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    shared = ["bench/side_by_side.py"] if "step_parser" in (ROOT / script).read_text() else []  # it adds to argparse
+    trees = [tree, *(ast.parse((ROOT / file).read_text()) for file in shared)]
+    calls = [node for each in trees for node in ast.walk(each) if isinstance(node, ast.Call)]
     added = [call for call in calls if getattr(call.func, "attr", None) == "add_argument"]
     names = {word.value for call in added for word in call.args if isinstance(word, ast.Constant)}
     arguments = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Arguments"]
@@ -264,7 +266,7 @@ def names_defined_in(file: Path) -> set[str]:
 
 
 def test_the_request_to_a_server_has_the_prompt_of_training():
-    from common.prompts import ALPACA_PROMPT
+    from common.templates import ALPACA_PROMPT
 
     block = next(block for _, block in fences((ROOT / "docs/own-model.md").read_text()) if "v1/completions" in block)
     request = json.loads(shlex.split(block)[-1])

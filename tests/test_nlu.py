@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import finetune_bert_l_sst2 as nlu
 import train
+from common import metrics as scoring
 from common import probe
 from common.best_state import BEST_TENSORS, BestState
 from common.checkpoints import complete_checkpoints
@@ -92,6 +93,15 @@ def make_encoder(folder: Path, kind: str = "bert") -> Path:
     transformers.AutoModel.from_config(CONFIGS[kind]()).save_pretrained(folder)
     make_tokenizer(kind).save_pretrained(folder)
     return folder
+
+
+RESAMPLES = scoring.BOOTSTRAP_SAMPLES
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch) -> None:
+    """Intervals take most of a tiny run's time; test_scores_equal_scikit_learns has all of them."""
+    monkeypatch.setattr(scoring, "BOOTSTRAP_SAMPLES", 50)
 
 
 @pytest.fixture(scope="module")
@@ -948,7 +958,8 @@ def test_calibration_error_of_known_cases():
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
-def test_scores_equal_scikit_learns(num_classes):
+def test_scores_equal_scikit_learns(num_classes, monkeypatch):
+    monkeypatch.setattr(scoring, "BOOTSTRAP_SAMPLES", RESAMPLES)
     rng = np.random.default_rng(num_classes)
     labels = rng.integers(num_classes, size=200)
     logits = np.round(rng.normal(size=(200, num_classes)) + np.eye(num_classes)[labels], 1)  # with ties

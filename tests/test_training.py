@@ -24,11 +24,10 @@ import train
 from common import chunked, estimates
 from common.conversations import build_dataset
 from common.packing import enable_packing
-from common.prompts import ALPACA_PROMPT, encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
 from common.targets import TARGET_MODULES
-from common.templates import IGNORE_INDEX
+from common.templates import ALPACA_PROMPT, IGNORE_INDEX, encode_prompt
 from common.training import MicroBatches, Training, random_order
 
 # ---------------------------------------------------------------------------------------------- data
@@ -47,19 +46,13 @@ def test_the_label_mask_survives_a_merge_across_the_prompts_border(tokenizer):
     assert tokenizer.decode(unlearnt) == prompt
 
 
-def test_the_end_of_sequence_token_is_attended_where_it_also_pads(tokenizer):
-    short = encode_turn(tokenizer, "a", "b", 512)
-    long = encode_turn(tokenizer, "a", "b" * 9, 512)
-    batch = train.PaddingCollator(tokenizer.pad_token_id)([short, long])
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert batch["attention_mask"].sum(dim=1).tolist() == [len(short["input_ids"]), len(long["input_ids"])]
-    assert batch["targets"].tolist().count(tokenizer.eos_token_id) == 2
-
-
 def test_valid_positions_predict_exactly_the_response(tokenizer):
-    """Against the plain reading: position i is valid where label i + 1 is not ignored."""
-    examples = [encode_turn(tokenizer, "a" * n, "b" * (5 - n), 512) for n in range(1, 5)]
-    batch = train.PaddingCollator(0)(examples)
+    """Against the plain reading: position i is valid where label i + 1 is not ignored. The token that pads is attended
+    and predicted where it ends a response."""
+    examples = [encode_turn(tokenizer, "a" * n, "b" * (7 - 2 * n), 512) for n in range(1, 4)]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    batch = train.PaddingCollator(tokenizer.pad_token_id)(examples)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [len(example["input_ids"]) for example in examples]
     width = batch["input_ids"].shape[1]
     expected = [
         (row * width + i, example["labels"][i + 1])

@@ -3,13 +3,12 @@
 import itertools
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from common import intervals
-from common.markdown import markdown, pyplot
+from common.markdown import markdown, pyplot, save_picture
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
@@ -35,6 +34,11 @@ SWEEP = {0.0: "PiSSA", 0.025: "λ₁ = 0.025", 0.15: "λ₁ = 0.15", 1.0: "λ₁
 RATE_CURVE = [f"PiSSA, rate / {d}" for d in (8, 4, 2)] + ["PiSSA"]
 SCALE_CURVE = [f"PiSSA @ scale {scale:g}" for scale in (0.25, 0.5, 0.75)] + ["PiSSA"]
 STOP_CURVE = [f"PiSSA @ stopped at {stop:g}" for stop in (0.25, 0.5, 0.75)] + ["PiSSA"]
+TITLES = {
+    "gaps": "By every method less of the planted bias is left on new prompts than on old ones",
+    "selectivity": "BA-LoRA lies on the line of PiSSA with a scaled ΔW",
+    "sweep": "With λ₁ of 1 or more less of the bias is inherited, but the task is hardly learned",
+}
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, RED, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000", "#888888"
 
@@ -270,10 +274,10 @@ def _mean_and_interval(values: dict[int, float]) -> tuple[float, float]:
     return paired.mean, 0.0 if math.isnan(paired.low) else paired.high - paired.mean
 
 
-def draw_gaps(results: Results, file: Path) -> None:
+def draw_gaps(results: Results, file: Path, title: str) -> None:
     """The gap between the groups that comes from the planted bias, before fine-tuning and after, by arm."""
     arms = [arm for arm in SHOWN if results.values("I", arm)]
-    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.42 * len(arms)))
+    figure, axis = plt.subplots(figsize=(8, 1.9 + 0.42 * len(arms)), layout="constrained")
     before = {
         seed: results.measures(None, seed, 0.9)["gap_old"] - results.measures(None, seed, 0.5)["gap_old"]
         for seed in results.values("I", arms[0])
@@ -296,17 +300,17 @@ def draw_gaps(results: Results, file: Path) -> None:
     axis.set_xlabel("gap in log-odds between the groups, biased model minus its clean twin (nats)")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    _save(figure, file)
+    save_picture(figure, file, title)
 
 
-def draw_selectivity(results: Results, file: Path) -> None:
+def draw_selectivity(results: Results, file: Path, title: str) -> None:
     """R against I: the line of PiSSA with ΔW scaled, and six arms beside it, each with its name."""
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(8, 5.3), layout="constrained")
     line = [(results.values("I", arm), results.values("R", arm)) for arm in SCALE_CURVE]
     line = [(np.mean(list(i.values())), np.mean(list(r.values()))) for i, r in line if i and r]
     if line:
         axis.plot(*zip(*line, strict=True), "--", color=GREY, marker=".", zorder=1)
-        axis.annotate("PiSSA, ΔW × 0.25 … 1", line[1], (8, 2), textcoords="offset points", color=GREY)
+        axis.annotate("PiSSA, ΔW × 0.25 … 1", line[1], (8, 4), textcoords="offset points", color=GREY)
     for arm, text in SHOWN.items():
         if arm == "best scale" or not results.values("I", arm):
             continue  # it lies on the line
@@ -318,17 +322,17 @@ def draw_selectivity(results: Results, file: Path) -> None:
     axis.set_xlabel("I: share of the planted gap after fine-tuning, new prompts (less is better)")
     axis.set_ylabel("R: facts known after / before (more is better)")
     axis.grid(alpha=0.3)
-    _save(figure, file)
+    save_picture(figure, file, title)
 
 
-def draw_sweep(results: Results, file: Path) -> None:
+def draw_sweep(results: Results, file: Path, title: str) -> None:
     """I and R over λ₁ at a constant schedule, and how well the task is learnt."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharex=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.1), sharex=True, layout="constrained")
     panels = (
         ("I", "I, new prompts"), ("R", "R: facts after / before"), ("accuracy", "accuracy on clear items"),
     )  # fmt: skip
     twins = {0.15: "λ₁ = 0.15, clean twin", 1.0: "λ₁ = 1, clean twin"}
-    for axis, (name, title) in zip(axes, panels, strict=True):
+    for axis, (name, measure) in zip(axes, panels, strict=True):
         for curve, colour, marker, text in (
             (SWEEP, BLUE, "o", "teacher: the biased base"), (twins, ORANGE, "s", "teacher: its clean twin"),
         ):  # fmt: skip
@@ -340,16 +344,11 @@ def draw_sweep(results: Results, file: Path) -> None:
             axis.errorbar(positions, means, yerr=halves, color=colour, marker=marker, capsize=3, label=text)
         axis.set_xticks(range(len(SWEEP)), [f"{weight:g}" for weight in SWEEP])
         axis.set_xlabel("λ₁, constant")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(measure, fontsize=10)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
-    _save(figure, file)
-
-
-def _save(figure: Any, file: Path) -> None:
-    figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    save_picture(figure, file, title)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -366,9 +365,9 @@ def write(results: Results, rows: Path, page: Path) -> None:
     if kept.paired("I", *PRIMARY).n == 0:
         print(f"{rows} has no pair of BA-LoRA and PiSSA that passes the gates yet: no page")
         return
-    draw_gaps(kept, pictures["gaps"])
-    draw_selectivity(kept, pictures["selectivity"])
-    draw_sweep(kept, pictures["sweep"])
+    committed = rows.parent == HERE  # A person read these rows. Other rows, as the short form's, may say otherwise.
+    for name, draw in (("gaps", draw_gaps), ("selectivity", draw_selectivity), ("sweep", draw_sweep)):
+        draw(kept, pictures[name], TITLES[name] if committed else "")
     fine_tunings = sum(row["arm"] is not None for row in results.rows)
     parts = {
         "primary": primary_sentence(kept),
@@ -382,9 +381,8 @@ def write(results: Results, rows: Path, page: Path) -> None:
         "equal_accuracy": equal_accuracy_table(kept),
         "others": other_conditions(kept),
         "predictions": predictions_table(kept, settled.get("predictions") or []),
-        **{name: f"![{name}]({file.name})" for name, file in pictures.items()},
+        **{name: f"![{TITLES[name]}]({file.name})" for name, file in pictures.items()},
     }
-    # What a person reads in the committed rows; other rows (the short form's) may say otherwise.
-    parts["reading"] = (HERE / "reading.md").read_text().strip() if rows.parent == HERE else ""
+    parts["reading"] = (HERE / "reading.md").read_text().strip() if committed else ""
     page.write_text(filled_page(HERE / "page.md", parts))
     print(parts["primary"], parts["bias"], parts["gates"], f"Page: {page}", sep="\n\n")
