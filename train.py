@@ -73,7 +73,7 @@ from common.packing import (
 from common.partitioned import device_of, is_partitioned, num_ranks
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
-from common.ranks import peak_memory_gib, read_deepspeed, run_rank, start_ranks
+from common.ranks import first_rank_first, peak_memory_gib, read_deepspeed, run_rank, start_ranks
 from common.tables import HubError
 from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
@@ -1188,6 +1188,7 @@ def inspect_base(args: Arguments) -> Base:
         args.rank, args.alpha = adapter.rank, adapter.alpha
         adapter.require_fit({name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)})
         args.target_modules = adapter.target_modules
+        print(adapter.note(path))
     if args.method == "full":
         return Base(path, tokenizer, config, skeleton, None, 0, skeleton.num_parameters())
     if args.target_modules is None:
@@ -1225,17 +1226,14 @@ def is_mixed(args: Arguments) -> bool:
     return resolve_dtype(args.dtype) == torch.bfloat16 and (args.method == "full" or args.deepspeed is not None)
 
 
-def encode_records(
-    args: Arguments, base: Base, records: "datasets.Dataset", accelerator: "Accelerator"
-) -> "datasets.Dataset":
+def encode_records(args: Arguments, base: Base, records: "datasets.Dataset", is_main: bool) -> "datasets.Dataset":
     """`encoded`, by the first process for all; prints an example as it is trained.
 
     Raises:
         UserError: no example is left, or --teacher-cache has no room for the teacher's states.
     """
-    with accelerator.main_process_first():
-        dataset, _ = encoded(args, base.tokenizer, records)
-    if accelerator.is_main_process:
+    dataset, _ = first_rank_first(lambda: encoded(args, base.tokenizer, records))
+    if is_main:
         print(first_screen(dataset) + pretrained.note_on_positions(dataset, base.skeleton), flush=True)
     pretrained.require_embedded(dataset, base.skeleton, len(base.tokenizer))
     if needs_teacher_cache(args):
@@ -1454,9 +1452,9 @@ def run(args: Arguments, base: Base, started: float) -> None:
         args, accumulation, is_mixed(args), width
     )  # before the model: ZeRO-3 decides how it loads
     is_main = accelerator.is_main_process
-    dataset = encode_records(args, base, records, accelerator)
+    dataset = encode_records(args, base, records, is_main)
     num_dropped, notes, sample = len(records) - len(dataset), dataset.notes, dataset.sample
-    held_out = eval_args and encode_records(eval_args, base, eval_records, accelerator)
+    held_out = eval_args and encode_records(eval_args, base, eval_records, is_main)
     dataset, held_out = validation.hold_out(args, dataset, held_out)
     contents = {"base model": pretrained.weights_digest(base.path, base.config)}
     contents |= {"data": checkpoints.contents_of(dataset)}

@@ -41,10 +41,10 @@ def train_trl(options: dict[str, Any]) -> None:
     import trl
 
     from common.pretrained import resolve_demo
-    from common.prompts import ALPACA_PROMPT
     from common.ranks import peak_memory_gib
     from common.tables import load_records
     from common.targets import TARGET_MODULES
+    from common.templates import ALPACA_PROMPT
 
     instruction, response = options["fields"]
     records = load_records(resolve_demo(options["data"], "train")).select(range(options["examples"]))

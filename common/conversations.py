@@ -35,6 +35,8 @@ FORMATS = (DEFAULT_FIELDS, ("messages",), ("conversations",), ("conversation",),
 SKIPPED = "skipped: cannot be trained on"
 PREFERENCE = "preference data is not trained on: keep the good answers alone, without this column"
 
+ONLY_TEXTS = "texts alone are trained on: take it away, or leave such examples out (--skip-bad)"
+
 # Columns beside a format's own, and their use. A column that is not listed here is announced as not used.
 COLUMNS = {
     "input": "read: stands below the instruction",
@@ -49,10 +51,10 @@ COLUMNS = {
     "chosen": f"refused, as every name with this word in it: {PREFERENCE}",
     "rejected": f"refused, as every name with this word in it: {PREFERENCE}",
     "label": f"refused where it is true or false: {PREFERENCE}",
-    "images": "refused: texts alone are trained on",
-    "image": "refused: texts alone are trained on",
-    "audios": "refused: texts alone are trained on",
-    "videos": "refused: texts alone are trained on",
+    "images": f"refused: {ONLY_TEXTS}",
+    "image": f"refused: {ONLY_TEXTS}",
+    "audios": f"refused: {ONLY_TEXTS}",
+    "videos": f"refused: {ONLY_TEXTS}",
 }
 # The keys of a message, and their use. A key that is not listed goes to the chat template if the template names it.
 KEYS = {
@@ -65,7 +67,7 @@ KEYS = {
     "tool_calls": "read: written by the chat template, and trained",
     "function_call": "read: one tool call, in OpenAI's older form",
     **dict.fromkeys(REASONING, "read where the chat template has a place for it"),
-    "images": "refused: texts alone are trained on",
+    "images": f"refused: {ONLY_TEXTS}",
 }
 
 # The names of the four roles elsewhere: OpenAI's and Hugging Face's, and ShareGPT's.
@@ -299,6 +301,7 @@ class Format:
 
 
 _MASKS = ("weight", "train")
+_WEIGHTS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true", ""), True)
 
 
 def _is_preference(name: str, cell: Any) -> bool:
@@ -320,13 +323,12 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
         UserError: a weight between or beyond 0 and 1.
     """
     for name in _MASKS:
-        value = holder.get(name)
-        if value is None or value == "":
+        if holder.get(name) is None:
             continue
-        known = {"0": False, "false": False, "0.0": False, "1": True, "true": True, "1.0": True}
-        if as_text(value).lower() not in known:
-            raise UserError(f"{where}: its {name} is {as_text(value)}: it must be 0 or 1")
-        if not known[as_text(value).lower()]:
+        weight = as_text(holder[name]).lower()
+        if weight not in _WEIGHTS:
+            raise UserError(f"{where}: its {name} is {weight}: it must be 0 or 1")
+        if not _WEIGHTS[weight]:
             return False
     return True
 
@@ -346,14 +348,12 @@ def _parsed(cell: Any, what: str) -> Any:
 
 
 def _read_tools(beside: dict[str, Any], where: str) -> list[dict] | None:
-    for name in ("tools", "functions"):
-        tools = _parsed(beside.get(name), f"{where}: {name}")
-        if tools is None:
-            continue
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise UserError(f"{where}: {name} is no list of tools")
-        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return None
+    tools = _parsed(beside.get("tools", beside.get("functions")), f"{where}: its tools")
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where}: its tools are no list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _read_history(cell: Any, where: str) -> Messages:
@@ -389,9 +389,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
     if role is None:
         raise UserError(f"{where}: unknown role {name!r}; the roles are {', '.join(ROLES)}")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise UserError(f"{where}: a part of its content is no text: texts alone are trained on")
-        content = "".join(part["text"] for part in content)
+        content = "".join(_read_part(part, where, unused) for part in content)
     if isinstance(content, dict):
         raise UserError(f"{where}: its content is no text")
     content = "" if content is None else as_text(content)
@@ -411,6 +409,15 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
         if key not in _MASKS:
             unused.append(f"keys {key}")
     return read
+
+
+def _read_part(part: Any, where: str, unused: list[str]) -> str:
+    """The text of one part of a content. OpenAI's names for such parts are text, input_text and output_text."""
+    is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+    if not is_text or not str(part.get("type") or "text").endswith("text"):
+        raise UserError(f"{where}: a part of its content is no text: {ONLY_TEXTS}")
+    unused += [f"keys {key}" for key, value in part.items() if key not in ("type", "text") and _holds(value)]
+    return part["text"]
 
 
 def _read_calls(message: dict, where: str) -> list[dict]:
@@ -561,6 +568,7 @@ def _first_of_kinds(kinds: Any) -> list[int]:
 
 def _trainable(encoded: "datasets.Dataset") -> "datasets.Dataset":
     """The examples that have a trained token, numbered."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -568,7 +576,7 @@ def _trainable(encoded: "datasets.Dataset") -> "datasets.Dataset":
     encoded = encoded.remove_columns(["fate", "kind", "notes"])
     if len(kept := pc.indices_nonzero(pc.is_in(fates, pa.array(["whole", "cut"])))) < len(encoded):
         encoded = encoded.select(kept)
-    return encoded.add_column("index", list(range(len(encoded))))
+    return encoded.add_column("index", np.arange(len(encoded)))
 
 
 SERVED_SAMPLE = 8  # so many examples of each kind are compared with a server's prompt, and so many kinds after export

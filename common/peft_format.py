@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.cli import UserError, first_line
-from common.prompts import ALPACA_PROMPT
+from common.templates import ALPACA_PROMPT
 from common.tensors import save_tensors
 
 
@@ -48,7 +48,8 @@ def export_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base_model,
+        # The whole path of a folder: AutoPeft would look for a relative one from wherever it is called.
+        "base_model_name_or_path": str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model,
         "revision": revision,
         "r": rank,
         "lora_alpha": layer.scaling * rank,
@@ -114,18 +115,10 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
 # Fields of PEFT's configurations that do not change the forward pass of plain LoRA, or that `read_adapter` checks. Any
 # other field that is not empty has an effect that is not known here.
 KNOWN_FIELDS = {
-    *(
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "peft_version",
-        "inference_mode",
-    ),
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "bias", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "auto_mapping"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "inference_mode"),
 }
 
 
@@ -201,6 +194,13 @@ class InitialAdapter:
                 raise UserError(f"--init-adapter {self.folder} has factors for {name}, which this model lacks")
             if (B.shape[0], A.shape[1]) != (layers[name].out_features, layers[name].in_features):
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
+
+    def note(self, model: str) -> str:
+        """For the user: what is the adapter's own, and its base where that has another name than `model`, a path."""
+        base = self.config.get("base_model_name_or_path") or model
+        is_other = Path(base).name.lower() != Path(model).absolute().name.lower()
+        other = f"; it was trained on {base}, not on {model}" if is_other else ""
+        return f"note: rank {self.rank}, alpha {self.alpha:g} and the layers are those of {self.folder}{other}"
 
     def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The `trained_tensors` of a model that starts from this adapter.

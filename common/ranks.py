@@ -183,6 +183,27 @@ def _status(number: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def first_rank_first(work: Callable[[], Any]) -> Any:
+    """`work` on the first rank, then on the others, which find its files; each rank's own result.
+
+    Raises:
+        UserError: raised on one rank, it is raised on all of them, because the others would wait for that rank.
+    """
+    num_ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    result, errors = None, [None] * num_ranks
+    for is_turn in (rank == 0, rank != 0):
+        if is_turn:
+            try:
+                result = work()
+            except UserError as error:
+                errors[rank] = error
+        if num_ranks > 1:
+            dist.all_gather_object(errors, errors[rank])
+        for error in filter(None, errors):
+            raise error
+    return result
+
+
 def peak_memory_gib() -> float:
     """This process's peak so far in GiB: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():

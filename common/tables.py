@@ -84,8 +84,6 @@ def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset"
     path = Path(source)
     if not all(name.isdigit() for name in (*fields, label)) or kind_of(path) not in (".csv", ".tsv"):
         return load_records(source)
-    if not path.is_file():
-        raise UserError(f"cannot read {source}: no such file")
     return _cached([path], has_header=False)
 
 

@@ -1,6 +1,6 @@
 """How a conversation is written out for a model, and which of its tokens are trained.
 
-`alpaca`    Alpaca's prompt around every instruction (common/prompts.py)
+`alpaca`    Alpaca's prompt around every instruction
 `raw`       the turns' texts and nothing else
 `chat`      the tokenizer's own chat template
 
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, first_line
-from common.exports import clean_tokenizer_config
-from common.prompts import ALPACA_PROMPT, encode_opening, encode_response
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -34,11 +32,18 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under whi
 DAY = time.strptime("2024-07-26", "%Y-%m-%d")
 # A generation prompt may end with an opened or an empty thought that a conversation's text does not have.
 OPENED_THOUGHT = r"<think>\s*(?:</think>\s*)?$"
+AS_TEXTS = "write calls and results as texts of assistant and user"
 OPENS_THOUGHT = "a server's prompt opens a thought, which the answers here begin otherwise"
 CUTS_OTHERWISE = "a server cuts earlier answers into other tokens of the same text"
 
 Messages = list[dict[str, Any]]
 Pieces = list[tuple[list[int], bool]]  # tokens, and whether they are trained
+
+# The prompt that BA-LoRA, PiSSA and MetaMath train and evaluate with (Stanford Alpaca's, without input).
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
 
 # Our own templates for a chat endpoint; `generation` marks the trained text.
 _ANSWER = (
@@ -110,7 +115,9 @@ class Template:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         trained = {turn for turn in turns if turn >= first and turn not in masked}
         if self.name != "chat":
-            self._refuse_tools(messages, tools)
+            no_place = ("tool",) * (self.name == "alpaca")
+            if tools or any(message.get("tool_calls") or message["role"] in no_place for message in messages):
+                raise UserError(f"--template {self.name} has no place for tools: take --template chat, or {AS_TEXTS}")
             return self._own_pieces(messages, trained)
         roles = tuple((message["role"], *sorted(message)) for message in messages)
         if (roles, bool(tools)) not in self._whole:
@@ -207,15 +214,6 @@ class Template:
                 return opening
         return start
 
-    def _refuse_tools(self, messages: Messages, tools: list[dict] | None) -> None:
-        for number, message in enumerate(messages, 1):
-            if message.get("tool_calls") or (message["role"] == "tool" and self.name == "alpaca"):
-                raise UserError(
-                    f"message {number}: --template {self.name} has no place for tools: take --template chat"
-                )
-        if tools:
-            raise UserError(f"--template {self.name} has no place for tools: take --template chat")
-
     def _own_pieces(self, messages: Messages, trained: Collection[int]) -> Pieces:
         """The pieces for `alpaca` and `raw`: one answer is tokenised alone, several as a server tokenises them."""
         texts, text = [], ""
@@ -260,7 +258,7 @@ class Template:
         if getattr(tokenizer, "legacy", None) is not None:  # it changes tokens, and transformers 5 does not write it
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         tokenizer.save_pretrained(folder)
-        clean_tokenizer_config(folder / "tokenizer_config.json")
+        _clean_tokenizer_config(folder / "tokenizer_config.json")
         if generation_config is not None:
             generation_config.save_pretrained(folder)
 
@@ -291,8 +289,7 @@ class Template:
                     return render([_with_arguments_as_text(message) for message in messages])
             except Exception:  # the first error says more
                 pass
-            what = f"the chat template refuses it: {first_line(error)}"
-            raise UserError(f"{what}; leave it out (--skip-bad), or take another --template") from error
+            raise UserError(f"the chat template refuses it: {first_line(error)}; {_remedy(messages, tools)}") from error
 
     def _written(self, messages: Messages, tools: list[dict] | None) -> tuple[str, list[tuple[int, int]]]:
         """A conversation's text as it is trained, and the spans of its generation marks.
@@ -392,12 +389,9 @@ class Template:
         for index, message in enumerate(messages):
             marked = [*messages[:index], _marked(message), *messages[index + 1 :]]
             if MARK not in self._render(marked, tools)[0]:
-                what, remedy = "", "take --template raw, or leave it out (--skip-bad)"
-                if message.get("tool_calls"):
-                    what, remedy = "the tool calls of ", "write them as text, or take a model with a template for them"
-                raise UserError(
-                    f"the chat template drops {what}message {index + 1}, of the role {message['role']}: {remedy}"
-                )
+                what = "the tool calls of " * bool(message.get("tool_calls"))
+                whose = f"{what}message {index + 1}, of the role {message['role']}"
+                raise UserError(f"the chat template drops {whose}: {_remedy(messages, tools)}")
         if tools and self._render(messages, tools)[0] == self._render(messages)[0]:
             raise UserError("the chat template has no place for tools: write them into the system's turn")
 
@@ -446,6 +440,18 @@ class Template:
         return list(zip(pieces, trained, strict=True))
 
 
+def _clean_tokenizer_config(path: Path) -> None:
+    """Removes entries of a tokenizer_config.json that only transformers 5 knows, or that its loading call left."""
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # both versions know the class by this name
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 def _with_arguments(jinja: str, arguments: dict[str, Any]) -> str:
     """A chat template with its variables set, and with DAY instead of today's date."""
     day = lambda found: repr(time.strftime(found[2], DAY))  # noqa: E731
@@ -467,9 +473,52 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return message | ({"tool_calls": calls} if calls else {})
 
 
+def _remedy(messages: Messages, tools: list[dict] | None) -> str:
+    """What a user can do about a conversation that the chat template does not write."""
+    if tools or any(message.get("tool_calls") for message in messages):
+        return f"leave it out (--skip-bad), or {AS_TEXTS}"
+    return "leave it out (--skip-bad), or take --template raw"
+
+
 def _marked(message: dict[str, Any]) -> dict[str, Any]:
     """A message with MARK in place of its content, or of the name of the function that it calls last."""
     if not message.get("tool_calls"):
         return message | {"content": MARK}
     *calls, last = message["tool_calls"]
     return message | {"tool_calls": [*calls, last | {"function": last["function"] | {"name": MARK}}]}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# A prompt and its answer without messages
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> list[int]:
+    """The tokens of ALPACA_PROMPT around an instruction; see `encode_opening`."""
+    return encode_opening(tokenizer, ALPACA_PROMPT.format(instruction=instruction))
+
+
+def encode_opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text that is to be continued, with the tokenizer's own start token if it has one."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+
+
+def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
+    """The response's tokens and the end-of-sequence token."""
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def decode_response(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], tokens: list[int]) -> str:
+    """The exact text that `tokens` add to the text of `prompt`, without special tokens.
+
+    If they were decoded alone, a space could be lost: LlamaTokenizer drops a text's first space, and others "clean up"
+    spaces before punctuation.
+    """
+    before, whole = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (prompt, [*prompt, *tokens])
+    )
+    if not whole.startswith(before):
+        before = before.rstrip("\ufffd")  # half a character, which `tokens` complete
+    return whole.removeprefix(before)

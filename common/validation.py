@@ -19,11 +19,10 @@ from common import tables
 from common.cli import UserError, option, require_positive
 from common.conversations import read_template_args
 from common.pretrained import resolve_demo
-from common.prompts import decode_response
 from common.ranks import read_deepspeed
 from common.runs import SAMPLES, JsonLines
 from common.tables import note_on_overlap
-from common.templates import Template
+from common.templates import Template, decode_response
 
 if TYPE_CHECKING:
     import datasets

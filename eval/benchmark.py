@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.cli import UserError, option, require_not_negative, require_positive, require_share
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
-from common.prompts import ALPACA_PROMPT, encode_opening
 from common.runs import first_difference, package_versions, write_whole
 from common.tables import load_records, require_fields
+from common.templates import ALPACA_PROMPT, encode_opening
 from eval.generation import (
     Backend,
     Completion,

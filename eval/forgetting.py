@@ -50,9 +50,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from common.cli import UserError, first_line, option, parse_arguments, require_positive, require_scales, run_script
 from common.intervals import mean, ratio, score_line
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
-from common.prompts import encode_opening
 from common.runs import package_versions
 from common.tables import read_table, require_fields
+from common.templates import encode_opening
 from data import sentiment
 from eval.benchmark import Results, check_context, read_jsonl, weights_identity
 from eval.generation import batches

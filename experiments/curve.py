@@ -116,9 +116,8 @@ def read_sequences(args: Arguments, run: "train.Arguments", tokenizer: Any) -> l
         UserError: no such file, no such column, or nothing in it.
     """
     from common.conversations import build_dataset
-    from common.prompts import encode_opening
     from common.tables import load_records, read_table, require_fields
-    from common.templates import IGNORE_INDEX
+    from common.templates import IGNORE_INDEX, encode_opening
 
     found = []
     for data, source in ((args.data, None), (args.validation, "")):

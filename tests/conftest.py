@@ -274,15 +274,16 @@ def free_port() -> str:
 def start_ranks(
     count: int | None, argv: list, folder: Path, script: str, ends: tuple | None = None
 ) -> tuple[list, list[Path]]:
-    """Starts `count` ranks, or a process that is none; returns them and what they write to. `ends`: the first one's."""
+    """Starts `count` ranks, or a process that is none; returns them and what they write to. `ends`: the first one's.
+    "{RANK}" in a word of `argv` is each rank's number."""
     port = free_port()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     variables = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count else [{}]
     logs = [folder / f"rank-{port}-{rank}.log" for rank in range(len(variables))]
-    started = [
-        start_script(script, argv, log, ends=None if rank else ends, **those)
-        for rank, (log, those) in enumerate(zip(logs, variables, strict=True))
-    ]
+    started = []
+    for rank, (log, those) in enumerate(zip(logs, variables, strict=True)):
+        words = [str(word).replace("{RANK}", str(rank)) for word in argv]
+        started.append(start_script(script, words, log, ends=None if rank else ends, **those))
     return started, logs
 
 

@@ -24,7 +24,7 @@ from transformers import GemmaTokenizer, LlamaTokenizer
 from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
-from common.prompts import encode_opening, encode_prompt
+from common.templates import encode_opening, encode_prompt
 from eval import benchmark, gsm8k, hendrycks_math
 from eval.backends import TransformersBackend, VLLMBackend
 from eval.benchmark import load_backend

@@ -19,9 +19,9 @@ from common.cli import UserError
 from common.conversations import COLUMNS, KEYS, build_dataset, encode_pieces, first_screen
 from common.packing import enable_packing
 from common.pretrained import resolve_demo
-from common.prompts import ALPACA_PROMPT, encode_prompt, encode_response
+from common.tables import load_records
 from common.targets import TARGET_MODULES
-from common.templates import IGNORE_INDEX, OPENS_THOUGHT, Template
+from common.templates import ALPACA_PROMPT, IGNORE_INDEX, OPENS_THOUGHT, Template, encode_prompt, encode_response
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
@@ -203,16 +203,9 @@ def test_a_conversation_is_cut_after_a_whole_turn_or_dropped_and_counted():
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([{"messages": [{"role": "narrator", "content": "x"}]}], "message 1: unknown role 'narrator'"),
-        ([{"messages": talk("Hi", " ")}], "message 2: an assistant turn that is empty"),
-        ([{"messages": [*MESSAGES, MESSAGES[1]]}], "message 5: two assistant turns in a row"),
-        ([{"messages": MESSAGES[1:]}], "message 1: an assistant turn without a turn before it to answer"),
-        ([{"messages": MESSAGES[:1]}], "has no assistant turn"),
         ([{"messages": None}, {"messages": MESSAGES}], "messages is no list of messages"),
-        ([{"messages": MESSAGES, "tools": "[{}]"}], "has no place for tools"),
         ([{"messages": MESSAGES}, {"instruction": "a", "output": "b"}], "has instruction and output, where"),
         ([{"prompt": "a", "completion": "b"}, {"conversations": SHAREGPT}], "has conversations, where"),
-        ([{"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}], "drops message 5, of the role tool"),
     ],
 )
 def test_bad_data_gets_one_line_that_names_the_example(rows, expected, tmp_path, monkeypatch, capfd):
@@ -220,10 +213,9 @@ def test_bad_data_gets_one_line_that_names_the_example(rows, expected, tmp_path,
     from test_user_errors import error_of
 
     monkeypatch.setattr(train.pretrained, "load_model", None)
-    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
     make_model(vocab_size=300).save_pretrained(tmp_path / "base")
-    chat_tokenizer(template).save_pretrained(tmp_path / "base")
-    good = {name: {"messages": MESSAGES, "prompt": "x", "completion": "y"}[name] for name in rows[0] if name != "tools"}
+    chat_tokenizer(CHATML).save_pretrained(tmp_path / "base")
+    good = {name: {"messages": MESSAGES, "prompt": "x", "completion": "y"}[name] for name in rows[0]}
     rows = [good, *rows]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--model", tmp_path / "base", "--data", tmp_path / "data.jsonl", "--output-dir", tmp_path / "out"]
@@ -509,6 +501,25 @@ def spans_of(tokenizer, pairs) -> list[str]:
     return [re.sub(r"(?s)(<think>)?[^<]*</think>\s*", "", text) for text in texts]
 
 
+def follow_the_remedy(error: str, tokenizer, messages, tools) -> None:
+    """What an error advises, until the conversation is trained."""
+    name = "chat"
+    if "write calls and results as texts of assistant and user" in error:
+        roles = ["user" if message["role"] == "tool" else message["role"] for message in messages]
+        texts = [message["content"] or "get_time()" for message in messages]
+        messages, tools = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], None
+    elif "write them into the system's turn" in error:
+        messages, tools = [{"role": "system", "content": json.dumps(tools)}, *messages], None
+    else:
+        assert "take --template raw" in error
+        name = "raw"
+    try:
+        assert any(on for _, on in Template(tokenizer, name).pieces(messages, tools=tools))
+    except UserError as next_error:
+        assert str(next_error) != error
+        follow_the_remedy(str(next_error), tokenizer, messages, tools)
+
+
 def every_template() -> list[str]:
     trl = importlib.util.find_spec("trl")
     folder = trl and Path(trl.origin).parent / "chat_templates"
@@ -530,7 +541,7 @@ def test_every_template_of_trl_is_trained_as_trl_does_or_refused_with_a_remedy(n
             template = Template(tokenizer, "chat")
             pieces = template.pieces(messages, tools=tools)
         except UserError as error:
-            assert re.search(r"--template|--skip-bad|write them", str(error)), name
+            follow_the_remedy(str(error), tokenizer, messages, tools)
             continue
         template.require_served(messages, pieces, tools)
         pairs = [(token, on) for ids, on in pieces for token in ids]
@@ -600,6 +611,13 @@ def test_a_served_prompt_that_differs_is_refused():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "1, message 1: unknown role 'narrator'"),
+        ({"messages": talk("Hi", " ")}, "example 1, message 2: an assistant turn that is empty"),
+        ({"messages": [*MESSAGES, MESSAGES[1]]}, "example 1, message 5: two assistant turns in a row"),
+        ({"messages": MESSAGES[1:]}, "example 1, message 1: an assistant turn without a turn before it to answer"),
+        ({"messages": MESSAGES[:1]}, "example 1 has no assistant turn"),
+        ({"messages": MESSAGES, "tools": "[{}]"}, "example 1: the chat template has no place for tools"),
+        ({"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}, "drops message 5, of the role tool"),
         ({"prompt": "a", "completion": "b", "label": False}, "has a column 'label': preference data"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "has a column 'label': preference data"),
         ({"prompt": "a", "completion": "b", "rejected": "c"}, "has a column 'rejected': preference data"),
@@ -611,13 +629,22 @@ def test_a_served_prompt_that_differs_is_refused():
         ({"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"}, "two different system turns"),
         ({"messages": MESSAGES, "weight": 0.5}, "its weight is 0.5: it must be 0 or 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of its content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]}, "a part of its content"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL]}]}, "drops the tool calls of message 2"),
         (NAMED | {"tools": TOOLS}, "--template alpaca has no place for tools"),
     ],
 )  # fmt: skip
-def test_what_is_refused(row, expected):
-    with pytest.raises(UserError, match=re.escape(expected)):
-        encoded([row], chat_tokenizer(CHATML))
+def test_what_is_refused_and_the_remedy_works(row, expected, tmp_path):
+    tokenizer = chat_tokenizer(CHATML.replace("in messages %}", "in messages if m.role != 'tool' %}"))
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        encoded([row], tokenizer)
+    if "--skip-bad" in str(caught.value):
+        (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"messages": MESSAGES}) + "\n")
+        records = load_records(str(tmp_path / "data.jsonl"))
+        dataset, dropped = build_dataset(records, tokenizer, ["instruction", "output"], 512, skip_bad=True)
+        assert (len(dataset), dropped) == (1, 1)
+    if "take it away" in str(caught.value) and "images" in row:
+        encoded([row | {"images": None}], tokenizer)
 
 
 def test_the_page_prints_what_happens_to_every_name():

@@ -213,6 +213,23 @@ def test_resume_on_two_ranks_is_an_uninterrupted_run(runs, printed, folder):
 # ---------------------------------------------------------------------------------------------- another number of ranks
 
 
+@pytest.mark.parametrize("on_one_rank", [False, True])
+def test_a_bad_example_ends_every_rank_with_the_same_line(on_one_rank, folder, tmp_path):
+    """Also where one rank alone finds it: each of two nodes has files of its own."""
+    good, bad = {"instruction": "Add", "output": "4"}, {"instruction": "Add", "output": "5", "weight": 0.5}
+    for rank in (0, 1):
+        rows = [good] if on_one_rank and rank == 0 else [good, bad]
+        (tmp_path / f"rank-{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model", folder / "base", "--data", tmp_path / "rank-{RANK}.jsonl", "--output-dir", tmp_path / "run"]
+    ranks, logs = start_ranks(2, [*argv, "--rank", 4], tmp_path, "train")
+    for process in ranks:
+        process.join(200)
+    assert [process.exitcode for process in ranks] == [2, 2]
+    data = tmp_path / f"rank-{int(on_one_rank)}.jsonl"
+    expected = f"train.py: error: {data}, example 2: its weight is 0.5: 0 and 1 alone are read"
+    assert [[line for line in log.read_text().splitlines() if "error:" in line] for log in logs] == [[expected]] * 2
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
 def test_micro_batches_are_the_same_for_every_number_of_ranks(num_ranks):
     """torch's own sampler gives them to one process; none comes twice, none is lost."""

@@ -266,7 +266,7 @@ def names_defined_in(file: Path) -> set[str]:
 
 
 def test_the_request_to_a_server_has_the_prompt_of_training():
-    from common.prompts import ALPACA_PROMPT
+    from common.templates import ALPACA_PROMPT
 
     block = next(block for _, block in fences((ROOT / "docs/own-model.md").read_text()) if "v1/completions" in block)
     request = json.loads(shlex.split(block)[-1])

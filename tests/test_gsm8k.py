@@ -12,7 +12,7 @@ from conftest import SHARED_DATA, forking
 
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
-from common.prompts import encode_prompt, encode_response
+from common.templates import encode_prompt, encode_response
 from data import demo
 from eval import gsm8k, report
 from eval.backends import TransformersBackend

@@ -10,7 +10,7 @@ from test_report import write_summary
 from test_user_errors import error_of
 
 from common.intervals import share
-from common.prompts import ALPACA_PROMPT
+from common.templates import ALPACA_PROMPT
 from eval import gsm8k, html_report, report
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

@@ -10,7 +10,9 @@ import time
 import urllib.request
 
 import pytest
-from conftest import ROOT, start_script
+import rendered_by_vllm
+from conftest import ROOT, forking, make_model, start_script
+from test_conversations import FORMS, MISTRAL
 from transformers import AutoTokenizer
 
 from common.pretrained import resolve_demo
@@ -110,3 +112,28 @@ def test_a_server_gives_the_model_the_prompt_of_training_and_answers_as_eval_doe
         (expected,) = backend.generate([prompt], Sampling(16))
         assert answer["choices"][0]["message"]["content"] == expected.text
         assert (answer["choices"][0]["finish_reason"] == "stop") == expected.finished
+
+
+def test_each_form_of_tokenizer_is_rendered_by_the_server_as_it_is_trained(tmp_path):
+    """Each template; the server has no engine here, which does not see the messages."""
+    talk = messages_of(["Hello there", "The answer is 4", "Which?", "  this\n"])
+    folders, trained = [], []
+    for form, make in FORMS.items():
+        for name in ("alpaca", "raw", "chat"):
+            folder = tmp_path / form / name
+            folder.mkdir(parents=True)
+            tokenizer = make(folder)
+            tokenizer.chat_template = MISTRAL.replace("{{ bos_token }}", "{{ bos_token }}" * bool(tokenizer.bos_token))
+            template = Template(tokenizer, name)
+            make_model(vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=0).save_pretrained(folder / "merged")
+            template.save(folder / "merged")
+            folders.append(folder / "merged")
+            trained.append([token for ids, _ in template.pieces(talk) for token in ids])
+    out = tmp_path / "prompts.json"
+    process = forking().Process(target=rendered_by_vllm.main, args=(folders, [talk[:1], talk[:3]], out))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    for folder, tokens, prompts in zip(folders, trained, json.loads(out.read_text()), strict=True):
+        assert [tokens[: len(prompt)] for prompt in prompts] == prompts, folder
+        assert len(prompts[0]) < len(prompts[1])

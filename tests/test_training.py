@@ -24,11 +24,10 @@ import train
 from common import chunked, estimates
 from common.conversations import build_dataset
 from common.packing import enable_packing
-from common.prompts import ALPACA_PROMPT, encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
 from common.targets import TARGET_MODULES
-from common.templates import IGNORE_INDEX
+from common.templates import ALPACA_PROMPT, IGNORE_INDEX, encode_prompt
 from common.training import MicroBatches, Training, random_order
 
 # ---------------------------------------------------------------------------------------------- data

@@ -18,8 +18,8 @@ import train
 from common import ranks
 from common.cli import UserError, parse_arguments, run_script
 from common.peft_format import export_adapter
-from common.prompts import ALPACA_PROMPT
 from common.targets import TARGET_MODULES
+from common.templates import ALPACA_PROMPT
 from eval import gsm8k, report
 
 

@@ -19,10 +19,9 @@ from conftest import ROOT, bits, make_model, make_tokenizer, read_jsonl, run_apa
 import train
 from common.conversations import build_dataset
 from common.packing import enable_packing
-from common.prompts import encode_prompt
 from common.ranks import start_ranks
 from common.tables import load_records
-from common.templates import IGNORE_INDEX
+from common.templates import IGNORE_INDEX, encode_prompt
 from common.training import Training, random_order
 from common.validation import is_out_of_patience, read_prompts, vain_validations
 
