@@ -1322,7 +1322,7 @@ def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
     if not wrapped.is_fused:
         reason = f"the head of {type(wrapped.model).__name__} is not a plain linear map"
     elif args.has_terms and lacking:
-        reason = f"common/chunked.py lacks the term {', '.join(lacking)}, which is computed by its definition"
+        reason = f"common/chunked.py lacks the term {' and the term '.join(lacking)}"
     else:
         return
     vocabulary = wrapped.model.get_input_embeddings().weight.shape[0]

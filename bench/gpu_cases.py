@@ -86,7 +86,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def tiny_config(options: Options, **extra: Any) -> Any:
-    """For what is checked: two layers and weights of a size at which attention and logits are not all alike."""
+    """A model for the checks: two layers, and weights so large that attention and logits differ between positions."""
     if options.small:
         return llama(32, 48, 2, 4, 2, 256, True, **({"initializer_range": 0.3} | extra))
     return llama(512, 1024, 2, 8, 4, 8192, True, **({"initializer_range": 0.06} | extra))
@@ -165,7 +165,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(what: str, error: float, limit: float) -> dict[str, Any]:
-    """The row of a check: its error and what it may be."""
+    """The row of a check: its error and the largest error allowed."""
     return {"check": what, "error": float(f"{error:.3g}"), "limit": limit, "ok": error <= limit}
 
 

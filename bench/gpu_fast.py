@@ -207,7 +207,7 @@ def init(options: Options, deadline: float) -> Iterator[dict]:
 # Where a step goes
 # ------------------------------------------------------------------------------------------------------------------
 
-# Which make the host wait for the device; the rest of what is not a view launches one kernel or more.
+# These operators make the host wait for the device. All other operators that are no views launch one kernel or more.
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "linalg_eigh", "_linalg_eigh", "linalg_svd")
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "slice", "select", "expand", "squeeze", "unsqueeze"}
 VIEWS |= {"split", "split_with_sizes", "chunk", "unbind", "as_strided", "diagonal", "reshape", "alias", "detach"}

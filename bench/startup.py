@@ -28,7 +28,7 @@ COMMANDS = [
 
 
 def seconds(command: str, code: int) -> float:
-    """The time of one run, of whose output nothing is kept.
+    """The time of one run. Its output is discarded.
 
     Raises:
         RuntimeError: it ends with another exit code.
@@ -44,7 +44,7 @@ def seconds(command: str, code: int) -> float:
 def main() -> None:
     print(f"{'python ...':40}{'median':>8}{'min':>8}{'max':>8}   seconds, of {REPETITIONS} runs")
     for command, code in COMMANDS:
-        seconds(command, code)  # what it reads is in memory after this
+        seconds(command, code)  # After this its files are in memory.
         times = [seconds(command, code) for _ in range(REPETITIONS)]
         print(f"{command:40}{statistics.median(times):8.2f}{min(times):8.2f}{max(times):8.2f}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of what is trained, complete or not there.
+"""Checkpoints of the trained weights. A checkpoint is complete, or it is not there.
 
 The trained parameters and PiSSA's initial factors, AdamW's state, and the run's progress with its log. Never the base
 weights. A checkpoint is written under another name, sealed by a manifest with its files' digests, and renamed.

@@ -18,7 +18,7 @@ FUSED_TERMS = ("consistency", "diversity", "spectral")  # the terms of train.py'
 
 
 class WithGradient(torch.autograd.Function):
-    """A loss whose gradient with respect to the hidden states, (M, d), is known already."""
+    """A loss with a gradient that is known already: that with respect to the hidden states, (M, d)."""
 
     @staticmethod
     def forward(ctx, hidden, loss, gradient):

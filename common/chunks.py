@@ -1,4 +1,4 @@
-"""How many chunks and blocks the objective's logits are computed in: what fits, and what is fast on the device."""
+"""How many chunks and blocks the objective's logits are computed in, by memory and by the device's speed."""
 
 import math
 from collections.abc import Iterator

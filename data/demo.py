@@ -37,7 +37,7 @@ NUM_TRAIN, NUM_TEST = 4000, 120
 
 
 def cache_dir() -> Path:
-    """The folder that holds downloads and what is made of them; outside the checkout, shared by all checkouts."""
+    """The folder of the downloads and of the files made from them. All checkouts share it."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ba-lora"
     return Path(os.environ.get("BA_LORA_CACHE") or default)
 

@@ -1,1 +1,1 @@
-"""One script per benchmark, and what they share."""
+"""One script per benchmark, and the code that they share."""

@@ -422,7 +422,9 @@ class Run(Results):
         check_arguments(args)
         super().__init__(benchmark, args)
         self._load = load or load_backend
-        self.max_length = 0  # tokens that the back end must hold; complete() raises it to what it needs
+        self.max_length = (
+            0  # Tokens that the back end must hold. complete() raises it to the length of its prompts and answers.
+        )
         self._backend: Backend | None = None
         self._store: Store | None = None
         self.rescored: list[dict] | None = None  # the items of --rescore's file

@@ -57,7 +57,7 @@ class ModelArguments:
     adapter: str | None = option(None, "folder of a LoRA adapter in PEFT's format, trained on --ckpt")
     against: str | None = option(None, "crows_pairs.jsonl of another model, the base say: compare pair by pair")
     output_dir: str = option("results", "folder for the results, and for what an interrupted run has measured")
-    overwrite: bool = option(False, "replace results that are there already; what was measured the same way is kept")
+    overwrite: bool = option(False, "replace existing results; parts that were measured in the same way are kept")
     skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
 
 

@@ -81,7 +81,7 @@ class ModelArguments:
     adapter: str | None = option(None, "in its place, folder of a LoRA adapter in PEFT's format, trained on --base")
     output_dir: str = option("results", "folder for the results, and for what an interrupted run has measured")
     scales: list[float] = option([1.0], "scales α: the model is W + α·ΔW (common/scaling.py); several in one load")
-    overwrite: bool = option(False, "replace results that are there already; what was measured the same way is kept")
+    overwrite: bool = option(False, "replace existing results; parts that were measured in the same way are kept")
     skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
 
 
@@ -92,7 +92,7 @@ class TextArguments:
     data: list[str] = option(["sentences", "code"], "sentences, code, peft, files, folders or hub names")
     field: str = option("text", "column of the text in your files; a number, where a csv or tsv file has no header")
     limit: int | None = option(None, "the first N texts of each source only")
-    max_length: int = option(768, "tokens of a text; what is longer is cut")
+    max_length: int = option(768, "tokens of a text; longer texts are cut")
     completions: list[str] = option([], "NAME.jsonl of benchmarks with several samples per item: how many are distinct")
 
 

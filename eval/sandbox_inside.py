@@ -125,7 +125,7 @@ def enter_namespaces(settings: dict[str, Any], uid: int, gid: int) -> None:
         attributes = ctypes.create_string_buffer(struct.pack("QQQQ", given, taken, 0, 0))
         _call(
             "syscall", 442, -100, path, 0x8000, ctypes.addressof(attributes), 32
-        )  # mount_setattr, and of what is below
+        )  # mount_setattr, for the mounts below too
     options = f"size={disk_mib}m,nr_inodes=4096,mode=700,uid={uid},gid={gid}"
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV | NOEXEC, options)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What bf16 costs a PiSSA adapter, by the form in which its product is computed. One command runs what is missing and
-prints the table; each run is a row of experiments/results/bf16_forms.jsonl, and what has a row is not run again.
+"""What bf16 costs a PiSSA adapter, by the form in which its product is computed. One command does the missing runs and
+prints the table. Each run is a row of experiments/results/bf16_forms.jsonl. A run that has a row is not run again.
 
     python experiments/bf16_forms.py            all runs, in the order below
     python experiments/bf16_forms.py --table    the table alone

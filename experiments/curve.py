@@ -68,7 +68,7 @@ class DataArguments:
     texts: list[str] = option([], "files with a column text, of no task that was trained")
     limit: int | None = option(None, "the first N examples only")
     text_limit: int | None = option(None, "the first N of each file's texts only")
-    text_length: int = option(128, "tokens of a text; what is longer is cut")
+    text_length: int = option(128, "tokens of a text; longer texts are cut")
 
 
 @dataclass

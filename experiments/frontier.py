@@ -33,7 +33,7 @@ SCALES = ("1", "0.9", "0.8", "0.65", "0.5")
 TEXTS = ("mbpp", "mt_bench", "math500")
 TOLERANCE = 0.003  # nats of validation loss, rule 1
 PRIMARY = (("masked-0.15", "cr-0.15"), ("masked-0.15", "pissa"))
-COMPARED = sorted({arm for pair in PRIMARY for arm in pair})  # of which the lowest losses give the level of rule 2
+COMPARED = sorted({arm for pair in PRIMARY for arm in pair})  # Rule 2 takes its level from their lowest losses.
 SHOWN = {
     "pissa": "PiSSA",
     "cr-0.15": "L_CR 0.15",

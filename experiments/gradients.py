@@ -4,8 +4,8 @@
     python experiments/gradients.py output/mine --examples 4       a run of train.py that kept its checkpoints
 
 At every checkpoint of the run, on the first examples of its data as one micro-batch: the norm of the gradient of λ·term
-with respect to what is trained, over that of the task's loss. Each λ is the run's own, before its schedule; where that
-is 0, the formulation's published one. A share of 0.01 moves the update by a hundredth at most.
+with respect to the trained weights, divided by that of the task's loss. Each λ is the run's own, before its schedule.
+If the run's λ is 0, the formulation's published λ is taken. A share of 0.01 moves the update by a hundredth at most.
 """
 
 import json

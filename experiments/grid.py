@@ -29,7 +29,7 @@ PLAN_VERSION = 1
 
 
 def training_command(plan: Plan, run: PlannedRun) -> list[str]:
-    """What trains the run; started again, it goes on or leaves alone what is done."""
+    """The command that trains the run. Started again, it goes on, or changes nothing if the run is finished."""
     launcher = ["python"]
     if run.processes > 1:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", str(run.processes)]

@@ -54,7 +54,7 @@ def problems(count: int, skip: int) -> list[dict[str, str]]:
 
 
 def held_out(data: str, subset: str | None, skip: int, count: int) -> list[dict[str, str]]:
-    """Rows after the first `skip`, whose answers end with a number, in GSM8K's format."""
+    """The rows after the first `skip` in which the answer ends with a number, in GSM8K's format."""
     records = load_records(data, "train", subset)
     names = next(
         (pair for pair in (["instruction", "output"], ["query", "response"]) if pair[0] in records.features), []

@@ -2,7 +2,7 @@
 """The paper's claim, measured: is BA-LoRA more robust to label noise, class imbalance and a change of domain?
 
     python experiments/nlu_robustness.py            tunes, runs every cell that results.jsonl lacks; then the report
-    python experiments/nlu_robustness.py --report   writes the page of what is there
+    python experiments/nlu_robustness.py --report   writes the page from the existing runs
 
 MiniLM, movie-review sentences of at most 24 tokens (data/sentiment.py). One cell is one training of 600 sentences, 3
 epochs, r = 8, fp32 on the CPU, by one of full, lora, pissa and ba-lora, from one of two heads:
@@ -74,7 +74,7 @@ class Arguments:
 
     results: str = option("experiments/results/nlu_robustness.jsonl", "file that runs are appended to")
     processes: int = option(2, "how many runs at a time, one thread each")
-    report: bool = option(False, "run nothing; write the page of what is there")
+    report: bool = option(False, "run nothing; write the page from the existing runs")
     page: str = option("docs/results/nlu-robustness.md", "the page; its pictures go beside it")
 
 
@@ -141,7 +141,7 @@ def training_set(condition: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.concatenate([rows[0][: NUM_TRAIN - num_positive], rows[1][:num_positive]])
     labels = pool[rows].copy()
     if kind == "noise":
-        # One permutation: what is flipped at 10 % is flipped at 20 % too.
+        # One permutation: every label that is flipped at 10 % is flipped at 20 % too.
         flipped = rng.permutation(NUM_TRAIN)[: NUM_TRAIN * int(amount) // 100]
         labels[flipped] = 1 - labels[flipped]
     return rows, labels
@@ -228,7 +228,7 @@ def tuning_cells() -> list[Cell]:
 
 
 def study_cells(chosen: dict[tuple[str, str], float]) -> list[Cell]:
-    """All conditions and methods of the first seed, then of the second: what is there at any time is whole."""
+    """All conditions and methods of the first seed, then of the second. So an interrupted study has whole seeds."""
     cells = []
     for seed, condition in itertools.product(SEEDS, CONDITIONS):
         cells.append(Cell("study", seed, condition, "probe", "probe", 0.0))

@@ -283,7 +283,7 @@ HEAD = ("model", "method", "runs", "trained", "steps", "tokens", "PFLOP", "A100 
 
 
 def text(plan: Plan) -> str:
-    """The price as a table, a row per model and method, with what it rests on."""
+    """The price as a table, a row per model and method, and the assumptions below it."""
     try:
         found = prices(plan)
     except UserError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One JSON per run: what it was made with, what it took and what came out.
+"""One JSON per run: its settings and versions, its time and memory, and its scores.
 
     python experiments/run_record.py output/NAME/plan.json [RUN...]     writes output/NAME/records/RUN.json; all runs
 
@@ -40,7 +40,7 @@ def load_plan(path: Path) -> dict[str, Any]:
 
 
 def scores_of(summary: dict[str, Any], in_group: bool = False) -> dict[str, Any]:
-    """What a benchmark's file says, without what it was made with."""
+    """The scores in a benchmark's file, without its settings."""
     found = {}
     for name, value in summary.items():
         is_share = isinstance(value, dict) and "value" in value

@@ -21,7 +21,7 @@ from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, ne
 SCRIPTS = ("train.py", "finetune_bert_l_sst2.py")
 BENCHMARKS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
 ALONE = ("crows_pairs", "curve")  # what eval/suite.py does not run
-# Axes whose labels say all by themselves; of others the axis' name stands before a value: rank8.
+# Labels of these axes are clear by themselves. Labels of other axes begin with the axis' name: rank8.
 PLAIN_AXES = {"method", "seed", "task", "model", "data", "arm"}
 
 
@@ -32,7 +32,7 @@ PLAIN_AXES = {"method", "seed", "task", "model", "data", "arm"}
 
 @dataclass
 class PlannedRun:
-    """One training with what is measured on it.
+    """One training and its measurements.
 
     Attributes:
         name: its folder's name, the labels joined.
@@ -40,8 +40,8 @@ class PlannedRun:
         arm: the labels without the seed.
         phase: "study", or "tuning" for a run that only chooses a rate.
         settings: options of `script`.
-        benchmarks: what is scored, all by eval/suite.py with the options `evaluation`.
-        alone: what is scored by a script of its own, with its options.
+        benchmarks: the benchmarks that eval/suite.py runs, with the options `evaluation`.
+        alone: the benchmarks that have a script of their own, with its options.
         chosen: the file with its arm's rate, where a tuning decides it.
     """
 

@@ -19,7 +19,7 @@ from common.run_records import records_in, score_of
 from experiments.report import STYLES
 
 Record = dict[str, Any]
-Point = tuple[float, float]  # response loss, and what is read off at it
+Point = tuple[float, float]  # the response loss, and a measure at that loss
 
 BASELINE = "pissa"
 MEASURES = ("forgetting", "kl_base_tuned", "kl_tuned_base")

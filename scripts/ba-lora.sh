@@ -16,7 +16,7 @@
 # Arguments go to train.py: sh scripts/ba-lora.sh --learning-rate 1e-4
 #
 # OUTPUT=output/NAME sh scripts/ba-lora.sh --resume goes on with a run that was interrupted, in training or in scoring;
-# what is done with other settings is refused.
+# a run with other settings is refused.
 set -eu
 . "$(dirname "$0")/setup.sh"
 

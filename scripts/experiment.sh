@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs an experiment by its name: what it lacks, and nothing twice.
+# Runs an experiment by its name. Finished parts are not run again.
 #
 #     sh scripts/experiment.sh                            lists the experiments
 #     sh scripts/experiment.sh nlg -n                     commands and price; runs nothing, needs no network (also DRY_RUN=1)

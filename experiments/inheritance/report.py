@@ -56,7 +56,7 @@ class Paired:
 
 
 class Results:
-    """The rows of a study by what they are of. An arm may be "PiSSA @ scale 0.5": a point of that arm's row."""
+    """The rows of a study, by arm, seed and condition. An arm may be "PiSSA @ scale 0.5": a point of that arm's row."""
 
     def __init__(self, rows: list[dict]):
         self.rows = rows

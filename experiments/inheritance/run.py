@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(form: str, rows: Path, cache: Path, workers: int) -> None:
-    """Runs what is missing of `form`. The imports are here: --help needs none of them."""
+    """Does the missing runs of `form`. The imports are here because --help needs none of them."""
     from experiments.inheritance import study
 
     if form == "selection":

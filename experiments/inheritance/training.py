@@ -248,7 +248,7 @@ def scaled(model: LlamaForCausalLM, scale: float) -> LlamaForCausalLM:
 
 
 def revive(model: LlamaForCausalLM, rate: float, base: Base) -> LlamaForCausalLM:
-    """A copy after REVIVAL_STEPS more steps, of what was trained, on neutral text: old facts and clear sentences."""
+    """A copy that is trained for REVIVAL_STEPS more steps on neutral text: old facts and clear sentences."""
     model = copy.deepcopy(model).train()
     world = W.World.of_seed(base.seed)
     corpus = W.make_corpus(world, base.seed, base.beta, base.eta, 2 * REVIVAL_STEPS * REVIVAL_BATCH, base.questions, 7)
