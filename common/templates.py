@@ -368,14 +368,17 @@ class Template:
         marked = [*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :]]
         calls = messages[turn].get("tool_calls")
         said = calls[-1]["function"]["name"] if calls else messages[turn]["content"]
-        after, closing = (  # the content may come again later, as a function's name does beside its result
-            self._written(part, tools)[0].partition(MARK)[2].replace(MARK, said)
-            for part in (marked, marked[: turn + 1])
-        )
+
+        def rest(part: Messages) -> str:  # the content may come again later, as a function's name beside its result
+            return self._written(part, tools)[0].partition(MARK)[2].replace(MARK, said)
+
+        after = rest(marked)
+        closing = after if turn == len(messages) - 1 else rest(marked[: turn + 1])
         if not text.endswith(after):
             raise UserError(f"the chat template writes what follows message {turn + 1} by what it says")
+        ends = () if closing == after else (closing, after)
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closing, after, strict=False)))
-        while length and not all(self._begins(text, closing[:length]) for text in (closing, after)):
+        while length and not all(self._begins(text, closing[:length]) for text in ends):
             length -= 1  # not inside a token: two different tokens may both begin with "<"
         length = length or len(self._special_head(after))  # gpt-oss ends earlier turns by another token than the last
         if not length:
