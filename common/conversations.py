@@ -190,6 +190,10 @@ class Conversation:
         turns = sum(message["role"] == "assistant" for message in self.messages)
         return "; ".join([*sorted(parts), "tools" * bool(self.tools), "turns" * (turns > 1)])
 
+    @property
+    def untrained(self) -> set[int]:
+        return self.masked | set(range(self.first))
+
     def only_last(self) -> None:
         """Trains the last assistant turn alone."""
         self.first = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
@@ -505,7 +509,9 @@ def build_dataset(
         try:
             pieces = conversation.pieces(writer)
             if compared[kind] < SERVED_SAMPLE:
-                served = writer.require_served(conversation.messages, pieces, conversation.tools)
+                served = writer.require_served(
+                    conversation.messages, pieces, conversation.tools, untrained=conversation.untrained
+                )
                 notes += [f"template {what}" for what in served]
             compared[kind] += 1
             if writer.drops_thought(conversation.messages, conversation.tools):
@@ -616,4 +622,5 @@ def encode_pieces(pieces: list[tuple[list[int], bool]], max_length: int, *, whol
 
 def num_valid(labels: list[int]) -> int:
     """How many positions of an example have a trained token next."""
-    return sum(label != IGNORE_INDEX for label in labels[1:])
+    later = labels[1:]
+    return len(later) - later.count(IGNORE_INDEX)

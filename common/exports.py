@@ -228,6 +228,6 @@ def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "tr
         raise ValueError(f"reading back: {folder.name}/ ends or samples its answers otherwise")
     for talk in sample:
         try:
-            template.require_served(talk.messages, talk.pieces(template), talk.tools, found)
+            template.require_served(talk.messages, talk.pieces(template), talk.tools, found, talk.untrained)
         except ValueError as error:
             raise ValueError(f"reading back: {folder.name}/: {error}") from error
