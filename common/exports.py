@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.cli import first_line
@@ -63,19 +64,14 @@ def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return classic
 
 
-def probe_ids(model: nn.Module) -> Tensor:
-    """Two sequences from all over the vocabulary, (2, 12)."""
-    return torch.linspace(0, model.get_input_embeddings().num_embeddings - 1, 24).long().view(2, 12)
-
-
 @torch.no_grad()
 def probe_logits(model: nn.Module) -> Tensor:
-    """(2, 12, V) on the CPU, in fp32."""
-    training = model.training
+    """Of two sequences from all over the vocabulary, (2, 12, V) on the CPU, in fp32."""
+    training, embedding = model.training, model.get_input_embeddings()
+    input_ids = torch.linspace(0, embedding.num_embeddings - 1, 24).long().view(2, 12)
     model.eval()
     try:
-        device = model.get_input_embeddings().weight.device
-        return model(input_ids=probe_ids(model).to(device), use_cache=False).logits.float().cpu()
+        return model(input_ids=input_ids.to(embedding.weight.device), use_cache=False).logits.float().cpu()
     finally:
         model.train(training)
 
@@ -84,7 +80,7 @@ class ReadBack:
     """Compares an export's files with the model that was trained. It must be made before the adapters are merged away.
 
     Attributes:
-        logits: the trained model's logits on `probe_ids`.
+        logits: the trained model's `probe_logits`.
         weights: W by name for a sample of the adapted layers, all of them below SAMPLE_SIZE.
     """
 
@@ -122,9 +118,7 @@ class ReadBack:
                     _require_tokenizer(folder / name, template, sample, model.generation_config)
             if self.fits:
                 self._require_loaded(folder, model, options)
-        except ValueError:
-            raise
-        except Exception as error:  # safetensors, transformers and PEFT raise kinds of their own
+        except Exception as error:  # ours, and safetensors, transformers and PEFT raise kinds of their own
             raise ValueError(f"reading back: {first_line(error)}") from error
 
     def _require_files(self, folder: Path, model: "transformers.PreTrainedModel") -> None:
@@ -138,25 +132,30 @@ class ReadBack:
         tied = set(getattr(model, "all_tied_weights_keys", None) or ())
         missing = sorted(expected.keys() - stored.keys() - tied)
         if missing and not stored.keys() - expected.keys():  # else the class uses other names in files than in memory
-            raise ValueError(f"reading back: merged/ lacks {missing[0]}")
-        factors, scaling = _factors(folder / "adapter", self.adapted) if self.weights else ({}, 0.0)
+            raise ValueError(f"merged/ lacks {missing[0]}")
+        if self.weights:
+            config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+            factors = load_file(folder / "adapter" / "adapter_model.safetensors")
+            names = {f"base_model.model.{layer}.lora_{which}.weight" for layer in self.adapted for which in "AB"}
+            if factors.keys() != names:
+                raise ValueError(f"adapter/ lacks or adds {sorted(factors.keys() ^ names)[0]}")
         for name, path in stored.items():
             layer = name.removesuffix(".weight")
             with safe_open(path, "pt") as file:
                 part = file.get_slice(name)
                 if name in expected and tuple(part.get_shape()) != tuple(expected[name].shape):
-                    raise ValueError(f"reading back: {name} in merged/ has the shape {part.get_shape()}")
+                    raise ValueError(f"{name} in merged/ has the shape {part.get_shape()}")
                 for rows in (slice(0, 1), slice(-1, None)) if name in expected and part.get_shape() else ():
-                    if not same_bits(part[rows], expected[name][rows]):
-                        raise ValueError(f"reading back: {name} in merged/ differs from the trained model's")
+                    _require_bits(f"{name} in merged/", part[rows], expected[name][rows])
                 if layer not in self.weights or not name.endswith(".weight"):
                     continue
                 found = file.get_tensor(name)
             weight = self.weights[layer]
-            A, B = (factor.to(weight.device).float() for factor in factors[layer])
-            sum_ = torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype).to(dtype).cpu()
-            if not same_bits(found, sum_):
-                raise ValueError(f"reading back: {name} in merged/ is not W + ΔW of adapter/")
+            pair = (factors[f"base_model.model.{layer}.lora_{which}.weight"] for which in "AB")
+            A, B = (factor.to(weight.device).float() for factor in pair)
+            sum_ = torch.addmm(weight.float(), B, A, alpha=config["lora_alpha"] / config["r"]).to(weight.dtype)
+            if not same_bits(found, sum_.to(dtype)):
+                raise ValueError(f"{name} in merged/ is not W + ΔW of adapter/")
 
     def _require_loaded(self, folder: Path, model: "transformers.PreTrainedModel", options: dict[str, Any]) -> None:
         """merged/ and base + adapter/, loaded by transformers and PEFT, have the trained model's tensors and logits."""
@@ -167,11 +166,11 @@ class ReadBack:
         )
         for what, names in loading.items():
             if names and what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-                raise ValueError(f"reading back: merged/ has {what.replace('_', ' ')}: {sorted(names)[0]}")
+                raise ValueError(f"merged/ has {what.replace('_', ' ')}: {sorted(names)[0]}")
         expected = model.state_dict()
         for name, tensor in merged.state_dict().items():
-            if name in expected and not same_bits(tensor, expected[name]):
-                raise ValueError(f"reading back: {name} in merged/ differs from the trained model's")
+            if name in expected:
+                _require_bits(f"{name} in merged/", tensor, expected[name])
         self._require_logits("merged/", merged)
         if not self.adapted:
             return
@@ -182,9 +181,8 @@ class ReadBack:
             config["base_model_name_or_path"], revision=config.get("revision"), dtype=self.trained_in, **options
         )
         for name, tensor in base.state_dict().items():
-            of_base = tensor.to(expected[name].dtype)
-            if name.removesuffix(".weight") not in self.adapted and not same_bits(of_base, expected[name]):
-                raise ValueError(f"reading back: {name} of the base differs from the trained model's")
+            if name.removesuffix(".weight") not in self.adapted:
+                _require_bits(f"{name} of the base", tensor.to(expected[name].dtype), expected[name])
         self._require_logits("the base with adapter/", peft.PeftModel.from_pretrained(base, folder / "adapter"))
 
     def _require_logits(self, what: str, model: nn.Module) -> None:
@@ -193,21 +191,12 @@ class ReadBack:
         is_exact = self.trained_in == next(model.parameters()).dtype == torch.float32
         found, limit = (distance.max(), 1e-4) if is_exact else (distance.median(), 0.1)
         if not found <= limit:
-            raise ValueError(f"reading back: the logits of {what} are {float(found):.1e} off the trained model's")
+            raise ValueError(f"the logits of {what} are {float(found):.1e} off the trained model's")
 
 
-def _factors(folder: Path, adapted: set[str]) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """A and B by layer, and s, from an adapter's files."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        keys, prefix = set(file.keys()), "base_model.model."
-        names = {f"{prefix}{layer}.lora_{which}.weight" for layer in adapted for which in "AB"}
-        if keys != names:
-            raise ValueError(f"reading back: adapter/ lacks or adds {sorted(keys ^ names)[0]}")
-        factors = {
-            layer: tuple(file.get_tensor(f"{prefix}{layer}.lora_{which}.weight") for which in "AB") for layer in adapted
-        }
-    return factors, config["lora_alpha"] / config["r"]
+def _require_bits(what: str, found: Tensor, expected: Tensor) -> None:
+    if not same_bits(found, expected):
+        raise ValueError(f"{what} differs from the trained model's")
 
 
 def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "transformers.GenerationConfig") -> None:
@@ -219,15 +208,15 @@ def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "tr
     vocabulary = tokenizer.get_vocab()
     text = "\n".join(["Two 2s are 4, naïve 你好", *tokenizer.batch_decode([[id_] for id_ in vocabulary.values()])])
     if found.chat_template != template.plain_jinja:
-        raise ValueError(f"reading back: {folder.name}/ has another chat template")
+        raise ValueError(f"{folder.name}/ has another chat template")
     are_alike = found.get_vocab() == vocabulary and found(text)["input_ids"] == tokenizer(text)["input_ids"]
     if not are_alike or found.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(f"reading back: the tokenizer of {folder.name}/ gives other tokens")
+        raise ValueError(f"the tokenizer of {folder.name}/ gives other tokens")
     ends = GenerationConfig.from_pretrained(folder)
     if (ends.eos_token_id, ends.do_sample) != (generation.eos_token_id, generation.do_sample):
-        raise ValueError(f"reading back: {folder.name}/ ends or samples its answers otherwise")
+        raise ValueError(f"{folder.name}/ ends or samples its answers otherwise")
     for talk in sample:
         try:
             template.require_served(talk.messages, talk.pieces(template), talk.tools, found, talk.untrained)
         except ValueError as error:
-            raise ValueError(f"reading back: {folder.name}/: {error}") from error
+            raise ValueError(f"{folder.name}/: {error}") from error

@@ -114,18 +114,10 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
 # Fields of PEFT's configurations that do not change the forward pass of plain LoRA, or that `read_adapter` checks. Any
 # other field that is not empty has an effect that is not known here.
 KNOWN_FIELDS = {
-    *(
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "peft_version",
-        "inference_mode",
-    ),
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "bias", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "auto_mapping"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "inference_mode"),
 }
 
 

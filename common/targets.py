@@ -21,13 +21,21 @@ FEED_FORWARD = TARGET_MODULES[4:]
 FUSED_TARGET_MODULES = ["qkv_proj", "gate_up_proj"]
 
 
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _last_names(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
 def default_target_modules(model: nn.Module) -> list[str]:
     """The names of TARGET_MODULES and their fused forms that `model` has.
 
     Raises:
         UserError: the model has none of them.
     """
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = _last_names(linear_layers(model))
     found = [name for name in (*TARGET_MODULES, *FUSED_TARGET_MODULES) if name in linear]
     if not found:
         raise UserError(f"no known projection in {type(model).__name__}: name --target-modules among {_known(model)}")
@@ -38,10 +46,9 @@ def default_target_modules(model: nn.Module) -> list[str]:
 
 def _known(model: nn.Module) -> str:
     """The last names of the linear layers, for a message."""
-    modules = dict(model.named_modules())
-    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
-    conv = sorted({name.rpartition(".")[2] for name, module in modules.items() if type(module).__name__ == "Conv1D"})
-    return ", ".join(names) + (f"; {', '.join(conv)} are Conv1D, which get no adapters here" if conv else "")
+    conv = _last_names(name for name, module in model.named_modules() if type(module).__name__ == "Conv1D")
+    names = ", ".join(_last_names(linear_layers(model)))
+    return names + (f"; {', '.join(conv)} are Conv1D, which get no adapters here" if conv else "")
 
 
 def obstacle_to_adapters(model: nn.Module, found: Iterable[str]) -> str | None:
@@ -90,20 +97,15 @@ def _source(kind: type) -> str:
 
 def plain_names(model: nn.Module, found: Iterable[str]) -> list[str]:
     """Targets that every reader of adapters understands: last names if they match only `found`, else whole names."""
-    names = list(found)
-    last = {name.rpartition(".")[2] for name in names}
+    names, last = list(found), _last_names(found)
     named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last) if named == set(names) else names
+    return last if named == set(names) else names
 
 
 def coverage(model: nn.Module, found: Iterable[str]) -> dict[str, dict[str, int]]:
     """How many linear layers of each last name get an adapter, and how many do not; without the output layer."""
     found, head = set(found), model.get_output_embeddings()
-    layers = {
-        name: name in found
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (module is not head or name in found)
-    }
+    layers = {name: name in found for name, layer in linear_layers(model).items() if layer is not head or name in found}
     return {
         what: dict(Counter(name.rpartition(".")[2] for name, is_adapted in layers.items() if is_adapted == wanted))
         for what, wanted in (("adapted", True), ("not_adapted", False))
@@ -120,12 +122,10 @@ def find_target_modules(model: nn.Module, target_modules: list[str] | None, rank
     Raises:
         UserError: an entry matches nothing, or `rank` is larger than a layer's smaller side.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {}
+    linear, found = linear_layers(model), {}
     for target in default_target_modules(model) if target_modules is None else target_modules:
         if target == "all-linear":
-            head = model.get_output_embeddings()
-            matches = [name for name in linear if linear[name] is not head]
+            matches = [name for name in linear if linear[name] is not model.get_output_embeddings()]
         elif re.fullmatch(r"[\w.]+", target):
             matches = [name for name in linear if name == target or name.endswith(f".{target}")]
         else:

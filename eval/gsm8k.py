@@ -34,6 +34,7 @@ from common.templates import encode_response
 from eval import benchmark
 from eval.benchmark import PUBLISHED_MARKER, Run
 from eval.generation import LoadBackend, response_loss
+from eval.math_grader import WORDS
 
 HUB_DATA = "openai/gsm8k"
 FORMAT = "GSM8K's format has question and answer"
@@ -78,8 +79,6 @@ DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])")
 POWER_OF_TEN = re.compile(
     r"(?<![\d.])(\d+(?:\.\d+)?)(?:[eE]|\s*(?:\\times|\\cdot|[×x*])\s*10\s*(?:\^|\*\*)\s*\{?)([-+]?\d{1,2})\}?"
 )
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
-WORDS += "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()  # noqa: SIM905
 WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|million|and)\b)", re.IGNORECASE)
 
 

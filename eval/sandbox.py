@@ -272,12 +272,14 @@ def _interpreter() -> str:
 
 
 @functools.cache
-def _visible_folders() -> list[str]:
-    """Python's standard library, and the shared libraries that its modules load."""
+def _visible_folders() -> dict[str, str]:
+    """The folders of Python's standard library, and of the shared libraries that its modules load, with their places
+    after all links."""
     library = sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix, "base": sys.base_prefix})
     folders = [library, sysconfig.get_path("platstdlib", vars={"base": sys.base_prefix, "platbase": sys.base_prefix})]
     folders += [os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
-    return sorted({folder for folder in folders if folder and os.path.isdir(folder)})  # parents before children
+    found = sorted({folder for folder in folders if folder and os.path.isdir(folder)})  # parents before children
+    return {folder: os.path.realpath(folder) for folder in found}
 
 
 @functools.cache

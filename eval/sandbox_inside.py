@@ -98,19 +98,17 @@ def enter_namespaces(settings: dict[str, Any], uid: int, gid: int) -> None:
             with open(f"/proc/self/{file}", "w") as stream:
                 stream.write(text)
     _call("sethostname", b"sandbox", 7)
-    sources = {path: os.path.realpath(path) for path in visible}
-    links = {path: os.readlink(path) for path in visible if os.path.islink(path) and os.path.dirname(path) == "/"}
     _mount("none", "/", "", REC | PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/host")
     _call("syscall", PIVOT_ROOT[platform.machine()], b"/tmp", b"/tmp/host")
     os.chdir("/")
-    for path in visible:
-        if path in links:
-            os.symlink(links[path], path)
-        elif os.path.isdir("/host" + sources[path]):
+    for path, source in visible.items():
+        if source != path and os.path.dirname(path) == "/":
+            os.symlink(source, path)
+        elif os.path.isdir("/host" + source):
             os.makedirs(path, exist_ok=True)
-            _mount("/host" + sources[path], path, "", BIND | REC)
+            _mount("/host" + source, path, "", BIND | REC)
     os.mkdir("/dev")
     os.close(os.open("/dev/null", os.O_CREAT))
     _mount("/host/dev/null", "/dev/null", "", BIND)
@@ -166,7 +164,7 @@ def enter_landlock(visible: list[str], hidden: list[str], writable: str) -> None
             allow_to_read(os.path.join(path, name))
 
     for path in visible:
-        allow_to_read(os.path.realpath(path))
+        allow_to_read(path)
     allow("/dev/null", (1 << rights) - 1 & (read_file | 1 << 1 | 1 << 14))  # to write, to truncate
     allow(writable, (1 << rights) - 1 & ~not_granted)
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -599,7 +597,7 @@ def confine(settings: dict[str, Any]) -> None:
     processes = 64 if level == "namespaces" else 4096
     limit_resources(settings["memory_mib"], settings["timeout"], settings["file_mib"], processes)
     if level == "landlock":
-        enter_landlock(settings["visible"] + settings["packages"], settings["hidden"], settings["folder"])
+        enter_landlock([*settings["visible"].values(), *settings["packages"]], settings["hidden"], settings["folder"])
 
 
 def become_candidate(settings: dict[str, Any], output: int, requests: int, replies: int) -> NoReturn:

@@ -77,27 +77,40 @@ def filter_program() -> bytes:
     if platform.machine() not in ARCHITECTURES:
         raise OSError(f"no system-call filter for {platform.machine()}")
     column, architecture = ARCHITECTURES[platform.machine()]
-    load, jump_equal, jump_greater, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, refuse, unknown, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno 1: EPERM, 38: ENOSYS
+    load, jump_equal, jump_least, jump_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, unknown = (
+        [(give, 0, 0, 0x7FFF0000)],
+        [(give, 0, 0, 0x50001)],
+        [(give, 0, 0, 0x50026)],
+    )  # EPERM, ENOSYS
     number, arch, argument = 0, 4, lambda i: int(16 + 8 * i)  # offsets in struct seccomp_data
     decisions: dict[str, list[tuple]] = {
         # clone3 hides its flags in memory, where a filter cannot look; told that it is missing, the C library takes
         # clone. 0x10000: a thread.
-        "clone3": [(give, 0, 0, unknown)],
-        "clone": [(load, 0, 0, argument(0)), (jump_set, 1, 0, 0x10000), (give, 0, 0, refuse), (give, 0, 0, allow)],
+        "clone3": unknown,
+        "clone": [(load, 0, 0, argument(0)), (jump_set, 1, 0, 0x10000), *refuse, *allow],
     }
     for name, arguments in ARGUMENTS.items():
-        decide = decisions[name] = []
+        decisions[name] = []
         for index, values in arguments.items():
-            decide.append((load, 0, 0, argument(index)))
-            decide += [(jump_equal, len(values) - i, 0, value) for i, value in enumerate(values)]
-            decide.append((give, 0, 0, refuse))
-        decide.append((give, 0, 0, allow))
-    program = [(load, 0, 0, arch), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, number)]
-    program += [(jump_greater, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # x86's second set of numbers
-    for name, numbers in NUMBERS.items():
-        if numbers[column] is not None:
-            decide = decisions.get(name, [(give, 0, 0, allow)])
-            program += [(jump_equal, 0, len(decide), numbers[column]), *decide]
-    program.append((give, 0, 0, refuse))
+            decisions[name].append((load, 0, 0, argument(index)))
+            decisions[name] += [(jump_equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+            decisions[name] += refuse
+        decisions[name] += allow
+    of_number = {numbers[column]: decisions.get(name, allow) for name, numbers in NUMBERS.items()}
+    ranges: list[tuple[int, list[tuple]]] = [(0, refuse)]  # the first number of each range, its decision
+    for call in range(2 + max(filter(None, of_number))):
+        if of_number.get(call, refuse) is not ranges[-1][1]:
+            ranges.append((call, of_number.get(call, refuse)))
+
+    def search(ranges: list[tuple[int, list[tuple]]]) -> list[tuple]:
+        """By halves: the kernel runs the whole filter once for each number when a program starts."""
+        if len(ranges) == 1:
+            return ranges[0][1]
+        half = len(ranges) // 2
+        below = search(ranges[:half])
+        return [(jump_least, len(below), 0, ranges[half][0]), *below, *search(ranges[half:])]
+
+    kill = (give, 0, 0, 0x80000000)
+    program = [(load, 0, 0, arch), (jump_equal, 1, 0, architecture), kill, (load, 0, 0, number), *search(ranges)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)

@@ -9,83 +9,24 @@ from pathlib import Path
 
 import architectures
 import greedy_by_vllm
-import peft
 import pytest
 import torch
 import transformers
-from conftest import PUBLISHED, ROOT, forking, make_tokenizer, relative_error
+from architectures import SHAPE
+from conftest import PUBLISHED, ROOT, forking, make_tokenizer
+from safetensors.torch import load_file
 
 import train
 from common.cli import UserError
-from common.targets import TARGET_MODULES
 from common.templates import encode_prompt
 from data import demo
 
-SHAPE = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
+ARCHITECTURES = [(name, "ba-lora") for name in architectures.ARCHITECTURES]
+ARCHITECTURES += [(name, "lora") for name in ("Llama, tied", "Llama, biased", "Mistral", "Gemma-2", "Phi-3", "Mixtral")]
+WHOLE_LOGITS = {  # they are no plain product of hidden states and the output layer
+    *("Gemma-2", "Gemma-3n", "VaultGemma", "Phi", "GPT-J", "Granite", "GraniteMoE", "Cohere", "Cohere-2", "MiniCPM-3"),
+    *("CodeGen", "RecurrentGemma", "BERT, is_decoder", "nanochat"),
 }
-SEVEN = TARGET_MODULES
-ATTENTION = SEVEN[:4]
-# Configuration, and the target modules that are to be found without being named.
-ARCHITECTURES = {
-    "llama": (transformers.LlamaConfig(**SHAPE), SEVEN),
-    "llama-tied": (transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True), SEVEN),
-    "llama-biased": (transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True), SEVEN),
-    "mistral": (transformers.MistralConfig(**SHAPE, sliding_window=400), SEVEN),
-    "gemma": (transformers.GemmaConfig(**SHAPE, head_dim=8), SEVEN),
-    "gemma2": (transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0), SEVEN),
-    "qwen2": (transformers.Qwen2Config(**SHAPE), SEVEN),  # biases on queries, keys and values
-    "phi3": (transformers.Phi3Config(**SHAPE), ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
-    "mixtral": (transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2), ATTENTION),
-}
-
-
-@pytest.mark.parametrize("method", ["ba-lora", "lora"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_trains_exports_loads_in_peft_and_generates(name, method, data_file, tmp_path, capsys):
-    config, expected_targets = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.5)  # biases that are not zero, so that a lost one shows
-    model.save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    files = ("--model", tmp_path / "base", "--data", data_file, "--output-dir", tmp_path / "out")
-    options = ("--method", method, "--rank", 4, "--max-steps", 3, "--learning-rate", "1e-2", "--save-steps", 0)
-    train.main([*map(str, files), *map(str, options)])
-
-    adapter_config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert set(adapter_config["target_modules"]) == set(expected_targets)
-    assert ("holds whole logits" in capsys.readouterr().out) == (name == "gemma2")
-    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").eval()
-    input_ids = torch.tensor([make_tokenizer()("Add 1 and 1")["input_ids"]])
-    with torch.no_grad():
-        before = base(input_ids).logits
-        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
-        after = adapted(input_ids).logits
-        assert relative_error(after, before) > 1e-3, "nothing was learnt"
-        assert relative_error(after, merged(input_ids).logits) < 1e-4
-        assert relative_error(adapted.merge_and_unload()(input_ids).logits, after) < 1e-4
-    assert merged.config.tie_word_embeddings == config.tie_word_embeddings
-    trained = {key for key, value in merged.state_dict().items() if not torch.equal(value, model.state_dict()[key])}
-    assert trained == {key for key in trained if key.split(".")[-2] in expected_targets and key.endswith(".weight")}
-    generated = [
-        m.generate(input_ids, max_new_tokens=8, do_sample=False, pad_token_id=257) for m in (merged, base)
-    ]  # `base` has the adapter merged in by now
-    assert generated[0].tolist() == generated[1].tolist()
-    assert generated[0].shape[1] > input_ids.shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +37,27 @@ def committed_rows() -> dict[str, list[str]]:
     return {row[0]: row for row in rows}
 
 
-@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
-def test_an_architecture_has_transformers_loss_and_one_set_of_logits_or_is_refused(name, committed_rows, tmp_path):
-    """The trained model, merged/ and base + adapter/ alike, as the committed table says."""
-    result = architectures.trained(name, tmp_path)
+@pytest.mark.parametrize(("name", "method"), ARCHITECTURES)
+def test_an_architecture_trains_and_goes_out_as_trained_or_is_refused(name, method, committed_rows, tmp_path):
+    """transformers' loss; the trained model, merged/ and base + adapter/ alike; and all as the committed table says."""
+    result = architectures.trained(name, tmp_path, method)
     assert architectures.cells(name, result) == committed_rows[name]
     if "refused" in result:
+        assert "\n" not in result["refused"]
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
         return
     loss, of_transformers = result["loss"]
     assert loss == pytest.approx(of_transformers, rel=2e-5)
     assert max(result["errors"]) < 1e-4 < result["moved"]
+    assert result["generated"][0] == result["generated"][1]
     for names in result["layers"].values():  # printed before training, too
         assert all(f"{count} {layer}" in result["printed"] for layer, count in names.items())
+    assert ("holds whole logits" in result["printed"]) == (name in WHOLE_LOGITS)
+    base, merged = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out/merged"))
+    assert base.keys() == merged.keys()
+    moved = {key for key in base if not torch.equal(base[key], merged[key])}
+    assert {key.split(".")[-2] for key in moved if key.endswith(".weight")} == set(result["layers"]["adapted"])
+    assert all(key.endswith(".weight") for key in moved)
 
 
 def test_every_row_of_the_table_is_tried(committed_rows):
@@ -219,7 +168,10 @@ def vllm_tokens(trained_smollm2, prompts):
     process.start()
     process.join()
     assert process.exitcode == 0
-    return dict(zip(["merged", "adapter"], json.loads(out.read_text()), strict=True))
+    return {
+        form: [made["tokens"] for made in found]
+        for form, found in zip(["merged", "adapter"], json.loads(out.read_text()), strict=True)
+    }
 
 
 def choices(path: Path, prompts: list[list[int]], tokens: list[list[int]]) -> list[list[int]]:
@@ -239,3 +191,12 @@ def test_vllm_gives_transformers_greedy_tokens(form, trained_smollm2, prompts, v
     assert [len(row) for row in tokens] == [16] * 20
     assert choices(trained_smollm2 / "merged", prompts, tokens) == tokens
     assert choices(Path(demo.model()), prompts[:4], tokens[:4]) != tokens[:4], "nothing was learnt"
+
+
+@pytest.mark.slow  # an engine for each form of each model
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Phi-3", "Gemma-2"])
+def test_vllm_gives_what_the_table_says(name, tmp_path):
+    pytest.importorskip("vllm")
+    result = architectures.trained(name, tmp_path)
+    found = architectures.in_vllm(result, tmp_path)
+    assert architectures.verdict(found) == architectures.verdict(architectures.recorded()[name])

@@ -24,20 +24,8 @@ pytestmark = pytest.mark.skipif(not (LLAMA_CPP / "convert_lora_to_gguf.py").is_f
 def run(tmp_path_factory):
     """The folder of a run with what the page's converters make beside it."""
     folder = tmp_path_factory.mktemp("gguf")
-    options = [
-        "--model",
-        "demo",
-        "--data",
-        "demo",
-        "--fields",
-        "question",
-        "response",
-        "--template",
-        "chat",
-        "--rank",
-        4,
-    ]
-    options += ["--max-steps", 2, "--limit", 4, "--batch-size", 2, "--gradient-accumulation", 1]
+    options = ["--model", "demo", "--data", "demo", "--fields", "question", "response", "--template", "chat"]
+    options += ["--rank", 4, "--max-steps", 2, "--limit", 4, "--batch-size", 2, "--gradient-accumulation", 1]
     options += ["--save-steps", 0, "--learning-rate", 1e-3, "--dtype", "float32", "--output-dir", folder]
     process = start_script("train", options, folder.with_suffix(".log"))
     process.join()

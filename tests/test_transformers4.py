@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import torch
 import transformers
+from architectures import SHAPE
 from conftest import ROOT, make_tokenizer, relative_error
 from read_by_transformers4 import read
 from safetensors.torch import load_file
@@ -18,13 +19,8 @@ from common import exports
 
 PYTHON = ROOT / ".venv-transformers4" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-transformers4")
-SHAPE = {
-    **{"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "eos_token_id": 257},
-    **{"bos_token_id": None, "pad_token_id": 257},
-}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.1, 2.2, 2.3]}
+LONG = {name: [first + i / 10 for i in range(16)] for name, first in (("short_factor", 1), ("long_factor", 2))}
 LLAMA, PHI = transformers.LlamaConfig, transformers.Phi3Config
 CONFIGURATIONS = {  # and the rotary settings of each, in the form of transformers 5
     "llama": (LLAMA, {}, {"rope_type": "default", "rope_theta": 5e5}),
