@@ -1186,6 +1186,7 @@ def inspect_base(args: Arguments) -> Base:
         args.rank, args.alpha = adapter.rank, adapter.alpha
         adapter.require_fit({name: m for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)})
         args.target_modules = adapter.target_modules
+        print(adapter.note(path))
     if args.method == "full":
         return Base(path, tokenizer, config, skeleton, None, 0, skeleton.num_parameters())
     if args.target_modules is None:

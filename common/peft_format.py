@@ -48,7 +48,8 @@ def export_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base_model,
+        # The whole path of a folder: AutoPeft would look for a relative one from wherever it is called.
+        "base_model_name_or_path": str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model,
         "revision": revision,
         "r": rank,
         "lora_alpha": layer.scaling * rank,
@@ -193,6 +194,13 @@ class InitialAdapter:
                 raise UserError(f"--init-adapter {self.folder} has factors for {name}, which this model lacks")
             if (B.shape[0], A.shape[1]) != (layers[name].out_features, layers[name].in_features):
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
+
+    def note(self, model: str) -> str:
+        """For the user: what is the adapter's own, and its base where that has another name than `model`, a path."""
+        base = self.config.get("base_model_name_or_path") or model
+        is_other = Path(base).name.lower() != Path(model).absolute().name.lower()
+        other = f"; it was trained on {base}, not on {model}" if is_other else ""
+        return f"note: rank {self.rank}, alpha {self.alpha:g} and the layers are those of {self.folder}{other}"
 
     def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The `trained_tensors` of a model that starts from this adapter.
