@@ -181,6 +181,10 @@ class Conversation:
     def pieces(self, template: Template) -> Pieces:
         return template.pieces(self.messages, self.first, self.masked, self.tools)
 
+    def require_served(self, template: Template, pieces: Pieces, served: Any = None) -> set[str]:
+        """See `Template.require_served`."""
+        return template.require_served(self.messages, pieces, self.tools, served, self.untrained)
+
     def kind(self) -> str:
         """Its kind for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
         parts = {
@@ -509,10 +513,7 @@ def build_dataset(
         try:
             pieces = conversation.pieces(writer)
             if compared[kind] < SERVED_SAMPLE:
-                served = writer.require_served(
-                    conversation.messages, pieces, conversation.tools, untrained=conversation.untrained
-                )
-                notes += [f"template {what}" for what in served]
+                notes += [f"template {what}" for what in conversation.require_served(writer, pieces)]
             compared[kind] += 1
             if writer.drops_thought(conversation.messages, conversation.tools):
                 notes.append("template it leaves out thoughts")
