@@ -163,7 +163,9 @@ class DataArguments:
 class AdapterArguments:
     """The part of the model that is trained."""
 
-    method: Literal["full", "lora", "pissa", "ba-lora"] = option("ba-lora", "what to train", first=True)
+    method: Literal["full", "lora", "pissa", "ba-lora"] = option(
+        "ba-lora", "full fine-tuning, LoRA, PiSSA, or ba-lora: PiSSA with the three terms", first=True
+    )
     rank: int = option(128, "adapter rank r", first=True)
     alpha: float | None = option(None, "adapter scale: it acts with s = alpha / rank; None: alpha = rank")
     target_modules: list[str] | None = option(None, "layers that get an adapter; None: attention and feed-forward")
@@ -1253,7 +1255,7 @@ def load_student(
     pretrained.require_causal(model)
     if is_main and base.coverage:
         lines = {what: ", ".join(f"{n} {name}" for name, n in names.items()) for what, names in base.coverage.items()}
-        print(f"adapters on {lines['adapted']}; none on {lines['not_adapted'] or 'no other linear layer'}")
+        print(f"adapters on {lines['adapted']}; without adapter: {lines['not_adapted'] or 'none'}")
     return model
 
 
