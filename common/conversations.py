@@ -335,7 +335,7 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
             continue
         weight = as_text(holder[name]).lower()
         if weight not in _WEIGHTS:
-            raise UserError(f"{where}: its {name} is {weight}: 0 and 1 alone are read")
+            raise UserError(f"{where}: its {name} is {weight}: it must be 0 or 1")
         if not _WEIGHTS[weight]:
             return False
     return True
@@ -395,7 +395,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
     content = message.get("value") if message.get("content") is None else message["content"]
     role = ROLE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise UserError(f"{where}: nobody knows the role {name!r}; roles are {', '.join(ROLES)}")
+        raise UserError(f"{where}: unknown role {name!r}; the roles are {', '.join(ROLES)}")
     if isinstance(content, list):
         content = "".join(_read_part(part, where, unused) for part in content)
     if isinstance(content, dict):
@@ -459,7 +459,7 @@ def _check_turns(messages: Messages, where: str) -> None:
             raise UserError(f"{where}, message {number}: two assistant turns in a row")
         if message["role"] == "assistant" and before in (None, "system"):
             raise UserError(
-                f"{where}, message {number}: an assistant turn that answers nobody (--skip-bad leaves it out)"
+                f"{where}, message {number}: an assistant turn without a turn before it to answer (--skip-bad skips it)"
             )
         before = message["role"]
 

@@ -238,12 +238,14 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
     unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
+        raise UserError(f"--init-adapter {folder}: training can continue from plain LoRA only, not {kind}")
     if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
         raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
     others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others:
-        raise UserError(f"--init-adapter {folder}: only factors of linear layers can be gone on with, not {others[0]}")
+        raise UserError(
+            f"--init-adapter {folder}: training can continue from factors of linear layers only, not {others[0]}"
+        )
     prefix, factors = "base_model.model.", {}
     for name in tensors:
         if name.endswith(".lora_A.weight"):

@@ -169,7 +169,7 @@ class Template:
                 served.convert_ids_to_tokens(tokens[max(place - 3, 0) : place + 5]) for tokens in (ids, prompt)
             )
             raise UserError(
-                f"the prompt of message {turn + 1} is trained otherwise than it is served, from token {place} on: "
+                f"the prompt of message {turn + 1} differs between training and serving, from token {place} on: "
                 f"trained {trained_tokens}, served {served_tokens}; take another --template"
             )
         return notes
@@ -345,7 +345,7 @@ class Template:
                 if not text.startswith(head):
                     remedy = "take another --template" if turn == turns[-1] else "--train-on last trains the last alone"
                     raise UserError(
-                        f"the chat template begins message {turn + 1} otherwise than its prompt ends: {remedy}"
+                        f"the prompt of message {turn + 1} does not end as the template begins it: {remedy}"
                     )
         if marks:
             assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -376,7 +376,9 @@ class Template:
         after = rest(marked)
         closing = after if turn == len(messages) - 1 else rest(marked[: turn + 1])
         if not text.endswith(after):
-            raise UserError(f"the chat template writes what follows message {turn + 1} by what it says")
+            raise UserError(
+                f"the text that the chat template writes after message {turn + 1} depends on that message's words"
+            )
         ends = () if closing == after else (closing, after)
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closing, after, strict=False)))
         while length and not all(self._begins(text, closing[:length]) for text in ends):
