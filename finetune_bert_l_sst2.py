@@ -201,7 +201,9 @@ class AdapterArguments(train.AdapterArguments):
     """The part of the model that is trained; every method trains the classifier too."""
 
     method: Literal["full", "lora", "pissa", "ba-lora"] = option(
-        "ba-lora", "what to train beside the classifier", first=True
+        "ba-lora",
+        "full fine-tuning, LoRA, PiSSA, or ba-lora: PiSSA with the three terms; the classifier is always trained",
+        first=True,
     )
     rank: int = option(8, "adapter rank r", first=True)
     teacher_head: Literal["initial", "probe"] = option(

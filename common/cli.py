@@ -156,7 +156,7 @@ def _grouped(arguments_type: type) -> type:
             continue
         name = owner.removesuffix("Arguments").lower() or "main"
         titles = {kind.__name__: kind.__doc__ for kind in reversed(arguments_type.__mro__)}
-        title = titles.get(owner, "What is set first.")
+        title = titles.get(owner, "The options that most runs set.")
         group = dataclasses.make_dataclass(owner, members, namespace={"__doc__": title})
         groups.append((name, group, field(default_factory=group)))
     return dataclasses.make_dataclass("Options", groups)

@@ -181,6 +181,10 @@ class Conversation:
     def pieces(self, template: Template) -> Pieces:
         return template.pieces(self.messages, self.first, self.masked, self.tools)
 
+    def require_served(self, template: Template, pieces: Pieces, served: Any = None) -> set[str]:
+        """See `Template.require_served`."""
+        return template.require_served(self.messages, pieces, self.tools, served, self.untrained)
+
     def kind(self) -> str:
         """Its kind for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
         parts = {
@@ -189,6 +193,10 @@ class Conversation:
         }
         turns = sum(message["role"] == "assistant" for message in self.messages)
         return "; ".join([*sorted(parts), "tools" * bool(self.tools), "turns" * (turns > 1)])
+
+    @property
+    def untrained(self) -> set[int]:
+        return self.masked | set(range(self.first))
 
     def only_last(self) -> None:
         """Trains the last assistant turn alone."""
@@ -327,7 +335,7 @@ def _is_trained(holder: dict[str, Any], where: str) -> bool:
             continue
         weight = as_text(holder[name]).lower()
         if weight not in _WEIGHTS:
-            raise UserError(f"{where}: its {name} is {weight}: 0 and 1 alone are read")
+            raise UserError(f"{where}: its {name} is {weight}: it must be 0 or 1")
         if not _WEIGHTS[weight]:
             return False
     return True
@@ -387,7 +395,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
     content = message.get("value") if message.get("content") is None else message["content"]
     role = ROLE_OF_NAME.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise UserError(f"{where}: nobody knows the role {name!r}; roles are {', '.join(ROLES)}")
+        raise UserError(f"{where}: unknown role {name!r}; the roles are {', '.join(ROLES)}")
     if isinstance(content, list):
         content = "".join(_read_part(part, where, unused) for part in content)
     if isinstance(content, dict):
@@ -451,7 +459,7 @@ def _check_turns(messages: Messages, where: str) -> None:
             raise UserError(f"{where}, message {number}: two assistant turns in a row")
         if message["role"] == "assistant" and before in (None, "system"):
             raise UserError(
-                f"{where}, message {number}: an assistant turn that answers nobody (--skip-bad leaves it out)"
+                f"{where}, message {number}: an assistant turn without a turn before it to answer (--skip-bad skips it)"
             )
         before = message["role"]
 
@@ -505,8 +513,7 @@ def build_dataset(
         try:
             pieces = conversation.pieces(writer)
             if compared[kind] < SERVED_SAMPLE:
-                served = writer.require_served(conversation.messages, pieces, conversation.tools)
-                notes += [f"template {what}" for what in served]
+                notes += [f"template {what}" for what in conversation.require_served(writer, pieces)]
             compared[kind] += 1
             if writer.drops_thought(conversation.messages, conversation.tools):
                 notes.append("template it leaves out thoughts")
@@ -616,4 +623,5 @@ def encode_pieces(pieces: list[tuple[list[int], bool]], max_length: int, *, whol
 
 def num_valid(labels: list[int]) -> int:
     """How many positions of an example have a trained token next."""
-    return sum(label != IGNORE_INDEX for label in labels[1:])
+    later = labels[1:]
+    return len(later) - later.count(IGNORE_INDEX)

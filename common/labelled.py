@@ -206,7 +206,7 @@ def _read_data(args: Any) -> Data:
             raise UserError(f"{source}: no training example of class {name!r} is left among {len(train)}: add some")
     for part, of in (("training", train), ("validation", validation)):
         if names is None and len(set(of.labels)) < 2:
-            raise UserError(f"{source}: the {part} examples have one number alone in {args.label!r}: add others")
+            raise UserError(f"{source}: all {part} examples have the same number in {args.label!r}: add others")
     for name, held_out in {"validation": validation, **tests}.items():
         rows = (zip(part.texts, part.labels, strict=True) for part in (train, held_out))
         notes += filter(None, [note_on_overlap(*rows, name)])

@@ -48,7 +48,8 @@ def export_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base_model,
+        # The whole path of a folder: AutoPeft would look for a relative one from wherever it is called.
+        "base_model_name_or_path": str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model,
         "revision": revision,
         "r": rank,
         "lora_alpha": layer.scaling * rank,
@@ -194,6 +195,13 @@ class InitialAdapter:
             if (B.shape[0], A.shape[1]) != (layers[name].out_features, layers[name].in_features):
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
 
+    def note(self, model: str) -> str:
+        """For the user: what is the adapter's own, and its base where that has another name than `model`, a path."""
+        base = self.config.get("base_model_name_or_path") or model
+        is_other = Path(base).name.lower() != Path(model).absolute().name.lower()
+        other = f"; it was trained on {base}, not on {model}" if is_other else ""
+        return f"note: rank {self.rank}, alpha {self.alpha:g} and the layers are those of {self.folder}{other}"
+
     def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The `trained_tensors` of a model that starts from this adapter.
 
@@ -230,12 +238,14 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
     unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError(f"--init-adapter {folder}: only plain LoRA can be gone on with, not {kind}")
+        raise UserError(f"--init-adapter {folder}: training can continue from plain LoRA only, not {kind}")
     if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
         raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
     others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others:
-        raise UserError(f"--init-adapter {folder}: only factors of linear layers can be gone on with, not {others[0]}")
+        raise UserError(
+            f"--init-adapter {folder}: training can continue from factors of linear layers only, not {others[0]}"
+        )
     prefix, factors = "base_model.model.", {}
     for name in tensors:
         if name.endswith(".lora_A.weight"):

@@ -241,7 +241,7 @@ def run_rank(main: Callable[[list[str]], None]) -> NoReturn:
             main(argv)
         except torch.OutOfMemoryError as error:
             raise RunStopped(
-                f"{first_line(error)} Less takes a smaller --batch-size (of which L_SVDR is the spectrum) with more "
+                f"{first_line(error)} These take less memory: a smaller --batch-size (which changes L_SVDR) with more "
                 "--gradient-accumulation, or a shorter --max-length; in train.py --gradient-checkpointing, --load-in "
                 "4bit, --objective-memory 128 or --deepspeed configs/ds_zero3.json. --dry-run says what a run takes"
             ) from error

@@ -30,12 +30,12 @@ def check_reporting(args: Any) -> None:
         here = sorted(str(name) for name in get_available_trackers())
         for name in args.report_to:
             if name == "none":
-                raise UserError("--report-to none stands alone")
+                raise UserError("--report-to none cannot be combined with a tracker")
             if name not in known:
                 raise UserError(f"unknown --report-to {name!r}: one of none, {', '.join(known)}")
             if name not in here:
                 there = ", ".join(["none", *here])
-                raise UserError(f"--report-to {name}: its package is not installed or not set up; what is: {there}")
+                raise UserError(f"--report-to {name}: its package is not installed or not set up; these are: {there}")
     if args.push_to_hub is None:
         return
     from huggingface_hub import get_token

@@ -360,7 +360,7 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
         f"score it: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
         + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
-        f"serve it: sh scripts/serve.sh {output_dir / 'merged'}",
+        f"serve it: sh scripts/serve.sh {shlex.quote(str(output_dir))}",
         f"ask it:   {question_command(output_dir / 'merged')}",
     ]
     print("\n".join(lines))

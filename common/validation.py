@@ -50,7 +50,7 @@ def check_validation(args: Any) -> None:
     """Raises a UserError where the options of ValidationArguments do not fit together, or name a missing file."""
     require_positive(args, "eval_steps", "patience")
     if args.validation_data is not None and args.eval_share is not None:
-        raise UserError("--validation-data and --eval-share both say what is held out: give one of the two")
+        raise UserError("--validation-data and --eval-share both choose the held-out examples: give one of the two")
     if args.eval_share is not None and not 0 < args.eval_share < 1:
         raise UserError(f"--eval-share is {args.eval_share}: it must be above 0 and below 1")
     if args.validation_data is None and args.eval_share is None:
@@ -97,7 +97,9 @@ def hold_out(
     if held_out is not None:
         trained, watched = row_digests(examples), row_digests(held_out)
         if args.validation_data is not None and set(trained) == set(watched):
-            raise UserError(f"--validation-data {args.validation_data} holds what is trained on: name other examples")
+            raise UserError(
+                f"--validation-data {args.validation_data} has exactly the examples of the training: name others"
+            )
         note = note_on_overlap(trained, watched, "what is held out")
         if note and os.environ.get("RANK", "0") == "0":
             print(note, flush=True)

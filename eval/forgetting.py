@@ -118,7 +118,7 @@ def check_arguments(args: Arguments) -> None:
     require_positive(args, "limit", "batch_size")
     require_scales(args.scales)
     if args.max_length < 2:
-        raise UserError(f"--max-length is {args.max_length}: the first token predicts, the second is predicted")
+        raise UserError(f"--max-length is {args.max_length}: it must be at least 2, so that one token predicts another")
     if not args.data:
         raise UserError("--data names no text: sentences, code, peft, or files")
 
@@ -462,7 +462,7 @@ def encode(documents: list[tuple[str, str]], tokenizer: Any, config: Any, args: 
     longest = max(map(len, encoded), default=0)
     check_context(config, args.base, longest, "lower --max-length")
     if longest < 2:
-        raise UserError(f"{', '.join(args.data)}: no text of two tokens, of which the first predicts the second")
+        raise UserError(f"{', '.join(args.data)}: no text has two tokens, and the first token predicts the second")
     return encoded
 
 

@@ -394,9 +394,7 @@ def check_protocol(args: Arguments) -> None:
     """Raises a UserError for an option that MT-Bench's protocol fixes."""
     for name in ("samples", "temperature", "shots", "shots_data"):
         if getattr(args, name) != getattr(benchmark.Arguments, name):
-            raise UserError(
-                f"--{name.replace('_', '-')} is not MT-Bench's: its protocol has one answer, FastChat's way"
-            )
+            raise UserError(f"--{name.replace('_', '-')} cannot be set: MT-Bench's protocol fixes it, as in FastChat")
     require_positive(args, "judge_requests")
     require_not_negative(args, "judge_retries")
 

@@ -390,14 +390,24 @@ CHOICES = {  # PEFT's ways to choose layers
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_an_adapter_of_some_layers_can_be_gone_on_from(choice, run_folder, tmp_path):
-    base = run_folder / "base"
+def test_an_adapter_of_some_layers_can_be_gone_on_from(choice, run_folder, tmp_path, monkeypatch, capsys):
+    """A note says what is taken from it, and its base where that has another name; a relative base is stored whole."""
+    monkeypatch.chdir(run_folder)
+    base = Path("base")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     peft.get_peft_model(model, peft.LoraConfig(r=4, **CHOICES[choice])).save_pretrained(tmp_path / "adapter")
     before = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     for start, out in ((tmp_path / "adapter", "first"), (tmp_path / "first" / "adapter", "second")):
         trained(base, run_folder, tmp_path / out, "--method", "lora", "--init-adapter", start)
-        assert load_file(tmp_path / out / "adapter" / "adapter_model.safetensors").keys() == before
+        folder = tmp_path / out / "adapter"
+        assert load_file(folder / "adapter_model.safetensors").keys() == before
+        assert peft.PeftConfig.from_pretrained(folder).base_model_name_or_path == str(run_folder / "base")
+        assert re.findall("^note: rank 4, alpha 8 .*", capsys.readouterr().out, re.M) == [
+            f"note: rank 4, alpha 8 and the layers are those of {start}"
+        ]
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="hub/other")
+    trained(base, run_folder, tmp_path / "third", "--method", "lora", "--init-adapter", folder)
+    assert "; it was trained on hub/other, not on base\n" in capsys.readouterr().out
 
 
 def test_targets_as_pefts_users_name_them(model):

@@ -141,12 +141,22 @@ def test_the_border_is_exact_where_the_tokenizer_merges_across_it():
     assert tokenizer.decode([token for token, on in pairs if on]) == "The sum<|end|>That<|end|>"
 
 
+def test_a_turn_that_is_not_trained_needs_no_prompt_of_its_own():
+    """It stands in later prompts alone, where a server tokenises it with the text before it."""
+    messages = talk("Hi", "The sum", "And?", "That")
+    messages[1]["weight"] = 0
+    assert trained_of({"messages": messages}, chat_tokenizer(MERGING))[1] == "That<|end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
         (CHATML.replace("for m in messages", "for m in messages[-1:]"), "drops message 1"),
         (CHATML.replace("<|im_end|>", ""), "ends no turn by a special token"),
-        (CHATML.replace("assistant\n{% endif", "assistant\n<aside>{% endif"), "otherwise than its prompt ends"),
+        (
+            CHATML.replace("assistant\n{% endif", "assistant\n<aside>{% endif"),
+            "does not end as the template begins",
+        ),
         (CHATML.replace("{{ m.role }}", "{{ m.role.nothing() }}"), "the chat template refuses it"),
     ],
 )
@@ -599,7 +609,7 @@ def test_template_arguments_are_in_training_and_in_the_exported_template():
 def test_a_served_prompt_that_differs_is_refused():
     """Generation marks around something else than the answer to the prompt."""
     template = CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}!{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}")  # fmt: skip  # noqa: E501
-    with pytest.raises(UserError, match="message 2 is trained otherwise than it is served, from token"):
+    with pytest.raises(UserError, match="message 2 differs between training and serving, from token"):
         encoded(
             [{"messages": MESSAGES}], chat_tokenizer(template.replace("assistant\n{% endif", "assistant\n?{% endif"))
         )
@@ -608,10 +618,10 @@ def test_a_served_prompt_that_differs_is_refused():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": [{"role": "narrator", "content": "x"}]}, "1, message 1: nobody knows the role 'narrator'"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "1, message 1: unknown role 'narrator'"),
         ({"messages": talk("Hi", " ")}, "example 1, message 2: an assistant turn that is empty"),
         ({"messages": [*MESSAGES, MESSAGES[1]]}, "example 1, message 5: two assistant turns in a row"),
-        ({"messages": MESSAGES[1:]}, "example 1, message 1: an assistant turn that answers nobody"),
+        ({"messages": MESSAGES[1:]}, "example 1, message 1: an assistant turn without a turn before it to answer"),
         ({"messages": MESSAGES[:1]}, "example 1 has no assistant turn"),
         ({"messages": MESSAGES, "tools": "[{}]"}, "example 1: the chat template has no place for tools"),
         ({"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}, "drops message 5, of the role tool"),
@@ -624,7 +634,7 @@ def test_a_served_prompt_that_differs_is_refused():
         ({"messages": [{"role": "user", "text": "Hi"}, MESSAGES[1]]}, "its keys are role, text"),
         ({"messages": [{"role": "system", "content": " "}, *MESSAGES]}, "message 1: a system turn that is empty"),
         ({"messages": [{"role": "system", "content": "a"}, *MESSAGES], "system": "b"}, "two different system turns"),
-        ({"messages": MESSAGES, "weight": 0.5}, "its weight is 0.5: 0 and 1 alone are read"),
+        ({"messages": MESSAGES, "weight": 0.5}, "its weight is 0.5: it must be 0 or 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of its content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}]}, "a part of its content"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [CALL]}]}, "drops the tool calls of message 2"),
@@ -671,7 +681,7 @@ def test_what_is_not_used_is_announced_and_a_bad_example_can_be_skipped(tmp_path
         4,
         "--dry-run",
     ]
-    with pytest.raises(UserError, match="example 2, message 1: an assistant turn that answers nobody"):
+    with pytest.raises(UserError, match="example 2, message 1: an assistant turn without a turn before it to answer"):
         train.main([*map(str, argv)])
     train.main([*map(str, argv), "--skip-bad"])
     lines = capsys.readouterr().out.splitlines()

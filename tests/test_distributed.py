@@ -226,7 +226,7 @@ def test_a_bad_example_ends_every_rank_with_the_same_line(on_one_rank, folder, t
         process.join(200)
     assert [process.exitcode for process in ranks] == [2, 2]
     data = tmp_path / f"rank-{int(on_one_rank)}.jsonl"
-    expected = f"train.py: error: {data}, example 2: its weight is 0.5: 0 and 1 alone are read"
+    expected = f"train.py: error: {data}, example 2: its weight is 0.5: it must be 0 or 1"
     assert [[line for line in log.read_text().splitlines() if "error:" in line] for log in logs] == [[expected]] * 2
 
 

@@ -108,7 +108,7 @@ def test_an_error_of_a_full_gpu_is_one_line_with_what_takes_less(capsys, monkeyp
         ranks.run_rank(main)
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train.py: stopped: CUDA out of memory. Tried to allocate 2.00 GiB. Less takes")
+    assert line.startswith("train.py: stopped: CUDA out of memory. Tried to allocate 2.00 GiB. These take less memory")
     named = {word.strip(",.;") for word in line.split() if word.startswith("--")}
     assert {option.removeprefix("--").replace("-", "_") for option in named} <= set(
         train.Arguments.__dataclass_fields__

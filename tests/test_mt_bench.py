@@ -349,7 +349,7 @@ def test_bad_input(mt_bench_error, files, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert "no key for the judge" in mt_bench_error(url="https://judge.example/v1")
     assert "is no http address" in mt_bench_error(url="judge.example")
-    assert "is not MT-Bench's" in mt_bench_error("--temperature", "1")
+    assert "cannot be set: MT-Bench's protocol" in mt_bench_error("--temperature", "1")
     assert "--judge-requests is 0" in mt_bench_error("--judge-requests", "0")
     assert "cannot read the judge prompts" in mt_bench_error("--judge-prompts", files / "nowhere")
     assert "has no prompt 'single-v1'" in mt_bench_error("--judge-prompts", files / "question.jsonl")

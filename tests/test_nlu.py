@@ -853,7 +853,7 @@ def test_labels_of_every_kind_are_read_or_named(tmp_path):
         ((0, 1), {"metric": "pearson"}, "choose among accuracy, macro_f1, matthews, f1"),
         ((0, 1, 2), {"metric": "f1"}, "does not fit"),
         ((0.5, 0.7), {"task": "stsb", "class_weights": "balanced"}, "--class-weights needs classes"),
-        ((2.5,), {"task": "stsb"}, "one number alone"),
+        ((2.5,), {"task": "stsb"}, "have the same number"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             data(*labels, **settings)

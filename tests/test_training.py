@@ -448,10 +448,14 @@ def test_a_step_stays_in_few_files_and_no_library_calls_back(checkpoint, data_fi
 
 
 def test_the_last_lines_of_a_training_ask_the_model(checkpoint, data_file, tmp_path, capsys):
-    """The printed command answers as the merged model does when it generates behind the template's prompt."""
+    """The printed command answers as the merged model does when it generates behind the template's prompt. The command
+    that serves it starts vLLM on the merged model."""
     run(checkpoint, data_file, tmp_path / "run")
-    command = capsys.readouterr().out.rstrip().splitlines()[-1]
-    assert command.startswith("ask it:")
+    serve, command = capsys.readouterr().out.rstrip().splitlines()[-2:]
+    assert command.startswith("ask it:") and serve.startswith("serve it:")
+    words = shlex.split(serve.removeprefix("serve it:"))
+    dry = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"DRY_RUN": "1"})
+    assert f"--model {tmp_path / 'run' / 'merged'}" in dry.stdout, dry.stderr
     words = shlex.split(command.removeprefix("ask it:"))
     done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]

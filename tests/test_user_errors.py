@@ -100,7 +100,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--regularize", "--method", "full"], "--regularize needs a method with adapters"),
         (
             ["--validation-data", "e.jsonl", "--eval-share", "0.1"],
-            "--validation-data and --eval-share both say what is held out",
+            "--validation-data and --eval-share both choose the held-out examples",
         ),
         (["--eval-share", "1"], "--eval-share is 1.0: it must be above 0 and below 1"),
         (["--eval-share", "0"], "--eval-share is 0.0"),
@@ -117,7 +117,7 @@ def train_error(checkpoint, data_file, tmp_path, monkeypatch, capsys):
         (["--eval-share", "0.1", "--sample-prompts", "nowhere.txt"], "cannot read --sample-prompts nowhere.txt"),
         (["--report-to", "trackr"], "unknown --report-to 'trackr'"),
         (["--report-to", "clearml"], "--report-to clearml: its package is not installed or not set up"),
-        (["--report-to", "none", "tensorboard"], "--report-to none stands alone"),
+        (["--report-to", "none", "tensorboard"], "--report-to none cannot be combined"),
         (["--push-to-hub", "me/a/b"], "--push-to-hub"),
         (["--push-to-hub", "me/mine", "--method", "full"], "--method full has none"),
     ],
@@ -147,7 +147,7 @@ def test_held_out_data_that_does_not_serve(train_error, tmp_path, monkeypatch):
         assert expected in train_error("--eval-share", 0.5, "--sample-prompts", prompts)
     rows = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
     held_out.write_text("".join(reversed(rows)))  # the training data in another order
-    assert f"{held_out} holds what is trained on" in train_error("--validation-data", held_out)
+    assert f"{held_out} has exactly the examples of the training" in train_error("--validation-data", held_out)
     prompts.write_text('{"prompt": "one"}\n')
     zero3 = ("--deepspeed", ROOT / "configs" / "ds_zero3.json")
     assert "ZeRO-3 splits them" in train_error("--eval-share", 0.5, "--sample-prompts", prompts, *zero3)
@@ -236,7 +236,7 @@ def saved_adapter(folder, **settings):
     ("settings", "expected"),
     [
         ({"init_lora_weights": "olora"}, "olora changed the base's weights"),
-        ({"modules_to_save": ["norm"]}, "only factors of linear layers can be gone on with, not base_model.model"),
+        ({"modules_to_save": ["norm"]}, "from factors of linear layers only, not base_model.model"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ({"alora_invocation_tokens": [3]}, "not alora_invocation_tokens"),
     ],

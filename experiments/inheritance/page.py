@@ -254,7 +254,10 @@ def gates_text(results: Results, kept: Results) -> str:
     gone = sorted(set(results.seeds()) - set(kept.seeds()))
     if gone:
         names = ", ".join(map(str, gone))
-        lines += ["", f"Gated out: seed {names} (a pre-training fails a gate). Every table and picture is without it."]
+        lines += [
+            "",
+            f"Gated out: seeds {names} (a pre-training fails a gate). Every table and picture is without them.",
+        ]
         lines += [f"With all seeds: {primary_sentence(results)}"]
     else:
         lines += ["", "Gated out: nothing."]
