@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ from common.packing import (
     num_positions,
     obstacle_to_packing,
 )
-from common.partitioned import device_of, is_partitioned, num_ranks
+from common.partitioned import is_partitioned
 from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
 from common.ranks import first_rank_first, peak_memory_gib, read_deepspeed, run_rank, start_ranks
@@ -889,23 +888,13 @@ def objective_from_hidden(
     elif regularizers.is_adaptive and teacher_hidden is not None:
         regularizers = regularizers.adapted(_confidence_from_hidden(teacher_hidden, head_weight, memory_mib))
     fused, lacking = regularizers.split(FUSED_TERMS)
-    loss, terms = fused_terms(
-        hidden,
-        teacher_hidden,
-        head_weight,
-        head_factor,
-        targets,
-        fused.weights,
-        regularizers.settings,
-        num_tokens,
-        num_micro_batches,
-        memory_mib,
-    )
+    states, counts = (hidden, teacher_hidden, head_weight, head_factor, targets), (num_tokens, num_micro_batches)
+    loss, terms = fused_terms(*states, fused.weights, regularizers.settings, *counts, memory_mib)
     if lacking.weights:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logits = logits_of(hidden, head_weight, dtype)
         of_teacher = None if teacher_hidden is None else logits_of(teacher_hidden, head_weight, dtype)
-        weighted, values = weighted_terms(logits, of_teacher, targets, lacking, num_tokens, num_micro_batches)
+        weighted, values = weighted_terms(logits, of_teacher, targets, lacking, *counts)
         loss, terms = loss + weighted, terms | values
     return loss, terms | regularizers.shares(num_micro_batches)
 
@@ -970,7 +959,8 @@ class BALoRAModel(nn.Module):
         teacher = None
         if regularizers is not None and regularizers.needs_teacher:
             teacher = self.teacher_cache and self.teacher_cache.get(inputs["example_ids"])
-            if self._lacks_on_any_rank(teacher):
+            weight = self.model.get_input_embeddings().weight
+            if self.teacher_cache is None or partitioned.any_rank_lacks(teacher, weight):
                 teacher = self.of_teacher(states, inputs)
                 if self.teacher_cache is not None:
                     self.teacher_cache.put(inputs["example_ids"], teacher)
@@ -984,15 +974,6 @@ class BALoRAModel(nn.Module):
             return objective_from_hidden(hidden, teacher, weight, self._head_factor, *rest, self.objective_memory)
 
         return self.model.get_output_embeddings()(states(inputs), fused)
-
-    def _lacks_on_any_rank(self, teacher: Tensor | None) -> bool:
-        """Whether the teacher's pass is needed. ZeRO-3 gathers weights in it, so all ranks run it there or none."""
-        weight = self.model.get_input_embeddings().weight
-        if self.teacher_cache is None or num_ranks() == 1 or not is_partitioned(weight):
-            return teacher is None
-        lacking = torch.tensor(int(teacher is None), device=device_of(weight))
-        dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
-        return bool(lacking)
 
     def hidden_states(self, inputs: dict[str, Any]) -> Tensor:
         """The last hidden states at the valid positions, (M, d)."""
@@ -1407,16 +1388,8 @@ def export_again(args: Arguments) -> None:
     existing = [name for name in ("adapter", "merged") if (output_dir / name).exists()]
     if existing and not args.overwrite:
         raise UserError(f"{output_dir / existing[0]} exists: replace it with --overwrite, or name another --output-dir")
-    checkpoint = checkpoints.newest_checkpoint(source, read_all=True, verbose=True)
-    if checkpoint is None:
-        raise UserError(f"--export-from {source}: no complete checkpoint in {source / 'checkpoints'}")
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
-    unfinished, progress = None, checkpoints.load_progress(checkpoint)
-    if not checkpoints.is_complete(checkpoint, run.patience):
-        unfinished = f"step {progress.step} of {progress.max_steps}"
-    if run.keep_best:
-        there = checkpoints.complete_checkpoints(source)
-        checkpoint = checkpoints.best_checkpoint(progress.history, there) or checkpoint
+    checkpoint, unfinished = checkpoints.checkpoint_to_export(source, run.patience, run.keep_best)
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
     held_out = scaling.held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
@@ -1425,7 +1398,7 @@ def export_again(args: Arguments) -> None:
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
     scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
     about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
-    about = about | {"unfinished": unfinished}
+    about |= {"unfinished": unfinished}
     scaled.set(about["scale"])
     export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
     if args.scale is not None:

@@ -470,6 +470,21 @@ def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
     return progress.step >= progress.max_steps or is_out_of_patience(progress.history, patience)
 
 
+def checkpoint_to_export(folder: Path, patience: int | None, keep_best: bool) -> tuple[Path, str | None]:
+    """The checkpoint that --export-from takes, the best state's or the newest, and how far a run is that has not ended.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    newest = newest_checkpoint(folder, read_all=True, verbose=True)
+    if newest is None:
+        raise UserError(f"--export-from {folder}: no complete checkpoint in {folder / 'checkpoints'}")
+    progress = load_progress(newest)
+    unfinished = None if is_complete(newest, patience) else f"step {progress.step} of {progress.max_steps}"
+    best = best_checkpoint(progress.history, complete_checkpoints(folder)) if keep_best else None
+    return best or newest, unfinished
+
+
 def way_to_export(args: Any) -> str:
     """The user's remedy if the export failed after a training; the end of the training may have no checkpoint."""
     newest = newest_checkpoint(args.output_dir)

@@ -181,6 +181,10 @@ class Conversation:
     def pieces(self, template: Template) -> Pieces:
         return template.pieces(self.messages, self.first, self.masked, self.tools)
 
+    def require_served(self, template: Template, pieces: Pieces, served: Any = None) -> set[str]:
+        """See `Template.require_served`."""
+        return template.require_served(self.messages, pieces, self.tools, served, self.untrained)
+
     def kind(self) -> str:
         """Its kind for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
         parts = {
@@ -189,6 +193,10 @@ class Conversation:
         }
         turns = sum(message["role"] == "assistant" for message in self.messages)
         return "; ".join([*sorted(parts), "tools" * bool(self.tools), "turns" * (turns > 1)])
+
+    @property
+    def untrained(self) -> set[int]:
+        return self.masked | set(range(self.first))
 
     def only_last(self) -> None:
         """Trains the last assistant turn alone."""
@@ -505,8 +513,7 @@ def build_dataset(
         try:
             pieces = conversation.pieces(writer)
             if compared[kind] < SERVED_SAMPLE:
-                served = writer.require_served(conversation.messages, pieces, conversation.tools)
-                notes += [f"template {what}" for what in served]
+                notes += [f"template {what}" for what in conversation.require_served(writer, pieces)]
             compared[kind] += 1
             if writer.drops_thought(conversation.messages, conversation.tools):
                 notes.append("template it leaves out thoughts")
@@ -616,4 +623,5 @@ def encode_pieces(pieces: list[tuple[list[int], bool]], max_length: int, *, whol
 
 def num_valid(labels: list[int]) -> int:
     """How many positions of an example have a trained token next."""
-    return sum(label != IGNORE_INDEX for label in labels[1:])
+    later = labels[1:]
+    return len(later) - later.count(IGNORE_INDEX)

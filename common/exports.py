@@ -217,6 +217,6 @@ def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "tr
         raise ValueError(f"{folder.name}/ ends or samples its answers otherwise")
     for talk in sample:
         try:
-            template.require_served(talk.messages, talk.pieces(template), talk.tools, found)
+            talk.require_served(template, talk.pieces(template), found)
         except ValueError as error:
             raise ValueError(f"{folder.name}/: {error}") from error

@@ -34,6 +34,16 @@ def device_of(parameter: Tensor) -> torch.device:
     return parameter.device
 
 
+def any_rank_lacks(tensor: Tensor | None, weight: Tensor) -> bool:
+    """Whether `tensor` is None here, or, where ZeRO-3 holds `weight` in parts, on any rank: a pass of the model gathers
+    weights, so all ranks run it there or none. Collective."""
+    if num_ranks() == 1 or not is_partitioned(weight):
+        return tensor is None
+    lacking = torch.tensor(int(tensor is None), device=device_of(weight))
+    dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+    return bool(lacking)
+
+
 @contextlib.contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, every process holds these parameters whole. Collective; does nothing without ZeRO-3."""

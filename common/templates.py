@@ -136,12 +136,13 @@ class Template:
         pieces: Pieces,
         tools: list[dict] | None = None,
         served: "PreTrainedTokenizerBase | None" = None,
+        untrained: Collection[int] = (),
     ) -> set[str]:
         """Compares the prompts of the trained turns with a server's prompts for the same messages.
 
         Args:
             pieces: the messages' pieces. served: the server's tokenizer, such as an export's; None: this one, saved and
-                loaded again.
+                loaded again. untrained: the assistant's turns that stand in prompts alone.
 
         Returns:
             the differences that do not prevent training: OPENS_THOUGHT, CUTS_OTHERWISE.
@@ -152,7 +153,7 @@ class Template:
         served = served or self.saved
         messages, notes = self._without_borders(messages), set()
         ids = [token for piece, _ in pieces for token in piece]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in untrained]
         for turn in turns[:1] + turns[1:][-1:]:
             calls = {"add_generation_prompt": True, "tools": tools, "return_dict": False}
             prompt = served.apply_chat_template(messages[:turn], **calls)
@@ -252,9 +253,9 @@ class Template:
 
     def save(self, folder: Path, generation_config: "GenerationConfig | None" = None) -> None:
         """Writes the tokenizer with the chat template of training and its name, as `trained_template`."""
-        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = self.plain_jinja
-        tokenizer.init_kwargs["trained_template"] = self.name
+        tokenizer.init_kwargs = self.tokenizer.init_kwargs | {"trained_template": self.name}
         if getattr(tokenizer, "legacy", None) is not None:  # it changes tokens, and transformers 5 does not write it
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         tokenizer.save_pretrained(folder)
@@ -368,16 +369,19 @@ class Template:
         marked = [*messages[:turn], _marked(messages[turn]), *messages[turn + 1 :]]
         calls = messages[turn].get("tool_calls")
         said = calls[-1]["function"]["name"] if calls else messages[turn]["content"]
-        after, closing = (  # the content may come again later, as a function's name does beside its result
-            self._written(part, tools)[0].partition(MARK)[2].replace(MARK, said)
-            for part in (marked, marked[: turn + 1])
-        )
+
+        def rest(part: Messages) -> str:  # the content may come again later, as a function's name beside its result
+            return self._written(part, tools)[0].partition(MARK)[2].replace(MARK, said)
+
+        after = rest(marked)
+        closing = after if turn == len(messages) - 1 else rest(marked[: turn + 1])
         if not text.endswith(after):
             raise UserError(
                 f"the text that the chat template writes after message {turn + 1} depends on that message's words"
             )
+        ends = () if closing == after else (closing, after)
         length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(closing, after, strict=False)))
-        while length and not all(self._begins(text, closing[:length]) for text in (closing, after)):
+        while length and not all(self._begins(text, closing[:length]) for text in ends):
             length -= 1  # not inside a token: two different tokens may both begin with "<"
         length = length or len(self._special_head(after))  # gpt-oss ends earlier turns by another token than the last
         if not length:

@@ -141,6 +141,13 @@ def test_the_border_is_exact_where_the_tokenizer_merges_across_it():
     assert tokenizer.decode([token for token, on in pairs if on]) == "The sum<|end|>That<|end|>"
 
 
+def test_a_turn_that_is_not_trained_needs_no_prompt_of_its_own():
+    """It stands in later prompts alone, where a server tokenises it with the text before it."""
+    messages = talk("Hi", "The sum", "And?", "That")
+    messages[1]["weight"] = 0
+    assert trained_of({"messages": messages}, chat_tokenizer(MERGING))[1] == "That<|end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
