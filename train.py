@@ -216,7 +216,7 @@ class OptimizationArguments:
 
     epochs: float = option(1.0, "passes over the data", first=True)
     max_steps: int = option(-1, "stop after this many optimizer steps; -1: --epochs decides")
-    learning_rate: float = option(2e-5, "peak learning rate of AdamW", first=True)
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW; docs/own-model.md has the rates", first=True)
     weight_decay: float = option(0.0, "AdamW's weight decay")
     warmup_ratio: float = option(0.03, "part of training over which the learning rate rises")
     lr_scheduler: str = option("cosine", "learning-rate schedule after warm-up, a name that transformers knows")

@@ -319,7 +319,8 @@ def is_trained_already(args: Any) -> bool:
 def question_command(merged: Path) -> str:
     """A command that asks a merged model a question, in the prompt of its training."""
     code = (
-        "import sys, transformers; ask = transformers.pipeline('text-generation', sys.argv[1]); "
+        "import sys, transformers; transformers.logging.set_verbosity_error(); "
+        "ask = transformers.pipeline('text-generation', sys.argv[1]); "
         "chat = [{'role': 'user', 'content': sys.argv[2]}]; "
         "print(ask(chat, max_new_tokens=200, do_sample=False)[0]['generated_text'][-1]['content'])"
     )
