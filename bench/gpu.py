@@ -6,7 +6,7 @@ How to run
     python bench/gpu.py right                    the checks alone; right.objective: one of them
     python bench/gpu.py --device cpu --small     the same code on tiny shapes, on any machine; half a minute
 
-It needs torch, transformers and safetensors. What else is installed is used; what is not is named.
+It needs torch, transformers and safetensors. It uses further packages if they are installed, and names the others.
 
 What comes out: a table for each part, a summary, and all of it as JSON with --output. A part that fails, dies or
 outlives its time is named, and the others go on; the exit code is then 1.
@@ -46,7 +46,7 @@ PARTS = {
 
 
 class Worker:
-    """A process that runs parts, one after the other: it imports once, and its death costs one part."""
+    """A process that runs parts, one after the other. It imports once. If it dies, one part is lost."""
 
     def __init__(self, args: argparse.Namespace):
         words = [sys.executable, __file__, "--serve", "--device", args.device, *(["--small"] if args.small else [])]
@@ -56,7 +56,7 @@ class Worker:
         self.process = subprocess.Popen(words, env=environment, text=True, **pipes)
 
     def ask(self, request: str, budget: float) -> dict[str, Any]:
-        """The answer; where none comes within `budget` seconds, or the process ends, why. It is then of no more use."""
+        """The answer, or why there is none: `budget` seconds are over, or the process ended. It is then unusable."""
         self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], budget)[0]:
@@ -70,7 +70,7 @@ class Worker:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """The worker's side: a line in, the name of a part; a line out, what came of it. Prints go to stderr."""
+    """The worker's side: it reads a line, the name of a part, and writes a line, its result. Prints go to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
@@ -144,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def run_parts(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Every part's rows, seconds and problem; a worker that failed is replaced, for CUDA may be dead in it."""
+    """Every part's rows, seconds and problem; a worker that failed is replaced, as CUDA may be dead in it."""
     result: dict[str, Any] = {"machine": None, "parts": {}}
     worker = None
     for name in names:

@@ -1,6 +1,6 @@
 """What bench/gpu.py checks and measures on: published shapes with random weights, batches of GSM8K's lengths, a clock.
 
-Nothing here needs more than torch, transformers and safetensors; what else is installed, `installed` knows.
+Nothing here needs more than torch, transformers and safetensors. `installed` knows which further packages there are.
 """
 
 import functools
@@ -48,7 +48,7 @@ class Options:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations where speed is measured."""
+        """The number type of weights and activations in measurements of speed."""
         return torch.bfloat16 if self.is_cuda else torch.float32
 
 
@@ -101,7 +101,7 @@ def make_model(config: Any, options: Options, dtype: torch.dtype, seed: int = 0)
 
 
 def random_factors(model: nn.Module, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """A₀ and B₀ of every target layer, random: the real ones take minutes, and a step as long with these."""
+    """Random A₀ and B₀ of every target layer. The real ones take minutes, and a step takes as long with random ones."""
     factors = {}
     for name, layer in find_target_modules(model, TARGET_MODULES, rank).items():
         d, generator = layer.in_features, torch.Generator(layer.weight.device).manual_seed(len(factors))
@@ -180,7 +180,7 @@ def synchronize(options: Options) -> None:
 
 
 def free_memory(options: Options) -> None:
-    """Gives back what an earlier part has left, and starts the count of the peak anew."""
+    """Frees the memory of earlier parts, and resets the count of the peak."""
     gc.collect()
     if options.is_cuda:
         torch.cuda.empty_cache()

@@ -335,7 +335,7 @@ def figures(counted: Counted) -> dict[str, Any]:
 
 
 def stacking(layers: int, width: int, out: int, rank: int, held: bool) -> dict[str, Any]:
-    """What all forward and backward passes of one optimizer step, of four micro-batches, spend on stacking."""
+    """The cost of stacking in all forward and backward passes of one optimizer step of four micro-batches."""
     A, A0 = (torch.empty(rank, width, device="meta") for _ in range(2))
     B, B0 = (torch.empty(out, rank, device="meta") for _ in range(2))
     with Counted() as counted:

@@ -238,7 +238,7 @@ def packing(options: Options) -> Iterator[dict]:
 
 
 def twenty_steps(options: Options, dtype: torch.dtype, steps: int, **choices: bool) -> list[float]:
-    """The losses of so many AdamW steps on four batches in turn, from the same weights."""
+    """The losses of twenty AdamW steps on four batches in turn, from the same weights."""
     config = cases.tiny_config(options, **({} if options.small else {"initializer_range": 0.02}))
     model = cases.make_model(config, options, torch.float32).to(dtype)
     if choices.get("checkpointing"):

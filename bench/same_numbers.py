@@ -5,7 +5,7 @@
 
 Runs this checkout's train.py and the other's with the same options on a tiny random model, in one process: the four
 methods, both formulations, accumulation, validation with the best state, the teacher's cache, gradient checkpointing.
-Prints a line for each and exits with 1 where anything differs.
+Prints one line per case. Exits with 1 if any case differs.
 """
 
 import argparse

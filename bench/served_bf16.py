@@ -43,7 +43,7 @@ def examples_of(run: train.Arguments, data: str, limit: int) -> tuple[list[list[
 
 
 def log_likelihoods(folder: Path, form: str, data: str, limit: int) -> tuple[list[float], list[int]]:
-    """Of each response by the run's model in this form, and its tokens."""
+    """The log-likelihood of each response by the run's model in this form, and the response's tokens."""
     run = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
     base = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(base)

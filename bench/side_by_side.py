@@ -40,7 +40,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float], digits: i
 
 
 def print_table(title: str, labels: dict[str, str], seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
-    """Of every contender the median seconds and the peak memory in GiB, each with its ratio to the first one's."""
+    """Every contender's median seconds and peak memory in GiB, each with its ratio to the first contender's."""
     reference = next(iter(seconds))
     print(f"| {title} | ratio to {reference} [min, max] | peak GiB | ratio |")
     print("|---|---|---|---|---|")

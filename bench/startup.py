@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long one waits for a script that has nothing to compute: --help, a mistyped option, the published tables.
+"""How long a user waits for a script that has nothing to compute: --help, a mistyped option, the published tables.
 
 How to run
     python bench/startup.py                 two minutes on two idle cores, most of it for the two training scripts

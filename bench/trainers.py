@@ -5,7 +5,7 @@
 
 Every training is a process of its own, started as a user would start it: TRL with its defaults, bf16 and gradient
 checkpointing among them, train.py with the allocator settings of scripts/setup.sh. They take turns, `--rounds` times,
-each on the same examples from the start. `trl-tuned` is TRL with what helps it on a CPU: fp32, no gradient
+each on the same examples from the start. `trl-tuned` is TRL with the settings that help it on a CPU: fp32, no gradient
 checkpointing, and the same allocator settings. Printed: the median seconds of a step over the whole training (the
 trainers' own time divided by the steps: data, logging and all), the ratio to TRL round by round, and the peak resident
 memory.

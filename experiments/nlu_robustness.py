@@ -26,7 +26,7 @@ These runs are kept among the results, as phase "tuning". The grid was moved up 
 downwards after 16, because the best rates stood at its edge; no test score had been computed by then.
 
 Results are appended one line per run, and a cell that is there is not run again: stop and start it as you like.
-Two processes of one thread each are what two cores run fastest.
+On two cores, two processes of one thread each are fastest.
 """
 
 import dataclasses
@@ -209,7 +209,7 @@ def start(cell: Cell, rows: np.ndarray, labels: np.ndarray, folder: str) -> tupl
 
 
 def probe_of(rows: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """On the given labels, flipped ones included; the penalty is fixed, for nothing clean is there to choose it by."""
+    """A probe on the given labels, flipped ones included. Its penalty is fixed: no clean labels could choose it."""
     features = POOLS["train"].features[rows]
     return fit_probe(features, labels.tolist(), features, labels.tolist(), penalties=(PROBE_PENALTY,))
 
@@ -270,7 +270,7 @@ def read_results(path: Path) -> dict[Cell, dict[str, Any]]:
 
 
 def select(rows: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """The learning rate of each method and head with the highest mean validation accuracy; the lower one of equals."""
+    """Each method's and head's learning rate with the highest mean validation accuracy; of equals the lower one."""
 
     def mean(method: str, head: str, rate: float) -> float:
         cells = [Cell("tuning", seed, CONDITIONS[0], method, head, rate) for seed in TUNING_SEEDS]
@@ -409,7 +409,7 @@ def with_holm(title: list[str], differences: list[list[dict[int, float]]], names
 
 
 def table_of_loss_differences(rows: dict[Cell, dict[str, Any]]) -> str:
-    """What BA-LoRA loses minus what another method from the same head loses."""
+    """BA-LoRA's loss of accuracy minus that of another method from the same head."""
     differences = [
         [by_seed(*(losses(rows, method, head, at) for method in ("ba-lora", other))) for at in LEVELS.values()]
         for other, head in OTHERS.values()
@@ -480,7 +480,7 @@ def table_of_effects(rows: dict[Cell, dict[str, Any]]) -> str:
 
 
 def table_of_joint_effects(rows: dict[Cell, dict[str, Any]]) -> str:
-    """What L_CR adds to L_DR, and L_DR to L_CR, to the calibration error."""
+    """The effect of L_CR on the calibration error where L_DR is on, and of L_DR where L_CR is on."""
 
     def cell(head: str, term: str, given: str, condition: str) -> str:
         found = effect(rows, "calibration_error", head, condition, term, given)

@@ -12,7 +12,7 @@ The arithmetic of L_DR and L_SVDR, norms, the decompositions of PiSSA's start an
 length is taken at its limit, --max-length or --max-new-tokens: operations, tokens and hours are upper bounds of what is
 counted.
 
-Hours are counted operations over what a device does: its peak (NVIDIA's data sheets, dense) times a stated utilisation.
+Hours are counted operations divided by a device's speed: its peak (NVIDIA's data sheets, dense) times a utilisation.
 Shapes of the published models are in data/shapes/, sizes of the published data in data/shapes/examples.json.
 """
 
@@ -320,7 +320,7 @@ def row(model: str, method: str, group: list[Price]) -> list[str]:
 
 
 def notes(plan: Plan, found: list[Price]) -> list[str]:
-    """What the numbers rest on."""
+    """The assumptions behind the numbers."""
     devices = max(price.processes for price in found)
     used = [f"{'GPUs' if plan.entries.get('needs-gpu') else 'processes'} per run: {devices}"]
     if any(not price.is_float32 for price in found):

@@ -76,7 +76,7 @@ def digits(column: Column) -> int:
 
 
 def without_value(members: list[Record], column: Column) -> str:
-    """What stands where no run has the score: answers that no judge has seen are there without one."""
+    """The cell's text where no run has the score. Answers that no judge has seen exist without a score."""
     return "not judged" if any(column[1] in record["scores"].get(column[0], {}) for record in members) else "-"
 
 
@@ -171,7 +171,7 @@ def effects(records: list[Record], columns: list[Column], axes: list[str]) -> st
 
 
 def tuning_lines(records: list[Record]) -> list[str]:
-    """For every arm the scores over its grid, as they were chosen by."""
+    """For every arm, the scores over its grid by which the rate was chosen."""
     lines = []
     for arm, members in arms([record for record in records if record.get("chooses")]).items():
         chooses = members[0]["chooses"]
@@ -195,7 +195,7 @@ STYLES = (("#D55E00", "o"), ("#0072B2", "D"), ("#E69F00", "^"), ("#000000", "s")
 
 
 def lines_of(records: list[Record], option: str, column: Column) -> dict[str, dict[float, list[float]]]:
-    """By line (the labels but the option's and the seed's) and value of the option the scores."""
+    """The scores by line (the labels without the option's and the seed's) and by the option's value."""
     found: dict[str, dict[float, list[float]]] = {}
     for record in records:
         value, score = record["settings"].get(option.replace("-", "_")), value_of(record, column)

@@ -1,4 +1,4 @@
-"""The runs of an experiment: every combination of its axes, with those that choose a rate, each of them checked."""
+"""The runs of an experiment: every combination of its axes, and the runs that choose a rate. Each run is checked."""
 
 import contextlib
 import dataclasses

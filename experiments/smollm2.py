@@ -5,7 +5,7 @@
     python experiments/smollm2.py output/smollm2/records --pictures docs/results         and two pictures
 
 At equal learning: the ends of an arm's tuning runs, one per rate up to its best, are points of (response loss, KL).
-Between two of them the line is read off. A step of a run under way is no such point: its schedule has not ended.
+Between two points the line is read. A step in the middle of a run is no such point, because its schedule has not ended.
 """
 
 import itertools
@@ -48,7 +48,7 @@ def ends(tuning: list[Record], arm: str, measure: str) -> list[Point]:
 
 
 def at_loss(curve: list[Point], loss: float) -> float | None:
-    """What the line through the ends has at the response loss; None beyond them."""
+    """The value of the line through the ends at the response loss; None beyond the ends."""
     for (before, old), (after, new) in itertools.pairwise(curve):
         if after <= loss <= before:
             return new if before == after else old + (new - old) * (before - loss) / (before - after)
@@ -92,7 +92,7 @@ def learning_table(arms: dict[str, dict[int, Record]]) -> str:
 
 
 def equal_learning_table(tuning: list[Record]) -> str:
-    """Every arm's KL and forgetting where it has learned the same, by the ends of its runs."""
+    """Every arm's KL and forgetting at the same response loss, by the ends of its runs."""
     rows = [["arm", *(f"{name} at {loss:.3f}" for name in MEASURES[1::-1] for loss in LOSSES)]]
     for arm in (arm for arm in ORDER if by_rate(tuning, arm)):
         found = [at_loss(ends(tuning, arm, name), loss) for name in MEASURES[1::-1] for loss in LOSSES]

@@ -1,4 +1,4 @@
-"""What a study with a runner of its own needs: cells that are run once and kept as rows, by workers in parallel.
+"""The runner of a study: cells that are run once and kept as rows, by workers in parallel.
 
 A study is a list of jobs, each a list of cells: hashable dataclasses of what differs from one run to the next. A row of
 the results file is a JSON object of a cell's fields and of what came out, on one line. A cell with a row is not run
