@@ -462,7 +462,7 @@ def encode(documents: list[tuple[str, str]], tokenizer: Any, config: Any, args: 
     longest = max(map(len, encoded), default=0)
     check_context(config, args.base, longest, "lower --max-length")
     if longest < 2:
-        raise UserError(f"{', '.join(args.data)}: no text has two tokens, and the first token predicts the second")
+        raise UserError(f"{', '.join(args.data)}: no text of two tokens: the first predicts the second")
     return encoded
 
 

@@ -195,11 +195,10 @@ def test_the_bf16_study_runs_what_is_missing(checkpoint, data_file, tmp_path, mo
     monkeypatch.setattr(train, "main", on_tiny)
     monkeypatch.setattr(bf16_forms, "ROWS", tmp_path / "results" / "rows.jsonl")
     monkeypatch.setattr(bf16_forms, "ARMS", (("pissa", 1e-2, 3), ("lora", 1e-2, 3)))
-    monkeypatch.setattr(sys, "argv", ["bf16_forms.py", "--seeds", "42"])
     for _ in range(2):
-        bf16_forms.main()
+        bf16_forms.main(["--seeds", "42"])
         assert len(started) == 7
-    rows = bf16_forms.rows()
+    rows = bf16_forms.read_rows(bf16_forms.ROWS)
     assert [row["form"] for row in rows] == [*bf16_forms.FORMS, *bf16_forms.FORMS[:3]]
     for row in rows:
         assert row["distance"] == 0 if row["form"] == "fp32" else 0 < row["distance"] < 0.5, row

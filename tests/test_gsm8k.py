@@ -270,9 +270,10 @@ def test_vllm_gives_the_loss_with_an_adapter(smollm2, transformers_backend, tmp_
     """vLLM's own form on a CPU fails there: its adapted logits are those of the sequences, not of their tokens."""
     pytest.importorskip("vllm")
     path, tokenizer, _, prompts = smollm2
+    torch.manual_seed(0)
     model = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(path),
-        peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        peft.LoraConfig(r=8, target_modules=["q_proj", "down_proj"], lora_alpha=32, init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "adapter")
     adapter = str(tmp_path / "adapter")
