@@ -1,4 +1,4 @@
-"""What bench/gpu.py checks and measures on: published shapes with random weights, batches of GSM8K's lengths, a clock.
+"""The cases of bench/gpu.py: published shapes with random weights, batches of GSM8K's lengths, a clock.
 
 Nothing here needs more than torch, transformers and safetensors. `installed` knows which further packages there are.
 """
@@ -37,7 +37,7 @@ SHARED_BEGINNING = 24  # tokens of the template's head
 
 @dataclass
 class Options:
-    """What a part is told: the device, and whether the shapes are tiny ones that any machine can do."""
+    """The settings of a part: the device, and whether the shapes are tiny ones that any machine can do."""
 
     device: str
     small: bool

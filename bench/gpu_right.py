@@ -137,7 +137,7 @@ def factors(options: Options) -> Iterator[dict]:
 
 
 class WrittenOut(nn.Module):
-    """What PEFT's LoRA layer computes: y = W x + s·B(A x), the low-rank product in fp32 but under autocast."""
+    """PEFT's LoRA layer: y = W x + s·B(A x), the low-rank product in fp32 but under autocast."""
 
     def __init__(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float):
         super().__init__()

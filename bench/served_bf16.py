@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a trained model computes when it is served in bf16, against the trained function.
+"""Measures how far a trained model that is served in bf16 is from the trained function.
 
     python bench/served_bf16.py output/pissa output/lora --limit 60
 
@@ -12,15 +12,15 @@ response's log-likelihood is off, per token.
     merged              merged/ in bf16, by transformers and by vLLM
 """
 
-import argparse
 import multiprocessing
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import train
 from common import checkpoints, pretrained
-from common.cli import parse_arguments
+from common.cli import Parser, parse_arguments, run_script
 from common.conversations import encoded, load_training_records
 from common.markdown import markdown
 from common.pretrained import resolve_demo
@@ -30,10 +30,11 @@ from eval.benchmark import load_backend
 FORMS = ("fp32", "training", "PEFT, fp32", "PEFT, bf16", "vLLM", "merged", "merged, vLLM")
 
 
-def examples_of(run: train.Arguments, data: str, limit: int) -> tuple[list[list[int]], list[list[int]]]:
+def examples_of(
+    run: train.Arguments, tokenizer: PreTrainedTokenizerBase, data: str, limit: int
+) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of held-out examples, in tokens."""
     run.data, run.data_subset, run.split, run.limit = resolve_demo(data, "test"), None, "test", limit
-    tokenizer, _ = pretrained.load_tokenizer_and_config(resolve_demo(run.model, "model"))
     prompts, responses = [], []
     for example in encoded(run, tokenizer, load_training_records(run))[0]:
         start = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
@@ -47,7 +48,7 @@ def log_likelihoods(folder: Path, form: str, data: str, limit: int) -> tuple[lis
     run = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
     base = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(base)
-    prompts, responses = examples_of(run, data, limit)
+    prompts, responses = examples_of(run, tokenizer, data, limit)
     ckpt = str(folder / "merged") if form.startswith("merged") else base
     adapter = str(folder / "adapter") if form.startswith(("PEFT", "vLLM")) else None
     options = {"dtype": "bfloat16", "max_length": 512, "batch_size": 16, "adapter": adapter}
@@ -61,12 +62,12 @@ def log_likelihoods(folder: Path, form: str, data: str, limit: int) -> tuple[lis
     return backend.log_likelihoods(prompts, responses), [len(response) for response in responses]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--data", default="demo", help="held-out examples in the run's format; demo: its test problems")
     parser.add_argument("--limit", type=int, default=60)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = [["run", "form", "loss", "log-likelihood off, per token"]]
     for folder in args.runs:
         reference = None
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,7 @@ def pyplot() -> Any:
 
 
 def save_picture(figure: Any, path: Path, title: str) -> Path:
-    """Write the picture with its message above it. The file does not name the version of matplotlib."""
+    """Writes the picture with its message above it. The file does not name the version of matplotlib."""
     figure.suptitle(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -196,7 +196,7 @@ class InitialAdapter:
                 raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
 
     def note(self, model: str) -> str:
-        """For the user: what is the adapter's own, and its base where that has another name than `model`, a path."""
+        """A line for the user: the adapter's settings, and its base if the path `model` has another name."""
         base = self.config.get("base_model_name_or_path") or model
         is_other = Path(base).name.lower() != Path(model).absolute().name.lower()
         other = f"; it was trained on {base}, not on {model}" if is_other else ""

@@ -73,7 +73,7 @@ def load_tokenizer_and_config(
 
 
 def settle_config(args: Any, config: "transformers.PretrainedConfig") -> None:
-    """Chooses the attention that `config` needs, and notes what the objective leaves out of the model's own loss.
+    """Chooses the attention that `config` needs. Prints a note if the model's own loss has a part that is not trained.
 
     Raises:
         UserError: see `require_trainable`.

@@ -478,7 +478,7 @@ def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remedy(messages: Messages, tools: list[dict] | None) -> str:
-    """What a user can do about a conversation that the chat template does not write."""
+    """The remedy for a conversation that the chat template does not write."""
     if tools or any(message.get("tool_calls") for message in messages):
         return f"leave it out (--skip-bad), or {AS_TEXTS}"
     return "leave it out (--skip-bad), or take --template raw"

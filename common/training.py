@@ -129,8 +129,8 @@ def num_steps(args: Any, num_examples: int, num_ranks: int, accumulation: int | 
     """Optimizer steps of a run: --max-steps, or --epochs over the examples. `accumulation`: see MicroBatches."""
     if args.max_steps > 0:
         return args.max_steps
-    shape = (args.batch_size, accumulation or args.gradient_accumulation, 0, num_ranks)
-    return math.ceil(args.epochs * MicroBatches(lambda epoch: [], num_examples, *shape).steps_per_epoch)
+    per_step = args.batch_size * (accumulation or args.gradient_accumulation) * num_ranks
+    return math.ceil(args.epochs * math.ceil(num_examples / per_step))
 
 
 def generator_of(seed: int, epoch: int) -> torch.Generator:
