@@ -1,4 +1,4 @@
-"""The common parts of the benchmarks that compare a step: their options, the allocator's settings, and the table of ratios.
+"""The common parts of the benchmarks that compare a step: options, the allocator's settings, the table of ratios.
 
 Nothing heavy is imported here: a contender's process has its own peak memory, and begins with this file.
 """
