@@ -29,7 +29,7 @@ from common import metrics as scoring
 from common import probe
 from common.best_state import BEST_TENSORS, BestState
 from common.checkpoints import complete_checkpoints
-from common.classifiers import encode, final_linear, load_classifier, run_model
+from common.classifiers import default_targets, encode, final_linear, load_classifier, run_model
 from common.cli import RunStopped, UserError, run_script
 from common.labelled import Split, demo_data, set_aside
 from common.metrics import calibration_error, score, softmax
@@ -253,7 +253,7 @@ def test_regression_is_a_mean_squared_error_to_the_label_and_to_the_teacher():
 def test_deberta_v3_base_has_the_published_number_of_adapter_parameters():
     model = copy.deepcopy(price.skeleton("microsoft/deberta-v3-base", num_classes=2))
     assert round(model.num_parameters() / 1e6) == 184
-    train.add_adapters(model, "lora", 8, 8.0, nlu.default_targets(model))
+    train.add_adapters(model, "lora", 8, 8.0, default_targets(model))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_327_104
 
 
