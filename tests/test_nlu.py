@@ -1205,6 +1205,20 @@ def test_every_combination_of_terms_is_run_once_at_one_rate_and_starts_with_the_
         assert found == (0.15 * ("CR" in names), 0.03 * ("DR" in names), 0.03 * ("SVDR" in names))
 
 
+def test_wrong_labels_learnt_and_the_tempered_error_by_hand(monkeypatch):
+    """Of four labels two are wrong, and one of these is given back. Three of four predictions are right, and the logits
+    are eight times those of a probability of 3/4: the best temperature is 8, and the error then 0."""
+    for name, labels in {"train": [0, 1, 0, 1, 0], "validation": [0, 0, 0, 1], "movies": [0, 0, 0, 1]}.items():
+        monkeypatch.setitem(robustness.POOLS, name, robustness.Pool([], np.array(labels), np.zeros((5, 1))))
+    overconfident = np.array([[8 * np.log(3), 0.0]] * 4)
+    trained = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    logits = {"trained": trained, "validation": overconfident, "movies": overconfident}
+    found = robustness.after_many_epochs(logits, np.array([1, 2, 3, 4]), np.array([1, 1, 1, 1]))
+    assert found["learnt"] == 0.5
+    assert found["temperature"] == pytest.approx(8, rel=0.05)
+    assert found["tempered"] < 0.01
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_dry_run_says_what_the_run_then_is(method, tmp_path, encoders, capsys):
     """Parameters, steps, examples and classes as the run itself counts them; nothing is written."""
