@@ -11,7 +11,7 @@ plan had the configuration's 8 sequences: three seeds of those do not fit the bu
     stacked       [B, −B₀] [A; A₀] x, as train.py has it, with the factors rounded to bf16
     differences   (B − B₀) A x + B₀ (A − A₀) x: the same rank and cost, the differences taken in fp32 and then rounded
     residual      (W − s B₀A₀) x + s B A x, the residual rounded to bf16: PEFT's PiSSA under autocast
-    fp32          stacked, in fp32: what the others are compared with
+    fp32          stacked, in fp32: the reference of the others
     zero2         stacked, under DeepSpeed's ZeRO-2 on one rank: the factors are bf16 too, their masters fp32. PiSSA,
                   100 steps. It entered this plan after the other rows of 100 steps, and has no prediction
 Read at the end: the loss on the held-out fiftieth of the problems, in the type of training; and the median over
@@ -92,7 +92,7 @@ class Residual(train.LoRALinear):
 
 
 def patches(form: str) -> list:
-    """What makes train.py compute by this form."""
+    """The patches that make train.py compute by this form."""
     if form == "differences":
         replaced = {"_stack": stacked_differences, "_AddLowRank": ByDifferences}
     else:

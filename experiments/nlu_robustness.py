@@ -76,7 +76,7 @@ TERMS = {"CR": "lambda_consistency", "DR": "lambda_diversity", "SVDR": "lambda_s
 
 @dataclass
 class Arguments:
-    """What is run, and where results and the page go."""
+    """The runs, and the places of results and page."""
 
     results: str = option("experiments/results/nlu_robustness.jsonl", "file that runs are appended to")
     processes: int = option(2, "how many runs at a time, one thread each")
@@ -415,7 +415,7 @@ def table_of_differences(rows: dict[Cell, dict[str, Any]], name: str, columns: C
     return grid("", OTHERS, columns, cell)
 
 
-# What a method loses from clean labels to labels that are not, pooled over the levels.
+# A method's loss of accuracy from clean labels to others, pooled over the levels.
 LEVELS = {"noise 10, 20, 40": CONDITIONS[1:4], "imbalance 10, 50": CONDITIONS[4:]}
 
 
@@ -534,7 +534,7 @@ def table_of_joint_effects(rows: dict[Cell, dict[str, Any]]) -> str:
 
 
 def table_of_predictions(rows: dict[Cell, dict[str, Any]]) -> str:
-    """Each prediction of experiments/robustness/predictions.yaml, and what came."""
+    """Each prediction of experiments/robustness/predictions.yaml beside its outcome."""
     found = {}
     for told in yaml.safe_load((HERE / "predictions.yaml").read_text())["predictions"]:
         where = (told["measure"], told["head"], told["condition"], told["term"], told.get("given"))

@@ -1,4 +1,4 @@
-"""What an experiment will take, from configurations alone: no weights, no data, no network.
+"""The price of an experiment, from configurations alone: no weights, no data, no network.
 
 Counted operations are multiplications and additions of matrix products, two for each pair. Of N parameters in a model's
 linear layers and a head of d × V, one token of training takes
