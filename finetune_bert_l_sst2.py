@@ -57,7 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import train
 from common import cli
@@ -73,9 +73,9 @@ from common.classifiers import (
     head_modules,
     linear_for_conv1d,
     load_classifier,
+    load_tokenizer,
     rescale_outputs,
     run_model,
-    set_padding,
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
@@ -84,7 +84,7 @@ from common.labelled import TASKS, Data, contents_of, load_data
 from common.metrics import metric, prediction_rows, predictions, score, score_report
 from common.partitioned import num_ranks
 from common.peft_format import classifier_card, export_adapter, link_base
-from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions, weights_digest
+from common.pretrained import weights_digest
 from common.probe import Scores, probe_encoder, start_head
 from common.ranks import run_rank, start_ranks
 from common.runs import (
@@ -99,7 +99,7 @@ from common.runs import (
     write_whole,
     written_whole,
 )
-from common.targets import default_target_modules, find_target_modules
+from common.targets import find_target_modules
 from common.training import Training, generator_of, num_steps, resolve_shared_arguments
 from train import (
     adapter_layers,
@@ -142,11 +142,6 @@ FORMULATIONS: dict[str, dict[str, float]] = {
 
 # Rates that the study of robustness chose among four by validation, for 600 sentences and MiniLM with a random head.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-3, "pissa": 5e-4, "ba-lora": 5e-4}
-
-# The linear layers of BERT and RoBERTa, DeBERTa, GPT-2, XLNet that get an adapter: attention, its output, the
-# feed-forward. XLNet's attention has no linear layers, only parameters.
-TARGET_MODULES = ["query", "key", "value", "query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]
-TARGET_MODULES += ["c_attn", "c_fc", "c_proj", "ff.layer_1", "ff.layer_2"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -322,13 +317,6 @@ def default_experiment() -> tuple[Path, str]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def default_targets(model: nn.Module) -> list[str]:
-    """The entries of TARGET_MODULES that `model` has, or else train.py's."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [target for target in TARGET_MODULES if any(name.endswith(f".{target}") for name in names)]
-    return found or default_target_modules(model)
-
-
 def add_trainable(model: "transformers.PreTrainedModel", args: Arguments) -> "transformers.PreTrainedModel":
     """Makes `model` ready to train by --method, in place: adapters in the encoder, a head that is trained whole."""
     add_adapters(model, args.method, args.rank, args.alpha, args.target_modules)
@@ -397,18 +385,15 @@ def note_on_regularizers(args: Arguments, num_classes: int) -> str | None:
         )
     # A probe's logits on D classes are centred and have rank D − 1, so k = D − 1 covers all singular values.
     rank = min(num_classes - (args.teacher_head == "probe"), args.batch_size)
-    if args.lambda_spectral > 0 and args.spectral_k >= rank:
-        from_probe = args.spectral_k < min(num_classes, args.batch_size)
-        is_constant = (
-            "starts as the constant -1, since a probe's logits add up to 0"
-            if from_probe
-            else ("is the constant -1 and has no gradient")
-        )
-        return (
-            f"note: L_SVDR with k = {args.spectral_k} on {num_classes} classes {is_constant}; "
-            f"--spectral-k {rank - 1} or less acts"
-        )
-    return None
+    if args.lambda_spectral == 0 or args.spectral_k < rank:
+        return None
+    is_constant = "is the constant -1 and has no gradient"
+    if args.spectral_k < min(num_classes, args.batch_size):
+        is_constant = "starts as the constant -1, since a probe's logits add up to 0"
+    return (
+        f"note: L_SVDR with k = {args.spectral_k} on {num_classes} classes {is_constant}; "
+        f"--spectral-k {rank - 1} or less acts"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -517,36 +502,6 @@ def model_path(args: Arguments) -> str:
         raise UserError(f"cannot make the demo's encoder: {error}") from error
 
 
-def load_tokenizer(args: Arguments, path: str, num_classes: int) -> "tuple[Any, transformers.PretrainedConfig]":
-    """The tokenizer, and the configuration of the model with a head of `num_classes`; reads no weights. Fills in the
-    target modules of `args`.
-
-    Raises:
-        UserError: not a readable checkpoint, or its head, targets or positions do not fit `args`.
-    """
-    check_checkpoint(path)
-    tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
-    if tokenizer is None:
-        raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
-    set_padding(tokenizer, config, args.model)
-    config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
-    config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
-    try:
-        with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
-            skeleton = transformers.AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
-    require_positions(args.model, skeleton, args.max_length)
-    if args.method != "full":
-        linear_for_conv1d(skeleton)
-        if args.target_modules is None:
-            args.target_modules = default_targets(skeleton)
-        for name in find_target_modules(skeleton, args.target_modules, args.rank):
-            if name.startswith(tuple(f"{head}." for head in head_modules(skeleton))):
-                raise UserError(f"--target-modules names {name} too, which is trained whole: give longer names")
-    return tokenizer, config
-
-
 @dataclass
 class Base:
     """The pre-trained model before its weights are read."""
@@ -585,14 +540,6 @@ def load_pretrained(args: Arguments, base: Base, device: torch.device) -> "trans
         if model.head_note:
             print(model.head_note)
     return model
-
-
-def sizes(args: Arguments, data: Data) -> str:
-    """The run's examples and classes, and notes on data that may not be as the user means it."""
-    counts = ", ".join(f"{name} {len(split)}" for name, split in data.tests.items())
-    train_size, select_size = len(data.train), len(data.validation)
-    line = f"{args.model}: {train_size} examples to train on, {select_size} to select by; to test: {counts}"
-    return "\n".join([line, data.counts(), *data.notes])
 
 
 def validation_score(model: "transformers.PreTrainedModel", data: Data, collator: Collator) -> float:
@@ -666,7 +613,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
     model = load_pretrained(args, base, accelerator.device)
     if is_main:
         open_output_dir(args, checkpoint)
-    say(sizes(args, data), flush=True)
+    say(data.sizes(args.model), flush=True)
     encode_data(data, base.tokenizer, base.config, args.max_length)
     collator = Collator.of(base.tokenizer, base.config)
 
@@ -725,7 +672,7 @@ def dry_run(args: Arguments, data: Data) -> str:
     steps = num_steps(args, len(data.train), num_ranks())
     return "\n".join(
         [
-            sizes(args, data),
+            data.sizes(args.model),
             *notes,
             f"tokens: {sum(lengths) / len(lengths):.0f} on average; examples that are cut: {num_cut} of {len(lengths)}",
             f"parameters: {trained:,} trained and {head:,} of the head",

@@ -1,6 +1,6 @@
 """The two sides of the benchmarks: a step of ours, and one of PEFT's PiSSA with the stock loss or the public objective.
 
-The public objective is written out from the paper and from what the authors' code is known to do: a second whole copy
+The public objective is written out from the paper and the known behaviour of the authors' code: a second whole copy
 of the model as the teacher, whole logits of both in fp32, the unshifted label mask, `svd_lowrank` under autograd.
 """
 

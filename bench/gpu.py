@@ -87,7 +87,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
-    """The rows of a part, and its problem: None, what it raised, or how many checks are outside their limits.
+    """The rows of a part, and its problem: None, an exception, or the number of checks outside their limits.
 
     `is_over` False says that this process can go on: nothing was raised.
     """
@@ -115,7 +115,7 @@ def run(name: str, budget: float, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Device, versions, what is not installed, and the commit."""
+    """Device, versions, missing packages, and the commit."""
     import gpu_cases
     import torch
 
@@ -135,7 +135,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of all columns that any row has; an empty cell for what is not there."""
+    """A Markdown table of all columns that any row has; an empty cell for a missing value."""
     columns = list(dict.fromkeys(column for row in rows for column in row if column != "ok"))
     cells = [columns, *([("" if row.get(c) is None else str(row[c])) for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

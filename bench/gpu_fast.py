@@ -248,7 +248,7 @@ def profile(options: Options, deadline: float) -> Iterator[dict]:
     batch = cases.packed(cases.examples(4, config.vocab_size, longest, exactly=True), options)
     parts = contenders.step_parts(wrapper, {"batch": batch})
     train.stack_factors(model)  # as a step of gradient accumulation finds them
-    for part in parts.values():  # what a first step fills
+    for part in parts.values():  # the first step fills caches
         part()
     seconds = {name: cases.seconds_of(part, options, repeats=1, warm_up=0)[0] for name, part in parts.items()}
     whole = sum(seconds.values())
@@ -278,7 +278,7 @@ def launches(parts: dict[str, Step], options: Options) -> Iterator[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# What the forms for a GPU save, counted without one: operators, bytes and host waits, before and after. Meta tensors
+# Savings of the forms for a GPU, counted without one: operators, bytes and host waits, before and after. Meta tensors
 # have shapes and no numbers, so any machine counts what a large one would run.
 # ------------------------------------------------------------------------------------------------------------------
 

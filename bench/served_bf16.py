@@ -8,7 +8,7 @@ fp32, computed in fp32. Compared with it on held-out examples: the mean loss of 
 response's log-likelihood is off, per token.
     training            base and stacked factors in bf16, as train.py computes
     PEFT                base in bf16, factors in fp32 (its default) or in bf16
-    vLLM                base in bf16 with the adapter, whose factors it makes bf16
+    vLLM                base in bf16 with the adapter; vLLM rounds the factors to bf16
     merged              merged/ in bf16, by transformers and by vLLM
 """
 

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
     tokens = statistics.mean(batch["input_ids"].numel() for batch in packed[1:])
     shared = statistics.mean(shared_beginning(batch) for batch in batches[1:])
     r = args.rank
-    # What the last feed-forward leaves out: as many tokens' worth of its part of the body.
+    # The last feed-forward leaves tokens out: its part of the body shrinks by as many.
     skipped = sum(m.weight.numel() for m in model.get_decoder().layers[-1].mlp.modules() if type(m) is torch.nn.Linear)
     computed = tokens - (tokens - valid) * skipped / body
     # Backward: the gradient of x through W; that of the low-rank input and x through 2r; those of A and B through r.

@@ -16,8 +16,61 @@ from tqdm import tqdm
 from common.cli import UserError
 from common.labelled import Data
 from common.partitioned import num_ranks
+from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions
+from common.targets import default_target_modules, find_target_modules
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+# The linear layers of BERT and RoBERTa, DeBERTa, GPT-2, XLNet that get an adapter: attention, its output, the
+# feed-forward. XLNet's attention has no linear layers, only parameters.
+ENCODER_TARGETS = [
+    "query",
+    "key",
+    "value",
+    "query_proj",
+    "key_proj",
+    "value_proj",
+    "intermediate.dense",
+    "output.dense",
+]
+ENCODER_TARGETS += ["c_attn", "c_fc", "c_proj", "ff.layer_1", "ff.layer_2"]
+
+
+def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transformers.PretrainedConfig]":
+    """The tokenizer, and the configuration of the model with a head of `num_classes`; reads no weights. Fills in the
+    target modules of `args`.
+
+    Raises:
+        UserError: not a readable checkpoint, or its head, targets or positions do not fit `args`.
+    """
+    check_checkpoint(path)
+    tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
+    if tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
+    set_padding(tokenizer, config, args.model)
+    config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
+    config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
+    try:
+        with torch.device("meta"):  # shapes only: a rank or target that does not fit is found before any weight is read
+            skeleton = transformers.AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
+    require_positions(args.model, skeleton, args.max_length)
+    if args.method != "full":
+        linear_for_conv1d(skeleton)
+        if args.target_modules is None:
+            args.target_modules = default_targets(skeleton)
+        for name in find_target_modules(skeleton, args.target_modules, args.rank):
+            if name.startswith(tuple(f"{head}." for head in head_modules(skeleton))):
+                raise UserError(f"--target-modules names {name} too, which is trained whole: give longer names")
+    return tokenizer, config
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """The entries of ENCODER_TARGETS that `model` has, or else those of a language model."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [target for target in ENCODER_TARGETS if any(name.endswith(f".{target}") for name in names)]
+    return found or default_target_modules(model)
 
 
 def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: int, revision: str | None = None) -> Any:

@@ -384,6 +384,10 @@ def _read_messages(cell: Any, name: str, where: str, unused: list[str]) -> list[
         cell = [{"role": "user" if name == "prompt" else "assistant", "content": cell}]
     elif isinstance(cell, str) and cell.lstrip().startswith("["):
         cell = _parsed(cell, f"{where}: {name}")
+    elif isinstance(cell, dict) and all(isinstance(column, list) for column in cell.values()):
+        # `datasets` may hold a list of messages as one list for each key. Columns of other lengths are refused below.
+        columns = cell.values() if len(set(map(len, cell.values()))) == 1 else ()
+        cell = [dict(zip(cell, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(cell, list) or not cell or not all(isinstance(message, dict) for message in cell):
         raise UserError(f"{where}: {name} is no list of messages")
     return [_read_message(message, f"{where}, message {number}", unused) for number, message in enumerate(cell, 1)]

@@ -95,7 +95,7 @@ def estimated_memory(
         parts["objective"] = rows * row + 3 * valid * d * 4 + 12 * d * d
     # A layer's backward pass also holds a feed-forward's gradients.
     parts["transient"] = 4 * tokens * f * item
-    # DeepSpeed's step makes a rank's gradients fp32 first. It comes when what the passes take is free again.
+    # DeepSpeed's step makes a rank's gradients fp32 first. By then the memory of the passes is free again.
     passes = parts["activations"] + parts["objective"] + parts["transient"]
     if masters and not offloaded and (more := trainable * 4 / split["o"] - passes) > 0:
         parts["update"] = more

@@ -104,6 +104,12 @@ class Data:
         """Predicted numbers, or standardized labels, in the units of the file; logits of classes as they are."""
         return values * self.unit + self.shift if self.is_regression else values
 
+    def sizes(self, model: str) -> str:
+        """For the first screen: the run's examples and classes, and notes on data that may not be as the user means."""
+        tests = ", ".join(f"{name} {len(split)}" for name, split in self.tests.items())
+        selected = f"{len(self.train)} examples to train on, {len(self.validation)} to select by"
+        return "\n".join([f"{model}: {selected}; to test: {tests}", self.counts(), *self.notes])
+
     def counts(self) -> str:
         """How many training examples each class has, or the numbers' range."""
         if self.is_regression:

@@ -66,9 +66,12 @@ def load_records(
         import datasets
 
         try:
-            return datasets.load_dataset(source, name, data_dir=subset, split=split)
+            found = datasets.load_dataset(source, name, data_dir=subset, split=split)
         except Exception as error:  # the hub's client raises dozens of kinds
             raise HubError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
+        names = _class_names(found.features.arrow_schema)
+        texts = datasets.Features(found.features | dict.fromkeys(names, datasets.Value("string")))
+        return found.map(_named, fn_kwargs={"names": names}, features=texts) if names else found
     kinds = sorted({kind_of(file) for file in files})
     if len({ONE_KIND.get(kind, kind) for kind in kinds}) > 1:
         raise UserError(f"{source} mixes kinds of files ({', '.join(kinds)}): name one file")
@@ -478,12 +481,26 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Row, int]]:
 
     try:
         with pa.parquet.ParquetFile(file) as table:
+            names = _class_names(table.schema_arrow)
             for batch in table.iter_batches(BATCH_ROWS):
                 size = max(batch.nbytes // max(len(batch), 1), 1)
                 for row in batch.to_pylist():
-                    yield {name: _plain(cell) for name, cell in row.items()}, size
+                    yield {name: _plain(cell) for name, cell in _named(row, names).items()}, size
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _class_names(schema: Any) -> dict[str, dict[int, str]]:
+    """The names of class numbers by column, where `datasets` wrote the table with a ClassLabel."""
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+    return {name: dict(enumerate(kind["names"])) for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+
+
+def _named(row: Row, names: dict[str, dict[int, str]]) -> Row:
+    """The row with names in the place of class numbers; None where the class is not known, which is −1."""
+    return row | {name: of_number.get(row[name]) for name, of_number in names.items()} if names else row
 
 
 def _plain(cell: Any) -> Any:

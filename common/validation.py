@@ -206,7 +206,7 @@ def is_out_of_patience(history: Sequence[Mapping[str, float]], patience: int | N
 
 
 def summary(history: Sequence[Mapping[str, float]], last_step: int, exported: Path | None) -> dict[str, Any] | None:
-    """For run.json: the last validation, the best, and the step of what is exported; None without any.
+    """For run.json: the last validation, the best, and the step of the exported state; None without any.
 
     Args:
         exported: the checkpoint that is exported instead of the last state.

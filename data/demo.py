@@ -100,7 +100,7 @@ def _convert_smollm2(target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         config = quantized.config
-        # What is saved is no longer quantized: transformers refuses to save it while the configuration says it is.
+        # The weights are no longer quantized. transformers refuses to save them while the configuration says they are.
         del config.quantization_config
         config._name_or_path = ""
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

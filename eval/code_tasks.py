@@ -40,7 +40,7 @@ class Arguments(ProgramArguments, benchmark.Arguments):
 
 
 def check_code_arguments(args: Arguments) -> None:
-    """Prints what the sandbox isolates here.
+    """Prints the isolation that the sandbox has here.
 
     Raises:
         UserError: a value out of range; nothing isolates programs here and `--unsafe` is not given.
@@ -156,7 +156,7 @@ def _is_open(node: ast.stmt) -> bool:
 
 
 def extract_code(completion: str, names: tuple[str, ...], before: str = "", opening: str = "") -> str:
-    """The program in a completion: the definitions of `names`, with what they need and what can do no harm.
+    """The program in a completion: the definitions of `names`, with everything they need and nothing that can do harm.
 
     All code in a completion is one program, like the cells of a notebook: of several definitions the last one counts.
     Stubs do not count, nor what the text calls another version or a wrong one. Without a definition of `names`: the

@@ -105,7 +105,7 @@ def data_block(name: str, value: Any) -> str:
 
 
 def benchmark_of(name: str, runs: dict[str, ReportedRun]) -> dict[str, Any]:
-    """A benchmark's items side by side, and what the page must know before it reads them."""
+    """A benchmark's items side by side, and the facts that the page needs before it reads them."""
     found, missing = {}, {}
     for label, run in runs.items():
         path = Path(run.folder) / f"{name}.jsonl"

@@ -11,7 +11,9 @@ plan had the configuration's 8 sequences: three seeds of those do not fit the bu
     stacked       [B, −B₀] [A; A₀] x, as train.py has it, with the factors rounded to bf16
     differences   (B − B₀) A x + B₀ (A − A₀) x: the same rank and cost, the differences taken in fp32 and then rounded
     residual      (W − s B₀A₀) x + s B A x, the residual rounded to bf16: PEFT's PiSSA under autocast
-    fp32          stacked, in fp32: what the others are compared with
+    fp32          stacked, in fp32: the reference of the others
+    zero2         stacked, under DeepSpeed's ZeRO-2 on one rank: the factors are bf16 too, their masters fp32. PiSSA,
+                  100 steps. It entered this plan after the other rows of 100 steps, and has no prediction
 Read at the end: the loss on the held-out fiftieth of the problems, in the type of training; and the median over
 layers of ‖ΔW − ΔW₃₂‖ / ‖ΔW₃₂‖, where ΔW₃₂ is the fp32 run's of the same seed.
 
@@ -26,7 +28,10 @@ Predictions:
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -37,11 +42,12 @@ from torch import Tensor
 
 import train
 from common.cli import Parser, run_script
+from common.intervals import by_seed, difference, spread
 from common.markdown import markdown
-from experiments.study import append_row, mend_rows, read_rows
+from experiments.study import Row, append_row, mend_rows, read_rows
 
 ROWS = Path(__file__).resolve().parent / "results" / "bf16_forms.jsonl"
-FORMS = ("fp32", "stacked", "differences", "residual")
+FORMS = ("fp32", "stacked", "differences", "residual", "zero2")
 ARMS = (("pissa", 1e-4, 100), ("lora", 1e-3, 100), ("pissa", 1e-4, 400))
 
 
@@ -86,7 +92,7 @@ class Residual(train.LoRALinear):
 
 
 def patches(form: str) -> list:
-    """What makes train.py compute by this form."""
+    """The patches that make train.py compute by this form."""
     if form == "differences":
         replaced = {"_stack": stacked_differences, "_AddLowRank": ByDifferences}
     else:
@@ -100,6 +106,7 @@ def run(form: str, method: str, rate: float, steps: int, seed: int, folder: Path
     words += ["--dtype", "float32" if form == "fp32" else "bfloat16", "--max-steps", str(steps), "--eval-share", "0.02"]
     words += ["--eval-steps", str(steps), "--save-steps", "0", "--report-to", "none", "--output-dir", str(folder)]
     words += ["--init-cache", "output/bf16_forms", "--batch-size", "4", "--gradient-accumulation", "1"]
+    words += ["--deepspeed", "configs/ds_zero2.json"] if form == "zero2" else []
     kept = {}
 
     def keep(model, *_, **__):
@@ -130,6 +137,34 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return statistics.median(((mine - other).norm() / other.norm()).item() for mine, other in deltas)
 
 
+def is_planned(method: str, steps: int, form: str) -> bool:
+    if form == "zero2":
+        return (method, steps) == ("pissa", ARMS[0][2])
+    return method == "pissa" or form != "residual"
+
+
+def table(rows: list[Row]) -> str:
+    """Means over seeds by method, steps and form; differences are taken seed by seed."""
+    groups: dict[tuple[str, int], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["steps"]), {}).setdefault(row["form"], {})[row["seed"]] = row
+    body = []
+    for (method, steps), forms in groups.items():
+        losses = {form: {seed: row["loss"] for seed, row in of_seed.items()} for form, of_seed in forms.items()}
+        for form in sorted(forms, key=FORMS.index):
+            if method == "lora" and form == "differences":  # LoRA has no initial factors: its forms are one
+                continue
+            against = [
+                "" if form == other else difference(by_seed(losses[form], losses.get(other, {})).values(), 4)
+                for other in ("fp32", "stacked")
+            ]
+            distance = spread([100 * row["distance"] for row in forms[form].values()], 1)
+            name, seeds = f"{method}, {steps} steps", str(len(losses[form]))
+            body.append([name, form, seeds, spread(losses[form].values(), 4), *against, f"{distance} %"])
+    titles = ["", "form", "seeds", "held-out loss", "− fp32's", "− stacked's", "ΔW from fp32's"]
+    return markdown([titles, *body])
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
@@ -138,24 +173,26 @@ def main(argv: list[str]) -> None:
     mend_rows(ROWS)
     factors = Path("output/bf16_forms")
     factors.mkdir(parents=True, exist_ok=True)
-    for method, rate, steps in () if args.table else ARMS:
-        for seed, form in [(seed, form) for seed in args.seeds for form in FORMS]:
-            about = {"method": method, "rate": rate, "steps": steps, "seed": seed, "form": form}
-            if any(about.items() <= row.items() for row in read_rows(ROWS)) or (
-                method == "lora" and form == "residual"
-            ):
-                continue
-            reference = factors / f"{method}-{steps}-{seed}.safetensors"
-            with tempfile.TemporaryDirectory() as folder:
-                loss, kept = run(form, method, rate, steps, seed, Path(folder))
-            if form == "fp32":
-                save_file(kept, reference)
-            row = about | {"loss": loss, "distance": distance(kept, load_file(reference))}
-            append_row(ROWS, row)
-    rows = read_rows(ROWS)
-    cells = [[str(row[name]) for name in ("method", "steps", "form", "seed")] for row in rows]
-    cells = [[*cell, f"{row['loss']:.4f}", f"{row['distance']:.1%}"] for cell, row in zip(cells, rows, strict=True)]
-    print(markdown([["method", "steps", "form", "seed", "held-out loss", "ΔW from fp32's"], *cells]))
+    is_rank = "RANK" in os.environ  # a rank does one run under DeepSpeed, which leaves its state in the process
+    cells = [(*arm, seed, form) for arm in ARMS for seed in args.seeds for form in FORMS]
+    for method, rate, steps, seed, form in () if args.table else cells:
+        about = {"method": method, "rate": rate, "steps": steps, "seed": seed, "form": form}
+        if not is_planned(method, steps, form) or any(about.items() <= row.items() for row in read_rows(ROWS)):
+            continue
+        if is_rank != (form == "zero2"):
+            if not is_rank:
+                launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+                subprocess.run([*launcher, __file__, "--seeds", str(seed)], check=True)
+            continue
+        reference = factors / f"{method}-{steps}-{seed}.safetensors"
+        with tempfile.TemporaryDirectory() as folder:
+            loss, kept = run(form, method, rate, steps, seed, Path(folder))
+        if form == "fp32":
+            save_file(kept, reference)
+        append_row(ROWS, about | {"loss": loss, "distance": distance(kept, load_file(reference))})
+        if is_rank:
+            return
+    print(table(read_rows(ROWS)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ far from the best is taken.
 
     python experiments/choose.py output/NAME/plan.json output/NAME/chosen/ARM.yaml
 
-What comes out is a configuration for --config: the setting, and what the arm's own configuration says beside it.
+The result is a configuration for --config: the setting, beside the arm's own configuration.
 """
 
 import statistics

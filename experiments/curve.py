@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a run of train.py learned and forgot, checkpoint by checkpoint, and what its last state says.
+"""How much a run of train.py learned and forgot, checkpoint by checkpoint, and the answers of its last state.
 
 Less training always forgets less, so two methods are compared where they have learned the same: by the curve of one
 against the other. Each point is a checkpoint, and step 0 the base:
@@ -17,7 +17,7 @@ With --scales the points are the run's end with ΔW at each α (common/scaling.p
 --validation names examples by which α may be chosen: `validation_loss`.
 
 The run keeps as many checkpoints as there shall be points (--save-steps, --keep-checkpoints). Adapter and base compute
-in --dtype; logits are fp32, and what is made of them float64.
+in --dtype; logits are fp32, and everything computed from them float64.
 """
 
 from dataclasses import asdict, dataclass
@@ -60,7 +60,7 @@ class RunArguments:
 
 @dataclass
 class DataArguments:
-    """What it is measured on."""
+    """The data that the run is measured on."""
 
     data: str | None = option(None, "held-out examples, a file with the run's --fields")
     validation: str | None = option(None, "further held-out examples, apart from those that are reported")
@@ -73,7 +73,7 @@ class DataArguments:
 
 @dataclass
 class SampleArguments:
-    """The samples whose distinct answers are counted."""
+    """The samples for the count of distinct answers."""
 
     questions: int = option(0, "the first N examples get samples; 0: none")
     samples: int = option(8, "completions of each")
@@ -91,7 +91,7 @@ class MachineArguments:
 
 @dataclass
 class Arguments(MachineArguments, SampleArguments, DataArguments, RunArguments):
-    """What the script takes."""
+    """The options."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """An experiment's file, read and merged with the one that it is like.
 
-An experiment is a file experiments/NAME.yaml that holds only what differs from the scripts' defaults:
+An experiment is a file experiments/NAME.yaml that holds only the differences from the scripts' defaults:
 
     about: one sentence
     like: nlg                        starts from that experiment; what follows replaces or adds to it (null takes away)

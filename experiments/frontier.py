@@ -143,7 +143,7 @@ def points_table(arms: dict[str, dict[int, list[list[Point]]]]) -> str:
 
 
 def chosen_table(chosen: dict[str, dict[int, Point]], answers: dict[tuple[str, float], float]) -> str:
-    """What is reported at the chosen points."""
+    """The reported values at the chosen points."""
     rows = [["arm", "seeds", "rate × α", "response loss", "KL(base ‖ tuned)", "forgetting", "accuracy, 500 problems"]]
     for arm, points in chosen.items():
         solved = [answers[p.run, p.alpha] for p in points.values() if (p.run, p.alpha) in answers]

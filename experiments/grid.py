@@ -67,7 +67,7 @@ def renamed(words: list[str], paths: dict[str, str]) -> str:
 
 
 def report_commands(plan: Plan, plan_file: str) -> list[list[str]]:
-    """What makes the tables once all runs are there: ours, and beside the published ones where there are such."""
+    """The commands for the tables of a finished experiment: ours, and a second beside published numbers, if any."""
     commands = [["python", "experiments/report.py", plan_file]]
     if (plan.entries.get("report") or {}).get("published"):
         folders = []

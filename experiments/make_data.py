@@ -167,8 +167,8 @@ def imbalance(
 
 
 def sentences(split: str, count: int, noise: int, ratio: int | None, seed: int) -> list[dict[str, Any]]:
-    """Rated sentences of the demo. The seed decides which, and which labels are flipped: what is flipped at 10 % is
-    flipped at 20 % too."""
+    """Rated sentences of the demo. The seed decides which, and which labels are flipped: those of 10 % are
+    among those of 20 %."""
     from data import sentiment
 
     with open(sentiment.sentences(split), encoding="utf-8") as file:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What fine-tuning does to the last hidden layer: t-SNE over training, and spectra of logits and features.
+"""The last hidden layer under fine-tuning: t-SNE over training, and spectra of logits and features.
 
     python experiments/nlu_pictures.py      trains each method once, at the learning rate that nlu_robustness.py chose
 
@@ -32,7 +32,7 @@ SPECTRUM_TITLE = "BA-LoRA concentrates the logits less than the other methods"
 
 @dataclass
 class Arguments:
-    """What is drawn, from which results."""
+    """The pictures, and the results that they are drawn from."""
 
     results: str = option(robustness.Arguments.results, "results of experiments/nlu_robustness.py")
     head: str = option("initial", "the head that training starts from: initial or probe")

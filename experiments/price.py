@@ -1,4 +1,4 @@
-"""What an experiment will take, from configurations alone: no weights, no data, no network.
+"""The price of an experiment, from configurations alone: no weights, no data, no network.
 
 Counted operations are multiplications and additions of matrix products, two for each pair. Of N parameters in a model's
 linear layers and a head of d × V, one token of training takes
@@ -29,8 +29,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-import finetune_bert_l_sst2 as nlu
-from common.classifiers import count_parameters, linear_for_conv1d
+from common.classifiers import count_parameters, default_targets, linear_for_conv1d
 from common.cli import UserError
 from common.estimates import adapter_bytes, estimated_memory
 from common.targets import default_target_modules, find_target_modules
@@ -219,7 +218,7 @@ def classifier_price(plan: Plan, run: PlannedRun, args: Any) -> Price:
     num_linear, (trainable, head_size) = linear_parameters(model), count_parameters(model)
     total, full = trainable + head_size, args.method == "full"
     if not full:
-        targets = args.target_modules or nlu.default_targets(model)
+        targets = args.target_modules or default_targets(model)
         layers = find_target_modules(model, targets, args.rank)
         trainable = sum(args.rank * sum(layer.weight.shape) for layer in layers.values())
 

@@ -27,7 +27,7 @@ from common.runs import write_whole
 from experiments import choose, run_record
 from experiments.entries import load, names
 
-# What a benchmark is known by.
+# The scores that stand for a benchmark in a table.
 HEADLINES = {
     "crows_pairs": ("pct_stereotype", "change"),
     "curve": ("response_loss", "forgetting", "kl_base_tuned", "distinct_answers"),

@@ -16,7 +16,7 @@ from common.cli import UserError, run_script
 from common.run_records import VERSION, read_json
 from common.runs import write_whole
 
-# What an eval script writes beside its scores.
+# Keys of a summary that are no scores.
 NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}
 NOT_A_SCORE |= {"by_subject", "by_level", "backend", "rescored", "judge"}
 GROUPS = {"before", "by_type", "flips"}  # of scores: by_type.age.change is one

@@ -182,6 +182,8 @@ def test_every_format_gives_the_same_tokens():
     assert expected["input_ids"] == tokenizer.apply_chat_template(MESSAGES)["input_ids"]
     assert encoded([{"conversations": SHAREGPT}], tokenizer)[0][0] == expected
     assert encoded([{"dialogue": MESSAGES}], tokenizer, fields=["dialogue"])[0][0] == expected
+    by_key = {key: [message[key] for message in SHAREGPT] for key in ("from", "value")}
+    assert encoded([{"conversations": by_key}], tokenizer)[0][0] == expected
     halves = encoded([{"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}], tokenizer)[0][0]
     assert halves["input_ids"] == expected["input_ids"]
     assert halves == encoded([{"messages": MESSAGES}], tokenizer, train_on="last")[0][0]
@@ -211,6 +213,7 @@ def test_a_conversation_is_cut_after_a_whole_turn_or_dropped_and_counted():
     ("rows", "expected"),
     [
         ([{"messages": None}, {"messages": MESSAGES}], "messages is no list of messages"),
+        ([{"messages": {"role": ["user", "assistant"], "content": ["a"]}}], "messages is no list of messages"),
         ([{"messages": MESSAGES}, {"instruction": "a", "output": "b"}], "has instruction and output, where"),
         ([{"prompt": "a", "completion": "b"}, {"conversations": SHAREGPT}], "has conversations, where"),
     ],

@@ -195,15 +195,33 @@ def test_the_bf16_study_runs_what_is_missing(checkpoint, data_file, tmp_path, mo
     monkeypatch.setattr(train, "main", on_tiny)
     monkeypatch.setattr(bf16_forms, "ROWS", tmp_path / "results" / "rows.jsonl")
     monkeypatch.setattr(bf16_forms, "ARMS", (("pissa", 1e-2, 3), ("lora", 1e-2, 3)))
+    launched, start = [], subprocess.run
+
+    def launch(words, **options):
+        return launched.append(words) if "torch.distributed.run" in words else start(words, **options)
+
+    monkeypatch.setattr(subprocess, "run", launch)
     for _ in range(2):
         bf16_forms.main(["--seeds", "42"])
         assert len(started) == 7
+    assert [words[-2:] for words in launched] == [["--seeds", "42"]] * 2  # ZeRO-2's own process, which made no row here
     rows = bf16_forms.read_rows(bf16_forms.ROWS)
-    assert [row["form"] for row in rows] == [*bf16_forms.FORMS, *bf16_forms.FORMS[:3]]
+    assert [row["form"] for row in rows] == [*bf16_forms.FORMS[:4], *bf16_forms.FORMS[:3]]
     for row in rows:
         assert row["distance"] == 0 if row["form"] == "fp32" else 0 < row["distance"] < 0.5, row
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=0.3)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("| lora   | 3     | differences | 42   |")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| lora, 3 steps  | stacked     | 1     |")
+
+
+def test_the_bf16_studys_table_pairs_the_seeds():
+    """Means and differences by hand: seeds 1 and 2, of which the second lacks a form."""
+    row = {"method": "pissa", "steps": 9, "distance": 0.5}
+    losses = {("fp32", 1): 0.1, ("fp32", 2): 0.2, ("stacked", 1): 0.3, ("stacked", 2): 0.6, ("residual", 1): 0.25}
+    rows = [row | {"form": form, "seed": seed, "loss": loss} for (form, seed), loss in losses.items()]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in bf16_forms.table(rows).splitlines()[2:]]
+    half = 12.7062 * (0.2 / 2**0.5) / 2**0.5  # Student's t with one degree of freedom
+    assert cells[1][2:5] == ["2", "0.4500 ± 0.2121", f"+0.3000 [{0.3 - half:+.4f}, {0.3 + half:+.4f}]"]
+    assert cells[2][2:6] == ["1", "0.2500", "+0.1500 (one pair)", "-0.0500 (one pair)"]
 
 
 class WholeGradients(TorchDispatchMode):

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 ROOMS_BELOW = ("common", "data", "eval")  # which no script at the root may be needed for
-LONGEST_FILE = {"train.py": 1500, "finetune_bert_l_sst2.py": 760}
+LONGEST_FILE = {"train.py": 1500, "finetune_bert_l_sst2.py": 700}
 LONGEST_FUNCTION, LONGEST_MAIN, LONGEST_README = 80, 60, 150
 
 

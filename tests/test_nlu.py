@@ -29,7 +29,7 @@ from common import metrics as scoring
 from common import probe
 from common.best_state import BEST_TENSORS, BestState
 from common.checkpoints import complete_checkpoints
-from common.classifiers import encode, final_linear, load_classifier, run_model
+from common.classifiers import default_targets, encode, final_linear, load_classifier, run_model
 from common.cli import RunStopped, UserError, run_script
 from common.labelled import Split, demo_data, set_aside
 from common.metrics import calibration_error, score, softmax
@@ -253,7 +253,7 @@ def test_regression_is_a_mean_squared_error_to_the_label_and_to_the_teacher():
 def test_deberta_v3_base_has_the_published_number_of_adapter_parameters():
     model = copy.deepcopy(price.skeleton("microsoft/deberta-v3-base", num_classes=2))
     assert round(model.num_parameters() / 1e6) == 184
-    train.add_adapters(model, "lora", 8, 8.0, nlu.default_targets(model))
+    train.add_adapters(model, "lora", 8, 8.0, default_targets(model))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_327_104
 
 
@@ -1203,6 +1203,20 @@ def test_every_combination_of_terms_is_run_once_at_one_rate_and_starts_with_the_
         found = (args.lambda_consistency, args.lambda_diversity, args.lambda_spectral)
         names = cell.terms.split("+")
         assert found == (0.15 * ("CR" in names), 0.03 * ("DR" in names), 0.03 * ("SVDR" in names))
+
+
+def test_wrong_labels_learnt_and_the_tempered_error_by_hand(monkeypatch):
+    """Of four labels two are wrong, and one of these is given back. Three of four predictions are right, and the logits
+    are eight times those of a probability of 3/4: the best temperature is 8, and the error then 0."""
+    for name, labels in {"train": [0, 1, 0, 1, 0], "validation": [0, 0, 0, 1], "movies": [0, 0, 0, 1]}.items():
+        monkeypatch.setitem(robustness.POOLS, name, robustness.Pool([], np.array(labels), np.zeros((5, 1))))
+    overconfident = np.array([[8 * np.log(3), 0.0]] * 4)
+    trained = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    logits = {"trained": trained, "validation": overconfident, "movies": overconfident}
+    found = robustness.after_many_epochs(logits, np.array([1, 2, 3, 4]), np.array([1, 1, 1, 1]))
+    assert found["learnt"] == 0.5
+    assert found["temperature"] == pytest.approx(8, rel=0.05)
+    assert found["tempered"] < 0.01
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

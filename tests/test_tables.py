@@ -85,6 +85,19 @@ def test_parquet_is_read_as_text_and_plain_values(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("comes_from", ["a file", "the hub"])
+def test_a_class_number_is_read_as_the_class_name(tmp_path, monkeypatch, comes_from):
+    """`datasets` writes a class as a number, and its names into the table's description; −1 is a class not known."""
+    kinds = {"t": datasets.Value("string"), "c": datasets.ClassLabel(names=["no", "yes"]), "n": datasets.Value("int64")}
+    made = datasets.Dataset.from_dict(
+        {"t": ["a", "b", "c"], "c": [1, 0, -1], "n": [1, 0, -1]}, datasets.Features(kinds)
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    made.to_parquet(tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet") if comes_from == "a file" else load_records("somebody/data").to_list()
+    assert rows == [{"t": "a", "c": "yes", "n": 1}, {"t": "b", "c": "no", "n": 0}, {"t": "c", "c": None, "n": -1}]
+
+
 GOOD = '{"a": "b"}\n'
 
 

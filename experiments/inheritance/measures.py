@@ -1,4 +1,4 @@
-"""What is measured of a model, before and after fine-tuning. Every measure is a number; `measure` gives all of them."""
+"""The measures of a model before and after fine-tuning. Every measure is a number; `measure` gives all of them."""
 
 import functools
 

@@ -131,7 +131,7 @@ def against_less_training(results: Results, arm: str, curve: list[str]) -> Paire
 
 
 def matched_table(results: Results) -> str:
-    """What is left of each arm's I against PiSSA that is merely trained less, and merely flatter."""
+    """The rest of each arm's I against a PiSSA that is merely trained less, and merely flatter."""
     rows = []
     for arm in arms_of(results):
         if arm in RATE_CURVE or arm in ("full", "best rate", "best scale"):
@@ -196,7 +196,7 @@ def other_conditions(results: Results) -> str:
 
 
 def predictions_table(results: Results, predictions: list[dict]) -> str:
-    """Each prediction, what came, and whether the interval says so."""
+    """Each prediction beside its outcome, and whether the interval confirms it."""
     rows = []
     for prediction in predictions:
         settings = {key: prediction[key] for key in ("beta", "data") if key in prediction}

@@ -1,7 +1,7 @@
 """Arms, plans, selection and running. One run is one row; rows are appended one JSON line each, failures too.
 
-A row has the run's own fields (kind, seed, beta, eta, questions, data, arm, rate), what was measured, and in `points`
-the same measures of what came out of that run on the way. A run whose row is there is not run again, so that a study
+A row has the run's own fields (kind, seed, beta, eta, questions, data, arm, rate), its measures, and in `points` the
+same measures of its models on the way. A run whose row is there is not run again, so that a study
 that was killed goes on where it was and ends with the same rows; only `seconds` and `finished` depend on the clock.
 """
 
@@ -87,7 +87,7 @@ SHORT_SEEDS = SEEDS[:5]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A pre-training (no arm) or a fine-tuning: what a row is known by.
+    """A pre-training (no arm) or a fine-tuning. A row is known by it.
 
     Attributes:
         settings: of an arm that has no name in ARMS: a trial of the search.
@@ -157,7 +157,7 @@ def execute(run: StudyRun, cache: Path) -> dict:
 
 
 def measured(run: StudyRun, cache: Path) -> dict:
-    """What `run` gives: measures, and in `points` those of what came out on the way."""
+    """The result of `run`: measures, and in `points` those of the models on the way."""
     base = base_model(run.base, cache)
     if run.arm is None:
         return {"measures": M.measure(base, run.base, base)}
@@ -214,7 +214,7 @@ def confirmatory_plan() -> list[list[StudyRun]]:
 
 
 def run_jobs(jobs: list[list[StudyRun]], rows: Path, cache: Path, workers: int = 1) -> None:
-    """Runs what has no row yet, `workers` jobs at a time, one thread each."""
+    """Does the runs that have no row yet, `workers` jobs at a time, one thread each."""
     run_missing(jobs, rows, workers, functools.partial(execute, cache=cache), _one_thread, StudyRun.of, describe)
 
 

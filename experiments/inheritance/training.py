@@ -52,7 +52,7 @@ class Arm:
         unless_contradicted: leaves L_CR out where the teacher's first choice is not the example's token.
         invariance: weight of a fourth term: on as many prompts without a clue and without labels, L_CR (T = 1) between
             the student's prediction for each name and its own mean over the names of the batch.
-        scale: what the trained ΔW is multiplied with in the end.
+        scale: the factor of the trained ΔW in the end.
         rate_of, rate_factor: takes its learning rate from another arm, times a factor; None: it has its own.
     """
 
