@@ -333,8 +333,10 @@ def draw_sweep(results: Results, file: Path, title: str) -> None:
     """I and R over λ₁ at a constant schedule, and how well the task is learnt."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.1), sharex=True, layout="constrained")
     panels = (
-        ("I", "share of the bias inherited (I)"), ("R", "share of the facts kept (R)"), ("accuracy", "accuracy on the task"),
-    )  # fmt: skip
+        ("I", "share of the bias inherited (I)"),
+        ("R", "share of the facts kept (R)"),
+        ("accuracy", "accuracy on the task"),
+    )
     twins = {0.15: "λ₁ = 0.15, clean twin", 1.0: "λ₁ = 1, clean twin"}
     for axis, (name, measure) in zip(axes, panels, strict=True):
         for curve, colour, marker, text in (
