@@ -490,17 +490,22 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Row, int]]:
         raise UserError(f"cannot read {file}: {first_line(error)}") from error
 
 
-def _class_names(schema: Any) -> dict[str, dict[int, str]]:
-    """The names of class numbers by column, where `datasets` wrote the table with a ClassLabel."""
+def _class_names(schema: Any) -> dict[str, dict[int, str | None]]:
+    """The names of class numbers by column, where `datasets` wrote the table with a ClassLabel; −1 is no class."""
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
-    return {name: dict(enumerate(kind["names"])) for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+    return {
+        name: {-1: None, **dict(enumerate(kind["names"]))}
+        for name, kind in kinds.items()
+        if kind.get("_type") == "ClassLabel"
+    }
 
 
-def _named(row: Row, names: dict[str, dict[int, str]]) -> Row:
-    """The row with names in the place of class numbers; None where the class is not known, which is −1."""
-    return row | {name: of_number.get(row[name]) for name, of_number in names.items()} if names else row
+def _named(row: Row, names: dict[str, dict[int, str | None]]) -> Row:
+    """The row with names in the place of class numbers; another cell, such as a name, stays."""
+    numbers = {name: row[name] for name in names if isinstance(row[name], int)}
+    return row | {name: names[name].get(number, number) for name, number in numbers.items()} if numbers else row
 
 
 def _plain(cell: Any) -> Any:

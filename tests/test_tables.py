@@ -96,6 +96,9 @@ def test_a_class_number_is_read_as_the_class_name(tmp_path, monkeypatch, comes_f
     made.to_parquet(tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet") if comes_from == "a file" else load_records("somebody/data").to_list()
     assert rows == [{"t": "a", "c": "yes", "n": 1}, {"t": "b", "c": "no", "n": 0}, {"t": "c", "c": None, "n": -1}]
+    written = made.data.table.set_column(1, "c", pa.array(["yes", "no", "?"]))  # its description still has the names
+    pa.parquet.write_table(written.replace_schema_metadata(made.data.schema.metadata), tmp_path / "b.parquet")
+    assert [row["c"] for row in read(tmp_path / "b.parquet")] == ["yes", "no", "?"]
 
 
 GOOD = '{"a": "b"}\n'
