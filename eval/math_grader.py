@@ -128,6 +128,8 @@ SIGNS = {
     "≠": r"\ne ",
 }
 SIGNS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "\u200b": "", "\u00a0": " "}
+# An argument as TeX reads it: braces, one letter or digit, or a symbol such as \pi that has no argument of its own.
+ARGUMENT = r"\s*(\\(?!sqrt|[dt]?frac|left|text|mbox)[A-Za-z]+(?![A-Za-z])|[0-9A-Za-z]|\{[^{}]*\})"
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 # Forms that math-verify does not read, or misreads, and their replacements, in order.
 READINGS: tuple[tuple[str, Any], ...] = (
@@ -139,6 +141,7 @@ READINGS: tuple[tuple[str, Any], ...] = (
     ("|".join(SIGNS), lambda sign: SIGNS[sign[0]]),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda digits: f"^{{{digits[0].translate(SUPERSCRIPTS)}}}"),
     (r"[¼-¾⅐-⅞]", lambda sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign[0]).split("⁄"))),
+    (rf"\\([dt]?frac){ARGUMENT}{ARGUMENT}", lambda m: rf"\{m[1]}{{{m[2].strip('{}')}}}{{{m[3].strip('{}')}}}"),
     (r"√\s*(\d+|[a-z]|\{[^{}]*\}|\([^()]*\))", lambda root: rf"\sqrt{{{root[1].strip('{}()')}}}"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<=[\w)}])\s*\*\*\s*(-?\w+|\([^()]*\))", r"^{\1}"),  # Python's power
@@ -176,7 +179,7 @@ def _read(text: str) -> str:
     text = text.strip().removesuffix(".").strip()
     for pattern, reading in COMPILED:
         text = pattern.sub(reading, text).strip()
-    return text
+    return text.removesuffix(".")
 
 
 BASED = re.compile(r"(\d[0-9A-Z]*)_\{?(\d+)\}?")
@@ -275,11 +278,18 @@ def same_value(answer: str, gold: str) -> bool:
         constants = [side for side in map(value, sides) if side and getattr(side[0], "is_number", False)]
         if not all(are_equal(constants[-1], side) for side in constants[:-1]):
             return False
-    return not any(map(DECIMAL.fullmatch, (answer, gold))) or _is_exact(found[0], golden[0], answer, gold)
+    # math-verify compares six decimals: two decimals that differ later, or two small numbers, would be the same.
+    needs_all_digits = any(map(DECIMAL.fullmatch, (answer, gold))) or _is_small(golden[0])
+    return not needs_all_digits or _is_exact(found[0], golden[0], answer, gold)
+
+
+def _is_small(value: Any) -> bool:
+    """Whether a number has few of its digits among its first six decimals."""
+    return bool(getattr(value, "is_number", False) and getattr(value, "is_real", False) and abs(value) < 0.01)
 
 
 def _is_exact(found: Any, golden: Any, answer: str, gold: str) -> bool:
-    """Whether two numbers that agree to six decimals are equal; one of them is a decimal."""
+    """Whether two numbers that agree to six decimals are equal."""
     from sympy import Rational
 
     exact = [Rational(text) if DECIMAL.fullmatch(text) else value for text, value in ((answer, found), (gold, golden))]
