@@ -360,7 +360,8 @@ def write_summary(args: Any, run: dict[str, Any]) -> None:
         f"  configuration   {output_dir / 'config.yaml'}, {output_dir / 'run.json'}",
         f"  metrics         {output_dir / 'metrics.jsonl'}{tracked}",
         f"score it: python eval/gsm8k.py --ckpt {output_dir / 'merged'}"
-        + ("" if args.template == "alpaca" else f" --prompt {args.template}"),
+        + ("" if args.template == "alpaca" else f" --prompt {args.template}")
+        + "    # GSM8K; your own questions: --data FILE",
         f"serve it: sh scripts/serve.sh {shlex.quote(str(output_dir))}",
         f"ask it:   {question_command(output_dir / 'merged')}",
     ]

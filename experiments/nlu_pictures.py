@@ -26,8 +26,8 @@ from common.cli import UserError, option, parse_arguments, run_script
 from common.markdown import pyplot, save_picture
 from experiments import nlu_robustness as robustness
 
-TSNE_TITLE = "BA-LoRA separates the two classes later than LoRA"
-SPECTRUM_TITLE = "BA-LoRA concentrates the logits less than the other methods"
+TSNE_TITLE = "One seed: BA-LoRA separates the two classes later than LoRA"
+SPECTRUM_TITLE = "One seed: BA-LoRA concentrates the logits less than the other methods"
 
 
 @dataclass

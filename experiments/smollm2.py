@@ -145,8 +145,8 @@ def draw(path: Path, title: str, lines: dict[str, list[Point]], log: bool) -> Pa
     if log:
         axis.set_yscale("log")
     axis.grid(linewidth=0.4, alpha=0.6)
-    axis.set_xlabel("response loss, nats (learning: to the right)")
-    axis.set_ylabel("KL(base ‖ tuned), nats per token")
+    axis.set_xlabel("response loss, nats (better: to the right); a point is a learning rate")
+    axis.set_ylabel("KL(base ‖ tuned), nats per token (better: below)")
     return save_picture(figure, path, title)
 
 

@@ -41,6 +41,7 @@ TITLES = {
 }
 # Okabe and Ito's colours, which the colour-blind tell apart.
 BLUE, ORANGE, GREEN, RED, BLACK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000", "#888888"
+COLOURS = {"BA-LoRA": BLUE, "PiSSA": BLACK, "BA-LoRA + invariance": GREEN, "LoRA": ORANGE, "λ₁ = 1": "#56B4E9"}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -318,12 +319,12 @@ def draw_selectivity(results: Results, file: Path, title: str) -> None:
         if arm == "best scale" or not results.values("I", arm):
             continue  # it lies on the line
         (i, i_half), (r, r_half) = (_mean_and_interval(results.values(name, arm)) for name in ("I", "R"))
-        colour = {"BA-LoRA": BLUE, "PiSSA": BLACK, "BA-LoRA + invariance": GREEN}.get(arm, ORANGE)
+        colour = COLOURS.get(arm, RED)
         axis.errorbar(i, r, xerr=i_half, yerr=r_half, fmt="o", color=colour, markersize=6, linewidth=0.7, alpha=0.9)
         below = arm == "PiSSA"
         axis.annotate(text, (i, r), (7, -14 if below else 6), textcoords="offset points", color=colour, fontsize=11)
-    axis.set_xlabel("I: share of the planted gap after fine-tuning, new prompts (less is better)")
-    axis.set_ylabel("R: facts known after / before (more is better)")
+    axis.set_xlabel("share of the bias inherited, I (less is better); crosses: 95 % intervals")
+    axis.set_ylabel("share of the facts kept, R (more is better)")
     axis.grid(alpha=0.3)
     save_picture(figure, file, title)
 
@@ -332,8 +333,10 @@ def draw_sweep(results: Results, file: Path, title: str) -> None:
     """I and R over λ₁ at a constant schedule, and how well the task is learnt."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.1), sharex=True, layout="constrained")
     panels = (
-        ("I", "I, new prompts"), ("R", "R: facts after / before"), ("accuracy", "accuracy on clear items"),
-    )  # fmt: skip
+        ("I", "share of the bias inherited (I)"),
+        ("R", "share of the facts kept (R)"),
+        ("accuracy", "accuracy on the task"),
+    )
     twins = {0.15: "λ₁ = 0.15, clean twin", 1.0: "λ₁ = 1, clean twin"}
     for axis, (name, measure) in zip(axes, panels, strict=True):
         for curve, colour, marker, text in (
