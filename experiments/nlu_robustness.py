@@ -354,7 +354,9 @@ def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
     imbalances = {name: column for name, column in by_condition.items() if name.startswith("imb")}
     by_domain, noisy_domains = ({domain: (at, domain) for domain in domains} for at in ("noise 0", "noise 20"))
     return {
-        "counts": "{}, and {} for the learning rates, {} of the terms one by one and {} for AUC".format(*counts),
+        "counts": "{} of the comparison, {} for the learning rates, {} of the terms one by one and {} for AUC".format(
+            *counts
+        ),
         "accuracy": table_of_scores(rows, "accuracy", by_condition),
         "minority": table_of_scores(rows, "minority", imbalances),
         "domains": table_of_scores(rows, "accuracy", by_domain),
