@@ -187,7 +187,7 @@ class DataArguments:
     overwrite: bool = option(False, "replace an output folder that already holds something")
     dry_run: bool = option(False, "print the configuration, the data's classes, parameters and steps, then stop")
     skip_done: bool = option(
-        False, "leave a finished run of these settings alone, replace an unfinished one, refuse where there is another"
+        False, "keep a finished run of these settings, replace an unfinished one, refuse if another run is there"
     )
 
 
@@ -203,7 +203,7 @@ class AdapterArguments(train.AdapterArguments):
     rank: int = option(8, "adapter rank r", first=True)
     teacher_head: Literal["initial", "probe"] = option(
         "initial",
-        "head that the teacher keeps and training starts from: the checkpoint's, else random; or a fitted probe",
+        "head of the teacher and of the start; initial: the checkpoint's, else random; probe: fitted first",
     )
 
 
@@ -226,7 +226,7 @@ class OptimizationArguments(train.OptimizationArguments):
     """Length and optimizer of the training."""
 
     epochs: float = option(3.0, "passes over the data", first=True)
-    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR are those of one", first=True)
+    batch_size: int = option(32, "examples per device and micro-batch; L_DR and L_SVDR see one micro-batch", first=True)
     gradient_accumulation: int = option(1, "micro-batches per optimizer step")
     learning_rate: float | None = option(
         None,

@@ -137,22 +137,22 @@ class DataArguments:
     split: str = option("train", "split of a hub data set or of a folder whose files are named after splits")
     fields: list[str] = option(
         ["instruction", "output"],
-        "two fields, instruction and response, or the one that holds conversations",
+        "two columns (instruction, response), or the column that holds conversations",
         first=True,
     )
     template: Literal["alpaca", "chat", "raw"] | None = option(
-        None, "around the turns: Alpaca's prompt, the tokenizer's chat template, nothing; None: by the data's format"
+        None, "text around the turns: Alpaca's prompt, the chat template, or none; None: by the data's format"
     )
     template_args: str | None = option(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     train_on: Literal["all", "last"] = option("all", "which of a conversation's assistant turns are trained")
     skip_bad: bool = option(False, "leave out and count the examples that cannot be read, instead of stopping")
     limit: int | None = option(None, "the first N examples only", formerly="max_examples")
     max_length: int = option(
-        512, "tokens per example, prompt included; two fields are cut, conversations lose their last turns"
+        512, "most tokens of an example with its prompt; texts are cut, conversations lose their last turns"
     )
     output_dir: str = option("output/ba-lora", "folder for everything this run writes", first=True)
     overwrite: bool = option(False, "replace an output folder that already holds something")
-    dry_run: bool = option(False, "print the configuration, parameters, steps, memory and disk to come, then stop")
+    dry_run: bool = option(False, "print the run's configuration, parameters, steps, memory and disk, then stop")
     dry_run_gpu: float | None = option(None, "GiB of a GPU that --dry-run estimates for, such as 80, on any machine")
     export_from: str | None = option(
         None, "an earlier run's folder: write its adapter/ and merged/ again from its newest checkpoint, then stop"
@@ -194,8 +194,8 @@ class RegularizerArguments:
 class TermArguments:
     """The terms' options for language models alone; None: the formulation's published value."""
 
-    regularize: bool = option(False, "add the terms to --method lora or pissa; ba-lora is pissa with them")
-    mask_target: bool = option(False, "L_CR without the target token: both distributions over the others, renormalised")
+    regularize: bool = option(False, "add the terms to --method lora or pissa; ba-lora is pissa with terms")
+    mask_target: bool = option(False, "leave the target token out of both distributions of L_CR, then renormalise them")
     entropy_top_k: int | None = option(None, "K of L_DR: entropy among the K largest logits; 0: the whole vocabulary")
     spectral_norm: Literal["frobenius", "nuclear"] | None = option(None, "norm that L_SVDR divides by")
 
@@ -230,7 +230,7 @@ class InterruptionArguments:
 
     resume: bool = option(
         False,
-        "go on from the newest complete checkpoint in --output-dir, or start where none is; a finished run stays",
+        "go on from the newest complete checkpoint in --output-dir, or from the start; a finished run stays",
     )
     accept_changes: bool = option(False, "resume although the data or the base model changed since the checkpoint")
     save_steps: int = option(100, "optimizer steps between two checkpoints; 0: none, except after a signal")
@@ -243,7 +243,7 @@ class MachineArguments:
     """How the machine is used."""
 
     teacher_cache: str | None = option(
-        None, "folder that keeps the teacher's hidden states, so that further epochs, seeds and λs skip its pass"
+        None, "folder for the teacher's hidden states: later epochs, seeds and λs skip the teacher's forward pass"
     )
     init_cache: str | None = option(None, "folder that keeps PiSSA's initial factors for the next run")
     dtype: Literal["auto", "float32", "bfloat16"] = option(

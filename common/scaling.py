@@ -39,7 +39,7 @@ class ScaleArguments:
     """The scale of the trained change in --export-from."""
 
     scale: str | None = option(
-        None, "with --export-from: multiply what the run added to the weights by this, or by the choice of 'auto'"
+        None, "with --export-from: multiply the trained change of the weights by this; auto: chosen on held-out data"
     )
     scale_tolerance: float = option(
         0.003, "--scale auto: the smallest scale whose held-out loss is at most this many nats above the lowest"

@@ -37,9 +37,9 @@ class ValidationArguments:
     validation_data: str | None = option(
         None, "held-out examples to validate on: a file like --data's, or a folder of them", formerly="eval_data"
     )
-    eval_share: float | None = option(None, "hold out this part of --data instead, drawn by --seed: 0.02, say")
-    eval_steps: int = option(100, "optimizer steps between two validations; the last step has one too")
-    keep_best: bool = option(False, "export the state of the lowest validation loss, not the last one")
+    eval_share: float | None = option(None, "hold out this share of --data instead, such as 0.02, drawn by --seed")
+    eval_steps: int = option(100, "optimizer steps between two validations; the last step is also followed by one")
+    keep_best: bool = option(False, "export the state with the lowest validation loss, not the last state")
     patience: int | None = option(None, "stop after this many validations in a row without a lower loss")
     sample_prompts: str | None = option(
         None, "file of prompts, one per line or jsonl, that are answered greedily at every validation"

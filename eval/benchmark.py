@@ -72,7 +72,7 @@ class CheckpointArguments:
     limit: int | None = option(None, "the first N items only")
     output_dir: str = option("results", "folder for the results, and for the completions of an interrupted run")
     overwrite: bool = option(False, "replace results that are there already; completions made the same way are kept")
-    skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
+    skip_done: bool = option(False, "end if --output-dir has these results already; refuse if it has others")
     rescore: str | None = option(None, "grade the completions of this results file (.jsonl) again, without a model")
 
 
@@ -82,7 +82,7 @@ class PromptArguments:
 
     prompt: Literal["alpaca", "alpaca-cot", "chat", "raw"] = option("alpaca", "the prompt around each item")
     shots: int = option(0, "solved examples before each item")
-    shots_data: str | None = option(None, "where they come from, in --data's format; None: the training split")
+    shots_data: str | None = option(None, "source of the solved examples, in --data's format; None: the training split")
 
 
 @dataclass

@@ -7,10 +7,10 @@ One item, as data in GSM8K's format has it, a completion, and its verdict:
      "answer": "In May she sold 48/2 = <<48/2=24>>24 clips. Altogether 48+24 = <<48+24=72>>72.\\n#### 72"}
     "In May: 48 / 2 = 24. Altogether 48 + 24 = 72.\\nThe answer is: 72"      extracted 72, correct
 
-Three verdicts. `correct`: the number after the last "The answer is:", or else after GSM8K's own "####", or else in the
-last \\boxed{}, or else after "The answer is", is the gold number. `correct_strict`: by the published rule (BA-LoRA,
-PiSSA, MetaMath), which knows the first mark alone, reads no more than "1,000" of "1,000,000", and rounds: 17.6 counts
-for 18. `correct_lenient`: the completion's last number is it.
+Each completion gets three verdicts. `correct`: the answer equals the gold number. The answer is the number after the
+last "The answer is:", or else after GSM8K's own "####", or else in the last \\boxed{}, or else after "The answer is".
+`correct_strict`: the verdict by the published rule (BA-LoRA, PiSSA, MetaMath). This rule reads only "The answer is:",
+reads "1,000,000" as 1,000, and rounds: 17.6 counts as 18. `correct_lenient`: the last number equals the gold number.
 
 How to run
     python eval/gsm8k.py --ckpt output/ba-lora/merged                       the 1,319 test problems from the hub
