@@ -50,7 +50,8 @@ COLUMNS = {
     "train": "read: false leaves the example out, true trains it",
     "chosen": f"refused, as every name with this word in it: {PREFERENCE}",
     "rejected": f"refused, as every name with this word in it: {PREFERENCE}",
-    "label": f"refused where it is true or false: {PREFERENCE}",
+    "kto_tag": f"refused, as every name with `kto` in it: {PREFERENCE}",
+    "label": f"refused where it is true or false, and beside a completion where it is 0 or 1: {PREFERENCE}",
     "images": f"refused: {ONLY_TEXTS}",
     "image": f"refused: {ONLY_TEXTS}",
     "audios": f"refused: {ONLY_TEXTS}",
@@ -74,8 +75,8 @@ KEYS = {
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"),
-    "tool": ("tool", "function", "observation", "function_response"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "ai", "model", "function_call"),
+    "tool": ("tool", "function", "observation", "function_response", "tool_response"),
 }
 ROLE_OF_NAME = {name: role for role, names in ROLES.items() for name in names}
 
@@ -140,8 +141,8 @@ def load_training_records(args: Any) -> "datasets.Dataset":
     """
     source = resolve_demo(args.data, "train")
     records = load_records(source, args.split, args.data_subset, args.data_config)
-    if args.limit is not None:
-        records = records.select(range(min(args.limit, len(records))))
+    if (limit := getattr(args, "limit", None)) is not None:
+        records = records.select(range(min(limit, len(records))))
     args.template = args.template or Format.of(records, args.fields, args.data).template
     records.other_files = []
     if Path(source).is_dir():
@@ -228,7 +229,7 @@ class Format:
         """
         first = records[0] if len(records) else {}
         for name, cell in first.items():  # before the format is sought, because preference data may have none
-            if _holds(cell) and _is_preference(name, cell):
+            if _holds(cell) and _is_preference(name, cell, first):
                 raise UserError(f"{source} has a column {name!r}: {PREFERENCE}")
         there = [names for names in FORMATS if set(names) <= set(records.column_names)]
         if tuple(fields) == DEFAULT_FIELDS and there:
@@ -298,7 +299,7 @@ class Format:
         for name, cell in record.items():
             if name in self.columns or not _holds(cell):
                 continue
-            fate = f"refused: {PREFERENCE}" if _is_preference(name, cell) else COLUMNS.get(name, "")
+            fate = f"refused: {PREFERENCE}" if _is_preference(name, cell, record) else COLUMNS.get(name, "")
             if fate.startswith("refused:"):
                 raise UserError(f"{where} has a column {name!r}: {fate.partition(': ')[2]}")
             if not fate.startswith("read") or (name in ("input", "context") and not self.is_named):
@@ -312,11 +313,13 @@ _MASKS = ("weight", "train")
 _WEIGHTS = dict.fromkeys(("0", "0.0", "false"), False) | dict.fromkeys(("1", "1.0", "true", ""), True)
 
 
-def _is_preference(name: str, cell: Any) -> bool:
-    """Whether a column says which answers are good: DPO's `chosen` and `rejected_response`, KTO's `label`."""
+def _is_preference(name: str, cell: Any, record: dict[str, Any]) -> bool:
+    """Whether a column of `record` says which answers are good: DPO's `chosen` and `rejected_response`, KTO's `label`
+    beside a completion, LLaMA-Factory's `kto_tag`."""
     if name == "label":
-        return isinstance(cell, bool) or str(cell).lower() in ("true", "false")
-    return bool({"chosen", "rejected"} & {*name.lower().split("_")})
+        verdicts = ("true", "false") + (("0", "1") if "completion" in record else ())
+        return str(cell).lower() in verdicts
+    return bool({"chosen", "rejected", "kto"} & {*name.lower().split("_")})
 
 
 def _holds(cell: Any) -> bool:

@@ -630,6 +630,8 @@ def test_a_served_prompt_that_differs_is_refused():
         ({"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}, "drops message 5, of the role tool"),
         ({"prompt": "a", "completion": "b", "label": False}, "has a column 'label': preference data"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "has a column 'label': preference data"),
+        ({"prompt": "a", "completion": "b", "label": 1}, "has a column 'label': preference data"),
+        ({"instruction": "a", "output": "b", "kto_tag": True}, "has a column 'kto_tag': preference data"),
         ({"prompt": "a", "completion": "b", "rejected": "c"}, "has a column 'rejected': preference data"),
         ({"prompt": "a", "completion": "b", "response_rejected": "c"}, "has a column 'response_rejected': preference"),
         ({"messages": MESSAGES, "images": ["x.png"]}, "has a column 'images': texts alone"),
