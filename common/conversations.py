@@ -33,7 +33,7 @@ DEFAULT_FIELDS = ("instruction", "output")
 FORMATS = (DEFAULT_FIELDS, ("messages",), ("conversations",), ("conversation",), ("prompt", "completion"))
 
 SKIPPED = "skipped: cannot be trained on"
-PREFERENCE = "preference data is not trained on: keep the good answers alone, without this column"
+PREFERENCE = "preference data is not trained on: keep the good answers alone, without this column (or rename it)"
 
 ONLY_TEXTS = "texts alone are trained on: take it away, or leave such examples out (--skip-bad)"
 
