@@ -213,6 +213,10 @@ def test_the_bf16_study_runs_what_is_missing(checkpoint, data_file, tmp_path, mo
     assert capsys.readouterr().out.splitlines()[-1].startswith("| lora, 3 steps  | stacked     | 1     |")
 
 
+def test_the_bf16_studys_table_on_the_page_is_that_of_the_committed_rows():
+    assert bf16_forms.table(bf16_forms.read_rows(bf16_forms.ROWS)) in (ROOT / "docs" / "performance.md").read_text()
+
+
 def test_the_bf16_studys_table_pairs_the_seeds():
     """Means and differences by hand: seeds 1 and 2, of which the second lacks a form."""
     row = {"method": "pissa", "steps": 9, "distance": 0.5}
