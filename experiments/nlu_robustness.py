@@ -348,15 +348,15 @@ def values(rows: dict[Cell, dict], condition: str, method: str, head: str, name:
 
 def tables(rows: dict[Cell, dict[str, Any]]) -> dict[str, str]:
     """Every table of the page by its name there."""
-    counts = [sum(cell.phase == phase for cell in rows) for phase in ("study", "tuning", "terms", "auc")]
+    counts = [sum(cell.phase == phase for cell in rows) for phase in ("study", "tuning", "terms", "auc", "long")]
     domains = list(next(row for cell, row in rows.items() if cell.phase == "study")["scores"])
     by_condition = {condition: (condition, domains[0]) for condition in CONDITIONS}
     imbalances = {name: column for name, column in by_condition.items() if name.startswith("imb")}
     by_domain, noisy_domains = ({domain: (at, domain) for domain in domains} for at in ("noise 0", "noise 20"))
     return {
-        "counts": "{} of the comparison, {} for the learning rates, {} of the terms one by one and {} for AUC".format(
-            *counts
-        ),
+        "counts": (
+            "{} of the comparison, {} for the learning rates, {} of the terms one by one, {} for AUC, {} of many epochs"
+        ).format(*counts),
         "accuracy": table_of_scores(rows, "accuracy", by_condition),
         "minority": table_of_scores(rows, "minority", imbalances),
         "domains": table_of_scores(rows, "accuracy", by_domain),
