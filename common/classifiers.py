@@ -23,17 +23,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 # The linear layers of BERT and RoBERTa, DeBERTa, GPT-2, XLNet that get an adapter: attention, its output, the
 # feed-forward. XLNet's attention has no linear layers, only parameters.
-ENCODER_TARGETS = [
-    "query",
-    "key",
-    "value",
-    "query_proj",
-    "key_proj",
-    "value_proj",
-    "intermediate.dense",
-    "output.dense",
-]
-ENCODER_TARGETS += ["c_attn", "c_fc", "c_proj", "ff.layer_1", "ff.layer_2"]
+ENCODER_TARGETS = ["query", "key", "value", "query_proj", "key_proj", "value_proj", "intermediate.dense"]
+ENCODER_TARGETS += ["output.dense", "c_attn", "c_fc", "c_proj", "ff.layer_1", "ff.layer_2"]
 
 
 def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transformers.PretrainedConfig]":
