@@ -61,10 +61,10 @@ from torch import Tensor
 
 import train
 from common import cli
-from common.best_state import BestState
-from common.checkpoints import accumulation, checkpoint_to_resume, require_same_contents
+from common.checkpoints import BestState, accumulation, checkpoint_to_resume, require_same_contents
 from common.classifiers import (
     Collator,
+    Scores,
     conv1d_for_linear,
     count_parameters,
     encode,
@@ -74,19 +74,19 @@ from common.classifiers import (
     linear_for_conv1d,
     load_classifier,
     load_tokenizer,
+    probe_encoder,
     rescale_outputs,
     run_model,
+    start_head,
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
-from common.devices import announce_device, choose_device
+from common.exports import classifier_card, export_adapter, link_base
 from common.labelled import TASKS, Data, contents_of, load_data
+from common.layers import find_target_modules
 from common.metrics import metric, prediction_rows, predictions, score, score_report
-from common.partitioned import num_ranks
-from common.peft_format import classifier_card, export_adapter, link_base
 from common.pretrained import weights_digest
-from common.probe import Scores, probe_encoder, start_head
-from common.ranks import run_rank, start_ranks
+from common.ranks import announce_device, choose_device, run_rank, start_ranks
 from common.runs import (
     commit,
     config_text,
@@ -99,7 +99,7 @@ from common.runs import (
     write_whole,
     written_whole,
 )
-from common.targets import find_target_modules
+from common.tensors import num_ranks
 from common.training import Training, generator_of, num_steps, resolve_shared_arguments
 from train import (
     adapter_layers,

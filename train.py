@@ -41,26 +41,12 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (
-    checkpoints,
-    cli,
-    estimates,
-    exports,
-    partitioned,
-    pretrained,
-    reporting,
-    runs,
-    scaling,
-    targets,
-    token_kernel,
-    validation,
-)
-from common.activations import save_activations
-from common.chunked import FUSED_TERMS, fused_terms, head_factor, logits_of
-from common.chunks import chunks
+from common import checkpoints, cli, estimates, exports, layers, pretrained, runs, token_kernel, validation
+from common.chunked import FUSED_TERMS, chunks, fused_terms, head_factor, logits_of
 from common.cli import UserError, first_line, option, parse_arguments
 from common.conversations import encoded, first_screen, load_training_records, num_valid, read_template_args
-from common.devices import announce_device
+from common.exports import InitialAdapter, adapter_card, export_adapter, read_adapter
+from common.layers import default_target_modules, find_target_modules, save_activations
 from common.packing import (
     PER_SEQUENCE,
     PackingCollator,
@@ -69,16 +55,28 @@ from common.packing import (
     num_positions,
     obstacle_to_packing,
 )
-from common.partitioned import is_partitioned
-from common.peft_format import InitialAdapter, adapter_card, export_adapter, read_adapter
 from common.pretrained import resolve_demo, resolve_dtype
-from common.ranks import first_rank_first, peak_memory_gib, read_deepspeed, run_rank, start_ranks
+from common.ranks import announce_device, first_rank_first, peak_memory_gib, read_deepspeed, run_rank, start_ranks
 from common.tables import HubError
-from common.targets import default_target_modules, find_target_modules
 from common.teacher_cache import TeacherCache, require_space
 from common.templates import Template
-from common.tensors import fingerprint, kept_in_file
-from common.training import Training, random_order, resolve_shared_arguments
+from common.tensors import (
+    any_rank_lacks,
+    dequantized,
+    factors_of_all,
+    fingerprint,
+    gathered,
+    is_partitioned,
+    kept_in_file,
+)
+from common.training import (
+    ReportArguments,
+    Training,
+    check_reporting,
+    push_adapter,
+    random_order,
+    resolve_shared_arguments,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -266,10 +264,10 @@ class MachineArguments:
 @dataclass
 class Arguments(  # a dataclass takes its bases' fields from the last to the first
     MachineArguments,
-    reporting.ReportArguments,
+    ReportArguments,
     InterruptionArguments,
     validation.ValidationArguments,
-    scaling.ScaleArguments,
+    exports.ScaleArguments,
     OptimizationArguments,
     BatchArguments,
     TermArguments,
@@ -296,7 +294,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
         if getattr(args, name) is None:
             raise UserError(f"no --{name}: give a hub name or a path, or try --config configs/demo.yaml")
     resolve_shared_arguments(args, FORMULATIONS)
-    scaling.read_scale(args)
+    exports.read_scale(args)
     cli.require_positive(args, "logging_steps", "objective_memory", "dry_run_gpu")
     if args.dry_run_gpu is not None and not args.dry_run:
         raise UserError("--dry-run-gpu names the GPU that --dry-run estimates for: add --dry-run")
@@ -310,7 +308,7 @@ def resolve_arguments(args: Arguments) -> Arguments:
     inputs += (args.teacher_cache, args.validation_data, args.sample_prompts)
     runs.require_output_dir(args, may_hold, remedy, *inputs)
     validation.check_validation(args)
-    reporting.check_reporting(args)
+    check_reporting(args)
     if args.load_in is not None and args.method == "full":
         raise UserError("--load-in quantizes a frozen base, and --method full trains it")
     if args.load_in is not None and not torch.cuda.is_available() and not args.dry_run:
@@ -508,7 +506,7 @@ def add_adapters(
         factors = [initial[name] for name in found]
     elif method != "lora":
         decompose = functools.partial(_cached_principal_factors, rank=rank, scaling=alpha / rank, cache=cache)
-        factors = partitioned.factors_of_all(list(found.values()), decompose, rank)
+        factors = factors_of_all(list(found.values()), decompose, rank)
     bar = tqdm(total=len(found), desc=f"{method} initialisation", unit="layer", disable=not progress)
     # `factors` comes first, so that zip exhausts the generator, which frees its threads at its end.
     for pair, (name, module) in zip(factors, found.items(), strict=False):
@@ -960,7 +958,7 @@ class BALoRAModel(nn.Module):
         if regularizers is not None and regularizers.needs_teacher:
             teacher = self.teacher_cache and self.teacher_cache.get(inputs["example_ids"])
             weight = self.model.get_input_embeddings().weight
-            if self.teacher_cache is None or partitioned.any_rank_lacks(teacher, weight):
+            if self.teacher_cache is None or any_rank_lacks(teacher, weight):
                 teacher = self.of_teacher(states, inputs)
                 if self.teacher_cache is not None:
                     self.teacher_cache.put(inputs["example_ids"], teacher)
@@ -1122,7 +1120,7 @@ class Base:
         adapter: the adapter that --init-adapter names.
         num_adapters: how many layers get an adapter.
         trainable: how many parameters --method trains.
-        coverage: which linear layers get an adapter and which do not; see `targets.coverage`.
+        coverage: which linear layers get an adapter and which do not; see `layers.coverage`.
     """
 
     path: str
@@ -1176,12 +1174,12 @@ def inspect_base(args: Arguments) -> Base:
         args.target_modules = default_target_modules(skeleton)
     found = find_target_modules(skeleton, args.target_modules, args.rank)
     if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
-        args.target_modules = targets.plain_names(skeleton, found)
-    obstacle = targets.obstacle_to_adapters(skeleton, found)
+        args.target_modules = layers.plain_names(skeleton, found)
+    obstacle = layers.obstacle_to_adapters(skeleton, found)
     if obstacle:
         raise UserError(f"no adapter on {', '.join(args.target_modules)}: {obstacle}; name other --target-modules")
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
-    coverage = targets.coverage(skeleton, found)
+    coverage = layers.coverage(skeleton, found)
     return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)
 
 
@@ -1243,8 +1241,8 @@ def load_student(
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
             layer = model.get_submodule(name)
-            with partitioned.gathered([layer.weight]):
-                return principal_factors(partitioned.dequantized(layer), args.rank, args.alpha / args.rank)
+            with gathered([layer.weight]):
+                return principal_factors(dequantized(layer), args.rank, args.alpha / args.rank)
 
         attach_adapters(model, args, base.adapter.trained_tensors(factors))
     else:
@@ -1381,7 +1379,7 @@ def export_model(
 
 def export_again(args: Arguments) -> None:
     """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint, with ΔW at --scale."""
-    source, alpha = Path(args.export_from), scaling.read_scale(args)
+    source, alpha = Path(args.export_from), exports.read_scale(args)
     if not (source / "config.yaml").is_file():
         raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
     output_dir = source if args.output_dir == Arguments.output_dir else Path(args.output_dir)
@@ -1392,12 +1390,12 @@ def export_again(args: Arguments) -> None:
     checkpoint, unfinished = checkpoints.checkpoint_to_export(source, run.patience, run.keep_best)
     path = resolve_demo(run.model, "model")
     tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
-    held_out = scaling.held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
+    held_out = exports.held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
     is_whole = run.method == "full" and alpha != 1
     base = dict(pretrained.load_model(run, path, torch.float32).named_parameters()) if is_whole else None
-    scaled = scaling.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
-    about = {"scale": alpha} if held_out is None else scaling.choose(scaled, held_out, args.scale_tolerance)
+    scaled = exports.Scaled(model, [(vars(layer), "scaling") for layer in adapter_layers(model).values()], base)
+    about = {"scale": alpha} if held_out is None else exports.choose(scaled, held_out, args.scale_tolerance)
     about |= {"unfinished": unfinished}
     scaled.set(about["scale"])
     export_model(model, tokenizer, run, path, output_dir, "give this command again", about)
@@ -1473,7 +1471,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
             "data_read": vars(notes),
         }
         runs.write_summary(args, summary)
-        reporting.push_adapter(args)
+        push_adapter(args)
 
 
 def main(argv: list[str]) -> None:
@@ -1490,7 +1488,7 @@ def main(argv: list[str]) -> None:
         print(dry_run(args, base))
         return
     if runs.is_trained_already(args):
-        reporting.push_adapter(args)
+        push_adapter(args)
         return
     with runs.held_alone(Path(args.output_dir)):
         run(args, base, started)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import train
 from common import chunked
-from common.activations import save_activations
 from common.cli import UserError
+from common.layers import TARGET_MODULES, save_activations
 from common.packing import enable_packing
-from common.targets import TARGET_MODULES
 from common.templates import IGNORE_INDEX
 from common.tensors import padded
 

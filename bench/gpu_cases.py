@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 import train
-from common.targets import TARGET_MODULES, find_target_modules
+from common.layers import TARGET_MODULES, find_target_modules
 from common.templates import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunked, chunks, token_kernel
-from common.targets import TARGET_MODULES, find_target_modules
+from common import chunked, token_kernel
+from common.layers import TARGET_MODULES, find_target_modules
 
 Step = Callable[[], Any]
 
@@ -306,7 +306,7 @@ def token_terms(shape: tuple[int, int, int], fused: bool, memory_mib: float | No
     hidden, teacher = (torch.empty(num_tokens, width, **made) for _ in range(2))
     head = torch.empty(vocabulary, width, **made)
     targets = torch.empty(num_tokens, device="meta", dtype=torch.long)
-    most = chunks.most_rows(chunks.bytes_per_row(vocabulary, 2, 2 if fused else 4, 2, not fused), memory_mib, CARD)
+    most = chunked.most_rows(chunked.bytes_per_row(vocabulary, 2, 2 if fused else 4, 2, not fused), memory_mib, CARD)
     count = -(-num_tokens // most)
     slices = [slice(num_tokens * i // count, num_tokens * (i + 1) // count) for i in range(count)]
     counted = Counted()

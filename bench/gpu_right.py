@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import train
 from common import chunked
+from common.layers import TARGET_MODULES
 from common.packing import enable_packing, model_inputs
-from common.targets import TARGET_MODULES
 
 FORMULATIONS = {
     name: train.Regularizers({"consistency": 0.5, "diversity": 0.4, "spectral": 0.3}, train.Arguments(**published))
@@ -267,7 +267,7 @@ def quantized(options: Options) -> Iterator[dict]:
     if not (options.is_cuda and cases.installed("bitsandbytes") and cases.installed("accelerate")):
         yield note("bitsandbytes", "needs a GPU" if not options.is_cuda else "bitsandbytes or accelerate not installed")
         return
-    from common import partitioned, pretrained
+    from common import pretrained, tensors
 
     config, rank = cases.tiny_config(options), 16
     rows = cases.examples(4, config.vocab_size, 256)
@@ -279,7 +279,7 @@ def quantized(options: Options) -> Iterator[dict]:
             model = pretrained.load_model(args, folder, torch.bfloat16)
             plain = cases.make_model(config, options, torch.bfloat16)
             for name, layer in train.find_target_modules(model, TARGET_MODULES, rank).items():
-                plain.get_submodule(name).weight.data = partitioned.dequantized(layer).to(torch.bfloat16)
+                plain.get_submodule(name).weight.data = tensors.dequantized(layer).to(torch.bfloat16)
             wrapper = contenders.adapted(model, rank)
             with torch.no_grad():
                 teacher = wrapper.of_teacher(wrapper.hidden_states, batch)

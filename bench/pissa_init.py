@@ -18,8 +18,8 @@ from side_by_side import machine, ratios
 from transformers import AutoModelForCausalLM
 
 import train
+from common.layers import TARGET_MODULES
 from common.pretrained import resolve_demo
-from common.targets import TARGET_MODULES
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # B₀ and A₀ by layer
 

@@ -22,7 +22,7 @@ import train
 from common import checkpoints, pretrained
 from common.cli import Parser, parse_arguments, run_script
 from common.conversations import encoded, load_training_records
-from common.markdown import markdown
+from common.intervals import markdown
 from common.pretrained import resolve_demo
 from common.templates import IGNORE_INDEX
 from eval.benchmark import load_backend

@@ -40,10 +40,10 @@ def train_trl(options: dict[str, Any]) -> None:
     import peft
     import trl
 
+    from common.layers import TARGET_MODULES
     from common.pretrained import resolve_demo
     from common.ranks import peak_memory_gib
     from common.tables import load_records
-    from common.targets import TARGET_MODULES
     from common.templates import ALPACA_PROMPT
 
     instruction, response = options["fields"]

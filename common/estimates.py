@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.chunks import bytes_per_row, card_bytes, most_rows
+from common.chunked import bytes_per_row, card_bytes, most_rows
 from common.cli import UserError
 from common.conversations import num_valid
 from common.packing import shared_beginning

@@ -1,22 +1,31 @@
-"""A run's files for other programs: written for both transformers 4 and 5, then opened again and compared."""
+"""A run's files for other programs: merged/ and adapter/, written for transformers 4 and 5 and read back; ΔW scaled."""
 
 import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.cli import first_line
-from common.tensors import same_bits
+from common import checkpoints, validation
+from common.cli import UserError, first_line, option
+from common.conversations import encoded, load_training_records
+from common.templates import ALPACA_PROMPT, IGNORE_INDEX
+from common.tensors import same_bits, save_tensors
 
 if TYPE_CHECKING:
+    import datasets
     import transformers
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLE_SIZE = 2**28  # how many numbers of adapted weights are compared bit for bit; a small model is compared whole
 FITTING_GIB = 32  # a larger model is not loaded again
@@ -220,3 +229,428 @@ def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "tr
             talk.require_served(template, talk.pieces(template), found)
         except ValueError as error:
             raise ValueError(f"{folder.name}/: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Adapters in PEFT's file format: an ordinary LoRA on the unmodified base, written and read
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def export_adapter(
+    layers: Mapping[str, Any],
+    folder: Path,
+    base_model: str,
+    target_modules: list[str],
+    task_type: str,
+    modules_to_save: Mapping[str, nn.Module] | None = None,
+    *,
+    revision: str | None = None,
+) -> int:
+    """Writes the adapters as an ordinary LoRA on the unmodified base, in PEFT's format; returns its rank, PiSSA's 2r.
+
+    Args:
+        layers: the adapted layers (train.py's LoRALinear) by name.
+        modules_to_save: trained modules by name, such as a classifier, that are stored whole beside the adapters.
+        revision: the base's revision on the hub.
+    """
+    tensors = {}
+    for name, layer in layers.items():
+        A, B = layer.stacked_factors()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    for name, module in (modules_to_save or {}).items():
+        for key, tensor in module.state_dict().items():
+            tensors[f"base_model.model.{name}.{key}"] = tensor.detach().cpu().contiguous()
+    rank = len(A)
+    metadata = {"format": "pt"}
+    if layer.initial_A is not None:
+        metadata["principal_rank"] = str(len(layer.lora_A))  # the trained part of the stacked rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        # The whole path of a folder: AutoPeft would look for a relative one from wherever it is called.
+        "base_model_name_or_path": str(Path(base_model).absolute()) if Path(base_model).is_dir() else base_model,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": layer.scaling * rank,
+        "target_modules": target_modules,
+        "modules_to_save": list(modules_to_save) if modules_to_save else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / "adapter_model.safetensors", metadata)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return rank
+
+
+def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -> str:
+    """README.md of an exported adapter that is stored with `rank`: its base, its training, and how to load it.
+
+    Args:
+        about: `scale` of ΔW if it was set after training, and `why`; `unfinished`: how far the training was.
+    """
+    front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
+    if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
+        del front["base_model"]
+    settings = {
+        "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
+        "method": args.method
+        + (" with the three terms" if args.regularize else "")
+        + (f", formulation {args.formulation}" if args.has_terms else ""),
+        "data, template": f"{args.data}, {args.template}",
+        "rank, alpha": f"{args.rank}, {args.alpha:g}"
+        + (f"; stored as a LoRA of rank {rank}" if rank != args.rank else ""),
+        "target modules": ", ".join(args.target_modules),
+        "learning rate, epochs, seed": f"{args.learning_rate:g}, {args.epochs:g}, {args.seed}",
+    }
+    if args.has_terms:
+        weights = [f"{name[7:]} {value:g}" for name, value in vars(args).items() if name.startswith("lambda_")]
+        settings["weights λ of the terms"] = ", ".join(weights) + (", without the target" if args.mask_target else "")
+    if about and about.get("unfinished"):
+        settings["not trained to the end"] = about["unfinished"]
+    if about and about["scale"] != 1:
+        why = f": {about['why']}, on {about['held_out_examples']} held-out examples" if "why" in about else ""
+        settings["scaled after training"] = f"ΔW times {about['scale']:g}{why}; lora_alpha holds it"
+    rows = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    prompt = "It was trained with the chat template in chat_template.jinja, which a chat endpoint takes.\n\n"
+    if args.template == "alpaca":
+        prompt += f"An instruction stands in it like this:\n\n```text\n{ALPACA_PROMPT}\n```\n\n"
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} adapter of {args.model}\n\n"
+        "An ordinary LoRA adapter in PEFT's format, for the base model as it is published"
+        + (": the factors are [A; A₀] and [B, −B₀], A₀ and B₀ PiSSA's start.\n\n" if rank != args.rank else ".\n\n")
+        + f"| | |\n|---|---|\n{rows}\n"
+        "```python\nmodel = AutoModelForCausalLM.from_pretrained(base)\n"
+        'model = peft.PeftModel.from_pretrained(model, "this folder")\n```\n\n'
+        + prompt
+        + f"vLLM serves it as a LoRA with `--enable-lora --max-lora-rank {rank}` or more.\n"
+    )
+
+
+# Fields of PEFT's configurations that do not change the forward pass of plain LoRA, or that `read_adapter` checks. Any
+# other field that is not empty has an effect that is not known here.
+KNOWN_FIELDS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "bias", "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "inference_mode"),
+}
+
+
+def _selects(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT's target_modules, exclude_modules and layers_to_transform choose the layer `name`."""
+
+    def names(targets: str | list[str] | None) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets or ())
+
+    layers = config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    index = re.search(r"\.(\d+)\.", name)
+    is_wanted = layers is None or (index is not None and int(index[1]) in layers)
+    return is_wanted and names(config.get("target_modules")) and not names(config.get("exclude_modules"))
+
+
+def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -> str:
+    """README.md of a classifier's adapter that is stored with `rank`: its base, its classes, and how to load it.
+
+    Args:
+        is_of_other_size: the base has a trained classifier with another number of classes.
+    """
+    front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
+    is_local = args.model == "demo" or Path(args.model).is_dir()
+    if is_local:  # the hub refuses a card whose base_model is no repository
+        del front["base_model"]
+    predicts = ", ".join(config.id2label.values()) if config.num_labels > 1 else "a number, in the units of the labels"
+    # PEFT reads the base's own configuration, which knows neither the classes nor their names.
+    classes = f"id2label={config.id2label}" if config.num_labels > 1 else "num_labels=1"
+    options = "" if is_local else f", {classes}, pad_token_id={config.pad_token_id}"
+    options += ", ignore_mismatched_sizes=True" if is_of_other_size else ""
+    moved = "\nElsewhere, correct the base's folder in adapter_config.json.\n" if is_local else ""
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {args.method} classifier on {args.model}\n\n"
+        f"An ordinary LoRA adapter of rank {rank} in PEFT's format, with the classifier, for the base as it is "
+        f"published.\n\n| | |\n|---|---|\n| predicts | {predicts} |\n| data | {args.data or args.task} |\n"
+        f"| rank, alpha | {args.rank}, {args.alpha:g} |\n| target modules | {', '.join(args.target_modules)} |\n"
+        f"| learning rate, epochs, seed | {args.learning_rate:g}, {args.epochs:g}, {args.seed} |\n\n"
+        f'```python\npeft.AutoPeftModelForSequenceClassification.from_pretrained("this folder"{options})\n```\n{moved}'
+    )
+
+
+def link_base(folder: Path, base: Path, config: Any) -> None:
+    """Makes `folder` a copy of the local `base` as a classifier: links to its weights, and the configuration `config`
+    with the classes. An adapter that names this folder loads in PEFT without further arguments."""
+    config.save_pretrained(folder)
+    for file in base.glob("*.safetensors*"):
+        (folder / file.name).symlink_to(file.resolve())
+
+
+@dataclass
+class InitialAdapter:
+    """An adapter in PEFT's format that a run starts from."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    factors: dict[str, tuple[Tensor, Tensor]]  # A (R × in) and B (out × R) by layer name
+    principal_rank: int | None  # in our files: so many first rows of R are trained, the others are PiSSA's start
+    is_pissa: bool  # PEFT's PiSSA: A₀ and B₀ are the weight's own
+    config: dict[str, Any]  # its adapter_config.json
+
+    def require_fit(self, layers: dict[str, nn.Linear]) -> None:
+        """Raises a UserError where the adapter does not fit the model's linear layers."""
+        for name in layers:
+            if name not in self.factors and _selects(self.config, name):
+                raise UserError(f"--init-adapter {self.folder} has no factors for {name}: an adapter of another model")
+        for name, (A, B) in self.factors.items():
+            if name not in layers:
+                raise UserError(f"--init-adapter {self.folder} has factors for {name}, which this model lacks")
+            if (B.shape[0], A.shape[1]) != (layers[name].out_features, layers[name].in_features):
+                raise UserError(f"--init-adapter {self.folder}: {name} has another size than this model's")
+
+    def note(self, model: str) -> str:
+        """A line for the user: the adapter's settings, and its base if the path `model` has another name."""
+        base = self.config.get("base_model_name_or_path") or model
+        is_other = Path(base).name.lower() != Path(model).absolute().name.lower()
+        other = f"; it was trained on {base}, not on {model}" if is_other else ""
+        return f"note: rank {self.rank}, alpha {self.alpha:g} and the layers are those of {self.folder}{other}"
+
+    def trained_tensors(self, principal_factors: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The `trained_tensors` of a model that starts from this adapter.
+
+        Args:
+            principal_factors: gives PiSSA's A₀ and B₀ of a layer's weight by the layer's name.
+        """
+        tensors = {}
+        for name, (A, B) in self.factors.items():
+            r = self.rank
+            tensors |= {f"{name}.lora_A": A[:r].contiguous(), f"{name}.lora_B": B[:, :r].contiguous()}
+            if self.principal_rank is not None:
+                initial = (A[r:].contiguous(), -B[:, r:])
+            elif self.is_pissa:
+                initial = principal_factors(name)
+            else:
+                continue
+            tensors |= {f"{name}.initial_A": initial[0].cpu(), f"{name}.initial_B": initial[1].cpu()}
+        return tensors
+
+
+def read_adapter(folder: Path, method: str) -> InitialAdapter:
+    """Reads a LoRA adapter in PEFT's format.
+
+    Raises:
+        UserError: not such an adapter, or a kind that this script cannot go on with.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # OSError, and errors of json and safetensors
+        raise UserError(f"--init-adapter {folder} is no adapter in PEFT's format: {first_line(error)}") from error
+    start = config.get("init_lora_weights", True)
+    unsupported = [name for name, value in config.items() if value and name not in KNOWN_FIELDS]
+    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+        kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError(f"--init-adapter {folder}: training can continue from plain LoRA only, not {kind}")
+    if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
+        raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
+    others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if others:
+        raise UserError(
+            f"--init-adapter {folder}: training can continue from factors of linear layers only, not {others[0]}"
+        )
+    prefix, factors = "base_model.model.", {}
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            factors[layer.removeprefix(prefix)] = (tensors[name], tensors[f"{layer}.lora_B.weight"])
+    principal_rank = int(metadata["principal_rank"]) if "principal_rank" in metadata else None
+    is_pissa = start == "pissa"
+    if (is_pissa or principal_rank is not None) and method == "lora":
+        raise UserError(f"--init-adapter {folder} is a PiSSA adapter: go on with --method pissa or ba-lora")
+    rank = principal_rank or config["r"]
+    alpha = config["lora_alpha"] * rank / config["r"]
+    return InitialAdapter(folder, rank, alpha, sorted(factors), factors, principal_rank, is_pissa, config)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The trained change ΔW scaled by α after training: α = 1 is the trained model, α = 0 its base
+# ------------------------------------------------------------------------------------------------------------------
+
+
+# W₀ + α·ΔW        for an adapter its own factor s times α; for full fine-tuning W₀ + α (W − W₀) for every parameter
+#
+# `--scale auto` measures the model at ten scales on held-out examples, and takes the smallest with a loss close to the
+# lowest. It prints (numbers for illustration):
+#
+#     scale   held-out loss   KL(base || tuned)
+#     1.0          0.0602              0.9120
+#     0.9          0.0621              0.8013
+#     0.8          0.0655              0.7011
+#     chosen: 0.9, the smallest scale whose loss is within 0.003 nats of the lowest
+
+GRID = tuple(tenths / 10 for tenths in range(10, 0, -1))
+MOST_NUMBERS = 2**28  # how many log-probabilities of the base are kept at a time
+
+
+@dataclass
+class ScaleArguments:
+    """The scale of the trained change in --export-from."""
+
+    scale: str | None = option(
+        None, "with --export-from: multiply the trained change of the weights by this; auto: chosen on held-out data"
+    )
+    scale_tolerance: float = option(
+        0.003, "--scale auto: the smallest scale whose held-out loss is at most this many nats above the lowest"
+    )
+
+
+def read_scale(args: Any) -> float | None:
+    """--scale as a number, 1 if it is not given; None for auto.
+
+    Raises:
+        UserError: not a number above 0 and up to 1, or without --export-from.
+    """
+    if args.scale is None:
+        return 1.0
+    if args.export_from is None:
+        raise UserError("--scale acts after training: name the run by --export-from")
+    if not 0 <= args.scale_tolerance < float("inf"):
+        raise UserError(f"--scale-tolerance is {args.scale_tolerance}: it must be 0 or above, in nats")
+    if args.scale == "auto":
+        return None
+    try:
+        scale = float(args.scale)
+    except ValueError:
+        scale = float("nan")
+    if not 0 < scale <= 1:
+        raise UserError(f"--scale is {args.scale}: give a number above 0 and up to 1, or auto")
+    return scale
+
+
+class Scaled:
+    """A trained model that can be set to any α, in place.
+
+    Args:
+        model: the trained model.
+        adapters: the place of each adapter's factor: a mapping and its key. train.py's layers and PEFT's differ.
+        base: the parameters W₀ by name, for a model that was trained without adapters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[tuple[dict[str, Any], str]],
+        base: Mapping[str, Tensor] | None = None,
+    ):
+        self.model = model
+        self.factors = [(place, key, place[key]) for place, key in adapters]
+        parameters = dict(model.named_parameters())
+        trained = {name: parameters[name] for name in base or {}}
+        self.weights = [(weight, base[name], weight.detach().clone()) for name, weight in trained.items()]
+
+    @torch.no_grad()
+    def set(self, alpha: float) -> None:
+        """Sets α. It starts from the trained weights every time, so that rounding does not add up."""
+        for place, key, factor in self.factors:
+            place[key] = factor * alpha
+        for weight, before, after in self.weights:
+            weight.copy_(torch.lerp(before.to(weight.device).float(), after.to(weight.device).float(), alpha))
+
+
+@dataclass
+class Curve:
+    """By α, means over the response tokens of held-out examples, in nats."""
+
+    examples: int
+    losses: dict[float, float] = field(default_factory=dict)
+    kl_base_tuned: dict[float, float] = field(default_factory=dict)
+
+    def smallest_within(self, tolerance: float) -> float:
+        """The smallest α whose loss is at most `tolerance` above the lowest."""
+        lowest = min(self.losses.values())
+        return min(alpha for alpha, loss in self.losses.items() if loss <= lowest + tolerance)
+
+
+def _log_probabilities(model: nn.Module, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """fp32 log-probabilities (M, V) at the positions that predict a response token, and these tokens, (M, 1)."""
+    device = model.get_input_embeddings().weight.device
+    ids, labels = (torch.tensor(example[name], device=device) for name in ("input_ids", "labels"))
+    valid = labels[1:] != IGNORE_INDEX
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1][valid]
+    return logits.float().log_softmax(dim=-1), labels[1:][valid][:, None]
+
+
+def _groups(examples: Sequence[Mapping[str, Any]], vocabulary: int) -> Iterator[list[Mapping[str, Any]]]:
+    """The examples in order, in groups of at most MOST_NUMBERS log-probabilities, and at least one example."""
+    group, size = [], 0
+    for example in examples:
+        numbers = len(example["labels"]) * vocabulary
+        if group and size + numbers > MOST_NUMBERS:
+            yield group
+            group, size = [], 0
+        group.append(example)
+        size += numbers
+    yield group
+
+
+@torch.no_grad()
+def measured(scaled: Scaled, examples: Sequence[Mapping[str, Any]]) -> Curve:
+    """The trained model on held-out examples, one at a time, at every α of GRID."""
+    model, sums, tokens = scaled.model.eval(), {alpha: [0.0, 0.0] for alpha in GRID}, 0
+    for group in _groups(examples, model.config.get_text_config().vocab_size):
+        scaled.set(0.0)
+        base = [_log_probabilities(model, example) for example in group]
+        tokens += sum(len(targets) for _, targets in base)
+        for alpha in GRID:
+            scaled.set(alpha)
+            for example, (before, targets) in zip(group, base, strict=True):
+                after, _ = _log_probabilities(model, example)
+                sums[alpha][0] -= after.gather(-1, targets).double().sum().item()
+                sums[alpha][1] += (before.exp() * (before - after)).double().sum().item()
+    losses, kls = ({alpha: pair[which] / tokens for alpha, pair in sums.items()} for which in (0, 1))
+    return Curve(len(examples), losses, kls)
+
+
+def choose(scaled: Scaled, examples: Sequence[Mapping[str, Any]], tolerance: float) -> dict[str, Any]:
+    """The scale that --scale auto takes, with the measurements behind the choice; prints both."""
+    if torch.cuda.is_available():
+        scaled.model.to("cuda")
+    curve = measured(scaled, examples)
+    scale = curve.smallest_within(tolerance)
+    lines = ["scale   held-out loss   KL(base || tuned)"]
+    lines += [f"{alpha:5.1f}{curve.losses[alpha]:16.4f}{curve.kl_base_tuned[alpha]:20.4f}" for alpha in GRID]
+    why = f"the smallest scale whose loss is within {tolerance:g} nats of the lowest"
+    print("\n".join([*lines, f"chosen: {scale:g}, {why} on {curve.examples} held-out examples"]), flush=True)
+    found = {"held_out_examples": curve.examples, "losses": curve.losses, "kl_base_tuned": curve.kl_base_tuned}
+    return {"scale": scale, "why": why, "tolerance": tolerance, **found}
+
+
+def held_out_examples(
+    args: Any, run: Any, tokenizer: "PreTrainedTokenizerBase", checkpoint: Path
+) -> "datasets.Dataset":
+    """The examples for --scale auto: those of --validation-data, else those that the run held out.
+
+    Raises:
+        UserError: there are none, or the run's --data changed, so that other examples would be held out.
+    """
+    if args.validation_data is not None:
+        run = dataclasses.replace(run, validation_data=args.validation_data, eval_share=None)
+    if run.validation_data is None and run.eval_share is None:
+        raise UserError("--scale auto chooses on held-out examples; the run has none: name some by --validation-data")
+    source = validation.arguments_of_validation_data(run) or run
+    examples, _ = encoded(source, tokenizer, load_training_records(source))
+    if run.eval_share is None:
+        return examples
+    trained, held_out = validation.hold_out(run, examples, None)
+    parts = {"data": trained, "evaluation data": held_out}
+    contents = {name: checkpoints.contents_of(part) for name, part in parts.items()}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
+    return held_out

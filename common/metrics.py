@@ -9,8 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.intervals import proportion
-from common.markdown import markdown
+from common.intervals import markdown, proportion
 
 if TYPE_CHECKING:
     from common.labelled import Data

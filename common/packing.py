@@ -12,9 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from common.cli import UserError
-from common.partitioned import device_of, gathered_module_by_module
 from common.templates import IGNORE_INDEX
-from common.tensors import padded
+from common.tensors import device_of, gathered_module_by_module, padded
 
 PER_SEQUENCE = "per_sequence"  # the name of `attend_per_sequence` among transformers' attention functions
 in_one_launch = True  # on a GPU in half precision: torch's attention for sequences of any lengths, until a trial fails

@@ -103,13 +103,13 @@ def require_causal(model: "transformers.PreTrainedModel") -> None:
     """Raises a UserError where the model fails in training mode, or where a position attends to later positions."""
     import torch
 
-    from common import partitioned
+    from common.tensors import device_of, gathered_module_by_module
 
-    training, device = model.training, partitioned.device_of(model.get_input_embeddings().weight)
+    training, device = model.training, device_of(model.get_input_embeddings().weight)
     input_ids = torch.arange(16, device=device).view(2, 8) % model.config.vocab_size
     input_ids[1, :-1] = input_ids[0, :-1]  # the last token alone differs
     try:
-        with torch.no_grad(), torch.random.fork_rng(), partitioned.gathered_module_by_module(model):
+        with torch.no_grad(), torch.random.fork_rng(), gathered_module_by_module(model):
             model.eval()
             logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
             model.train()  # Mamba takes another path there; dropout draws from the forked generator
@@ -268,13 +268,13 @@ def head_is_linear(model: "transformers.PreTrainedModel") -> bool:
     import torch
     from torch import nn
 
-    from common import partitioned
+    from common.tensors import device_of, gathered_module_by_module
 
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    input_ids = torch.arange(8, device=partitioned.device_of(head.weight))[None] % model.config.vocab_size
-    with torch.no_grad(), partitioned.gathered_module_by_module(model):
+    input_ids = torch.arange(8, device=device_of(head.weight))[None] % model.config.vocab_size
+    with torch.no_grad(), gathered_module_by_module(model):
         hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
         logits = model(input_ids=input_ids, use_cache=False).logits
         return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)

@@ -13,8 +13,7 @@ import transformers
 from torch import Tensor
 
 from common.cli import UserError
-from common.partitioned import device_of, shape_of, whole
-from common.tensors import fingerprint
+from common.tensors import device_of, fingerprint, shape_of, whole
 
 if TYPE_CHECKING:
     import datasets

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.chunks import top_k, top_k_of_blocks
 from common.cli import first_line
 
 try:
@@ -234,3 +233,25 @@ def give_up(error: Exception) -> None:
 
 def print_note(error: Exception) -> None:
     print(f"note: the objective's fused kernels do not serve here ({first_line(error)}); the plain form does")
+
+
+def top_k(z: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
+    """`z.topk(k)` of wide rows in two steps, exact: the k largest entries lie in the k blocks of the largest maxima."""
+    rows, width = z.shape
+    whole = width // block * block
+    if min(k, width) * block >= width // 4:
+        return z.topk(min(k, width), dim=1)
+    return top_k_of_blocks(z, z[:, :whole].view(rows, -1, block).amax(dim=2), k, block)
+
+
+def top_k_of_blocks(z: Tensor, maxima: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
+    """`top_k`, given the maxima of every whole block, (rows, width // block)."""
+    rows, width = z.shape
+    chosen = maxima.topk(k, dim=1).indices  # (m, k)
+    candidates = (chosen[:, :, None] * block + torch.arange(block, device=z.device)).flatten(1)
+    whole = width // block * block
+    if whole < width:
+        rest = torch.arange(whole, width, device=z.device).expand(rows, -1)
+        candidates = torch.cat([candidates, rest], dim=1)
+    values, positions = z.gather(1, candidates).topk(k, dim=1)
+    return values, candidates.gather(1, positions)

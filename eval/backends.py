@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from common.cli import UserError
-from common.devices import choose_device
 from common.pretrained import resolve_dtype
+from common.ranks import choose_device
 from common.templates import decode_response
 from common.tensors import padded
 from eval.generation import Completion, Sampling, batch_size_of, batches, with_bar

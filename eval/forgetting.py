@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from common import scaling
+    from common import exports
 
 SENTENCES = 300
 PEFT_DATA, PEFT_TEXTS = "HuggingFaceFW/finewiki", 100
@@ -80,7 +80,7 @@ class ModelArguments:
     ckpt: str | None = option(None, "the model after: a checkpoint fine-tuned from --base")
     adapter: str | None = option(None, "in its place, folder of a LoRA adapter in PEFT's format, trained on --base")
     output_dir: str = option("results", "folder for the results, and for what an interrupted run has measured")
-    scales: list[float] = option([1.0], "scales α: the model is W + α·ΔW (common/scaling.py); several in one load")
+    scales: list[float] = option([1.0], "scales α: the model is W + α·ΔW (common/exports.py); several in one load")
     overwrite: bool = option(False, "replace existing results; parts that were measured in the same way are kept")
     skip_done: bool = option(False, "end where --output-dir has these results already; refuse where it has others")
 
@@ -219,14 +219,14 @@ class Pair:
     tuned: "PreTrainedModel | None"
 
     @functools.cached_property
-    def scaled(self) -> "scaling.Scaled":
+    def scaled(self) -> "exports.Scaled":
         """The `Scaled` that sets the tuned model to a scale."""
-        from common import scaling
+        from common import exports
 
         if self.tuned is not None:
-            return scaling.Scaled(self.tuned, [], dict(self.base.named_parameters()))
+            return exports.Scaled(self.tuned, [], dict(self.base.named_parameters()))
         layers = [layer.scaling for layer in self.base.modules() if hasattr(layer, "lora_A")]
-        return scaling.Scaled(self.base, [(factors, name) for factors in layers for name in factors])
+        return exports.Scaled(self.base, [(factors, name) for factors in layers for name in factors])
 
     def logits(self, **batch: Any) -> Iterator["torch.Tensor"]:
         """The logits of the base, then those of the tuned model: (B, T, V) fp32."""
@@ -242,7 +242,7 @@ class Pair:
 def load_pair(base: str, ckpt: str | None, adapter: str | None, dtype: "torch.dtype") -> Pair:
     from transformers import AutoModelForCausalLM
 
-    from common.devices import choose_device
+    from common.ranks import choose_device
 
     device = choose_device()
     models = []

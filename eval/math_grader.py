@@ -314,7 +314,7 @@ class Grader:
 
     def __init__(self, seconds: float = SECONDS, servers: int | None = None):
         self.seconds = seconds
-        from common.cores import available_cores  # here: a server is not run from the project's folder
+        from eval.cores import available_cores  # here: a server is not run from the project's folder
 
         self.idle = [self._start() for _ in range(servers or min(8, available_cores()))]
 

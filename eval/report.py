@@ -33,7 +33,7 @@ from typing import Annotated, Any
 import tyro
 
 from common.cli import UserError, option, parse_arguments, run_script
-from common.markdown import markdown, pyplot
+from common.intervals import markdown, pyplot
 from common.runs import first_difference, write_whole
 from eval.benchmark import read_jsonl
 from eval.html_report import require_writable, write_html

@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from common.cli import UserError
-from common.run_records import holds_records, records_in
-from common.runs import NOT_IDENTITY
+from common.runs import NOT_IDENTITY, holds_records, records_in
 from eval.benchmark import NOT_DECIDING, full_name, read_failures
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cli import RunStopped, UserError
-from common.cores import available_cores
+from eval.cores import available_cores
 from eval.sandbox_inside import PATIENCE, receive, send
 from eval.system_calls import filter_program
 

@@ -42,8 +42,7 @@ from torch import Tensor
 
 import train
 from common.cli import Parser, run_script
-from common.intervals import by_seed, difference, spread
-from common.markdown import markdown
+from common.intervals import by_seed, difference, markdown, spread
 from experiments.study import Row, append_row, mend_rows, read_rows
 
 ROWS = Path(__file__).resolve().parent / "results" / "bf16_forms.jsonl"
@@ -87,7 +86,7 @@ class Residual(train.LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        # A copy: activations that are computed again (common/activations.py) come back in the shape of x itself alone.
+        # A copy: activations that are computed again (common/layers.py) come back in the shape of x itself alone.
         return self.base(x) + self.scaling * (x.clone() @ A.T) @ B.T
 
 

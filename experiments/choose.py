@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from common import run_records
+from common import runs
 from common.cli import UserError, run_script
 from common.runs import write_whole
 from experiments import run_record
@@ -32,7 +32,7 @@ def score_of(record: dict[str, Any], name: str) -> float:
         found = next((value for key, value in (record["validation"] or {}).items() if key != "step"), None)
     else:
         benchmark, _, score = name.partition(".")
-        found = run_records.score_of(record, benchmark, score)
+        found = runs.score_of(record, benchmark, score)
     if found is None:
         raise UserError(f"{record['run']} has no score {name!r} to choose by (it is {record['status']})")
     return float(found)

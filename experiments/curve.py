@@ -13,7 +13,7 @@ the held-out responses; `distinct_answers`, the share of distinct ones among the
 
     python experiments/curve.py --ckpt output/mine/merged --data held-out.jsonl --texts code.jsonl prose.jsonl
 
-With --scales the points are the run's end with ΔW at each α (common/scaling.py), and their names end in @α.
+With --scales the points are the run's end with ΔW at each α (common/exports.py), and their names end in @α.
 --validation names examples by which α may be chosen: `validation_loss`.
 
 The run keeps as many checkpoints as there shall be points (--save-steps, --keep-checkpoints). Adapter and base compute
@@ -281,7 +281,7 @@ def points_of(
     from safetensors.torch import load_file
 
     import train
-    from common import checkpoints, pretrained, scaling
+    from common import checkpoints, exports, pretrained
 
     dtype = pretrained.resolve_dtype(args.dtype)
     model = pretrained.load_model(run, path, dtype).eval()
@@ -303,7 +303,7 @@ def points_of(
         with torch.no_grad():
             checkpoints.load_trained_tensors(model, tensors)
         factors = [(vars(layer), "scaling") for layer in train.adapter_layers(model).values()]
-        scaled = scaling.Scaled(model, factors, base)
+        scaled = exports.Scaled(model, factors, base)
         for scale in args.scales or [1.0]:
             scaled.set(scale)
             states = hidden_states(model, sequences, args.batch_size)

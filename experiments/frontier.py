@@ -23,9 +23,8 @@ import numpy as np
 import scipy.stats
 
 from common.cli import Parser, UserError, run_script
-from common.intervals import by_seed, difference, holm, spread
-from common.markdown import markdown, pyplot, save_picture
-from common.run_records import records_in
+from common.intervals import by_seed, difference, holm, markdown, pyplot, save_picture, spread
+from common.runs import records_in
 from experiments.entries import load
 from experiments.study import append_row, read_rows
 

@@ -18,7 +18,7 @@ import train
 from common import checkpoints, pretrained
 from common.cli import Parser, UserError, run_script
 from common.conversations import encoded, load_training_records
-from common.markdown import markdown
+from common.intervals import markdown
 from experiments.curve import run_of
 
 

@@ -23,7 +23,7 @@ import torch
 import finetune_bert_l_sst2 as nlu
 from common.classifiers import Outputs, run_model
 from common.cli import UserError, option, parse_arguments, run_script
-from common.markdown import pyplot, save_picture
+from common.intervals import pyplot, save_picture
 from experiments import nlu_robustness as robustness
 
 TSNE_TITLE = "One seed: BA-LoRA separates the two classes later than LoRA"

@@ -51,13 +51,11 @@ import transformers
 import yaml
 
 import finetune_bert_l_sst2 as nlu
-from common.classifiers import encode, final_linear, load_classifier, run_model, set_head
+from common.classifiers import apply_probe, encode, final_linear, fit_probe, load_classifier, run_model, set_head
 from common.cli import UserError, option, parse_arguments, run_script
-from common.intervals import by_seed, difference, holm, paired_interval, spread
+from common.intervals import by_seed, difference, holm, markdown, paired_interval, pyplot, save_picture, spread
 from common.labelled import demo_data
-from common.markdown import markdown, pyplot, save_picture
 from common.metrics import calibration_error, score, softmax
-from common.probe import apply_probe, fit_probe
 from experiments import study
 
 HERE = Path(__file__).parent / "robustness"

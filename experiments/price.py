@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from common.classifiers import count_parameters, default_targets, linear_for_conv1d
 from common.cli import UserError
 from common.estimates import adapter_bytes, estimated_memory
-from common.targets import default_target_modules, find_target_modules
+from common.layers import default_target_modules, find_target_modules
 from common.training import num_steps
 from eval.results import NLG, NLU
 from experiments.entries import ROOT

@@ -19,10 +19,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import run_records
+from common import runs
 from common.cli import UserError, run_script
-from common.intervals import by_seed, difference, spread
-from common.markdown import markdown, pyplot
+from common.intervals import by_seed, difference, markdown, pyplot, spread
 from common.runs import write_whole
 from experiments import choose, run_record
 from experiments.entries import load, names
@@ -64,7 +63,7 @@ def columns_of(records: list[Record], only: list[str] | None) -> list[Column]:
 
 def value_of(record: Record, column: Column) -> float | None:
     """A score, in percent where it is a share."""
-    found = run_records.score_of(record, *column)
+    found = runs.score_of(record, *column)
     if found is None:
         return None
     return 100 * found if column[1].partition(".")[0] in IN_PERCENT else found
@@ -287,7 +286,7 @@ def main(argv: list[str]) -> None:
         raise UserError("expected a plan.json, or a folder of records")
     path = Path(argv[0])
     if path.is_dir():
-        records = run_records.records_in(path)
+        records = runs.records_in(path)
         print(summary(f"records of {path}", records, options_of(records)))
         return
     plan = run_record.load_plan(path)

@@ -3,7 +3,7 @@
 
     python experiments/run_record.py output/NAME/plan.json [RUN...]     writes output/NAME/records/RUN.json; all runs
 
-common/run_records.py describes the format, and reads it.
+common/runs.py describes the format, and reads it.
 """
 
 import json
@@ -13,8 +13,7 @@ from typing import Any
 import yaml
 
 from common.cli import UserError, run_script
-from common.run_records import VERSION, read_json
-from common.runs import write_whole
+from common.runs import VERSION, read_json, write_whole
 
 # Keys of a summary that are no scores.
 NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with", "checkpoint", "benchmark", "seconds"}

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Parser, UserError, run_script
-from common.intervals import by_seed, difference, spread
-from common.markdown import markdown, pyplot, save_picture
-from common.run_records import records_in, score_of
+from common.intervals import by_seed, difference, markdown, pyplot, save_picture, spread
+from common.runs import records_in, score_of
 from experiments.report import STYLES
 
 Record = dict[str, Any]

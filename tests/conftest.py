@@ -24,7 +24,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from common import run_records  # noqa: E402
+from common import runs  # noqa: E402
 from common.cli import run_script  # noqa: E402
 from common.conversations import encode_pieces  # noqa: E402
 from common.templates import Template  # noqa: E402
@@ -137,7 +137,7 @@ def bits(file: Path) -> dict[str, bytes]:
 
 def record(run: str, **changes) -> dict:
     """A record as run_record.py writes it, of a run that is done."""
-    made = {"version": run_records.VERSION, "run": run, "arm": run, "phase": "study", "status": "done", "error": None}
+    made = {"version": runs.VERSION, "run": run, "arm": run, "phase": "study", "status": "done", "error": None}
     made |= {"labels": {}, "settings": {}, "seed": 1, "scores": {}, "validation": None, "memory": {"peak_gib": 1.0}}
     return made | {"time": {"train_seconds": 60.0, "seconds": None}} | changes
 

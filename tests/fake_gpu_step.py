@@ -25,10 +25,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunks, token_kernel
-from common.activations import save_activations
+from common import chunked, token_kernel
+from common.layers import TARGET_MODULES, save_activations
 from common.packing import enable_packing
-from common.targets import TARGET_MODULES
 from common.templates import IGNORE_INDEX
 
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -204,7 +203,7 @@ def step(found: dict, device: str, layers: int, args: train.Arguments) -> None:
 def main(guard: str, out: str) -> None:
     torch.ops.load_library(guard)
     replaced = [(torch, "Generator", Generator), (torch, "randn", randn), (F, "scaled_dot_product_attention", flash)]
-    replaced += [(chunks, "card_bytes", lambda device=None: 80 * 2**30), (token_kernel, "is_usable", lambda *_: True)]
+    replaced += [(chunked, "card_bytes", lambda device=None: 80 * 2**30), (token_kernel, "is_usable", lambda *_: True)]
     replaced += [(token_kernel, name, Kernel()) for name in ("_read", "_write")]
     replaced += [(FakeTensorMode, "avoid_device_init", property(lambda self: True))]
     data_ptr = lambda x: (x.untyped_storage()._cdata << 40) + x.storage_offset()  # noqa: E731

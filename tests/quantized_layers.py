@@ -13,10 +13,9 @@ from conftest import make_model, make_tokenizer, relative_error
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import train
-from common import partitioned, pretrained
-from common.activations import save_activations
+from common import pretrained, tensors
+from common.layers import TARGET_MODULES, find_target_modules, save_activations
 from common.packing import enable_packing
-from common.targets import TARGET_MODULES, find_target_modules
 
 KINDS = ("8bit", "4bit", "4bit, scales quantized too")
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -68,7 +67,7 @@ def test_an_adapter_on_a_quantized_layer_is_the_dequantized_layers_arithmetic(ki
     layer, W = quantized(kind, 0.05 * torch.randn(96, 128), bias)
     limit = 2e-2 if "scales" in kind else 5e-3  # scales of 8 bits
     for _ in range(2):
-        assert relative_error(partitioned.dequantized(layer), W) < limit
+        assert relative_error(tensors.dequantized(layer), W) < limit
         layer(torch.randn(1, 3, 128, dtype=torch.bfloat16))
     A0, B0 = train.principal_factors(W, 8, 0.5)
     adapter = train.LoRALinear(layer, 8, 4.0, (A0, B0)).train()
@@ -110,7 +109,7 @@ def plain(model, folder):
     """The model of the folder in fp32, its layers' weights as the quantized `model` has them."""
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, layer in find_target_modules(model, TARGET_MODULES, 4).items():
-        twin.get_submodule(name).weight.data = partitioned.dequantized(layer).float()
+        twin.get_submodule(name).weight.data = tensors.dequantized(layer).float()
     return twin
 
 
@@ -175,6 +174,6 @@ def test_pefts_pissa_on_a_quantized_base_subtracts_the_dequantized_weights_facto
     layers = train.adapter_layers(model)
     assert len(layers) == 4
     for name, layer in layers.items():
-        W = partitioned.dequantized(layer.base).float()
+        W = tensors.dequantized(layer.base).float()
         U, S, Vh = torch.linalg.svd(W)
         assert relative_error(layer.initial_B @ layer.initial_A, (U[:, :4] * S[:4]) @ Vh[:4]) < 1e-3, name

@@ -18,8 +18,8 @@ from test_docs import fences
 import train
 from common import exports
 from common.cli import RunStopped, UserError
-from common.peft_format import export_adapter
-from common.targets import TARGET_MODULES
+from common.exports import export_adapter
+from common.layers import TARGET_MODULES
 from common.templates import encode_prompt
 from common.tensors import save_tensors
 

@@ -34,9 +34,9 @@ from transformers import AutoModelForCausalLM
 import train
 from common.checkpoints import MANIFEST, TRAINED_TENSORS, complete_checkpoints, newest_checkpoint
 from common.cli import UserError
-from common.peft_format import read_adapter
+from common.exports import read_adapter
+from common.layers import find_target_modules
 from common.runs import INCOMPLETE, JsonLines
-from common.targets import find_target_modules
 
 SAVE_STEPS = 4
 STEPS = 24

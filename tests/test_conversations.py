@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, GenerationConfig
 import train
 from common.cli import UserError
 from common.conversations import COLUMNS, KEYS, build_dataset, encode_pieces, first_screen
+from common.layers import TARGET_MODULES
 from common.packing import enable_packing
 from common.pretrained import resolve_demo
 from common.tables import load_records
-from common.targets import TARGET_MODULES
 from common.templates import ALPACA_PROMPT, IGNORE_INDEX, OPENS_THOUGHT, Template, encode_prompt, encode_response
 
 

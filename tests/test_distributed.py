@@ -329,7 +329,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 import train
-from common import partitioned
+from common import tensors
 from common.ranks import leave
 
 deepspeed.init_distributed(dist_backend="gloo")
@@ -337,7 +337,7 @@ keep = HfDeepSpeedConfig({{"zero_optimization": {{"stage": 3}}, "train_micro_bat
 model = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32)
 largest = max(p.ds_numel for p in model.parameters() if len(p.ds_shape) == 2)
 held, most = {{}}, 0
-gathered_by, principal_factors = partitioned.gathered_by, train.principal_factors
+gathered_by, principal_factors = tensors.gathered_by, train.principal_factors
 
 def watch(owner, weight):
     global most
@@ -358,7 +358,7 @@ def resident():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 principal_factors(torch.randn(1024, 1024), 4, 1.0)  # loads the libraries
-partitioned.gathered_by, train.principal_factors = watch, counted
+tensors.gathered_by, train.principal_factors = watch, counted
 open("/proc/self/clear_refs", "w").write("5")
 before = resident()
 train.add_adapters(model, "ba-lora", 4, 4, None)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import run_records
 from common.cli import UserError
+from common.runs import load_record, records_in
 from experiments import choose, entries, grid, price, report, run_record, runs
 
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
@@ -234,11 +234,11 @@ def test_a_record_of_another_version_is_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record("a") | {"version": 99}))
     with pytest.raises(UserError, match=r"a\.json has version 99 of the format and this script reads 1") as error:
-        run_records.records_in(tmp_path)
+        records_in(tmp_path)
     assert "\n" not in str(error.value)
     path.write_text("[]")
     with pytest.raises(UserError, match="is no record of a run"):
-        run_records.records_in(tmp_path)
+        records_in(tmp_path)
 
 
 def made_plan(folder: Path, monkeypatch) -> dict:
@@ -274,7 +274,7 @@ def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkey
     assert found["scores"] == {"gsm8k": {"accuracy": {"value": 0.25, "of": 4, "interval_95": [0.0, 0.7]}}}
     assert (found["steps"], found["parameters"]["trainable"], found["time"]["gsm8k"]) == (4, 7, 3.0)
     assert found["commit"] == "abc+"  # of the training, not of this moment
-    assert run_records.load_record(tmp_path / "records" / f"{name}.json") == found
+    assert load_record(tmp_path / "records" / f"{name}.json") == found
     log.write_text("exit code 137\n")
     assert run_record.record_of(plan, name)["status"] == "unfinished"  # it was killed, and goes on
 
@@ -474,7 +474,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run_both(start, undisturbed, killed)
     assert what_is_left(killed) == what_is_left(undisturbed)
-    (found,) = run_records.records_in(killed / "records").values()
+    (found,) = records_in(killed / "records").values()
     assert found["status"] == "done"
     # With other settings under the same name nothing is lost: the script refuses, and the workflow says so.
     (run,) = killed.glob("only-*")
@@ -482,7 +482,7 @@ def test_three_kills_at_random_moments_leave_the_same_folder(tmp_path, checkpoin
     path.write_text(yaml.safe_dump({"settings": settings | {"rank": 4}, "axes": {"run": {"only": {}}, "seed": [1]}}))
     assert start(killed).wait() != 0
     assert what_is_left(run) == before
-    (found,) = run_records.records_in(killed / "records").values()
+    (found,) = records_in(killed / "records").values()
     assert (found["status"], found["error"]["code"]) == ("failed", 2)
     assert "rank = 2, not 4" in found["error"]["message"]
 

@@ -1,4 +1,4 @@
-"""What only a GPU uses, tested without one: Triton's interpreter for the kernels, the arithmetic of chunks, counts."""
+"""What only a GPU uses, tested without one: Triton's interpreter for the kernels, the arithmetic of counts."""
 
 import collections
 import contextlib
@@ -21,8 +21,8 @@ from test_training import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import chunked, chunks, packing, ranks, token_kernel
-from common.targets import TARGET_MODULES
+from common import chunked, packing, ranks, token_kernel
+from common.layers import TARGET_MODULES
 from experiments import bf16_forms
 
 
@@ -78,7 +78,7 @@ def memory_of(capsys, tmp_path, *options):
 
 
 def test_a_dry_run_estimates_for_the_gpu_that_is_named(tmp_path, capsys, monkeypatch):
-    """bf16 and a GPU's chunks, on a machine without one; the gradients in fp32 that DeepSpeed's step makes."""
+    """bf16 and a GPU's on a machine without one; the gradients in fp32 that DeepSpeed's step makes."""
     parts, _, first = memory_of(capsys, tmp_path, "--dry-run-gpu", "80")
     assert first == "GPU, estimated for a micro-batch of 2048 tokens in bfloat16:"
     # 2,048 tokens: logits of both models in fp32 and one buffer more beside the head's bf16; three states; a factor.
@@ -132,14 +132,14 @@ def test_on_a_cpu_the_plain_form_serves():
 def test_a_gpus_chunks_have_rows_enough_and_fit(gib, vocabulary):
     """1,024 at least, but for the largest vocabularies on small cards; never more than an eighth of the card."""
     card = gib * 2**30
-    for row in (chunks.bytes_per_row(vocabulary, 2, 4, 2, True), chunks.bytes_per_row(vocabulary, 2, 2, 2, False)):
-        rows = chunks.most_rows(row, None, card)
+    for row in (chunked.bytes_per_row(vocabulary, 2, 4, 2, True), chunked.bytes_per_row(vocabulary, 2, 2, 2, False)):
+        rows = chunked.most_rows(row, None, card)
         assert rows >= min(1024, card // 8 // row)
         assert rows * row <= card / 8
         assert rows >= card // 32 // row
-        assert chunks.most_rows(row, 128.0, card) * row <= 2**27  # what a user says holds
-        assert chunks.most_rows(row, None, None) == chunks.most_rows(row, 128.0, None)
-    assert chunks.bytes_per_row(vocabulary, 2, 4, 2, True) == 14 * vocabulary
+        assert chunked.most_rows(row, 128.0, card) * row <= 2**27  # what a user says holds
+        assert chunked.most_rows(row, None, None) == chunked.most_rows(row, 128.0, None)
+    assert chunked.bytes_per_row(vocabulary, 2, 4, 2, True) == 14 * vocabulary
 
 
 class Counted(TorchDispatchMode):

@@ -25,15 +25,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 import finetune_bert_l_sst2 as nlu
 import train
+from common import classifiers
 from common import metrics as scoring
-from common import probe
-from common.best_state import BEST_TENSORS, BestState
-from common.checkpoints import complete_checkpoints
-from common.classifiers import default_targets, encode, final_linear, load_classifier, run_model
+from common.checkpoints import BEST_TENSORS, BestState, complete_checkpoints
+from common.classifiers import apply_probe, default_targets, encode, final_linear, fit_probe, load_classifier, run_model
 from common.cli import RunStopped, UserError, run_script
 from common.labelled import Split, demo_data, set_aside
 from common.metrics import calibration_error, score, softmax
-from common.probe import apply_probe, fit_probe
 from common.runs import config_text
 from data import sentiment
 from eval import results
@@ -396,7 +394,7 @@ def test_the_probe_on_raw_features_is_scikit_learns(num_classes, bias):
     scaler = StandardScaler(with_mean=bias).fit(features)
     peers = [
         LogisticRegression(C=C, fit_intercept=bias, max_iter=2000).fit(scaler.transform(features), labels)
-        for C in probe.PROBE_PENALTIES
+        for C in classifiers.PROBE_PENALTIES
     ]
     best = max(peers, key=lambda peer: peer.score(scaler.transform(features), labels))
     assert np.abs(ours - best.predict_proba(scaler.transform(features))).max() < 1e-3
@@ -610,7 +608,7 @@ def test_validations_are_spread_over_fractional_epochs(tmp_path, encoders):
 
 
 def test_a_rare_class_is_among_the_probes_examples(monkeypatch):
-    monkeypatch.setattr(probe, "PROBE_EXAMPLES", 40)
+    monkeypatch.setattr(classifiers, "PROBE_EXAMPLES", 40)
     rng = np.random.default_rng(3)
     labels = [0, 1] * 200 + [2]
     features = rng.normal(size=(401, 4)) + np.eye(4)[np.array(labels)] * 5

@@ -11,13 +11,12 @@ from conftest import encode_turn, make_model, relative_error
 from test_training import make_trainer
 
 import train
-from common import chunked, chunks
-from common.activations import save_activations
+from common import chunked, token_kernel
 from common.conversations import build_dataset, num_valid
+from common.layers import TARGET_MODULES, save_activations
 from common.packing import PER_SEQUENCE, enable_packing
 from common.pretrained import head_is_linear
 from common.tables import load_records
-from common.targets import TARGET_MODULES
 from common.teacher_cache import TeacherCache
 
 WEIGHTS = {"consistency": 0.5, "diversity": 0.4, "spectral": 0.3}
@@ -87,7 +86,7 @@ def definition(inputs, settings, num_tokens=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_and_gradient_equal_the_definition(name, shape, memory_mib, cached_bytes, monkeypatch):
-    monkeypatch.setattr(chunks, "CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr("CACHED_BYTES", cached_bytes)
     for seed in range(3):
         inputs = make_inputs(shape, seed)
         loss, terms, gradient = fused(inputs, SETTINGS[name], memory_mib)
@@ -195,7 +194,7 @@ def test_bfloat16_inputs(name):
 @pytest.mark.parametrize(("width", "k"), [(49_152, 20), (1000, 3), (1003, 7), (64, 64), (50, 60), (130, 1)])
 def test_top_k_in_two_steps(width, k):
     z = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
-    values, indices = chunks.top_k(z, k)
+    values, indices = token_kernel.top_k(z, k)
     assert torch.equal(values, z.topk(min(k, width)).values)
     assert torch.equal(z.gather(1, indices), values)
 
@@ -203,7 +202,7 @@ def test_top_k_in_two_steps(width, k):
 def test_chunks_follow_the_memory_budget():
     hidden, head = torch.zeros(1000, 4), torch.zeros(2**15, 4)
     for memory, count in itertools.product((1.0, 10.0, 100.0, 1e4), (1, 2, 3)):
-        rows = [part.stop - part.start for part in chunks.chunks(hidden, head, count, memory)]
+        rows = [part.stop - part.start for part in chunked.chunks(hidden, head, count, memory)]
         assert sum(rows) == 1000
         assert max(rows) * count * 2**15 * 4 <= memory * 2**20
         assert max(rows) - min(rows) <= 1

@@ -14,7 +14,7 @@ import transformers
 from conftest import ROOT, make_model, relative_error, write_jsonl
 
 import train
-from common.targets import TARGET_MODULES
+from common.layers import TARGET_MODULES
 
 BARE, TRL = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own-loop.md").read_text(), re.DOTALL)
 

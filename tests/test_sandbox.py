@@ -18,9 +18,8 @@ import pytest
 from conftest import ROOT
 from hostile_programs import PROGRAMS, TESTS
 
-from common import cores
 from common.cli import UserError
-from eval import sandbox, sandbox_inside, system_calls
+from eval import cores, sandbox, sandbox_inside, system_calls
 from eval.sandbox import Isolation, Limits, Program, Verdict, run_programs
 from eval.sandbox_inside import PATIENCE
 

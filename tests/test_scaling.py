@@ -12,7 +12,7 @@ from test_forgetting import by_formula
 from test_user_errors import error_of
 
 import train
-from common import exports, peft_format
+from common import exports
 from common.cli import RunStopped
 from common.conversations import build_dataset
 from common.tables import load_records
@@ -85,7 +85,7 @@ def test_an_adapter_written_at_another_scale_is_found(runs, monkeypatch):
     def unscaled(layers, *args, **options):
         for layer in layers.values():
             layer.scaling = 2.0
-        return peft_format.export_adapter(layers, *args, **options)
+        return exports.export_adapter(layers, *args, **options)
 
     monkeypatch.setattr(train, "export_adapter", unscaled)
     with pytest.raises(RunStopped, match="the logits of merged/ are"):

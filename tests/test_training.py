@@ -23,10 +23,10 @@ from conftest import MERGED, ROOT, bits, encode_turn, make_model, make_tokenizer
 import train
 from common import chunked, estimates
 from common.conversations import build_dataset
+from common.layers import TARGET_MODULES
 from common.packing import enable_packing
 from common.ranks import start_ranks
 from common.tables import load_records
-from common.targets import TARGET_MODULES
 from common.templates import ALPACA_PROMPT, IGNORE_INDEX, encode_prompt
 from common.training import MicroBatches, Training, random_order
 
@@ -441,7 +441,7 @@ def test_a_step_stays_in_few_files_and_no_library_calls_back(checkpoint, data_fi
     begins = [number for number, call in enumerate(calls) if call[1] == "MicroBatches.of_step"]
     step = calls[begins[2] : begins[3]]
     assert {name for _, name, _ in step} >= {"BALoRAModel.forward", "Training.backward", "Training.end_step"}
-    room = {"common/chunked.py", "common/chunks.py", "common/token_kernel.py"}  # the objective without logits
+    room = {"common/chunked.py", "common/token_kernel.py"}  # the objective without logits
     assert len({"the objective's room" if file in room else file for file, _, _ in step}) <= 6
     places = ("torch/nn/modules/", "torch/autograd/", "transformers/models/", "transformers/masking_utils.py")
     assert {outside for _, _, outside in step if outside and not outside.startswith(places)} == set()

@@ -17,8 +17,8 @@ import finetune_bert_l_sst2 as nlu
 import train
 from common import ranks
 from common.cli import UserError, parse_arguments, run_script
-from common.peft_format import export_adapter
-from common.targets import TARGET_MODULES
+from common.exports import export_adapter
+from common.layers import TARGET_MODULES
 from common.templates import ALPACA_PROMPT
 from eval import gsm8k, report
 

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from common import intervals
-from common.markdown import markdown, pyplot, save_picture
+from common.intervals import markdown, pyplot, save_picture
 from experiments.inheritance.report import (
     EQUIVALENT,
     PRIMARY,
