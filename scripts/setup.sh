@@ -71,7 +71,7 @@ setup() {
     install requirements packages .venv -r requirements.txt
     if [ "$(gpus)" -gt 0 ]; then
         # Before anything is installed for GPUs: an old driver lists them, and this torch cannot use them.
-        .venv/bin/python -c 'from common import cli, devices; cli.run_script(lambda _: devices.announce_device())' || exit 2
+        .venv/bin/python -c 'from common import cli, ranks; cli.run_script(lambda _: ranks.announce_device())' || exit 2
         install gpu packages .venv -r requirements-gpu.txt
         if [ -n "${FLASH_ATTN:-}" ]; then
             install flash-attn .venv/bin/pip install --no-build-isolation -r requirements-flash-attn.txt
