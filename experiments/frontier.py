@@ -23,7 +23,7 @@ import numpy as np
 import scipy.stats
 
 from common.cli import Parser, UserError, run_script
-from common.intervals import by_seed, difference, holm, markdown, pyplot, save_picture, spread
+from common.intervals import by_seed, difference, holm, markdown, paired_interval, pyplot, save_picture, spread
 from common.runs import records_in
 from experiments.entries import load
 from experiments.study import append_row, read_rows
@@ -33,14 +33,21 @@ TEXTS = ("mbpp", "mt_bench", "math500")
 TOLERANCE = 0.003  # nats of validation loss, rule 1
 PRIMARY = (("masked-0.15", "cr-0.15"), ("masked-0.15", "pissa"))
 COMPARED = sorted({arm for pair in PRIMARY for arm in pair})  # Rule 2 takes its level from their lowest losses.
+OTHER = (  # pairs that the predictions are about, and the other rivals; not primary
+    ("cr-0.15", "pissa"),
+    ("masked-0.025", "cr-0.025"),
+    ("ba-lora", "cr-0.025"),
+    ("ba-lora-100", "cr-0.025"),
+    ("ba-lora", "pissa"),
+    ("lora", "pissa"),
+    ("full", "pissa"),
+)
+# The picture's arms: the name, at which point of the line and where beside it, and the colour.
 SHOWN = {
-    "pissa": "PiSSA",
-    "cr-0.15": "L_CR 0.15",
-    "masked-0.15": "masked 0.15",
-    "full": "full fine-tuning",
-    "lora": "LoRA",
+    "pissa": ("PiSSA", 0, (8, -2), "#000000"),
+    "cr-0.15": ("L_CR, λ₁ = 0.15", -1, (-10, 9), "#C77700"),
+    "masked-0.15": ("L_CR without\nthe target,\nλ₁ = 0.15", 0, (8, -16), "#0072B2"),
 }
-COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73")
 
 
 @dataclass
@@ -141,34 +148,69 @@ def points_table(arms: dict[str, dict[int, list[list[Point]]]]) -> str:
     return markdown(rows)
 
 
-def chosen_table(chosen: dict[str, dict[int, Point]], answers: dict[tuple[str, float], float]) -> str:
-    """The reported values at the chosen points."""
-    rows = [["arm", "seeds", "rate × α", "response loss", "KL(base ‖ tuned)", "forgetting", "accuracy, 500 problems"]]
+def chosen_table(chosen: dict[str, dict[int, Point]], answers: dict[tuple[str, float], float] | None = None) -> str:
+    """The reported values at the chosen points, with the accuracy there where `answers` has it."""
+    head = ["arm", "seeds", "rate × α", "response loss", "KL(base ‖ tuned)", "forgetting"]
+    rows = [head if answers is None else [*head, "accuracy, 500 problems"]]
     for arm, points in chosen.items():
-        solved = [answers[p.run, p.alpha] for p in points.values() if (p.run, p.alpha) in answers]
+        solved = [] if answers is None else [answers.get((p.run, p.alpha)) for p in points.values()]
         products = ", ".join(f"{p.rate:g} × {p.alpha:.2f}" for p in points.values())
         cells = [spread([getattr(p, name) for p in points.values()], 3) for name in ("response", "kl", "forgetting")]
-        rows.append([arm, str(len(points)), products, *cells, spread(solved, 3, "not yet")])
+        accuracy = [] if answers is None else [spread(solved, 3, "not measured")]
+        rows.append([arm, str(len(points)), products, *cells, *accuracy])
     return markdown(rows)
+
+
+def of_pair(chosen: dict[str, dict[int, Point]], pair: tuple[str, str], name: str) -> list[float]:
+    """The first arm's value − the second's, of every seed that has both."""
+    ours, theirs = ({seed: getattr(p, name) for seed, p in chosen.get(arm, {}).items()} for arm in pair)
+    return list(by_seed(ours, theirs).values())
 
 
 def primary_table(chosen: dict[str, dict[int, Point]]) -> str:
     """KL at equal loss, paired by seed: t-interval, t-test, Holm over the two."""
     rows, tests = [["difference in KL, at equal loss", "seeds", "mean [95 %]", "p, Holm"]], []
-    for first, second in PRIMARY:
-        kls = [{seed: point.kl for seed, point in chosen.get(arm, {}).items()} for arm in (first, second)]
-        differences = list(by_seed(*kls).values())
+    for pair in PRIMARY:
+        differences = of_pair(chosen, pair, "kl")
         tests.append(float(scipy.stats.ttest_1samp(differences, 0).pvalue))
-        rows.append([f"{first} − {second}", str(len(differences)), difference(differences, 4)])
+        rows.append([" − ".join(pair), str(len(differences)), difference(differences, 4)])
     for row, p in zip(rows[1:], holm(tests), strict=True):
         row.append(f"{p:.4f}")
     return markdown(rows)
 
 
-def draw(arms: dict[str, dict[int, list[list[Point]]]], path: Path) -> None:
+def difference_table(chosen: dict[str, dict[int, Point]]) -> str:
+    """All pairs at equal loss, paired by seed, with t-intervals; no correction for their number."""
+    rows = [["at equal validation loss", "seeds", "KL [95 %]", "forgetting [95 %]", "response loss [95 %]"]]
+    for pair in (*PRIMARY, *OTHER):
+        cells = [of_pair(chosen, pair, name) for name in ("kl", "forgetting", "response")]
+        if cells[0]:
+            rows.append([" − ".join(pair), str(len(cells[0])), *(difference(cell, 3) for cell in cells)])
+    return markdown(rows)
+
+
+def scaling_alone(runs: dict[int, list[list[Point]]], first: dict[int, Point]) -> str:
+    """What rule 1's scale does to PiSSA: prediction 1."""
+    ends = {seed: max(of_seed, key=lambda run: run[0].rate)[0] for seed, of_seed in runs.items()}
+    shares = spread([first[seed].kl / ends[seed].kl for seed in first], 2)
+    losses = difference([first[seed].response - ends[seed].response for seed in first], 3)
+    return f"Of PiSSA's KL at the higher rate and α = 1, {shares} is left at rule 1's points; response loss: {losses}."
+
+
+def title(level: dict[str, dict[int, Point]], seeds: int) -> str:
+    """The picture's message."""
+    if min((len(level.get(arm, {})) for arm in COMPARED), default=0) < seeds:
+        return "Does a term stay closer to the base than ΔW scaled by α? Under study"
+    differences = [of_pair(level, pair, "kl") for pair in (*PRIMARY, OTHER[0])]
+    if all(sum(paired_interval(values)) < 0 for values in differences):  # the upper bounds
+        return "At equal loss, L_CR stays closer to the base than ΔW scaled by α; without the target, closer still"
+    return "At equal loss, L_CR is not shown to stay closer to the base than ΔW scaled by α"
+
+
+def draw(arms: dict[str, dict[int, list[list[Point]]]], seeds: int, path: Path) -> None:
     """KL against response loss over α, at the arm's higher rate: the mean over seeds and a band of one deviation."""
-    figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
-    for (arm, name), colour in zip(SHOWN.items(), COLOURS, strict=True):
+    figure, axis = pyplot().subplots(figsize=(7.6, 4.4), layout="constrained")
+    for arm, (name, at, place, colour) in SHOWN.items():
         runs = [max(of_seed, key=lambda run: run[0].rate) for of_seed in arms.get(arm, {}).values()]
         if not runs:
             continue
@@ -177,14 +219,17 @@ def draw(arms: dict[str, dict[int, list[list[Point]]]], path: Path) -> None:
         axis.plot(x, y, color=colour, marker="o", markersize=4)
         if len(runs) > 1:
             axis.fill_between(x, y - kls.std(0, ddof=1), y + kls.std(0, ddof=1), color=colour, alpha=0.15, linewidth=0)
-        axis.annotate(f"{name}, α = 1", (x[0], y[0]), (6, 4), textcoords="offset points", color=colour)
+        axis.annotate(name, (x[at], y[at]), place, textcoords="offset points", color=colour)
+        if arm == "pissa":
+            for alpha, *point in zip(SCALES, x, y, strict=True):
+                axis.annotate(f"α = {alpha}", point, (-8, 2), textcoords="offset points", ha="right", size=8)
     axis.invert_xaxis()
     axis.margins(x=0.3, y=0.1)
+    axis.set_ylim(bottom=0)
     axis.grid(linewidth=0.4, alpha=0.6)
-    axis.set_xlabel("response loss, nats (learning: to the right); α falls from 1 to 0.5 along a line")
-    axis.set_ylabel("KL(base ‖ tuned), nats per token")
-    seeds = len({seed for of_seed in arms.values() for seed in of_seed})
-    save_picture(figure, path, f"Does a term keep more than ΔW scaled by α? Under study, {seeds} of 5 seeds begun")
+    axis.set_xlabel("response loss, nats per token: less to the right, where more is learned")
+    axis.set_ylabel("KL(base ‖ tuned), nats per token: less kept above")
+    save_picture(figure, path, title(chosen_at_level(arms), seeds))
 
 
 def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float]) -> str:
@@ -211,8 +256,12 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
             "",
             chosen_table(first, answers),
         ]
+    if "pissa" in first:
+        text += ["", scaling_alone(arms["pissa"], first["pissa"])]
     if level:
-        text += ["", "At rule 2's points (equal validation loss):", "", chosen_table(level, {})]
+        text += ["", "At rule 2's points (equal validation loss):", "", chosen_table(level)]
+        text += ["", "The differences there, paired by seed, without a correction for their number:", ""]
+        text += [difference_table(level)]
     if arms:
         text += ["", "All points, mean ± standard deviation over seeds:", "", points_table(arms)]
     return "\n".join(text)
@@ -260,7 +309,7 @@ def main(argv: list[str]) -> None:
     text = report(records, read_answers(args.records))
     print(text)
     if args.page:
-        draw(by_arm_and_seed(records), args.page / "frontier.png")
+        draw(by_arm_and_seed(records), len(load("frontier")["axes"]["seed"]), args.page / "frontier.png")
         page = args.page / "frontier.md"
         head = page.read_text().partition("<!-- tables -->")[0]
         picture = "![KL against the response loss over α; a band is one deviation over seeds](frontier.png)"

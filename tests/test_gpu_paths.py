@@ -1,4 +1,4 @@
-"""What only a GPU uses, tested without one: Triton's interpreter for the kernels, the arithmetic of counts."""
+"""What only a GPU uses, tested without one: Triton's interpreter for the kernels, the arithmetic of chunks, counts."""
 
 import collections
 import contextlib

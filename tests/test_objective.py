@@ -86,7 +86,7 @@ def definition(inputs, settings, num_tokens=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_values_and_gradient_equal_the_definition(name, shape, memory_mib, cached_bytes, monkeypatch):
-    monkeypatch.setattr("CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr(chunked, "CACHED_BYTES", cached_bytes)
     for seed in range(3):
         inputs = make_inputs(shape, seed)
         loss, terms, gradient = fused(inputs, SETTINGS[name], memory_mib)
