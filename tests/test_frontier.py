@@ -86,6 +86,16 @@ def test_the_two_rules_and_the_primary_outcome(records, tmp_path, capsys):
         low, high = test.confidence_interval()
         assert row[3].strip() == f"{(low + high) / 2:+.4f} [{low:+.4f}, {high:+.4f}]"
         assert row[4].strip() == f"{holm[test.pvalue]:.4f}"
+    table = [line.split("|") for line in frontier.difference_table(chosen).splitlines()[2:]]
+    pairs = [("masked-0.15", "cr-0.15"), ("masked-0.15", "pissa"), ("cr-0.15", "pissa")]  # no other arm has rows
+    for row, (ours, theirs) in zip(table, pairs, strict=True):
+        low, high = scipy.stats.ttest_rel(kls[ours], kls[theirs]).confidence_interval()
+        assert row[1].strip() == f"{ours} − {theirs}"
+        assert row[3].strip() == f"{(low + high) / 2:+.3f} [{low:+.3f}, {high:+.3f}]"
+        assert high < 0  # which the picture's title says
+    assert "closer still" in frontier.title(chosen, 5) and "Under study" in frontier.title(chosen, 6)
+    chosen["masked-0.15"] = chosen["pissa"]
+    assert "not shown" in frontier.title(chosen, 5)
     records.append(run_of("lora", "", 51) | {"status": "failed"})
     for one in records:
         (tmp_path / f"{one['run']}.json").write_text(json.dumps(one))

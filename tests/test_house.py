@@ -67,6 +67,10 @@ def test_no_room_reaches_into_one_above(name):
     assert not {module.partition(".")[0] for module in imported(name)} & above
 
 
+def test_what_both_scripts_share_has_few_files():
+    assert sum(name.startswith("common/") and not name.endswith("__init__.py") for name in PROGRAMS) <= 22
+
+
 def test_no_files_import_each_other_in_a_circle():
     modules = {name.removesuffix(".py").replace("/", ".").removeprefix("bench."): name for name in PROGRAMS}
     graph = {module: imported(name) & modules.keys() for module, name in modules.items()}

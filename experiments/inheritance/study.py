@@ -30,7 +30,6 @@ from experiments.study import read_rows, run_missing
 
 HERE = Path(__file__).parent
 SETTLED = yaml.safe_load((HERE / "predictions.yaml").read_text())  # rates and best cases from the selection's seeds
-CLOCK = ("seconds", "finished")
 
 PUBLISHED = (0.025, 0.005, 0.005)
 MAIN = {
