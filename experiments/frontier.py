@@ -15,6 +15,7 @@ import itertools
 import json
 import statistics
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,17 @@ def chosen_table(chosen: dict[str, dict[int, Point]], answers: dict[tuple[str, f
     rows = [head if answers is None else [*head, "accuracy, 500 problems"]]
     for arm, points in chosen.items():
         solved = [] if answers is None else [answers.get((p.run, p.alpha)) for p in points.values()]
-        products = ", ".join(f"{p.rate:g} × {p.alpha:.2f}" for p in points.values())
+        products = ", ".join(scales_of(points.values(), rate) for rate in sorted({p.rate for p in points.values()}))
         cells = [spread([getattr(p, name) for p in points.values()], 3) for name in ("response", "kl", "forgetting")]
         accuracy = [] if answers is None else [spread(solved, 3, "not measured")]
         rows.append([arm, str(len(points)), products, *cells, *accuracy])
     return markdown(rows)
+
+
+def scales_of(points: Iterable[Point], rate: float) -> str:
+    """The range of α among the points at the rate."""
+    scales = [f"{point.alpha:.2f}" for point in points if point.rate == rate]
+    return f"{rate:g} × {min(scales)}" + (f" to {max(scales)}" if len(set(scales)) > 1 else "")
 
 
 def of_pair(chosen: dict[str, dict[int, Point]], pair: tuple[str, str], name: str) -> list[float]:
