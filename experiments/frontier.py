@@ -196,6 +196,17 @@ def difference_table(chosen: dict[str, dict[int, Point]]) -> str:
     return markdown(rows)
 
 
+def accuracy_differences(first: dict[str, dict[int, Point]], answers: dict[tuple[str, float], float]) -> str:
+    """Between the arms at rule 1's points, paired by seed, where they are measured."""
+    solved = {
+        arm: {seed: answers[p.run, p.alpha] for seed, p in points.items() if (p.run, p.alpha) in answers}
+        for arm, points in first.items()
+    }
+    found = {pair: by_seed(*(solved.get(arm, {}) for arm in pair)).values() for pair in (*PRIMARY, *OTHER)}
+    texts = [f"{' − '.join(pair)}: {difference([100 * d for d in of], 1)}" for pair, of in found.items() if of]
+    return f"Accuracy, in points, paired by seed, without a correction: {'; '.join(texts)}."
+
+
 def scaling_alone(runs: dict[int, list[list[Point]]], first: dict[int, Point]) -> str:
     """What rule 1's scale does to PiSSA: prediction 1."""
     ends = {seed: max(of_seed, key=lambda run: run[0].rate)[0] for seed, of_seed in runs.items()}
@@ -263,6 +274,8 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
             "",
             chosen_table(first, answers),
         ]
+    if answers:
+        text += ["", accuracy_differences(first, answers)]
     if "pissa" in first:
         text += ["", scaling_alone(arms["pissa"], first["pissa"])]
     if level:

@@ -96,6 +96,19 @@ def test_the_two_rules_and_the_primary_outcome(records, tmp_path, capsys):
     assert "closer still" in frontier.title(chosen, 5) and "Under study" in frontier.title(chosen, 6)
     chosen["masked-0.15"] = chosen["pissa"]
     assert "not shown" in frontier.title(chosen, 5)
+    first = {
+        arm: {seed: frontier.within_tolerance(runs) for seed, runs in of_seed.items()} for arm, of_seed in arms.items()
+    }
+    shares = {arm: [0.5 + 0.01 * len(arm) * (seed % 3) for seed in (51, 52, 53, 54, 55)] for arm in arms}
+    answers = {
+        (point.run, point.alpha): shares[arm][number]
+        for arm, points in first.items()
+        for number, point in enumerate(points.values())
+        if (arm, number) != ("pissa", 4)  # one that is not measured
+    }
+    low, high = scipy.stats.ttest_rel(shares["masked-0.15"][:4], shares["pissa"][:4]).confidence_interval()
+    expected = f"masked-0.15 − pissa: {50 * (low + high):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert expected in frontier.accuracy_differences(first, answers)
     records.append(run_of("lora", "", 51) | {"status": "failed"})
     for one in records:
         (tmp_path / f"{one['run']}.json").write_text(json.dumps(one))
