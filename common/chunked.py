@@ -345,7 +345,7 @@ def card_bytes(device: torch.device | None = None) -> int | None:
 def chunks(
     hidden: Tensor, head_weight: Tensor, num_buffers: int, memory_mib: float | None, in_place: bool = False
 ) -> Iterator[slice]:
-    """Equal chunks of rows whose (m, V) logits, `num_buffers` of them, fit into the budget.
+    """Equal chunks of rows. The (m, V) logits of one chunk fit into the budget `num_buffers` times.
 
     Args:
         in_place: the terms overwrite the head's own output and need no other buffer.

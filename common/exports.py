@@ -295,7 +295,7 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
         about: `scale` of ΔW if it was set after training, and `why`; `unfinished`: how far the training was.
     """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
-    if Path(args.model).is_dir():  # the hub refuses a card whose base_model is no repository
+    if Path(args.model).is_dir():  # the hub refuses a card if its base_model is no repository
         del front["base_model"]
     settings = {
         "base model": args.model + (f", revision {args.model_revision}" if args.model_revision else ""),
@@ -365,7 +365,7 @@ def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -
     """
     front = {"base_model": args.model, "library_name": "peft", "tags": ["lora", args.method]}
     is_local = args.model == "demo" or Path(args.model).is_dir()
-    if is_local:  # the hub refuses a card whose base_model is no repository
+    if is_local:  # the hub refuses a card if its base_model is no repository
         del front["base_model"]
     predicts = ", ".join(config.id2label.values()) if config.num_labels > 1 else "a number, in the units of the labels"
     # PEFT reads the base's own configuration, which knows neither the classes nor their names.
@@ -494,7 +494,7 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
 #     1.0          0.0602              0.9120
 #     0.9          0.0621              0.8013
 #     0.8          0.0655              0.7011
-#     chosen: 0.9, the smallest scale whose loss is within 0.003 nats of the lowest
+#     chosen: 0.9, the smallest scale within 0.003 nats of the lowest loss
 
 GRID = tuple(tenths / 10 for tenths in range(10, 0, -1))
 MOST_NUMBERS = 2**28  # how many log-probabilities of the base are kept at a time
@@ -574,7 +574,7 @@ class Curve:
     kl_base_tuned: dict[float, float] = field(default_factory=dict)
 
     def smallest_within(self, tolerance: float) -> float:
-        """The smallest α whose loss is at most `tolerance` above the lowest."""
+        """The smallest α with a loss of at most `tolerance` above the lowest."""
         lowest = min(self.losses.values())
         return min(alpha for alpha, loss in self.losses.items() if loss <= lowest + tolerance)
 
@@ -627,7 +627,7 @@ def choose(scaled: Scaled, examples: Sequence[Mapping[str, Any]], tolerance: flo
     scale = curve.smallest_within(tolerance)
     lines = ["scale   held-out loss   KL(base || tuned)"]
     lines += [f"{alpha:5.1f}{curve.losses[alpha]:16.4f}{curve.kl_base_tuned[alpha]:20.4f}" for alpha in GRID]
-    why = f"the smallest scale whose loss is within {tolerance:g} nats of the lowest"
+    why = f"the smallest scale within {tolerance:g} nats of the lowest loss"
     print("\n".join([*lines, f"chosen: {scale:g}, {why} on {curve.examples} held-out examples"]), flush=True)
     found = {"held_out_examples": curve.examples, "losses": curve.losses, "kl_base_tuned": curve.kl_base_tuned}
     return {"scale": scale, "why": why, "tolerance": tolerance, **found}

@@ -15,8 +15,9 @@ import itertools
 import json
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,11 @@ def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]]) -> dict[str, 
     return found
 
 
+def num_compared(level: dict[str, dict[int, Point]]) -> int:
+    """The number of seeds in which all compared arms have rule 2's point."""
+    return min(len(level.get(arm, {})) for arm in COMPARED)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Tables and the picture
 # ------------------------------------------------------------------------------------------------------------------
@@ -168,9 +174,11 @@ def scales_of(points: Iterable[Point], rate: float) -> str:
     return f"{rate:g} × {min(scales)}" + (f" to {max(scales)}" if len(set(scales)) > 1 else "")
 
 
-def of_pair(chosen: dict[str, dict[int, Point]], pair: tuple[str, str], name: str) -> list[float]:
+def of_pair(
+    chosen: dict[str, dict[int, Point]], pair: tuple[str, str], value: Callable[[Point], float | None]
+) -> list[float]:
     """The first arm's value − the second's, of every seed that has both."""
-    ours, theirs = ({seed: getattr(p, name) for seed, p in chosen.get(arm, {}).items()} for arm in pair)
+    ours, theirs = ({seed: value(point) for seed, point in chosen.get(arm, {}).items()} for arm in pair)
     return list(by_seed(ours, theirs).values())
 
 
@@ -178,7 +186,7 @@ def primary_table(chosen: dict[str, dict[int, Point]]) -> str:
     """KL at equal loss, paired by seed: t-interval, t-test, Holm over the two."""
     rows, tests = [["difference in KL, at equal loss", "seeds", "mean [95 %]", "p, Holm"]], []
     for pair in PRIMARY:
-        differences = of_pair(chosen, pair, "kl")
+        differences = of_pair(chosen, pair, attrgetter("kl"))
         tests.append(float(scipy.stats.ttest_1samp(differences, 0).pvalue))
         rows.append([" − ".join(pair), str(len(differences)), difference(differences, 4)])
     for row, p in zip(rows[1:], holm(tests), strict=True):
@@ -190,7 +198,7 @@ def difference_table(chosen: dict[str, dict[int, Point]]) -> str:
     """All pairs at equal loss, paired by seed, with t-intervals; no correction for their number."""
     rows = [["at equal validation loss", "seeds", "KL [95 %]", "forgetting [95 %]", "response loss [95 %]"]]
     for pair in (*PRIMARY, *OTHER):
-        cells = [of_pair(chosen, pair, name) for name in ("kl", "forgetting", "response")]
+        cells = [of_pair(chosen, pair, attrgetter(name)) for name in ("kl", "forgetting", "response")]
         if cells[0]:
             rows.append([" − ".join(pair), str(len(cells[0])), *(difference(cell, 3) for cell in cells)])
     return markdown(rows)
@@ -198,17 +206,13 @@ def difference_table(chosen: dict[str, dict[int, Point]]) -> str:
 
 def accuracy_differences(first: dict[str, dict[int, Point]], answers: dict[tuple[str, float], float]) -> str:
     """Between the arms at rule 1's points, paired by seed, where they are measured."""
-    solved = {
-        arm: {seed: answers[p.run, p.alpha] for seed, p in points.items() if (p.run, p.alpha) in answers}
-        for arm, points in first.items()
-    }
-    found = {pair: by_seed(*(solved.get(arm, {}) for arm in pair)).values() for pair in (*PRIMARY, *OTHER)}
+    found = {pair: of_pair(first, pair, lambda p: answers.get((p.run, p.alpha))) for pair in (*PRIMARY, *OTHER)}
     texts = [f"{' − '.join(pair)}: {difference([100 * d for d in of], 1)}" for pair, of in found.items() if of]
     return f"Accuracy, in points, paired by seed, without a correction: {'; '.join(texts)}."
 
 
 def scaling_alone(runs: dict[int, list[list[Point]]], first: dict[int, Point]) -> str:
-    """What rule 1's scale does to PiSSA: prediction 1."""
+    """PiSSA at rule 1's points against PiSSA at the higher rate and α = 1: prediction 1."""
     ends = {seed: max(of_seed, key=lambda run: run[0].rate)[0] for seed, of_seed in runs.items()}
     shares = spread([first[seed].kl / ends[seed].kl for seed in first], 2)
     losses = difference([first[seed].response - ends[seed].response for seed in first], 3)
@@ -217,9 +221,9 @@ def scaling_alone(runs: dict[int, list[list[Point]]], first: dict[int, Point]) -
 
 def title(level: dict[str, dict[int, Point]], seeds: int) -> str:
     """The picture's message."""
-    if min((len(level.get(arm, {})) for arm in COMPARED), default=0) < seeds:
+    if num_compared(level) < seeds:
         return "Does a term stay closer to the base than ΔW scaled by α? Under study"
-    differences = [of_pair(level, pair, "kl") for pair in (*PRIMARY, OTHER[0])]
+    differences = [of_pair(level, pair, attrgetter("kl")) for pair in (*PRIMARY, OTHER[0])]
     if all(sum(paired_interval(values)) < 0 for values in differences):  # the upper bounds
         return "At equal loss, L_CR stays closer to the base than ΔW scaled by α; without the target, closer still"
     return "At equal loss, L_CR is not shown to stay closer to the base than ΔW scaled by α"
@@ -259,7 +263,7 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
     text = [f"{len(done)} of {planned} runs are done, {len(records) - len(done)} failed or are not finished."]
     text += [f"- {record['run']}: {record['status']}" for record in records if record["status"] != "done"]
     level = chosen_at_level(arms)
-    complete = min((len(level.get(arm, {})) for arm in COMPARED), default=0)
+    complete = num_compared(level)
     if complete == seeds:
         text += ["", "**Primary outcome:**", "", primary_table(level)]
     else:

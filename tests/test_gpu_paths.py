@@ -78,7 +78,7 @@ def memory_of(capsys, tmp_path, *options):
 
 
 def test_a_dry_run_estimates_for_the_gpu_that_is_named(tmp_path, capsys, monkeypatch):
-    """bf16 and a GPU's on a machine without one; the gradients in fp32 that DeepSpeed's step makes."""
+    """bf16 and a GPU's chunks, on a machine without one; the gradients in fp32 that DeepSpeed's step makes."""
     parts, _, first = memory_of(capsys, tmp_path, "--dry-run-gpu", "80")
     assert first == "GPU, estimated for a micro-batch of 2048 tokens in bfloat16:"
     # 2,048 tokens: logits of both models in fp32 and one buffer more beside the head's bf16; three states; a factor.
@@ -137,7 +137,7 @@ def test_a_gpus_chunks_have_rows_enough_and_fit(gib, vocabulary):
         assert rows >= min(1024, card // 8 // row)
         assert rows * row <= card / 8
         assert rows >= card // 32 // row
-        assert chunked.most_rows(row, 128.0, card) * row <= 2**27  # what a user says holds
+        assert chunked.most_rows(row, 128.0, card) * row <= 2**27  # the user's limit holds
         assert chunked.most_rows(row, None, None) == chunked.most_rows(row, 128.0, None)
     assert chunked.bytes_per_row(vocabulary, 2, 4, 2, True) == 14 * vocabulary
 
