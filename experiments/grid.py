@@ -18,7 +18,7 @@ from typing import Any
 from common.cli import Parser, UserError, as_words, run_script
 from common.runs import write_whole
 from experiments.entries import load, names, read_yaml
-from experiments.runs import Plan, PlannedRun, expand, measure_script, read_config
+from experiments.plans import Plan, PlannedRun, expand, measure_script, read_config
 
 PLAN_VERSION = 1
 

@@ -36,7 +36,7 @@ from common.layers import default_target_modules, find_target_modules
 from common.training import num_steps
 from eval.results import NLG, NLU
 from experiments.entries import ROOT
-from experiments.runs import Plan, PlannedRun, parse_training
+from experiments.plans import Plan, PlannedRun, parse_training
 
 SHAPES = ROOT / "data" / "shapes"
 # FLOP/s, dense: bfloat16 on tensor cores, and float32, in which classification trains.

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import UserError
 from common.runs import load_record, records_in
-from experiments import choose, entries, grid, price, report, run_record, runs
+from experiments import choose, entries, grid, plans, price, report, run_record
 
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
 
@@ -55,7 +55,7 @@ def test_what_was_asked_for_is_there_with_a_twin_each():
 def test_an_experiment_resolves_without_network_and_has_its_price(name, no_network, monkeypatch):
     """Its runs are all combinations, each in a folder of its own; every file that a run needs has a command."""
     monkeypatch.chdir(ROOT)
-    plan = runs.expand(name)
+    plan = plans.expand(name)
     study = [run for run in plan.runs if run.phase == "study"]
     sizes = [len(values) for values in plan.entries["axes"].values()]
     assert len(study) == np.prod(sizes)
@@ -79,7 +79,7 @@ def test_an_experiment_resolves_without_network_and_has_its_price(name, no_netwo
 def test_the_published_counts_of_trainable_parameters(monkeypatch):
     """The published table's, in the price as it is printed."""
     monkeypatch.chdir(ROOT)
-    text = price.text(runs.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
+    text = price.text(plans.expand("nlg", only={"seed": ["42"], "data": ["metamath"]}))
     for model, adapters, full in (
         ("Llama-2-7b-hf", 319.8, 6738.4),
         ("Mistral-7B-v0.1", 167.8, 7241.7),
@@ -88,9 +88,9 @@ def test_the_published_counts_of_trainable_parameters(monkeypatch):
         rows = [line.split() for line in text.splitlines() if line.strip().partition(" ")[0].endswith(model)]
         trained = {row[1]: float(row[3]) for row in rows}
         assert trained == {"full": full, "lora": adapters, "pissa": adapters, "ba-lora": adapters}
-    glue = price.prices(runs.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
+    glue = price.prices(plans.expand("glue", only={"seed": ["42"], "task": ["rte"], "model": ["deberta-v3-base"]}))
     assert [round(one.trainable / 1e6, 2) for one in glue[1:]] == [1.33] * 3
-    peft = price.prices(runs.expand("peft-metamath", only={"seed": ["0"]}))
+    peft = price.prices(plans.expand("peft-metamath", only={"seed": ["0"]}))
     assert {one.trainable for one in peft} == {9175040}  # as PEFT counts them for its LoRA of rank 32
 
 
@@ -98,13 +98,13 @@ def test_the_paper_s_protocol(monkeypatch):
     """One epoch of 100,000 examples, 128 per step whatever the number of GPUs, at most 512 tokens each."""
     monkeypatch.chdir(ROOT)
     for count in (1, 2, 8):
-        plan = runs.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
+        plan = plans.expand("nlg", only={"seed": ["42"], "data": ["python"]}, processes=count)
         for run, one in zip(plan.runs, price.prices(plan), strict=True):
-            args = runs.parse_training(plan, run)
+            args = plans.parse_training(plan, run)
             assert args.batch_size * args.gradient_accumulation * count == 128
             assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
             assert (one.steps, one.tokens) == (782, 782 * 128 * 512)
-    (run, *_) = runs.expand("nlg-batch32").runs
+    (run, *_) = plans.expand("nlg-batch32").runs
     assert run.settings["gradient-accumulation"] * 4 * run.processes == 32
 
 
@@ -128,7 +128,7 @@ def test_operations_are_those_that_a_counter_sees(tmp_path, monkeypatch):
     }
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump({"settings": settings | {"gradient-accumulation": 1}}))
-    (one,) = price.prices(runs.expand(str(path)))
+    (one,) = price.prices(plans.expand(str(path)))
     assert one.operations == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -141,12 +141,12 @@ def test_a_price_counts_the_teacher_and_only_where_it_acts(monkeypatch):
 
 
 def both(name: str, only: dict) -> zip:
-    plan = runs.expand(name, only=only)
+    plan = plans.expand(name, only=only)
     return zip(plan.runs, price.prices(plan), strict=True)
 
 
 def test_a_tuning_has_seeds_of_its_own_and_its_arm_takes_its_choice():
-    plan = runs.expand("start-demo")
+    plan = plans.expand("start-demo")
     tuning = [run for run in plan.runs if run.phase == "tuning"]
     study = [run for run in plan.runs if run.phase == "study"]
     assert len(plan.choices) == 4
@@ -173,7 +173,7 @@ def mistake(tmp_path: Path, entries: dict) -> str:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(entries))
     with pytest.raises(UserError) as error:
-        runs.expand(str(path))
+        plans.expand(str(path))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -222,7 +222,7 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
 
 def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
     with pytest.raises(UserError, match=r"nlg takes 8 GPUs per run, and there are 2 here.*nlg-demo"):
-        grid.require_devices(runs.expand("nlg", only={"seed": ["42"]}), 2)
+        grid.require_devices(plans.expand("nlg", only={"seed": ["42"]}), 2)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def made_plan(folder: Path, monkeypatch) -> dict:
     """A plan of one run with one benchmark, in whose folder nothing is yet."""
     monkeypatch.chdir(ROOT)
     only = {"model": ["tiny-llama"], "data": ["metamath"], "method": ["ba-lora"], "seed": ["42"]}
-    plan = grid.as_json(runs.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
+    plan = grid.as_json(plans.expand("nlg-tiny", str(folder), only), "plan.json", {}, [])
     (run,) = plan["runs"].values()
     Path(run["results"]).mkdir(parents=True)
     (folder / "logs").mkdir()
@@ -417,7 +417,7 @@ def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
     """Four GPUs, two per training: what a job sees is what Snakemake counts for it, and all four are used."""
     monkeypatch.chdir(ROOT)
     only = {"seed": ["1", "2"], "data": ["metamath"], "model": ["llama2-7b"], "method": ["lora"]}
-    plan = grid.as_json(runs.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
+    plan = grid.as_json(plans.expand("nlg", str(tmp_path), only, 2), "", {}, ["4", "5", "6", "7"])
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [word for word in workflow(tmp_path, "--dry-run") if word not in ("--quiet", "all")]
     printed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -36,7 +36,7 @@ from common.runs import config_text
 from data import sentiment
 from eval import results
 from experiments import nlu_robustness as robustness
-from experiments import price, runs, study, tiny_models
+from experiments import plans, price, study, tiny_models
 
 WORDS = ["a", "the", "film", "is", "good", "bad", "great", "poor", "not", "very", "dull", "bright", "it", "was", "and"]
 WORDS += ["but", "or", "plot", "cast", "end"]
@@ -263,7 +263,7 @@ def planned_runs() -> list:
     """Every model and method of the experiments on GLUE, with options of its own."""
     found, files = {}, ("seed", "data", "test-data", "limit")
     for experiment in ("glue", "glue-imbalance", "glue-noise"):
-        for one in runs.expand(experiment).runs:
+        for one in plans.expand(experiment).runs:
             options = {name: value for name, value in one.settings.items() if name not in files}
             if options["task"] == "mnli":
                 model = one.labels.get("model", "deberta-v3-base")
@@ -280,7 +280,7 @@ def test_peft_restores_each_planned_runs_adapter_and_head_on_the_untouched_encod
 
     three = [{"premise": "it is", "hypothesis": f"a {word} film", "label": i % 3} for i, word in enumerate(WORDS * 2)]
     data, encoder = write_jsonl(tmp_path / "pairs.jsonl", three), encoders[TWINS.get(model, model)]
-    words = [*runs.as_words(options), "--model", encoder, "--data", data, "--test-data", data, "--max-length=32"]
+    words = [*plans.as_words(options), "--model", encoder, "--data", data, "--test-data", data, "--max-length=32"]
     summary = run(tmp_path, *words, "--epochs=1", "--batch-size=8", "--rank=4", "--learning-rate=0.01")
     assert (summary["steps"], summary["class_names"][0]) == (5, "entailment")
     if options["method"] == "full":
