@@ -1,20 +1,25 @@
 """The script that `sandbox.py` starts: forks a confined process for each program, split into a judge and a candidate.
 
 The judge runs the benchmark's tests and reports the verdict; the candidate runs the model's code. They share no
-memory: the judge sends arguments and receives results as plain data; a result that is no plain data stays with the
-candidate, and the judge gets a handle of it (`Remote`). So nothing that the model's code does to its own interpreter
-(patched builtins, objects equal to everything, an early exit, forged frames) reaches the process that decides.
+memory: the judge sends arguments and receives results as plain data, numpy's numbers and arrays as their bytes; a
+result that is no plain data stays with the candidate, and the judge gets a handle of it (`Remote`). So nothing that the
+model's code does to its own interpreter (patched builtins, objects equal to everything, an early exit, forged frames)
+reaches the process that decides.
 
-Runs in an interpreter without site packages and without an environment; imports the standard library only. The process
-that forks sees no program and no test, and runs none: all programs begin in the same state.
+Runs in an interpreter without site packages and without an environment; imports the standard library, and numpy where a
+program or its tests do. The process that forks sees no program and no test, and runs none: all programs begin in the
+same state.
 """
 
+import array
 import builtins
 import collections
 import contextlib
 import ctypes
+import datetime
 import decimal
 import fractions
+import functools
 import itertools
 import json
 import operator
@@ -28,6 +33,7 @@ import struct
 import sys
 import time
 import types
+import zoneinfo
 from importlib.util import spec_from_file_location
 from typing import Any, NoReturn
 
@@ -240,14 +246,46 @@ def _read(descriptor: int, length: int) -> bytes:
     return bytes(data)
 
 
+NUMPY_KINDS = "biufcmMSU"  # the kinds of numpy's values that hold no pointers
+
+
+def _of_numpy(value: Any) -> list | None:
+    """A number or an array of numpy as its type, its shape and its bytes; None: it is neither."""
+    numpy = sys.modules.get("numpy")  # without numpy in this process there is no such value
+    if numpy is None or not (isinstance(value, numpy.generic) or type(value) is numpy.ndarray):
+        return None
+    return [value.dtype.str, value.shape, value.tobytes()] if value.dtype.kind in NUMPY_KINDS else None
+
+
+def _as_numpy(parts: list) -> Any:
+    """The inverse of `_of_numpy`.
+
+    Raises:
+        ImportError, TypeError, ValueError: no numpy here, or no such parts.
+    """
+    import numpy
+
+    dtype = numpy.dtype(str(parts[0]))
+    if dtype.kind not in NUMPY_KINDS:
+        raise ValueError(f"an array of {dtype}")
+    return numpy.ndarray(parts[1], dtype, bytearray(parts[2]))[()]  # a number, if it has no dimension
+
+
+_named_tuple = functools.cache(functools.partial(collections.namedtuple, rename=True))  # runs no name as code
+
+
+def _by_attributes(kind: type, names: list[str]) -> tuple[type, Any, Any]:
+    return kind, operator.attrgetter(*names), lambda parts: kind(**dict(zip(names, parts, strict=True)))
+
+
 # The types that travel by value. By name: the type, how it is taken apart, how it is made of its parts. A subclass
 # travels as the first of these types that it derives from. The reader makes each by itself: no code of the sender comes
 # along.
 TYPES: dict[str, tuple[type, Any, Any]] = {
     "int": (int, lambda value: [hex(int.__index__(value))], lambda parts: int(parts[0], 16)),
-    "complex": (complex, lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
     "bytes": (bytes, lambda value: [bytes.hex(value)], lambda parts: bytes.fromhex(parts[0])),
     "bytearray": (bytearray, lambda value: [bytearray.hex(value)], lambda parts: bytearray.fromhex(parts[0])),
+    "array": (array.array, lambda value: [value.typecode, *value], lambda parts: array.array(parts[0], parts[1:])),
     **{kind.__name__: (kind, kind.__iter__, kind) for kind in (tuple, list, set, frozenset, collections.deque)},
     **{
         kind.__name__: (
@@ -257,13 +295,27 @@ TYPES: dict[str, tuple[type, Any, Any]] = {
         )
         for kind in (collections.Counter, collections.OrderedDict, dict)
     },
+    "dict_keys": (type({}.keys()), list, lambda parts: dict.fromkeys(parts).keys()),
+    "dict_items": (type({}.items()), list, lambda parts: dict(parts).items()),
+    "dict_values": (type({}.values()), list, lambda parts: dict(enumerate(parts)).values()),
     "Decimal": (decimal.Decimal, lambda value: [decimal.Decimal.__str__(value)], lambda parts: decimal.Decimal(*parts)),
-    "Fraction": (
-        fractions.Fraction,
-        lambda value: [fractions.Fraction.__str__(value)],
-        lambda parts: fractions.Fraction(*parts),
-    ),
-    "range": (range, lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
+    "timezone": (datetime.timezone, lambda value: [value.utcoffset(None)], lambda parts: datetime.timezone(*parts)),
+    "ZoneInfo": (zoneinfo.ZoneInfo, lambda value: [value.key], lambda parts: zoneinfo.ZoneInfo(*parts)),
+    "range": (range, operator.attrgetter("start", "stop", "step"), lambda parts: range(*parts)),
+    **{
+        kind.__name__: _by_attributes(kind, names.split())
+        for kind, names in {
+            complex: "real imag",
+            fractions.Fraction: "numerator denominator",
+            datetime.datetime: "year month day hour minute second microsecond tzinfo fold",
+            datetime.date: "year month day",
+            datetime.time: "hour minute second microsecond tzinfo fold",
+            datetime.timedelta: "days seconds microseconds",
+        }.items()
+    },
+    # `encode` finds these two by itself.
+    "numpy": ((), None, _as_numpy),
+    "namedtuple": ((), None, lambda parts: _named_tuple(*parts[:2])(*parts[2:])),
 }
 
 
@@ -273,6 +325,10 @@ def _pairs(parts: list) -> dict:
 
 def encode(value: Any, keep: Any) -> Any:
     """`value` as JSON; every part that is not plain data is replaced by `keep(part)`."""
+    if parts := _of_numpy(value):
+        return {"numpy": [encode(part, keep) for part in parts]}
+    if isinstance(value, tuple) and isinstance(fields := getattr(value, "_fields", None), tuple):
+        return {"namedtuple": [encode(part, keep) for part in (type(value).__name__, fields, *value)]}
     if value is None or value is True or value is False:
         return value
     if isinstance(value, str):
@@ -347,6 +403,10 @@ def _global(module: types.ModuleType, name: str) -> Any:
 # The judge
 
 
+# Raised by parts of a reply that are no value.
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, OSError, RecursionError)
+
+
 class Connection:
     """The judge's end."""
 
@@ -374,7 +434,7 @@ class Connection:
             known = [kind for kind in known if isinstance(kind, type) and issubclass(kind, BaseException)]
         except EOFError:
             self.gone = "the program ended before its tests did"
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
+        except UNREADABLE as error:
             self.gone = f"no answer that can be read: {type(error).__name__}"
         else:
             if known and issubclass(known[0], Exception):
@@ -534,6 +594,7 @@ def run_program(settings: dict[str, Any]) -> NoReturn:
     signal.setitimer(signal.ITIMER_REAL, clock.window, clock.window)
     job = receive(0)
     empty_stdin()
+    find_packages(settings["packages"])  # read-only folders of the host
     verdict = judge(job, Connection(requests[1], replies[0]))
     finish(*verdict)
 

@@ -909,6 +909,40 @@ program(
     def f(x): return None
 """,
 )
+program(
+    "numpy_lies",
+    "a false numpy, whose numbers are pointers to an object that is equal to everything",
+    """
+    import struct, sys, types
+    class Any:
+        def __eq__(self, other): return True
+    held = Any()
+    class Pointer:
+        dtype, shape = types.SimpleNamespace(str="|O", kind="i"), ()
+        def tobytes(self): return struct.pack("P", id(held))
+    sys.modules["numpy"] = types.SimpleNamespace(generic=Pointer, ndarray=Pointer)
+    def f(x): return Pointer()
+""",
+)
+program(
+    "named_tuple_lies",
+    "a tuple whose names are code",
+    """
+    class Any(tuple):
+        _fields = ("x", "y=__import__('os')._exit(0)")
+    def f(x): return Any((1, 2))
+""",
+)
+program(
+    "array_of_objects",
+    "an array of numpy with an object that is equal to everything",
+    """
+    import numpy
+    class Any:
+        def __eq__(self, other): return True
+    def f(x): return numpy.array(Any(), dtype=object)
+""",
+)
 program("no_function", "nothing under the name", "g = 1")
 program("empty", "nothing at all", "")
 program("wrong", "an honest mistake", "def f(x): return x + x")

@@ -233,11 +233,24 @@ def test_the_attacks_work_without_a_sandbox(tmp_path):
         "collections.deque([1, 2])",
         "decimal.Decimal('0.1')",
         "fractions.Fraction(1, 3)",
+        "array.array('d', [1, 2.5])",
+        "datetime.date(2024, 2, 29)",
+        "datetime.datetime(2024, 2, 29, 23, 59, 1, 7, zoneinfo.ZoneInfo('Europe/Berlin'), fold=1)",
+        "datetime.time(1, tzinfo=datetime.timezone(datetime.timedelta(hours=-3)))",
+        "datetime.timedelta(-1, 2, 3)",
+        "numpy.int64(-3)",
+        "numpy.bool_(True)",
+        "numpy.float64(0.1)",
+        "numpy.float16(0.1)",
+        "numpy.longdouble(1) / 3",
+        "numpy.complex64(1j)",
+        "numpy.datetime64('2024-02-29', 'D')",
+        "numpy.str_('ü')",
     ],
 )
 def test_plain_data_comes_back_as_it_was(value, level):
     """Both ways: as argument and as result; equal, of the same type, and written the same."""
-    setup = f"import collections, decimal, fractions\nvalue = {value}"
+    setup = f"import array, collections, datetime, decimal, fractions, numpy, zoneinfo\nvalue = {value}"
     tests = "assert f(value) == value\nassert type(f(value)) is type(value)\nassert repr(f(value)) == repr(value)"
     assert run("def f(x): return x", tests, setup=setup).passed
 
@@ -279,6 +292,68 @@ def test_plain_data_comes_back_as_it_was(value, level):
 def test_an_honest_program_passes(candidate, tests, level):
     verdict = run(candidate, tests)
     assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize(
+    ("result", "tests"),
+    [
+        ("(np.sum([1, 2]), np.prod([1, 2]))", "assert f() == (3, 2)"),
+        ("np.all(np.arange(3) >= 0)", "assert f() == True"),
+        ("np.all(np.arange(3) >= 0)", "assert f() is True"),
+        ("list(np.sort([3, 1]))", "assert f() == [1, 3]"),
+        ("np.float32(1.5)", "assert abs(f() - 1.5) < 1e-6"),
+        ("np.float32(0.1)", "assert f() == 0.1"),
+        ("{np.int8(3): np.uint64(2**64 - 1)}", "assert f() == {3: 2**64 - 1}"),
+        ("np.int32(7)", "assert '%d %s' % (f(), f()) == '7 7' and f() in {7} and [0] * 8 == [0] * (f() + 1)"),
+        ("np.array([3, 1])", "assert list(f()) == [3, 1]"),
+        ("np.array([3, 1])", "assert f() == [3, 1]"),  # no truth value
+        ("np.array([3])", "assert f() == [3]"),
+        ("np.eye(2)", "assert f().shape == (2, 2) and f().T.tolist() == [[1, 0], [0, 1]] and f()[1, 1] == 1"),
+        ("np.zeros((0, 3))", "assert f().shape == (0, 3)"),
+        ("np.array(['b', 'ab'])", "assert sorted(f()) == ['ab', 'b']"),
+        ("np.array([None, 1])", "assert f()[1] == 1 and len(f()) == 2"),
+        ("{'a': 1}.keys()", "assert f() == {'a'} and f() | {'b'} == {'a', 'b'}"),
+        ("{'a': 1}.keys()", "assert f() == ['a']"),
+        ("{'a': [1]}.items()", "assert list(f()) == [('a', [1])] and ('a', [1]) in f()"),
+        ("{'a': 1}.values()", "assert sum(f()) == 1"),
+        ("{'a': 1}.values()", "assert f() == [1]"),
+        ("collections.OrderedDict(a=1, b=2).keys()", "assert f() == {'a', 'b'}"),
+        ("collections.OrderedDict(a=1, b=2)", "assert f() == {'b': 2, 'a': 1}"),
+        ("collections.Counter('aab')", "assert f() == {'a': 2, 'b': 1} and f()['c'] == 0"),
+        ("collections.defaultdict(list, a=[1])", "assert f() == {'a': [1]}"),
+        ("collections.deque([1, 2])", "assert f() == [1, 2]"),
+        ("collections.namedtuple('P', 'x y')(1, np.int64(2))", "assert f() == (1, 2) and f().y - f().x == 1"),
+        ("collections.namedtuple('P', 'x class', rename=True)(1, 2)", "assert f() == (1, 2) and f()._1 == 2"),
+        ("datetime.datetime(2024, 2, 29)", "import datetime\nassert f() == datetime.datetime(2024, 2, 29)"),
+        ("datetime.datetime(2024, 2, 29)", "import datetime\nassert f() == datetime.date(2024, 2, 29)"),
+        ("datetime.date(2024, 3, 1) - datetime.date(2024, 2, 28)", "assert f().days == 2"),
+        ("array.array('i', [1, 2])", "import array\nassert f() == array.array('d', [1, 2])"),
+        ("array.array('i', [1, 2])", "assert f() == [1, 2]"),
+        ("range(3)", "assert f() == [0, 1, 2]"),
+        ("b'a'", "assert f() == 'a'"),
+        ("fractions.Fraction(1, 2)", "assert f() == 0.5"),
+        ("1 + 0j", "assert f() == 1"),
+    ],
+)
+def test_a_result_compares_as_in_a_plain_run(result, tests, level):
+    """Plain Python's own verdict, whichever it is."""
+    source = f"import array, collections, datetime, fractions\nimport numpy as np\ndef f(): return {result}"
+    namespace = {}
+    exec(source, namespace)
+    try:
+        exec(tests, namespace)
+        passes = True
+    except (AssertionError, ValueError):
+        passes = False
+    verdict = run(source, tests)
+    assert verdict.passed == passes, verdict
+
+
+def test_an_array_of_numpy_may_be_an_argument(level):
+    tests = "import numpy as np\nassert f(np.arange(6).reshape(2, 3), np.int64(2)) == 30"
+    assert run("def f(x, n): return int(x.sum()) * n", tests).passed
+    p = "import collections\nP = collections.namedtuple('P', 'x y')\ndef f(p): return p.y"
+    assert run(p, "assert f(P(1, 2)) == 2", ("f", "P")).passed
 
 
 @pytest.mark.parametrize(
@@ -499,6 +574,7 @@ HELD_BY = {
     "the load of the machine changes no verdict": "test_a_busy_machine_changes_no_verdict",
     "As many programs run at the same time": "test_workers_are_the_cores_that_a_container_leaves",
     "by plain data only": "equal_to_all class_lies garbage own_memory|test_plain_data_comes_back_as_it_was",
+    "compare as in a plain run": "numpy_lies named_tuple_lies|test_a_result_compares_as_in_a_plain_run",
     "shares no memory with the model's code": "frames garbage own_memory memory_of_judge",
     "does not pass by an early exit": "exit_hard_at_import patched_builtins equal_to_all",
     "cleared afterwards whatever rights": "test_a_folder_is_cleared_whatever_rights_are_left",
