@@ -20,7 +20,7 @@ from common.cli import UserError, option, require_positive
 from common.intervals import mean, score_line, share
 from eval import benchmark
 from eval.benchmark import Run, digest
-from eval.sandbox import Limits, Program, Verdict, require_isolation, run_programs
+from eval.sandbox import INSIDE, Limits, Program, Verdict, require_isolation, run_programs
 
 
 @dataclass
@@ -507,11 +507,11 @@ def _is_body(code: str) -> bool:
 def run_items(run: Run, items: list[dict[str, Any]], programs: list[Program], args: Arguments) -> None:
     """Adds program, verdict, detail, output and `correct` to the items, program by program in the sandbox.
 
-    Verdicts are kept on disk by program, tests and limits: a run that was killed while grading goes on.
+    Verdicts are kept on disk by program, tests, limits and sandbox: a run that was killed while grading goes on.
     """
     limits = Limits(timeout=args.timeout, memory_mib=args.memory_mib)
     store = run.store("verdicts")
-    how = [vars(limits), require_isolation(args.unsafe).level, sys.version]
+    how = [vars(limits), require_isolation(args.unsafe).level, INSIDE.read_text(), sys.version]
     keys = [digest([vars(program), how]) for program in programs]
     missing = {key: program for key, program in zip(keys, programs, strict=True) if key not in store.values}
     verdicts = run_programs(list(missing.values()), limits, unsafe=args.unsafe, workers=args.workers)

@@ -81,7 +81,8 @@ def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -
         # A restated function needs what the prompt has before it: imports and helpers.
         before = re.split(rf"^def {name}\b", prompt, flags=re.MULTILINE)[0]
         candidate = extract_code(completion, (name,), before, prompt)
-    return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=prompt)
+    setup = f"{prompt}\n    pass\n"  # a prompt may have no docstring
+    return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=setup)
 
 
 def main(argv: list[str], load: LoadBackend | None = None) -> None:

@@ -21,7 +21,8 @@ code that tries to look as if it passed; keep no secret on a machine that runs c
 
 There are two differences from running program and tests in one plain process. Arguments are copies: a test cannot see
 changes that the program makes to a list (HumanEval and MBPP have no such test), and a program cannot change a test's
-data. And a program that imports anything but Python's standard library and numpy fails.
+data. And a program that imports anything but Python's standard library and numpy fails. Tests that do so are no verdict
+on the program: they stop the run.
 """
 
 import contextlib
@@ -160,7 +161,8 @@ def run_programs(
         workers: programs at a time; None: as many as this process has cores.
 
     Raises:
-        UserError: see `require_isolation`.
+        UserError: see `require_isolation`; or tests that cannot run, whatever the program is: their setup raises an
+            exception, they are no Python, or they import what the sandbox does not have.
         SandboxError: the isolation worked at first and does not any more.
     """
     limits, found = limits or Limits(), require_isolation(unsafe)
@@ -244,6 +246,9 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
             waiting.append(starter)
         else:
             last_words = starter.end()
+    if is_whole and messages[1]["verdict"] == "not judged":
+        tested, why = ", ".join(program.names) or "a program", messages[1]["detail"]
+        raise UserError(f"the tests of {tested} cannot run in the sandbox (Python's library and numpy alone): {why}")
     if is_whole:
         return Verdict(**messages[1])
     if "ready" in messages:

@@ -413,6 +413,7 @@ class Connection:
     def __init__(self, requests: int, replies: int):
         self.requests, self.replies = requests, replies
         self.gone: str | None = None  # why no more can be asked
+        self.raised: Exception | None = None  # the candidate's last exception
 
     def ask(self, operation: str, *operands: Any) -> Any:
         """The candidate's result, or its exception as the built-in one that it derives from.
@@ -440,7 +441,8 @@ class Connection:
             if known and issubclass(known[0], Exception):
                 if issubclass(known[0], StopIteration) and operation != "next":
                     raise RuntimeError("StopIteration")  # in the judge it would end a map() over the tests early
-                raise _exception(known[0], message)
+                self.raised = _exception(known[0], message)
+                raise self.raised
             self.gone = f"the program raised {name}"
         raise CandidateGone(self.gone)
 
@@ -495,17 +497,21 @@ class Remote:
 
 
 def judge(job: dict[str, Any], connection: Connection) -> tuple[str, str]:
-    """Runs the tests on the candidate; the verdict and one line that says why."""
+    """Runs the tests on the candidate; the verdict and one line that says why. "not judged": the tests cannot run here,
+    whatever the candidate is."""
     namespace: dict[str, Any] = {"__name__": "tests"}
     random.seed(0)  # some tests draw their inputs: the same ones in every run
+    tests = None
     try:
-        connection.ask("run", job["candidate"])
         exec(compile(job["setup"], "<setup>", "exec"), namespace)
+        tests = compile(job["tests"], "<tests>", "exec")
+        connection.ask("run", job["candidate"])
         for name in job["names"]:
             namespace[name] = connection.ask("global", name)
-        exec(compile(job["tests"], "<tests>", "exec"), namespace)
+        exec(tests, namespace)
     except BaseException as error:
-        return "failed", _reason(error, job["tests"])
+        lacks = isinstance(error, ImportError) and error is not connection.raised
+        return "not judged" if tests is None or lacks else "failed", _reason(error, job["tests"])
     if connection.gone:  # a test that says `except:` may have gone on without the candidate
         return "failed", connection.gone
     return "passed", ""

@@ -49,6 +49,17 @@ def test_humanevals_solutions_pass_within_a_minute():
     assert seconds < 60
 
 
+def test_tests_and_prompts_may_be_other_than_humanevals():
+    """Tests that import numpy, as EvalPlus's do, and an array in them; a prompt that ends with its signature."""
+    problem = PROBLEMS[8] | {
+        "test": f"\nimport numpy as np\n{PROBLEMS[8]['test']}    assert candidate(np.arange(3)) == (3, 0)\n"
+    }
+    short = {"prompt": "def sum_product(numbers):\n", "entry_point": "sum_product", "test": PROBLEMS[8]["test"]}
+    body = problem["canonical_solution"]
+    programs = [humaneval.program_of(p, b) for p in (problem, short) for b in (body, "    return 0, 1\n")]
+    assert verdicts_of(programs) == [True, False, True, False]
+
+
 @pytest.mark.parametrize(
     "form",
     [

@@ -382,6 +382,31 @@ def test_a_failure_says_why(candidate, tests, detail, level):
     assert verdict.detail.startswith(detail)
 
 
+@pytest.mark.parametrize(
+    ("setup", "tests", "reason"),
+    [
+        ("", "import pytest\nassert f() == 1", "No module named 'pytest' at: import pytest"),
+        (
+            "",
+            "def check(f):\n    assert f() == 1\n    from numpy import nothing\ncheck(f)",
+            "cannot import name 'nothing'",
+        ),
+        ("from pytest import approx", "assert f() == approx(1)", "No module named 'pytest'"),
+        ("import numpy as np\nnp.nothing", "assert f() == 1", "AttributeError"),
+        ("", "assert f() = 1", "SyntaxError"),
+    ],
+)
+def test_tests_that_cannot_run_are_no_verdict(setup, tests, reason, level):
+    with pytest.raises(UserError, match=f"the tests of f cannot run .*{reason}"):
+        run("def f(): return 1", tests, setup=setup)
+
+
+@pytest.mark.parametrize("source", ["import pytest", "def f(): import pytest", "def f(): raise ImportError('no')"])
+def test_an_import_that_fails_in_the_program_is_its_own(source, level):
+    tests = "try:\n    import pytest\nexcept ImportError:\n    import numpy\nassert f() == 1"
+    assert run(f"def f(): return 1\n{source}", tests).verdict == "failed"
+
+
 def test_output_is_kept_and_cut(level):
     verdict = run("print('hello' * 1000)\ndef f(): return 1", "assert f() == 1", output_bytes=50)
     assert verdict == Verdict("passed", "", "hello" * 10)
@@ -574,6 +599,8 @@ HELD_BY = {
     "the load of the machine changes no verdict": "test_a_busy_machine_changes_no_verdict",
     "As many programs run at the same time": "test_workers_are_the_cores_that_a_container_leaves",
     "by plain data only": "equal_to_all class_lies garbage own_memory|test_plain_data_comes_back_as_it_was",
+    "may import Python's standard library and numpy too": "test_a_result_compares_as_in_a_plain_run",
+    "because they are no verdict on the model": "test_tests_that_cannot_run_are_no_verdict",
     "compare as in a plain run": "numpy_lies named_tuple_lies|test_a_result_compares_as_in_a_plain_run",
     "shares no memory with the model's code": "frames garbage own_memory memory_of_judge",
     "does not pass by an early exit": "exit_hard_at_import patched_builtins equal_to_all",
