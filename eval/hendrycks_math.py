@@ -195,6 +195,7 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
         )
         for i, record in enumerate(run.examples(fields, FORMAT))
     ]
+    Grader(args.seconds, servers=1).close()  # refuses here, before anything is generated
     # Without a template around it, a problem needs words that say so, and that a model's next problem begins with.
     form, stop = ("Problem:\n{}\n\nSolution:", ("Problem:",)) if args.prompt == "raw" else ("{}", None)
     items = run.complete(

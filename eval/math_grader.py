@@ -310,17 +310,27 @@ def _delimited(text: str) -> str:
 
 
 class Grader:
-    """Compares pairs of answers, several at a time, each within its time limit. A context manager: `with` closes it."""
+    """Compares pairs of answers, several at a time, each within its time limit. A context manager: `with` closes it.
+
+    Raises:
+        UserError: math-verify does not work here.
+    """
 
     def __init__(self, seconds: float = SECONDS, servers: int | None = None):
         self.seconds = seconds
         from eval.cores import available_cores  # here: a server is not run from the project's folder
 
         self.idle = [self._start() for _ in range(servers or min(8, available_cores()))]
+        try:
+            for server in self.idle:
+                _await(server)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, __file__, str(self.seconds)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command, pipe = [sys.executable, __file__, str(self.seconds)], subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
 
     def compare(self, pairs: list[tuple[str, str]], progress: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
         """For each pair of answer and gold answer the verdicts `value` and `spelling`, and `problem`: None, "time" or
@@ -335,6 +345,7 @@ class Grader:
             except (BrokenPipeError, ValueError):  # the server itself was killed
                 _stop(server)
                 server = self._start()
+                _await(server)
                 return {"value": False, "spelling": False, "problem": "crash"}
             finally:
                 self.idle.append(server)
@@ -354,20 +365,40 @@ class Grader:
         self.close()
 
 
+READY = b"ready\n"  # a server's first line
+
+
+def _await(server: subprocess.Popen) -> None:
+    """Waits until a server can compare.
+
+    Raises:
+        UserError: it ended, or finds two equal numbers different.
+    """
+    from common.cli import UserError  # here: a server is not run from the project's folder
+
+    if server.stdout.readline() != READY:
+        lines = server.stderr.read().decode(errors="replace").strip().splitlines()
+        reason = lines[-1].strip() if lines else f"exit code {server.wait()}"
+        raise UserError(f"math-verify does not work here ({reason}): install requirements.txt again")
+
+
 def _stop(server: subprocess.Popen) -> None:
     with contextlib.suppress(BrokenPipeError):
         server.stdin.close()
     server.stdout.close()
+    server.stderr.close()
     server.wait()
 
 
 def serve(seconds: float) -> None:
-    """Reads pairs from standard input, a line each, and answers them, until the input is closed."""
-    import math_verify  # noqa: F401  # imported here, so that the forked processes have it
-
-    # The first use imports and compiles everything that later uses need too.
-    with contextlib.redirect_stderr(None):
-        same_value(r"\frac{1}{2}", "0.5")
+    """Writes that it is ready, reads pairs from standard input, a line each, and answers them, until it is closed."""
+    # The first use imports and compiles everything that later uses need too, here and in the forked processes.
+    with contextlib.redirect_stderr(None), contextlib.redirect_stdout(None):
+        works = same_value(r"\frac{1}{2}", "0.5") and not same_value(r"\frac{1}{3}", "0.5")
+    if not works:
+        sys.exit("it does not tell whether 1/2 and 1/3 are 0.5")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.write(1, READY)
     for line in sys.stdin:
         print(json.dumps(_compare_apart(*json.loads(line), seconds)), flush=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import UserError
 from eval import hendrycks_math, math_grader
 
 TABLE = (Path(__file__).parent / "math_pairs.tsv").read_text().splitlines()
@@ -167,6 +168,27 @@ def test_a_killed_server_is_replaced():
         os.kill(grader.idle[0].pid, signal.SIGKILL)
         assert grader.compare([("5", "5")])[0]["problem"] == "crash"
         assert grader.compare([("5", "5")])[0]["value"]
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        ("raise ImportError('another antlr')", "ImportError: another antlr"),
+        ("def parse(*_, **__): return []\ndef verify(*_, **__): return False", "does not tell whether"),
+        ("def parse(*_, **__): return [1]\ndef verify(*_, **__): return True", "does not tell whether"),
+        ("import os\nos._exit(3)", "exit code 3"),
+    ],
+)
+def test_a_comparer_that_does_not_work_is_no_verdict(package, reason, tmp_path, monkeypatch):
+    """Neither at the start nor in the place of a killed server: one line with the server's own last words."""
+    (tmp_path / "math_verify.py").write_text(package)
+    with math_grader.Grader(5, servers=1) as grader:
+        os.kill(grader.idle[0].pid, signal.SIGKILL)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        with pytest.raises(UserError, match=reason):
+            grader.compare([("5", "5")])
+    with pytest.raises(UserError, match=reason):
+        math_grader.Grader(5, servers=2)
 
 
 def test_no_process_is_left():
