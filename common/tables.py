@@ -105,6 +105,34 @@ def require_fields(records: "datasets.Dataset", fields: list[str], source: str, 
             raise UserError(f"{source} has no field {name!r}; its fields are {known}: {remedy}")
 
 
+def with_texts(record: Row, place: str, fields: Iterable[str], lists: Iterable[str] = ()) -> Row:
+    """The record with the cells of `fields` as texts and those of `lists` as lists of texts. A number becomes its text;
+    a list may be written as JSON.
+
+    Raises:
+        UserError: a cell is missing, empty or something else; begins with `place`.
+    """
+    cells = {name: _filled(record.get(name)) for name in fields}
+    for name in lists:
+        cell = record.get(name)
+        with contextlib.suppress(ValueError):
+            cell = json.loads(cell) if isinstance(cell, str) else cell
+        parts = [_filled(part) for part in cell] if isinstance(cell, list) else []
+        cells[name] = parts if all(parts) else None
+    for name, cell in cells.items():
+        if not cell:
+            what = "list of texts" if name in lists else "text"
+            raise UserError(f"{place} has no {what} in {name!r}: {as_text(record.get(name))[:80]}")
+    return record | cells
+
+
+def _filled(cell: Any) -> str | None:
+    """A cell's text, or a number's; None if there is none."""
+    if isinstance(cell, int | float) and not isinstance(cell, bool) and math.isfinite(cell):
+        return str(cell)
+    return cell if isinstance(cell, str) and cell.strip() else None
+
+
 def as_text(cell: Any) -> str:
     """A cell as text: a text as it is, any other value as JSON."""
     return cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)

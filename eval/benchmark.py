@@ -26,12 +26,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from common.cli import UserError, option, require_not_negative, require_positive, require_share
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.runs import first_difference, package_versions, write_whole
-from common.tables import load_records, require_fields
+from common.tables import load_records, require_fields, with_texts
 from common.templates import ALPACA_PROMPT, encode_opening
 from eval.generation import (
     Backend,
@@ -43,9 +43,6 @@ from eval.generation import (
     batches,
     with_bar,
 )
-
-if TYPE_CHECKING:
-    import datasets
 
 # ------------------------------------------------------------------------------------------------------------------
 # Arguments and prompts
@@ -454,25 +451,31 @@ class Run(Results):
             check_adapter(args.adapter, self.ckpt, self.config, self._origin["backend"])
 
     def records(
-        self, fields: list[str], remedy: str, split: str = "test", names: Mapping[str, str] = MappingProxyType({})
-    ) -> "datasets.Dataset":
+        self,
+        fields: list[str],
+        remedy: str,
+        split: str = "test",
+        names: Mapping[str, str] = MappingProxyType({}),
+        lists: Sequence[str] = (),
+    ) -> list[dict[str, Any]]:
         """The benchmark's items, `--limit` of them.
 
         Args:
-            fields: the fields that every item must have; `remedy` ends the error if one is missing.
+            fields, lists: the fields that every item must have, as texts and as lists of texts; `remedy` ends the error
+                if one is missing.
             split, names: for hub data sets: the split, and the configuration's name by the data set's.
 
         Raises:
-            UserError: no such data, or not in this format.
+            UserError: no such data, or not in this format; names the item.
         """
         args = self.args
         records = load_records(resolve_demo(args.data, "test"), split, name=names.get(args.data))
-        require_fields(records, fields, args.data, remedy)
+        require_fields(records, [*fields, *lists], args.data, remedy)
         if args.limit is not None:
             records = records.select(range(min(args.limit, len(records))))
         if len(records) == 0:
             raise UserError(f"{args.data} holds no item")
-        return records
+        return [with_texts(record, f"item {i} of {args.data}", fields, lists) for i, record in enumerate(records)]
 
     def examples(
         self,
@@ -480,8 +483,9 @@ class Run(Results):
         remedy: str,
         split: str = "train",
         names: Mapping[str, str] = MappingProxyType({}),
+        lists: Sequence[str] = (),
         prefer: Callable[[dict], bool] = lambda record: True,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """The `--shots` solved examples: the first ones of the training data, preferred examples before others. The
         further arguments are those of `records`."""
         args = self.args
@@ -493,10 +497,11 @@ class Run(Results):
                 raise UserError(f"--shots {args.shots} needs --shots-data: {args.data} has no training split")
             source = args.data
         records = load_records(resolve_demo(source, "train"), split, name=names.get(source))
-        require_fields(records, fields, source, remedy)
+        require_fields(records, [*fields, *lists], source, remedy)
         if len(records) < args.shots:
             raise UserError(f"--shots {args.shots}: {source} holds {len(records)}")
-        return sorted(records, key=lambda record: not prefer(record))[: args.shots]
+        shown = sorted(enumerate(records), key=lambda numbered: not prefer(numbered[1]))[: args.shots]
+        return [with_texts(record, f"item {i} of {source}", fields, lists) for i, record in shown]
 
     def encode(self, instruction: str, shots: Turns = ()) -> list[int]:
         """The token ids of `--prompt` around an instruction."""

@@ -30,6 +30,7 @@ What comes out, in --output-dir
 """
 
 import functools
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from common.cli import UserError, option, parse_arguments, require_positive, run_script
 from common.intervals import mean, ratio, score_line, share, slope
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
-from common.tables import load_records, require_fields
+from common.tables import load_records, require_fields, with_texts
 from eval.benchmark import Results, check_context, load_backend, read_jsonl, weights_identity
 from eval.generation import batches
 
@@ -97,11 +98,9 @@ def read_pairs(args: Arguments) -> list[dict[str, str]]:
     """
     records = load_records(args.data, "test", name=HUB_CONFIG if args.data == HUB_DATA else None)
     require_fields(records, FIELDS, args.data, FORMAT)
-    pairs = [{name: record[name] for name in FIELDS} for record in records][: args.limit]
-    for number, pair in enumerate(pairs):
-        for name in FIELDS:
-            if not isinstance(pair[name], str) or not pair[name].strip():
-                raise UserError(f"pair {number} of {args.data} has no text in {name!r}: {pair[name]!r}")
+    records = itertools.islice(records, args.limit)
+    records = [with_texts(record, f"pair {i} of {args.data}", FIELDS) for i, record in enumerate(records)]
+    pairs = [{name: record[name] for name in FIELDS} for record in records]
     if not pairs:
         raise UserError(f"{args.data} holds no pair")
     return pairs

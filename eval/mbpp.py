@@ -34,14 +34,14 @@ from eval.generation import LoadBackend
 from eval.sandbox import Program
 
 HUB_DATA = "google-research-datasets/mbpp"
-FIELDS = ["task_id", "code", "test_list"]
+FIELDS, LISTS = ["code"], ["test_list"]
 FORMAT = "MBPP's format has task_id, text (sanitized: prompt), code and test_list"
 # The wording of the paper's prompt (arXiv 2108.07732, section 3).
 INSTRUCTION = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n{tests}"
 )
 BEGIN, END = "\n[BEGIN]\n", "[DONE]"
-PAPERS_EXAMPLES = (2, 3, 4)  # task ids of the paper's three examples
+PAPERS_EXAMPLES = ("2", "3", "4")  # task ids of the paper's three examples
 
 
 @dataclass
@@ -57,8 +57,8 @@ def instruction_of(record: dict[str, Any]) -> str:
         UserError: neither `text` nor `prompt`.
     """
     text = record.get("text") or record.get("prompt")
-    if not text:
-        raise UserError(f"MBPP item {record['task_id']} has neither text nor prompt: {FORMAT}")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"MBPP item {record.get('task_id')} has neither text nor prompt: {FORMAT}")
     return INSTRUCTION.format(text=text.strip(), tests="\n".join(record["test_list"]))
 
 
@@ -79,9 +79,10 @@ def program_of(record: dict[str, Any], completion: str) -> Program:
 def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     run = Run("mbpp", args, load)
-    examples = run.examples(FIELDS, FORMAT, split="prompt", prefer=lambda record: record["task_id"] in PAPERS_EXAMPLES)
-    shown = {record["task_id"] for record in examples}
-    records = [record for record in run.records(FIELDS, FORMAT) if record["task_id"] not in shown]
+    papers = {"split": "prompt", "prefer": lambda record: str(record.get("task_id")) in PAPERS_EXAMPLES}
+    examples = run.examples(FIELDS, FORMAT, lists=LISTS, **papers)
+    shown = {instruction_of(record) for record in examples}
+    records = [record for record in run.records(FIELDS, FORMAT, lists=LISTS) if instruction_of(record) not in shown]
     if not records:
         raise UserError(f"--shots {args.shots}: every item of {args.data} is among the examples")
     instructions = [instruction_of(record) for record in records]
@@ -94,7 +95,7 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     ]
     items = run.complete([text + begin for text in instructions], shots, stop=(END,) if raw else None)
     for item in items:
-        item["task_id"] = records[item["index"]]["task_id"]
+        item["task_id"] = records[item["index"]].get("task_id")
     programs = [program_of(records[item["index"]], item["completion"]) for item in items]
     run_items(run, items, programs, args)
     finish(run, items, args)

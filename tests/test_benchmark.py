@@ -25,7 +25,7 @@ from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
 from common.templates import encode_opening, encode_prompt
-from eval import benchmark, gsm8k, hendrycks_math
+from eval import benchmark, crows_pairs, gsm8k, hendrycks_math, humaneval, mbpp
 from eval.backends import TransformersBackend, VLLMBackend
 from eval.benchmark import load_backend
 from eval.generation import Sampling
@@ -451,6 +451,42 @@ def test_bad_arguments(error, tmp_path, problems):
     assert "give one of the two" in error("--rescore", problems)
     (tmp_path / "file").write_text("")
     assert "cannot write to --output-dir" in error("--output-dir", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("cell", [None, "", " \n", True, ["5"], {"a": "5"}])
+@pytest.mark.parametrize(
+    ("script", "fields"),
+    [
+        (gsm8k, ["question", "answer"]),
+        (hendrycks_math, ["problem", "solution"]),
+        (mbpp, ["code", "test_list"]),
+        (humaneval, ["prompt", "entry_point", "test"]),
+        (crows_pairs, ["sent_more", "bias_type"]),
+    ],
+)
+def test_an_item_without_a_text_is_refused(script, fields, cell, checkpoint, tmp_path, monkeypatch, capsys):
+    """Never asked as "None", and never a traceback: one line with the item's number, before a model is loaded."""
+    whole = dict.fromkeys(("question", "problem", "code", "prompt", "test", "sent_more", "sent_less"), "text")
+    whole |= {"answer": "#### 5", "solution": r"\boxed{5}", "text": "T", "task_id": "1", "entry_point": "f"}
+    whole |= {"test_list": ["assert f"], "bias_type": "age"}
+    cell = [cell] if fields[1:] == ["test_list"] and isinstance(cell, list) else cell
+    for field in fields:
+        data = write_jsonl(tmp_path / "data.jsonl", [whole, whole | {field: cell}])
+        argv = ["--ckpt", checkpoint, "--data", data, "--output-dir", tmp_path / "out"]
+        message = error_of(script, argv, monkeypatch, capsys)
+        assert re.search(rf"(item|pair) 1 of .* has no (list of texts|text) in '{field}'", message)
+
+
+def test_a_number_is_a_gold_answer(argv, tmp_path):
+    """As a number, as its text, and after words; in a solved example too."""
+    answers = [5, "5", 0, -2.5, "1,234", "It is 7.\n#### 7", "The answer is: 8"]
+    golds = ["5", "5", "0", "-5/2", "1234", "7", "8"]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"question": "Q?", "answer": answer} for answer in answers])
+    options = ["--data", data, "--shots", 7, "--shots-data", data, "--prompt", "raw", "--max-new-tokens", 1]
+    items, _ = run(gsm8k, argv, tmp_path / "out", *options)
+    assert [item["gold"] for item in items] == golds
+    shown = re.findall(r"(?m)^(?:Answer: )?The answer is: (.*)$", items[0]["prompt"])
+    assert shown == ["5", "5", "0", "-2.5", "1,234", "7", "8"]
 
 
 def test_bad_files_to_rescore(tmp_path, problems, monkeypatch, capsys):

@@ -337,6 +337,18 @@ def test_an_mbpp_test_that_needs_a_class_of_the_programs():
     assert verdicts_of([mbpp.program_of(record, f"```python\n{node}def depth(root): return 1\n```")]) == [False]
 
 
+def test_mbpp_as_a_table(tmp_path):
+    """A list in a cell of csv is written as JSON."""
+    columns = "task_id,text,code,test_list"
+    (tmp_path / "mbpp.csv").write_text(
+        f'{columns}\n7,Five.,def f(): return 5,"[""assert f() == 5"", ""assert f() < 6""]"\n'
+    )
+    instruction = mbpp.INSTRUCTION.format(text="Five.", tests="assert f() == 5\nassert f() < 6")
+    made = completions_file(tmp_path / "made.jsonl", [(0, instruction, "def f(): return 5")])
+    mbpp.main(["--rescore", made, "--data", str(tmp_path / "mbpp.csv"), "--output-dir", str(tmp_path)])
+    assert json.loads((tmp_path / "mbpp.json").read_text())["pass@1"]["value"] == 1
+
+
 # pass@k --------------------------------------------------------------------------------------------------------------
 
 
@@ -486,7 +498,7 @@ def test_grading_goes_on_after_a_kill(tmp_path):
     [
         ("humaneval", [], "no --ckpt"),
         ("humaneval", ["--ckpt", "CKPT", "--data", "nowhere.jsonl"], "cannot read --data nowhere.jsonl"),
-        ("humaneval", ["--ckpt", "CKPT", "--data", "WRONG"], "has no text 'prompt'"),
+        ("humaneval", ["--ckpt", "CKPT", "--data", "WRONG"], "has no text in 'prompt': null"),
         ("humaneval", ["--ckpt", "CKPT", "--data", "CUT"], "cut.jsonl.gz"),
         ("humaneval", ["--ckpt", "CKPT", "--shots", "3"], "--shots 3"),
         ("humaneval", ["--ckpt", "CKPT", "--k", "10"], "--k 10 needs as many --samples"),
@@ -495,15 +507,17 @@ def test_grading_goes_on_after_a_kill(tmp_path):
         ("humaneval", ["--ckpt", "CKPT", "--workers", "-1"], "--workers is -1"),
         ("mbpp", ["--ckpt", "CKPT", "--data", "WRONG"], "no field 'code'"),
         ("mbpp", ["--ckpt", "CKPT", "--data", "NO_TEXT"], "neither text nor prompt"),
+        ("mbpp", ["--ckpt", "CKPT", "--data", "NO_LIST"], "has no list of texts in 'test_list': ['assert f()']"),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(script, options, expected, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(code_tasks, "run_programs", None)
     (tmp_path / "wrong.jsonl").write_text('{"task_id": "HumanEval/0"}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"task_id": "HumanEval/0"}\n')[:-12])
-    (tmp_path / "no_text.jsonl").write_text('{"task_id": 1, "code": "", "test_list": []}\n')
+    (tmp_path / "no_text.jsonl").write_text('{"task_id": 1, "code": "f = 1", "test_list": ["f"], "text": " "}\n')
+    (tmp_path / "no_list.csv").write_text("task_id,text,code,test_list\n1,T,f = int,['assert f()']\n")
     names = {"CKPT": checkpoint, "WRONG": tmp_path / "wrong.jsonl", "CUT": tmp_path / "cut.jsonl.gz"}
-    names["NO_TEXT"] = tmp_path / "no_text.jsonl"
+    names |= {"NO_TEXT": tmp_path / "no_text.jsonl", "NO_LIST": tmp_path / "no_list.csv"}
     main = {"humaneval": humaneval, "mbpp": mbpp}[script].main
     with pytest.raises(UserError, match=re.escape(expected)):
         main([*(str(names.get(word, word)) for word in options), "--output-dir", str(tmp_path / "out")])
