@@ -9,7 +9,7 @@ import yaml
 
 from common.cli import UserError
 from common.runs import NOT_IDENTITY, holds_records, records_in
-from eval.benchmark import NOT_DECIDING, full_name, read_failures
+from eval.benchmark import NOT_DECIDING, full_name, read_failures, state_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def load_run(folder: str, name: str | None) -> ReportedRun:
     if (Path(folder) / "results.json").is_file():
         return _classification_run(folder, name)
     summaries = load_summaries(folder)
-    made, model, method, params, settings = training_folder(summaries), None, Path(folder).name, "", {}
+    made, model, method, params, settings = training_folder(folder, summaries), None, Path(folder).name, "", {}
     if made is not None:
         settings = yaml.safe_load((made / "config.yaml").read_text())
         model, method = settings["model"], METHODS.get(settings["method"], settings["method"])
@@ -197,8 +197,10 @@ def load_summaries(folder: str) -> dict[str, dict]:
         raise UserError(
             f"no results in {folder}: it has none of {names}, nor results.json; run eval/gsm8k.py or a sibling first"
         )
-    for what in ("ckpt", "adapter"):
+    for what in ("ckpt", "adapter", "checkpoint"):
         found = {name: full_name(summary.get(what)) for name, summary in summaries.items()}
+        if what == "checkpoint":  # unknown on the hub and in older results; forgetting's is of the base too
+            found = {name: value for name, value in found.items() if value is not None and name not in BESIDE}
         if len(set(found.values())) > 1:
             values = ", ".join(f"{value} ({name})" for name, value in found.items())
             raise UserError(f"{folder} mixes results of several checkpoints: {what} is {values}")
@@ -211,13 +213,21 @@ def scoring(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in {"ckpt", "adapter", *NOT_DECIDING}}
 
 
-def training_folder(summaries: dict[str, dict]) -> Path | None:
-    """The output folder of train.py that holds the scored checkpoint or adapter, if there is one."""
+def training_folder(folder: str, summaries: dict[str, dict]) -> Path | None:
+    """The output folder of train.py that holds the scored checkpoint or adapter, if there is one. Prints a note, and
+    returns None, if the weights there are no longer those that were scored."""
+    found = None
     for summary in summaries.values():
-        made = Path(summary.get("adapter") or summary.get("ckpt") or ".").parent
-        if (made / "config.yaml").is_file() and (made / "metrics.jsonl").is_file():
-            return made
-    return None
+        scored = Path(summary.get("adapter") or summary.get("ckpt") or ".")
+        if not all((scored.parent / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+            continue
+        arguments = summary.get("arguments") or {}
+        now = state_of(*(arguments.get(name) for name in ("base", "ckpt", "adapter")))
+        if None not in (now, summary.get("checkpoint")) and now != summary["checkpoint"]:
+            print(f"note: {folder} was scored on other weights than {scored} has now: its row is the folder's name\n")
+            return None
+        found = found or scored.parent
+    return found
 
 
 def _millions(count: int) -> str:

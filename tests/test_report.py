@@ -10,7 +10,9 @@ from conftest import record, write_jsonl
 from test_user_errors import error_of
 
 from common import intervals
+from common.cli import UserError
 from eval import report
+from eval.benchmark import state_of
 
 # The published tables as they were printed (BA-LoRA's seed README, with the five deviations that lack their point put
 # right), as text: what the JSON must reproduce.
@@ -212,6 +214,42 @@ def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
     assert ours[8] == f"{statistics.mean(means):.2f}"
     assert [row[0] for row in table[6:]] == ["Full FT", "LoRA", "BA-LoRA"]
     assert all(cell == "not run" for row in table[6:] for cell in row[3:])
+
+
+def test_a_row_is_named_after_the_run_whose_weights_were_scored(tmp_path, capsys):
+    """Scored, then trained again in the same folder by another method; then one benchmark more is scored there."""
+    made, results = tmp_path / "run", tmp_path / "first-results"
+    (made / "merged").mkdir(parents=True)
+    (made / "metrics.jsonl").write_text(json.dumps({"loss": 1.0, "step": 1}) + "\n")
+
+    def train(method):
+        (made / "config.yaml").write_text(f"model: meta-llama/Llama-2-7b-hf\nmethod: {method}\nseed: 1\n")
+        (made / "merged" / "model.safetensors").write_text(f"weights of {method}")
+
+    def score(name):
+        write_summary(results, name, 0.5, report.NLG[name].items, ckpt=str(made / "merged"))
+        summary = json.loads((results / f"{name}.json").read_text())
+        summary |= {"checkpoint": state_of(str(made / "merged")), "arguments": {"ckpt": str(made / "merged")}}
+        (results / f"{name}.json").write_text(json.dumps(summary))
+
+    def rows():
+        report.main([str(results), "--output-dir", str(tmp_path / "report"), "--overwrite"])
+        printed = capsys.readouterr().out
+        (table,) = tables_of(printed).values()
+        return {row[0] for row in table[1:] if row[1] == "ours" and set(row[3:]) != {"not run"}}, printed
+
+    train("pissa")
+    score("gsm8k")
+    assert rows()[0] == {"PiSSA"}
+    train("ba-lora")
+    names, printed = rows()
+    assert names == {"first-results"}
+    assert f"note: {results} was scored on other weights than {made / 'merged'} has now" in printed
+    score("mbpp")
+    with pytest.raises(UserError, match="mixes results of several checkpoints"):
+        rows()
+    (results / "gsm8k.json").unlink()
+    assert rows()[0] == {"BA-LoRA"}
 
 
 def write_classification(
