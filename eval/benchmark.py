@@ -31,7 +31,7 @@ from typing import Any, Literal
 from common.cli import UserError, option, require_not_negative, require_positive, require_share
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.runs import first_difference, package_versions, write_whole
-from common.tables import load_records, require_fields, with_texts
+from common.tables import KINDS, kind_of, load_records, require_fields, with_texts
 from common.templates import ALPACA_PROMPT, encode_opening
 from eval.generation import (
     Backend,
@@ -236,6 +236,33 @@ def state_of(*names: str | None) -> str | None:
     return known.hexdigest()[:32] if folders else None
 
 
+FILES = ("data", "shots_data", "against", "completions", "judge_prompts", "references")  # arguments that name files
+
+
+def contents_of(args: Any) -> dict[str, str]:
+    """By argument, a digest of the files on this disk that it names; an argument that names a hub's data has none."""
+    found = {}
+    for name in FILES:
+        given = getattr(args, name, None) or []
+        digests = []
+        for path in map(Path, [given] if isinstance(given, str) else given):
+            in_folder = (file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file) in KINDS)
+            for file in [path] if path.is_file() else in_folder:
+                with open(file, "rb") as stream:
+                    digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        if digests:
+            found[name] = digest(digests)
+    return found
+
+
+def changed_content(one: dict[str, Any], other: dict[str, Any], but: Collection[str] = ()) -> str | None:
+    """The first argument, `but` for some, whose files have another content in one summary than in the other, in a few
+    words. Older summaries lack the digests; they are not compared."""
+    ours, theirs = one.get("contents") or {}, other.get("contents") or {}
+    changed = [name for name in ours if name in theirs and name not in but and ours[name] != theirs[name]]
+    return f"another content of --{changed[0].replace('_', '-')}" if changed else None
+
+
 def full_name(name: str | None) -> str | None:
     """One name for a folder, however it was typed; a hub name as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -290,6 +317,7 @@ class Results:
     def __init__(self, benchmark: str, args: Any):
         self.started = time.time()
         self.benchmark, self.args = benchmark, args
+        self.contents = contents_of(args)
         folder = Path(args.output_dir)
         self.items_path, self.summary_path = folder / f"{benchmark}.jsonl", folder / f"{benchmark}.json"
         if self.summary_path.exists() and not args.overwrite:
@@ -326,6 +354,7 @@ class Results:
         theirs = made["arguments"] | {name: full_name(made["arguments"].get(name)) for name in self.MODELS}
         ours = asdict(self.args) | {name: full_name(getattr(self.args, name)) for name in self.MODELS}
         difference = first_difference(theirs, ours, but)
+        difference = difference or changed_content({"contents": self.contents}, made, but)
         now = self.state()
         if difference is None and now is not None and made.get("checkpoint") not in (None, now):
             return "other weights in the same folder"
@@ -379,6 +408,7 @@ class Results:
         summary = {
             "benchmark": self.benchmark,
             **about,
+            "contents": self.contents,
             "versions": package_versions(),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "seconds": seconds,
@@ -432,6 +462,8 @@ class Run(Results):
             with contextlib.suppress(OSError, ValueError):
                 made = json.loads(summary.read_text())
                 self._origin = {name: made[name] for name in self._origin} | {"checkpoint": made.get("checkpoint")}
+                theirs = made.get("contents") or {}
+                self.contents = {name: theirs[name] for name in theirs if name in MADE_WITH} | self.contents
                 self._origin["made_with"] = made.get("made_with") or {
                     "arguments": {name: made["arguments"].get(name) for name in MADE_WITH},
                     "versions": made["versions"],

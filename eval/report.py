@@ -35,7 +35,7 @@ import tyro
 from common.cli import UserError, option, parse_arguments, run_script
 from common.intervals import markdown, pyplot
 from common.runs import first_difference, write_whole
-from eval.benchmark import read_jsonl
+from eval.benchmark import changed_content, read_jsonl
 from eval.html_report import require_writable, write_html
 from eval.published import PublishedTable, published_rows, published_tables
 from eval.results import BESIDE, METHODS, NLG, NLU, TERMS, Column, ReportedRun, load_runs, scoring
@@ -189,6 +189,7 @@ def _require_seeds(row: Row, benchmark: str, run: ReportedRun) -> None:
         theirs = scoring(other.summaries[benchmark])
         difference = first_difference(other.settings, run.settings, {"seed"}, common=True)
         difference = difference or first_difference(theirs, ours, {"seed"}, common=True)
+        difference = difference or changed_content(other.summaries[benchmark], run.summaries[benchmark])
         if difference:
             raise UserError(f"{run.folder} and {other.folder} are no seeds of one {row.method}: {difference}; {remedy}")
         if (other.settings.get("seed"), theirs.get("seed")) == (run.settings.get("seed"), ours.get("seed")):
@@ -344,7 +345,7 @@ def comparison(summaries: dict[str, dict]) -> list[list[str]]:
 def verdict(summaries: dict[str, dict]) -> str:
     """One line: whether the two checkpoints' intervals of accuracy are apart."""
     (first, one), (second, other) = summaries.items()
-    difference = first_difference(scoring(one), scoring(other))
+    difference = first_difference(scoring(one), scoring(other)) or changed_content(one, other)
     if difference:
         return f"The two are not scored alike, {difference}: no comparison."
     (first_low, first_high), (low, high) = one["accuracy"]["interval_95"], other["accuracy"]["interval_95"]

@@ -398,6 +398,37 @@ def test_results_that_are_there_are_left_or_refused(argv, tmp_path, checkpoint, 
         run(gsm8k, argv, out)
 
 
+@pytest.mark.parametrize("what", ["data", "shots-data", "a folder", "an older summary"])
+def test_results_of_other_files_are_not_these(what, argv, tmp_path, problems):
+    """--skip-done with the same paths: equal files, written again, are the same; a file with another line is not.
+    Summaries that are older than the digests count as before."""
+    out, shots = tmp_path / "out", write_jsonl(tmp_path / "shots.jsonl", PROBLEMS)
+    options = ["--limit", 3, "--shots", 1, "--shots-data", shots, "--skip-done"]
+    if what == "a folder":
+        (tmp_path / "folder").mkdir()
+        problems = problems.rename(tmp_path / "folder" / "test.jsonl")
+        options += ["--data", problems.parent]
+    run(gsm8k, argv, out, *options)
+    changed = shots if what == "shots-data" else problems
+    write_jsonl(changed, PROBLEMS)
+    with pytest.raises(SystemExit):
+        run(gsm8k, argv, out, *options)
+    write_jsonl(changed, [*PROBLEMS[:2], PROBLEMS[3]])
+    if what == "an older summary":
+        summary = json.loads((out / "gsm8k.json").read_text())
+        del summary["contents"]
+        (out / "gsm8k.json").write_text(json.dumps(summary))
+        with pytest.raises(SystemExit):
+            run(gsm8k, argv, out, *options)
+        return
+    option = "--shots-data" if what == "shots-data" else "--data"
+    with pytest.raises(UserError, match=f"was made with another content of {option}: name another --output-dir"):
+        run(gsm8k, argv, out, *options)
+    changed.unlink()  # a table alone is wanted
+    with pytest.raises(SystemExit):
+        run(gsm8k, argv, out, *options)
+
+
 # ---------------------------------------------------------------------------------------------- adapters
 
 

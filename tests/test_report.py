@@ -489,6 +489,10 @@ def test_the_verdict_compares_intervals():
     assert "no difference" in verdict(4, 8)
     assert "limit = None, not 100: no comparison" in verdict(4, 40, limit=100)
     assert "is better" in verdict(4, 40, batch_size=3)
+    files = [{"data": "the file's digest"}, {"data": "another"}, {}]
+    of = {"accuracy": intervals.proportion(4, 100), "arguments": {"data": "problems.jsonl"}}
+    pairs = [report.verdict({"base": of | {"contents": files[0]}, "mine": of | {"contents": other}}) for other in files]
+    assert ["another content of --data: no comparison" in text for text in pairs] == [False, True, False]
 
 
 def test_scores_that_are_not_comparable_are_not_averaged(tmp_path, monkeypatch, capsys):
