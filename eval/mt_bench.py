@@ -93,11 +93,15 @@ class Arguments(JudgeArguments, benchmark.Arguments):
 
 
 class Run(benchmark.Run):
-    """A run whose answers can be judged later."""
+    """A run whose answers can be judged later, and whose missing judgments are asked for again."""
 
     def lacking(self, made: dict[str, Any]) -> Collection[str]:
-        is_open = made.get("judge") is None and self.args.judge_model is not None
-        return [item.name for item in fields(JudgeArguments)] if is_open else ()
+        judging = {item.name for item in fields(JudgeArguments)}
+        if self.args.judge_model is None:
+            return ()
+        if made.get("judge") is None:
+            return judging
+        return judging & benchmark.NOT_DECIDING if made.get("missing") else ()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -241,8 +245,8 @@ class Judge:
         """For each request the judge's text, its score, and the error if there is no score.
 
         Raises:
-            UserError: the judge cannot be reached, or refuses the key, or does not know the model. The judgments so far
-                are kept.
+            UserError: the judge cannot be reached, or refuses the key, or does not know the model, or there is no
+                rating at all. The judgments so far are kept.
         """
         keys = [digest([self.args.judge_model, self.args.judge_url, messages]) for messages in requests]
         missing = [i for i, key in enumerate(keys) if key not in store.values]
@@ -263,6 +267,11 @@ class Judge:
             finally:
                 self.stopped.set()  # ends the requests that wait for another attempt after one has raised an error
                 pool.shutdown(cancel_futures=True)
+        if failures and not any(key in store.values for key in keys):
+            first = next(iter(failures.values()))
+            raise UserError(
+                f"{self.args.judge_model} at {self.args.judge_url} rates no answer: {first}; answers are kept"
+            )
         return [
             {"judgment": text, "score": rating(text), "problem": failures.get(key)}
             for key, text in ((key, store.values.get(key)) for key in keys)
@@ -284,7 +293,9 @@ class Judge:
             except UserError:
                 raise
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
+                problem = f"HTTP {error.code} {error.msg}".rstrip()
+                if 400 <= error.code < 500 and error.code not in PASSING:
+                    return None, problem
             except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
                 problem = f"not a chat completion ({type(error).__name__})"
             else:
@@ -310,7 +321,7 @@ class Judge:
         Raises:
             UserError: the judge refuses the key, or does not know the model.
             Unreachable: nothing answers.
-            OSError, ValueError, HTTPException: the answer is something else.
+            OSError, ValueError, HTTPException: the answer is something else; an HTTPError's `msg` is what it says.
         """
         args = self.args
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -330,12 +341,14 @@ class Judge:
             unknown = (error.code == 404 and "model" in detail) or "model_not_found" in detail or "not exist" in detail
             if unknown and body is not None:
                 raise UserError(f"the judge at {args.judge_url} does not take {args.judge_model}: {detail}") from error
+            error.msg = detail
             raise
         except urllib.error.URLError as error:
             raise Unreachable(f"the judge at {args.judge_url} cannot be reached: {error.reason}") from error
 
 
 SECONDS = 300.0  # for one answer of the judge
+PASSING = (408, 409, 425, 429)  # of the codes 400 to 499 those that the same request may not get again
 FIRST_PAUSE = 2.0  # seconds before the first repeated request; every further pause is twice as long, up to 60
 
 

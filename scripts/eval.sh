@@ -12,7 +12,7 @@
 # DRY_RUN=1                                        prints the commands and runs nothing
 #
 # Started again after an interruption, it leaves out what is done and goes on with the rest; it refuses what was done with
-# another checkpoint or other settings (--overwrite replaces it). Answers to MT-Bench that no judge has seen are judged
+# another checkpoint or other settings (--overwrite replaces it). Answers to MT-Bench without a judgment are judged
 # when there is a judge.
 set -eu
 . "$(dirname "$0")/setup.sh"

@@ -328,6 +328,40 @@ def test_an_answer_too_long_for_the_judge_is_missing_and_the_others_are_judged(r
     items, _ = run("--judge-retries", 1, judge=stub)
     assert [item["score"] for item in items] == [None, None, 5, 5, 5, 5]
     assert "HTTP 400" in items[0]["problem"]
+    assert len(stub.asked) == 6  # a request that is wrong is not repeated
+
+
+@pytest.mark.parametrize("code", [400, 403, 404, 422, 500])
+def test_a_judge_that_rates_nothing_ends_the_run_with_its_own_words(code, mt_bench_error, run, stub, files):
+    """No score is written, so the next start with --skip-done judges the answers."""
+    body = b'{"error": {"message": "Unsupported parameter: \'max_tokens\'. Use \'max_completion_tokens\' instead."}}'
+    stub.reply = lambda *_: (code, body)
+    line = mt_bench_error("--judge-retries", 2, url=stub.url)
+    assert f"HTTP {code}" in line
+    assert ("refuses the key" if code == 403 else "Use 'max_completion_tokens' instead") in line
+    assert max(map(stub.asked.count, stub.asked)) == (3 if code == 500 else 1)
+    assert not (files / "out" / "mt_bench.json").exists()
+    stub.reply = lambda *_: "[[6]]"
+    _, summary = run("--skip-done", judge=stub)
+    assert summary["missing"] == 0
+
+
+def test_skip_done_asks_for_the_missing_judgments_alone(run, stub, files, monkeypatch, capsys):
+    """After a fault that has passed; by the same judge, and without a model."""
+    stub.reply = lambda body, count: (500, b"") if "Why" in body["messages"][1]["content"] else "[[5]]"
+    _, summary = run("--judge-retries", 0, judge=stub)
+    assert summary["missing"] == 2
+    monkeypatch.setattr("eval.benchmark.load_backend", None)
+    stub.asked.clear()
+    stub.reply = lambda *_: "[[9]]"
+    with pytest.raises(UserError, match="was made with judge_url"):
+        run("--skip-done", judge=f"{stub.url}/another")
+    items, summary = run("--skip-done", judge=stub)
+    assert (len(stub.asked), summary["missing"]) == (2, 0)
+    assert [item["score"] for item in items] == [5, 5, 5, 5, 9, 9]
+    with pytest.raises(SystemExit):
+        run("--skip-done", judge=stub)
+    assert len(stub.asked) == 2
 
 
 def test_the_key_follows_no_redirect(stub, run, monkeypatch):
@@ -339,10 +373,10 @@ def test_the_key_follows_no_redirect(stub, run, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     location = f"http://localhost:{elsewhere.server_port}/v1/chat/completions"
     stub.reply = lambda body, count: (302, b"", location)
-    _, summary = run("--judge-retries", 0, "--limit", 1, judge=stub)
+    with pytest.raises(UserError, match="HTTP 302"):
+        run("--judge-retries", 0, "--limit", 1, judge=stub)
     elsewhere.handle_request()
     assert not asked
-    assert summary["missing"] == 2
 
 
 def test_bad_input(mt_bench_error, files, monkeypatch):
