@@ -18,6 +18,7 @@ Files, in --output-dir
 import contextlib
 import hashlib
 import json
+import re
 import shlex
 import sys
 import threading
@@ -169,6 +170,14 @@ BEGINNINGS = ("### Instruction:", "Below is an instruction")  # the beginnings o
 def stop_strings(template: str) -> tuple[str, ...]:
     """Strings that end a completion: a model that goes on with an example of its own begins it with one of these."""
     return BEGINNINGS if template.startswith("alpaca") else ()
+
+
+END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
+
+
+def after_thoughts(text: str) -> str:
+    """What a reasoning model says after its thoughts; all that it says if they have no end, or nothing after it."""
+    return next((part for part in reversed(END_OF_THOUGHT.split(text)) if part.strip()), "")
 
 
 # ------------------------------------------------------------------------------------------------------------------

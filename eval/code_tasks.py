@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common.cli import UserError, option, require_positive
 from common.intervals import mean, score_line, share
 from eval import benchmark
-from eval.benchmark import Run, digest
+from eval.benchmark import Run, after_thoughts, digest
 from eval.sandbox import INSIDE, Limits, Program, Verdict, require_isolation, run_programs
 
 
@@ -197,8 +197,7 @@ def _defined(statements: list[Statement], names: tuple[str, ...], before: str = 
 
 def statements_of(text: str) -> tuple[list[str], list[Statement]]:
     """The text's lines, with fences and other marks taken apart from code, and the statements in them."""
-    thoughts, _, answer = text.rpartition("</think>")
-    text = END_OF_TEXT.split(answer if answer.strip() else thoughts, maxsplit=1)[0].replace("\r\n", "\n")
+    text = END_OF_TEXT.split(after_thoughts(text), maxsplit=1)[0].replace("\r\n", "\n")
     lines = ODD_INDENT.sub(lambda blanks: re.sub(r"[^\t]", " ", blanks[0]), text).split("\n")
     found: list[Statement] = []
     group, introduction, prose = 0, "", [""]

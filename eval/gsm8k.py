@@ -32,7 +32,7 @@ from common.cli import UserError, option, parse_arguments, run_script
 from common.intervals import score_line, share
 from common.templates import encode_response
 from eval import benchmark
-from eval.benchmark import PUBLISHED_MARKER, Run
+from eval.benchmark import PUBLISHED_MARKER, Run, after_thoughts
 from eval.generation import LoadBackend, response_loss
 from eval.math_grader import WORDS
 
@@ -84,8 +84,9 @@ WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|m
 
 def extract_answer(text: str) -> Fraction | None:
     """The number after the last "The answer is:"; else the number right after the last "####", which is a heading in
-    Markdown too; else the number in the last \\boxed{}; else the number after "The answer is". None without any."""
-    text = re.split("|".join(benchmark.BEGINNINGS), text)[0]
+    Markdown too; else the number in the last \\boxed{}; else the number after "The answer is". None without any. A
+    reasoning model's thoughts do not count."""
+    text = after_thoughts(re.split("|".join(benchmark.BEGINNINGS), text)[0])
     text = text.replace("\N{MINUS SIGN}", "-").replace("\N{ZERO WIDTH SPACE}", " ")
     for marker in MARKERS:
         _, *answers = re.split(marker, text, flags=re.IGNORECASE)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common.cli import UserError, option, parse_arguments, require_positive, run_script
 from common.intervals import score_line, share
 from eval import benchmark
-from eval.benchmark import BEGINNINGS, PUBLISHED_MARKER, Run
+from eval.benchmark import BEGINNINGS, PUBLISHED_MARKER, Run, after_thoughts
 from eval.generation import LoadBackend
 from eval.math_grader import SECONDS, Grader, same_spelling
 
@@ -131,8 +131,8 @@ def _to_its_end(text: str) -> str | None:
 
 def extract_answer(text: str) -> str | None:
     """The answer in a completion, to its own end: after the last "The answer is:", else in the last box, else after the
-    same words without a colon or below a heading "Answer"."""
-    text = re.split("|".join(BEGINNINGS), text)[0]
+    same words without a colon or below a heading "Answer". A reasoning model's thoughts do not count."""
+    text = after_thoughts(re.split("|".join(BEGINNINGS), text)[0])
     for marker in MARKERS:
         _, *answers = re.split(marker, text, flags=re.IGNORECASE)
         if answer := next(filter(None, map(_to_its_end, reversed(answers))), None):

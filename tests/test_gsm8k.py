@@ -95,6 +95,12 @@ from eval.generation import Sampling, batches, response_loss
         (r"So she pays $\boxed{18}$ dollars.", 18),
         (r"\boxed{17}? No. The answer is: 18", 18),
         ("The answer is: 2 million", 2),  # as GSM8K's own answers
+        ("<think>So the answer is: 17? No: 18.</think>\n\nShe pays $\\boxed{18}$.", 18),
+        ("The answer is: 17? No.\n</think>#### 18", 18),
+        ("[THINK]The answer is: 17[/THINK]The answer is: 18", 18),
+        ("<think>The answer is: 18</think>\n", 18),  # nothing after it
+        ("<think>The answer is: 18, and", 18),  # cut off
+        ("<think>The answer is: 17</think>I do not know.", None),
     ],
 )
 def test_extracted_answers(text, expected):

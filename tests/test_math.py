@@ -70,6 +70,9 @@ def test_the_last_box(text, expected):
         ("The answer is not 12.", None),
         ("**Final Answer**\n\n$12$", "$12$"),
         (r"The answer is 7, I thought; no: \boxed{8}", "8"),
+        (r"<think>The answer is: 17? No.</think> It is $\boxed{18}$.", "18"),
+        ("<thinking>The answer is: 17</thinking>The answer is: 18", "18"),
+        (r"<think>It is $\boxed{18}$.</think> ", "18"),
     ],
 )
 def test_extracted_answers(text, expected):
