@@ -65,8 +65,13 @@ MARKERS = (
     r"\\boxed\s*\{",
     r"the (?:final )?answer is\b(?!:|\s+(?:a|an|as|found|given|in|not|obtained|that|the)\b)",
 )
-# "18 + 24 = 42": the value comes after the last equals sign of the sentence.
-EQUATION = re.compile(r"\A(?:(?!\.\s).)*\d\s*(?:[-+*/×÷]|% of\b)(?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)")
+# "18 + 24 = 42": the value comes after the last equals sign of the sentence. A unit may stand before the operator.
+OPERATOR = r"\s[-+*/]\s|[×÷·⋅]|\\(?:times|cdot|div)(?![A-Za-z])|(?<![A-Za-z])[xX](?=\s*\\?\$?\d)"
+OPERATOR += r"|% of\b|\b(?:plus|minus|times|(?:multiplied|divided) by)\b"
+EQUATION = re.compile(
+    rf"\A(?:(?!\.\s).)*\d(?:\s*[-+*/]|(?:(?!\.\s)[^\d=\n]){{0,30}}?(?:{OPERATOR}))"
+    r"(?:(?!\.\s).)*=(?=(?:(?!\.\s)[^=\n])*\d)"
+)
 NAME = re.compile(r"\b[A-Za-z]_?\{?\d+\}?(?=\s*=)")  # "x2 = 18"
 MONEY = r"(?:\$\s?\d|\d[\d,.]* (?:dollars|cents|euros|pounds))"
 EACH = re.compile(
