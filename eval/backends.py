@@ -195,7 +195,8 @@ class VLLMBackend:
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.9,
     ):
-        """`max_length`: tokens of the longest prompt with its completion or response."""
+        """`max_length`: tokens of the longest prompt with its completion, or with its response and one token after it,
+        which vLLM makes. vLLM refuses more than the model's context."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         # In a process of its own the engine starts on the first request while others still arrive. Chance would decide
@@ -231,7 +232,7 @@ class VLLMBackend:
             self.llm = LLM(
                 model=ckpt,
                 dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
-                max_model_len=max_length + 1,
+                max_model_len=max_length,
                 seed=seed,
                 tensor_parallel_size=tensor_parallel_size,
                 use_tqdm_on_load=False,

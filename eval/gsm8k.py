@@ -216,7 +216,8 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     if args.loss_field:
         prompts = [run.encode(question, shots) for question in questions]
         responses = [encode_response(run.tokenizer, record[args.loss_field]) for record in records]
-        run.max_length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        run.max_length = max(lengths) + 1  # vLLM makes a token after a response
     items = run.complete(questions, shots, stop=stop)
     if args.loss_field:
         loss = response_loss(run.backend(), prompts, responses)

@@ -221,6 +221,49 @@ def test_a_completion_ends_where_transformers_ends_it(ends, checkpoint, tmp_path
     assert eos_token_ids_of(make_tokenizer(), str(checkpoint), str(tmp_path)) == [65, 257]
 
 
+class EngineOf512:
+    """vLLM's limits for a model of 512 positions: of the engine, and of a request with the tokens that it asks for."""
+
+    def __init__(self, max_model_len, **_):
+        assert max_model_len <= 512
+        self.max_model_len, self.longest = max_model_len, 0
+
+    def generate(self, prompts, settings, **_):
+        settings = settings if isinstance(settings, list) else [settings] * len(prompts)
+        prompts = [prompt["prompt_token_ids"] for prompt in prompts]
+        for prompt, sampling in zip(prompts, settings, strict=True):
+            self.longest = max(self.longest, len(prompt) + sampling.max_tokens)
+            assert self.longest <= self.max_model_len
+        made = SimpleNamespace(token_ids=[65], finish_reason="length")
+        likely = [[{token: SimpleNamespace(logprob=-1.0)} for token in prompt] for prompt in prompts]
+        return [SimpleNamespace(outputs=[made], prompt_logprobs=logprobs) for logprobs in likely]
+
+    reset_prefix_cache = bool
+
+
+def test_vllm_takes_all_that_the_context_holds(argv, tmp_path, tokenizer, monkeypatch):
+    vllm = SimpleNamespace(LLM=EngineOf512, SamplingParams=SimpleNamespace, LoRARequest=None, __spec__=True)
+    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, vllm)
+    engines = []
+
+    def load(_, *checkpoint, **options):
+        engines.append(VLLMBackend(*checkpoint, **options))
+        return engines[-1]
+
+    def run(*options):
+        words = [*argv, "--output-dir", tmp_path / f"out-{len(engines)}", *options]
+        gsm8k.main([str(word) for word in words], load)
+
+    room = 512 - max(len(encode_prompt(tokenizer, problem["question"])) for problem in PROBLEMS)
+    run("--max-new-tokens", room)
+    assert engines[-1].llm.longest == 512
+    with pytest.raises(UserError, match="holds 512 tokens and 513 are needed"):
+        run("--max-new-tokens", room + 1)
+    run("--max-new-tokens", 1, "--loss-field", "answer")
+    assert engines[-1].llm.longest == engines[-1].llm.max_model_len < 512
+
+
 @pytest.mark.parametrize("stop", ["\nab", "ab"])
 def test_a_stop_string_counts_in_the_completion_alone(stop, checkpoint):
     """The prompt's end may be a stop string's beginning; a row goes on until it has written a whole one itself."""
