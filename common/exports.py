@@ -334,6 +334,7 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
 
 # Fields of PEFT's configurations that do not change the forward pass of plain LoRA, or that `read_adapter` checks. Any
 # other field that is not empty has an effect that is not known here.
+KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # PEFT's init_lora_weights that change no base
 KNOWN_FIELDS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -459,7 +460,7 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         kind = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
         raise UserError(f"--init-adapter {folder}: training can continue from plain LoRA only, not {kind}")
-    if start not in (True, False, "gaussian", "eva", "orthogonal", "pissa"):
+    if start not in (*KEEP_BASE, "pissa"):
         raise UserError(f"--init-adapter {folder}: {start} changed the base's weights; convert it to a LoRA with PEFT")
     others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from common.cli import UserError
+from common.exports import KEEP_BASE
 from common.pretrained import resolve_dtype
 from common.ranks import choose_device
 from common.templates import decode_response
@@ -35,11 +36,14 @@ from eval.quiet import quiet_vllm
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks of vLLM's kernels
 
 
-def check_adapter(adapter: str, ckpt: str, config: PretrainedConfig, backend: str) -> None:
+def check_adapter(adapter: str, ckpt: str, config: PretrainedConfig, backend: str | None) -> None:
     """Raises a UserError where `adapter` is not a LoRA in PEFT's format for the model `ckpt`; reads no weights.
 
     Names alone do not decide (a local copy has another name), nor do shapes (a chat model has its base's shapes), so
     both must fit. Only the last part of a name counts.
+
+    Args:
+        backend: the back end that loads it; None: the base is measured beside it, in the same weights.
     """
     folder = Path(adapter)
     try:
@@ -64,6 +68,14 @@ def check_adapter(adapter: str, ckpt: str, config: PretrainedConfig, backend: st
         raise UserError(
             f"--adapter {adapter} was trained on {base}, not on {ckpt}: give --ckpt {base}, or, where the two are one "
             f"model, correct base_model_name_or_path in adapter_config.json"
+        )
+    start = lora.get("init_lora_weights", True)
+    # PEFT alone takes these starts off the base's weights again, and it leaves them so.
+    is_repeated = start in ("pissa", "olora")
+    if start not in KEEP_BASE and not (is_repeated and backend == "transformers"):
+        other = ", or take --backend transformers" if is_repeated and backend == "vllm" else ""
+        raise UserError(
+            f"--adapter {adapter}: {start} changed the base's weights; convert it to a LoRA with PEFT{other}"
         )
     if backend == "vllm" and lora["r"] > VLLM_LORA_RANKS[-1]:
         raise UserError(f"--adapter {adapter} has rank {lora['r']}, vLLM takes {VLLM_LORA_RANKS[-1]}: merge it first")

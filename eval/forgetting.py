@@ -480,7 +480,7 @@ def main(argv: list[str]) -> None:
     if args.adapter is not None:
         from eval.backends import check_adapter
 
-        check_adapter(args.adapter, names["base"], config, "transformers")
+        check_adapter(args.adapter, names["base"], config, None)
     documents = read_texts(args)
     encoded = encode(documents, tokenizer, config, args)
     kept = [i for i, tokens in enumerate(encoded) if len(tokens) > 1]

@@ -26,7 +26,7 @@ from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
 from common.templates import encode_opening, encode_prompt
 from eval import benchmark, crows_pairs, gsm8k, hendrycks_math, humaneval, mbpp
-from eval.backends import TransformersBackend, VLLMBackend, eos_token_ids_of
+from eval.backends import TransformersBackend, VLLMBackend, check_adapter, eos_token_ids_of
 from eval.benchmark import load_backend
 from eval.generation import Sampling
 
@@ -496,6 +496,31 @@ def test_an_adapter_generates_what_the_merged_model_does(argv, tmp_path, checkpo
     texts = [[item["completion"] for item in items] for items in (base, with_adapter, of_merged)]
     assert texts[1] == texts[2] != texts[0]
     assert summary["adapter"] == str(adapter)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4", "lora_ga", "corda"])
+def test_an_adapter_of_a_changed_base_is_scored_as_it_was_trained_or_refused(start, argv, tmp_path, checkpoint):
+    """As PEFT's trainer leaves it, without the changed base; the completions against those of the trained model."""
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+    settings["init_lora_weights"] = "olora" if start == "olora" else "pissa"
+    trained = peft.get_peft_model(make_model(), peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            weight += 0.1 * torch.randn_like(weight) if "lora_" in name else 0
+    trained.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    trained.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": start}))
+    _, config = load_tokenizer_and_config(str(checkpoint))
+    for backend in ("vllm", None) if start in ("pissa", "olora") else ("vllm", "transformers", None):
+        with pytest.raises(UserError, match=f"{start} changed the base's weights"):
+            check_adapter(str(tmp_path / "adapter"), str(checkpoint), config, backend)
+    if start in ("pissa", "olora"):
+        trained.merge_and_unload().save_pretrained(tmp_path / "merged")
+        make_tokenizer().save_pretrained(tmp_path / "merged")
+        items, _ = run(gsm8k, argv, tmp_path / "a", "--adapter", tmp_path / "adapter", "--limit", 6)
+        expected, _ = run(gsm8k, argv, tmp_path / "b", "--ckpt", tmp_path / "merged", "--limit", 6)
+        assert [item["completion"] for item in items] == [item["completion"] for item in expected]
 
 
 @pytest.fixture
