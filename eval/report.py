@@ -188,8 +188,9 @@ def _require_seeds(row: Row, benchmark: str, run: ReportedRun) -> None:
     for other in row.origins.get(benchmark, []):
         theirs = scoring(other.summaries[benchmark])
         difference = first_difference(other.settings, run.settings, {"seed"}, common=True)
-        difference = difference or first_difference(theirs, ours, {"seed"}, common=True)
-        difference = difference or changed_content(other.summaries[benchmark], run.summaries[benchmark])
+        of_a_seed = {"seed", "completions"}
+        difference = difference or first_difference(theirs, ours, of_a_seed, common=True)
+        difference = difference or changed_content(other.summaries[benchmark], run.summaries[benchmark], of_a_seed)
         if difference:
             raise UserError(f"{run.folder} and {other.folder} are no seeds of one {row.method}: {difference}; {remedy}")
         if (other.settings.get("seed"), theirs.get("seed")) == (run.settings.get("seed"), ours.get("seed")):

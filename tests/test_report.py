@@ -56,12 +56,12 @@ def tables_of(text: str) -> dict[str, list[list[str]]]:
     return tables
 
 
-def write_summary(folder, name, value, of, ckpt="some/model", interval=None):
+def write_summary(folder, name, value, of, ckpt="some/model", interval=None, **about):
     folder.mkdir(parents=True, exist_ok=True)
     score = {"value": value, "of": of, "interval_95": interval or [value, value]}
     names = {report.NLG[name].score, "accuracy", "accuracy_lenient", "answer_extracted"}
     content = dict.fromkeys(names, score) | {"ckpt": ckpt, "adapter": None, "response_loss": None}
-    (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / f"{name}.json").write_text(json.dumps(content | about))
 
 
 def test_the_published_tables_come_back_with_their_averages(capsys):
@@ -199,7 +199,8 @@ def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
         (made / "metrics.jsonl").write_text(json.dumps({"loss": 1.0, "step": 1}) + "\n")
         (made / "run.json").write_text(json.dumps({"trainable_parameters": 319_815_680}))
         for name, value in of_benchmarks.items():
-            write_summary(made / "results", name, value, report.NLG[name].items, ckpt=str(made / "merged"))
+            said = {"arguments": {"completions": [f"{made}/x.jsonl"]}, "contents": {"completions": str(seed)}}
+            write_summary(made / "results", name, value, report.NLG[name].items, ckpt=str(made / "merged"), **said)
     report.main([str(tmp_path / f"run-{seed}" / "results") for seed in values])
     (table,) = tables_of(capsys.readouterr().out).values()
     methods = ["Full FT", "LoRA", "PiSSA", "BA-LoRA"]
