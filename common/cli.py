@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 ArgumentsType = TypeVar("ArgumentsType")
 
@@ -78,7 +78,16 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         shown = argparse.RawDescriptionHelpFormatter
+        self.lists: list[str] = []
         super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
+        self.lists += [name for name in names if how.get("nargs") in ("+", "*")]
+        return super().add_argument(*names, **how)
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        require_once(argv, self.lists)
+        return super().parse_args(argv)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
@@ -101,7 +110,7 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
     """Reads `argv` into the dataclass; a `--config` file's entries come first, so that the command line wins.
 
     Raises:
-        UserError: an unknown option or key, or a value that does not fit.
+        UserError: an unknown option or key, a list or a key that stands twice, or a value that does not fit.
     """
     import tyro
     from tyro import _errors  # tyro has no other way to an error of one line; its version is pinned
@@ -112,6 +121,8 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
     how = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
     argv = [word for word in argv if not word.replace("-", "_").startswith("__local_rank=")]  # deepspeed's launcher
     argv = [_by_its_name(word, arguments_type) for word in argv]
+    kinds = {item.name: (item.type, *get_args(item.type)) for item in dataclasses.fields(arguments_type)}
+    require_once(argv, [option_name(name) for name, kind in kinds.items() if list in map(get_origin, kind)])
 
     def parse(words: list[str]) -> dict[str, Any]:
         with _errors.on_parse_error(lambda event: _raise_user_error(event, names)):
@@ -124,6 +135,20 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
         parse(words)  # by itself too: a value that the command line overrides would not be checked
         values = parse(words + argv)
     return arguments_type(**values)
+
+
+def options_in(argv: list[str]) -> list[str]:
+    """The names of the options in a command line, as they are typed, in order: --batch-size for --batch_size=8."""
+    return [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+
+
+def require_once(argv: list[str], lists: list[str]) -> None:
+    """Raises a UserError where an option that takes several values stands twice: the last one's values alone would
+    count. An option with one value may stand twice, because scripts append an option to replace its value."""
+    typed = options_in(argv)
+    for name in lists:
+        if typed.count(name) > 1:
+            raise UserError(f"{name} stands twice: give all its values after one {name}")
 
 
 def _by_its_name(word: str, arguments_type: type) -> str:
@@ -193,15 +218,20 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
     import yaml
 
     try:
-        entries = yaml.safe_load(path.read_text()) or {}
+        loader = yaml.SafeLoader(path.read_text())
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode | None):
+            raise UserError(f"{path} is not a configuration: expected lines of the form 'option: value'")
+        entries = loader.construct_pairs(node, deep=True) if node else []  # a dictionary would drop a doubled key
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {first_line(error)}") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"{path} is not a configuration: expected lines of the form 'option: value'")
     fields = {item.name: item for item in dataclasses.fields(arguments_type)}
-    argv = []
-    for key, value in entries.items():
+    argv, seen = [], set()
+    for key, value in entries:
         key = _by_its_name(f"--{key}", arguments_type)[2:].replace("-", "_")
+        if key in seen:
+            raise UserError(f"the key {key!r} stands twice in {path}: leave one of them")
+        seen.add(key)
         if key not in fields:
             near = nearest(str(key), list(fields))
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near!r}?" if near else ""))
@@ -265,12 +295,14 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def as_words(options: dict[str, Any]) -> list[str]:
-    """Options as they are typed."""
-    words = []
+def as_words(options: dict[str, Any], more: Iterable[str] = ()) -> list[str]:
+    """Options as they are typed, then `more` words; an option that these name too is left out."""
+    words, more = [], list(more)
     for name, value in options.items():
+        if option_name(name) in options_in(more):
+            continue
         if isinstance(value, bool):
             words.append(option_name(name) if value else option_name(f"no_{name}"))
         else:
             words += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return words + more

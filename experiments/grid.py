@@ -37,7 +37,7 @@ def training_command(plan: Plan, run: PlannedRun) -> list[str]:
     if run.chosen is not None:
         settings = {"config": run.chosen} | {name: value for name, value in settings.items() if name != "config"}
     again = "--resume" if run.script == "train.py" else "--skip-done"
-    return [*launcher, run.script, *as_words(settings), "--output-dir", run.folder, again, *plan.extra]
+    return [*launcher, run.script, *as_words(settings, ["--output-dir", run.folder, again, *plan.extra])]
 
 
 def results_folder(run: PlannedRun) -> str:

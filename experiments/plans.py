@@ -399,7 +399,7 @@ def parse_training(plan: Plan, run: PlannedRun) -> Any:
         if plan.extra:
             if "config" in settings:
                 settings["config"] = ROOT / settings["config"]
-            args = parse_arguments(arguments_of(run.script), "", [*as_words(settings), *plan.extra])
+            args = parse_arguments(arguments_of(run.script), "", as_words(settings, plan.extra))
         else:  # checked already, and parsing hundreds of command lines takes a minute
             known = read_config(settings["config"]) if "config" in settings else {}
             args = arguments_of(run.script)(**known | settings)

@@ -16,11 +16,12 @@ from conftest import ROOT, make_model
 import finetune_bert_l_sst2 as nlu
 import train
 from common import ranks
-from common.cli import UserError, parse_arguments, run_script
+from common.cli import UserError, as_words, parse_arguments, run_script
 from common.exports import export_adapter
 from common.layers import TARGET_MODULES
 from common.templates import ALPACA_PROMPT
-from eval import gsm8k, report
+from eval import gsm8k, report, suite
+from experiments import make_data
 
 
 @pytest.fixture(autouse=True)
@@ -284,6 +285,9 @@ def test_no_model_and_no_data(monkeypatch, capsys):
         ("rank: many\n", "--rank"),
         ("- rank\n", "is not a configuration"),
         ("rank: [\n", "cannot read the configuration"),
+        ("seed: 1\nrank: 4\nseed: 2\n", "the key 'seed' stands twice in"),
+        ("learning_rate: 1e-4\nlearning-rate: 5e-4\n", "the key 'learning_rate' stands twice in"),
+        ("max_examples: 3\nlimit: 4\n", "the key 'limit' stands twice in"),
     ],
 )
 def test_bad_configurations(text, expected, train_error, tmp_path):
@@ -309,6 +313,33 @@ def test_the_command_line_overrides_the_configuration(tmp_path):
         True,
         None,
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "name"),
+    [
+        (nlu, ["--fields", "premise", "--fields", "hypothesis"], "fields"),
+        (nlu, ["--test-data=a.csv", "--test_data", "b.csv"], "test-data"),
+        (nlu, ["--eval-data", "a.csv", "--seed", "1", "--test-data", "b.csv"], "test-data"),  # its old name
+        (train, ["--target-modules", "q_proj", "--target-modules", "v_proj"], "target-modules"),
+        (suite, ["--benchmarks", "gsm8k", "--benchmarks", "mbpp"], "benchmarks"),
+        (make_data, ["noise", "out", "--fields", "a", "--fields", "b"], "fields"),
+    ],
+)
+def test_a_list_that_stands_twice_loses_no_value(script, argv, name, monkeypatch, capsys):
+    assert f"--{name} stands twice: give all its values after one --{name}" in error_of(
+        script, argv, monkeypatch, capsys
+    )
+
+
+def test_the_last_of_two_single_values_counts_and_a_list_replaces_the_configurations(tmp_path):
+    (tmp_path / "config.yaml").write_text("fields: [a, b]\nseed: 1\n")
+    words = ["--config", str(tmp_path / "config.yaml"), "--fields", "c", "--seed", "2", "--seed", "3"]
+    args = parse_arguments(train.Arguments, "", words)
+    assert (args.fields, args.seed) == (["c"], 3)
+    words = as_words({"target-modules": ["q_proj"], "seed": 1, "rank": 2}, ["--target_modules", "v_proj", "--rank=4"])
+    args = parse_arguments(train.Arguments, "", words)  # an experiment's settings, and what its user types after --
+    assert (args.target_modules, args.seed, args.rank) == (["v_proj"], 1, 4)
 
 
 @pytest.mark.parametrize(
