@@ -123,14 +123,16 @@ def score(
 
 
 def _with_interval(value: Callable[[np.ndarray], float], labels: np.ndarray) -> dict[str, Any]:
-    """`value` on all rows, with its bootstrap interval; None where it is not defined."""
+    """`value` on all rows, with its bootstrap interval; None where it is not defined. There is no interval where a
+    tenth of the resamples has no value: the others, which hold every class, would be a choice."""
     rng = np.random.default_rng(0)
     values = [value(rng.integers(len(labels), size=len(labels))) for _ in range(BOOTSTRAP_SAMPLES)]
     whole, defined = value(np.arange(len(labels))), [number for number in values if not math.isnan(number)]
+    has_interval = not math.isnan(whole) and len(defined) > 0.9 * BOOTSTRAP_SAMPLES
     return {
         "value": None if math.isnan(whole) else whole,
         "of": len(labels),
-        "interval_95": None if math.isnan(whole) else np.quantile(defined, (0.025, 0.975)).tolist(),
+        "interval_95": np.quantile(defined, (0.025, 0.975)).tolist() if has_interval else None,
     }
 
 
@@ -163,15 +165,16 @@ def score_table(results: dict[str, Any], method: str, metrics: tuple[str, ...], 
         for metric_name in dict.fromkeys((*metrics, *(("macro_f1", "auc") if class_names else ERRORS))):
             cells = [result[kind][metric_name] for kind in ("probe", "probe_mean_states", method)]
             factor, digits = (1, 3) if metric_name in ERRORS else (100, 1)
-            texts = [
-                "none"  # AUC without an example of each class
-                if cell["value"] is None
-                else f"{factor * cell['value']:.{digits}f} "
-                f"[{', '.join(f'{factor * bound:.{digits}f}' for bound in cell['interval_95'])}]"
-                for cell in cells
-            ]
-            table.append([name, str(cells[0]["of"]), metric_name, *texts])
+            table.append([name, str(cells[0]["of"]), metric_name, *(_cell(cell, factor, digits) for cell in cells)])
     return markdown(table)
+
+
+def _cell(score: dict[str, Any], factor: int, digits: int) -> str:
+    if score["value"] is None:  # AUC without an example of each class
+        return "none"
+    bounds = score["interval_95"]
+    interval = ", ".join(f"{factor * bound:.{digits}f}" for bound in bounds) if bounds else "no interval"
+    return f"{factor * score['value']:.{digits}f} [{interval}]"
 
 
 def score_report(summary: dict[str, Any], data: "Data", args: Any) -> str:

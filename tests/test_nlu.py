@@ -987,6 +987,23 @@ def test_scores_equal_scikit_learns(num_classes, monkeypatch):
     json.dumps(scores, allow_nan=False)
 
 
+@pytest.mark.parametrize(("num_classes", "each", "has_interval"), [(12, 1, False), (4, 2, False), (3, 4, True)])
+def test_auc_has_an_interval_only_where_nearly_all_resamples_hold_every_class(num_classes, each, has_interval):
+    """The share that holds every class, counted over all resamples by inclusion and exclusion: 5e-5, 0.62, 0.98."""
+    count, names = num_classes * each, list(map(str, range(num_classes)))
+    lacking = ((-1) ** k * math.comb(num_classes, k) * (1 - k / num_classes) ** count for k in range(num_classes + 1))
+    assert (sum(lacking) > 0.9) == has_interval
+    labels = np.repeat(np.arange(num_classes), each)
+    logits = np.random.default_rng(0).normal(size=(count, num_classes)) + np.eye(num_classes)[labels]
+    auc = score(logits, labels.tolist(), ("accuracy",), names)["auc"]
+    given = softmax(logits)
+    assert auc["value"] == pytest.approx(metrics.roc_auc_score(labels, given, multi_class="ovr", average="macro"))
+    assert (auc["interval_95"] is not None) == has_interval
+    kinds = dict.fromkeys(("probe", "probe_mean_states", "lora"), score(logits, labels.tolist(), (), names))
+    row = scoring.score_table({"held out": kinds}, "lora", (), names).splitlines()[-1]
+    assert row.count(f"{100 * auc['value']:.1f} [no interval]") == (0 if has_interval else 3)
+
+
 # ---------------------------------------------------------------------------------------------- interruptions and ranks
 
 
