@@ -67,7 +67,6 @@ from common.classifiers import (
     Scores,
     conv1d_for_linear,
     count_parameters,
-    encode,
     encode_data,
     final_linear,
     head_modules,
@@ -602,6 +601,7 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
 def run(args: Arguments, data: Data, started: float) -> None:
     """A whole run: probes, training, evaluation, export. --output-dir is this run's alone."""
     base = inspect_base(args, data)
+    encode_data(data, base.tokenizer, base.config, args.max_length)
     checkpoint = checkpoint_to_resume(args)
     contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
     require_same_contents(checkpoint, contents, args.accept_changes)
@@ -614,7 +614,6 @@ def run(args: Arguments, data: Data, started: float) -> None:
     if is_main:
         open_output_dir(args, checkpoint)
     say(data.sizes(args.model), flush=True)
-    encode_data(data, base.tokenizer, base.config, args.max_length)
     collator = Collator.of(base.tokenizer, base.config)
 
     outputs, probe, scores = probe_encoder(model, data, collator)
@@ -657,8 +656,8 @@ def dry_run(args: Arguments, data: Data) -> str:
     """Describes a run with these arguments: configuration, examples and classes, parameters, steps."""
     base = inspect_base(args, data)
     notes = [note] if (note := note_on_regularizers(args, data.num_outputs)) else []
-    examples = encode(base.tokenizer, base.config, data.train.texts, WHOLE)
-    lengths = [len(example["input_ids"]) for example in examples]
+    encode_data(data, base.tokenizer, base.config, WHOLE)
+    lengths = [len(example["input_ids"]) for example in data.train.examples]
     num_cut = sum(length > args.max_length for length in lengths)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(base.config)

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,15 @@ from common.cli import UserError
 from common.labelled import Data
 from common.layers import default_target_modules, find_target_modules
 from common.metrics import score
-from common.pretrained import check_checkpoint, load_tokenizer_and_config, require_positions
+from common.pretrained import (
+    check_checkpoint,
+    lacking_weights,
+    load_tokenizer_and_config,
+    require_positions,
+    require_row,
+    require_unquantized,
+    require_weights,
+)
 from common.tensors import num_ranks
 
 if TYPE_CHECKING:
@@ -43,6 +53,7 @@ def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transf
     tokenizer, config = load_tokenizer_and_config(path, args.model_revision, needs_all=False)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
+    require_unquantized(args.model, config)
     set_padding(tokenizer, config, args.model)
     config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
     config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
@@ -78,6 +89,9 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
         has_trained_head: whether the final layer is the checkpoint's.
         replaces_head: whether the checkpoint has a final layer of another size.
         head_note: a line for the user on a trained classifier of other or otherwise ordered classes; or None.
+
+    Raises:
+        UserError: the files cannot be read, or lack weights of the encoder.
     """
     transformers.set_seed(seed)
     level = transformers.logging.get_verbosity()
@@ -102,8 +116,9 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
     finally:
         transformers.logging.set_verbosity(level)
     head = tuple(f"{name}." for name in head_modules(model))
-    mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
-    lacking = [name for name in (*info["missing_keys"], *mismatched) if not name.startswith(head)]
+    lacking = [name for name in lacking_weights(info) if not name.startswith(head)]
+    # A pooler may be new. An embedding and what is in a numbered layer are the pre-trained model itself.
+    require_weights(path, [name for name in lacking if _is_of_encoder(model, name)], info)
     model.new_modules = sorted({name.rpartition(".")[0] for name in lacking})
     layer = final_linear(model)
     weight = next(f"{name}.weight" for name, module in model.named_modules() if module is layer)
@@ -116,7 +131,7 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
             _take_rows(layer, rows)
             model.head_note = f"note: the classifier of {path} has {theirs}: its rows are taken by name, {ours}"
     elif was_trained:
-        if weight not in mismatched:
+        if weight not in lacking_weights(info):  # of the same size, and loaded
             layer.weight.data.normal_(0, getattr(config, "initializer_range", 0.02))
             if layer.bias is not None:
                 layer.bias.data.zero_()
@@ -124,6 +139,12 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
     model.num_labels = config.num_labels
     model.config.id2label, model.config.label2id = config.id2label, config.label2id
     return model
+
+
+def _is_of_encoder(model: nn.Module, name: str) -> bool:
+    """Whether the weight `name` is an embedding's or stands in a numbered layer."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return bool(re.search(r"embed|\.\d+\.", name)) or isinstance(module, nn.Embedding)
 
 
 def rows_by_name(own: "transformers.PretrainedConfig", config: "transformers.PretrainedConfig") -> list[int] | None:
@@ -238,8 +259,16 @@ def set_padding(tokenizer: Any, config: "transformers.PretrainedConfig", name: s
         tokenizer.pad_token = next((token for token in known if token is not None), None)
     if tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {name} has no special token that can pad: declare its pad_token")
+    if tokenizer.pad_token_id >= num_embeddings(config):
+        pad = f"{tokenizer.pad_token!r}, token {tokenizer.pad_token_id}"
+        raise UserError(f"{name} has no embedding for its padding {pad}: declare another pad_token of its tokenizer")
     if classifies_by_last_position(config):
         tokenizer.padding_side = "left"
+
+
+def num_embeddings(config: "transformers.PretrainedConfig") -> float:
+    """How many tokens the model knows; infinite for a model that has no vocabulary."""
+    return getattr(config.get_text_config(), "vocab_size", math.inf)
 
 
 def encode(
@@ -248,8 +277,14 @@ def encode(
     texts: list[tuple[str, ...]],
     max_length: int,
 ) -> list[dict[str, list[int]]]:
-    """The model's inputs of each example, without padding."""
-    encoded = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=max_length)
+    """The model's inputs of each example, without padding.
+
+    Raises:
+        UserError: a token has no embedding.
+    """
+    how = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
+    encoded = tokenizer(*map(list, zip(*texts, strict=True)), **how)
+    require_row(max(itertools.chain.from_iterable(encoded["input_ids"]), default=0), num_embeddings(config))
     names = [name for name in INPUTS if name in encoded]
     if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
         names.remove("token_type_ids")  # some tokenizers return them for models that take none

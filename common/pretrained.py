@@ -88,15 +88,20 @@ def settle_config(args: Any, config: "transformers.PretrainedConfig") -> None:
 
 def require_trainable(name: str, config: "transformers.PretrainedConfig") -> None:
     """Raises a UserError where the configuration is of a kind that cannot be trained here."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UserError(f"{name} is quantized ({method}): name the model as it was before; --load-in quantizes it")
+    require_unquantized(name, config, "; --load-in quantizes it")
     if config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder with a decoder ({config.model_type}): only decoders can be trained")
     if config.get_text_config() is not config:
         kind = config.model_type
         raise UserError(f"{name} is more than a text model ({kind}): save its language model first (docs/adapters.md)")
+
+
+def require_unquantized(name: str, config: "transformers.PretrainedConfig", more: str = "") -> None:
+    """Raises a UserError where the weights are quantized; `more`: for the message's end."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(f"{name} is quantized ({method}): name the model as it was before{more}")
 
 
 def require_causal(model: "transformers.PreTrainedModel") -> None:
@@ -126,7 +131,11 @@ def require_causal(model: "transformers.PreTrainedModel") -> None:
 def require_embedded(dataset: "datasets.Dataset", model: "transformers.PreTrainedModel", num_tokens: int) -> None:
     """Raises a UserError where a token of the data is beyond the embedding; `num_tokens`: the tokenizer's size."""
     rows = model.get_input_embeddings().num_embeddings
-    largest = max(map(max, dataset["input_ids"])) if num_tokens > rows else 0
+    require_row(max(map(max, dataset["input_ids"])) if num_tokens > rows else 0, rows)
+
+
+def require_row(largest: int, rows: int) -> None:
+    """Raises a UserError where the data's largest token is beyond an embedding of `rows`."""
     if largest >= rows:
         raise UserError(f"token {largest} of the data is beyond the model's {rows} embeddings: enlarge the model's")
 
@@ -250,17 +259,34 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             model_path,
             revision=args.model_revision,
             trust_remote_code=args.trust_remote_code,
             dtype=dtype,
             attn_implementation=args.attn_implementation,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
     except OSError as error:  # such as a hub model that has only pickled weights
         raise UserError(f"cannot load the model {args.model!r}: {first_line(error)}") from error
+    require_weights(args.model, lacking_weights(info), info)
+    return model
+
+
+def lacking_weights(info: dict[str, Any]) -> list[str]:
+    """The names of the weights that the files lacked, or had in another size; transformers makes them at random."""
+    mismatched = (item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"])
+    return sorted({*info["missing_keys"], *mismatched})
+
+
+def require_weights(name: str, lacking: list[str], info: dict[str, Any]) -> None:
+    """Raises a UserError where weights are `lacking`, with one that is in the files and is not the model's."""
+    if lacking:
+        foreign = min(info["unexpected_keys"], default=None)
+        instead = f"; they have {foreign}, which the model has not" if foreign else ""
+        raise UserError(f"the files of {name} lack {len(lacking)} weights in this form, such as {lacking[0]}{instead}")
 
 
 def head_is_linear(model: "transformers.PreTrainedModel") -> bool:

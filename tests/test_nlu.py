@@ -674,6 +674,70 @@ def test_bad_data_is_named_in_one_line_before_any_weight_is_read(tmp_path, encod
     assert not (tmp_path / "out").exists()
 
 
+UNFIT_BASES = {
+    "quantized": "is quantized (gptq): name the model as it was before",
+    "added tokens": "token 24 of the data is beyond the model's 24 embeddings",
+    "added padding": "no embedding for its padding '<pad>', token 24: declare another pad_token",
+}
+
+
+@pytest.mark.parametrize("case", UNFIT_BASES)
+@pytest.mark.parametrize("dry", [["--dry-run"], []], ids=["dry", "run"])
+def test_a_base_that_the_classifier_cannot_take_is_refused_by_a_dry_run_too(tmp_path, case, dry, monkeypatch, capsys):
+    monkeypatch.setattr(nlu, "load_classifier", lambda *_: pytest.fail("a weight was read"))
+    config = CONFIGS["bert"]()
+    config.vocab_size = 24  # as many as the tokenizer has
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer = make_tokenizer("bert")
+    if case == "quantized":
+        told = json.loads((tmp_path / "base" / "config.json").read_text())
+        told["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(told))
+    elif case == "added tokens":
+        tokenizer.add_tokens(["<e1>"])
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"sentence": f"the <e1> film is {word}", "label": i % 2} for i, word in enumerate(WORDS)]
+    argv = ["--model", tmp_path / "base", "--data", write_jsonl(tmp_path / "data.jsonl", rows), *dry]
+    assert UNFIT_BASES[case] in error_of(nlu, [*argv, "--output-dir", tmp_path / "out"], monkeypatch, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_names_no_attention_mask_gets_one(tmp_path, encoders):
+    """Texts of several lengths in one batch have the logits that transformers gives each of them alone."""
+    folder = trained_classifier(tmp_path / "model", "bert", ("0", "1"))
+    tokenizer = make_tokenizer("bert")
+    tokenizer.model_input_names = ["input_ids", "token_type_ids"]
+    tokenizer.save_pretrained(folder)
+    texts = [("the film is good",), ("it was bad but the cast was great and not dull",)]
+    split = Split(texts, [0, 1])
+    model, base = loaded(folder, nlu.Data(split, split, {}, ["0", "1"], ("accuracy",)))
+    examples = encode(base.tokenizer, base.config, texts, 64)
+    alone = [{"input_ids": tokenizer(text)["input_ids"]} for (text,) in texts]
+    ours = run_model(model, examples, nlu.Collator.of(base.tokenizer, base.config)).logits
+    assert np.abs(ours - plain_logits(folder, alone)[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("change", ["module.", "model.", "one layer", "one embedding"])
+def test_an_encoder_that_the_files_lack_is_not_made_at_random(tmp_path, encoders, change):
+    """As DistributedDataParallel and Lightning name weights, or with one weight left out."""
+    folder = shutil.copytree(encoders["bert"], tmp_path / "model")
+    weights, left_out = load_file(folder / "model.safetensors"), "none"
+    if change.endswith("."):
+        weights, told = {change + name: tensor for name, tensor in weights.items()}, f"have {change}embeddings"
+    else:
+        ends = {"one layer": "1.intermediate.dense.bias", "one embedding": "position_embeddings.weight"}
+        left_out = next(name for name in weights if name.endswith(ends[change]))
+        told = f"lack 1 weights in this form, such as bert.{left_out}"
+        del weights[left_out]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    split = Split([("a film",)], [0])
+    with pytest.raises(UserError, match=re.escape(told)):
+        loaded(folder, nlu.Data(split, split, {}, ["0", "1"], ("accuracy",)))
+
+
 def test_the_best_state_is_kept_and_vain_training_stops(tmp_path, encoders, monkeypatch):
     scores = iter([0.6, 0.5, 0.9, 0.4, 0.3])  # the first before training
     states = []

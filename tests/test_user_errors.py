@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, make_model
+from safetensors.torch import load_file, save_file
 
 import finetune_bert_l_sst2 as nlu
 import train
@@ -19,6 +20,7 @@ from common import ranks
 from common.cli import UserError, as_words, parse_arguments, run_script
 from common.exports import export_adapter
 from common.layers import TARGET_MODULES
+from common.pretrained import load_model
 from common.templates import ALPACA_PROMPT
 from eval import gsm8k, report, suite
 from experiments import make_data
@@ -388,6 +390,16 @@ def test_weights_that_cannot_be_had(train_error, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     assert "cannot load the model" in train_error()
+
+
+def test_weights_under_other_names(checkpoint, monkeypatch):
+    """As DistributedDataParallel names them: transformers would go on with a random model."""
+    monkeypatch.undo()  # the model is loaded here
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, checkpoint / "model.safetensors")
+    args = train.Arguments(model="mine")
+    with pytest.raises(UserError, match=r"lack .* in this form.*; they have module.model.embed_tokens.weight, which"):
+        load_model(args, str(checkpoint), torch.float32)
 
 
 def test_a_model_of_another_kind(train_error, checkpoint):
