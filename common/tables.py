@@ -14,8 +14,8 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
@@ -75,7 +75,12 @@ def load_records(
     kinds = sorted({kind_of(file) for file in files})
     if len({ONE_KIND.get(kind, kind) for kind in kinds}) > 1:
         raise UserError(f"{source} mixes kinds of files ({', '.join(kinds)}): name one file")
-    return _cached(files)
+    records = _cached(files)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for file in files:
+            if kind_of(file) == ".parquet":
+                _announce_class_names(file)
+    return records
 
 
 def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset":
@@ -180,7 +185,12 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
 
 
 def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
-    """The files' rows as a table on disk, which is made again when a file's content or this reader has changed."""
+    """The files' rows as a table on disk, which is made again when a file's content or this reader has changed. Users
+    may share the folder: a table has the mode that the umask gives, and one that cannot be read is made again.
+
+    Raises:
+        UserError: a file cannot be read, or the table cannot be kept.
+    """
     import datasets
 
     key = hashlib.sha256(Path(__file__).read_bytes())
@@ -192,22 +202,27 @@ def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tables" / key.hexdigest()[:32]
     table = folder / "rows.arrow"
-    if not table.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        number, being_written = tempfile.mkstemp(dir=folder)
-        os.close(number)
+    if not os.access(table, os.R_OK):
+        being_written = folder / f"{secrets.token_hex(8)}.partial"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            being_written.touch()
+        except PermissionError as error:
+            where = f"{error.filename}: {error.strerror}"
+            raise UserError(f"cannot keep {files[0]} in {where}; set HF_DATASETS_CACHE to a folder of yours") from error
         try:
             kinds: dict[str, bool] = {}
-            while not _write(files, has_header, Path(being_written), kinds):
+            while not _write(files, has_header, being_written, kinds):
                 pass
             os.replace(being_written, table)
         finally:
-            Path(being_written).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another process may remove the same table
+            being_written.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process may remove the same table, another user owns the folder
             for other in folder.parent.iterdir():  # the tables of a file that changes often would fill the disk
                 if time.time() - other.stat().st_mtime > UNUSED_SECONDS:
                     shutil.rmtree(other, ignore_errors=True)
-    os.utime(folder)
+    with contextlib.suppress(OSError):  # another user's folder, or a disk that is read alone
+        os.utime(folder)
     return datasets.Dataset.from_file(str(table))
 
 
@@ -519,15 +534,27 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Row, int]]:
 
 
 def _class_names(schema: Any) -> dict[str, dict[int, str | None]]:
-    """The names of class numbers by column, where `datasets` wrote the table with a ClassLabel; −1 is no class."""
+    """The names of class numbers by column of integers, where `datasets` wrote the table with a ClassLabel; −1 is no
+    class. Other programs leave the description in a table as it is, when they drop a column or replace its cells."""
+    import pyarrow as pa
+
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
     return {
         name: {-1: None, **dict(enumerate(kind["names"]))}
         for name, kind in kinds.items()
-        if kind.get("_type") == "ClassLabel"
+        if kind.get("_type") == "ClassLabel" and name in schema.names and pa.types.is_integer(schema.field(name).type)
     }
+
+
+def _announce_class_names(file: Path) -> None:
+    import pyarrow.parquet
+
+    for column, names in _class_names(pyarrow.parquet.read_schema(file)).items():
+        shown = [f"{number} = {name}" for number, name in names.items() if name is not None]
+        of_all = ", ".join(shown[:5]) + (f", and {len(shown) - 5} more" if len(shown) > 5 else "")
+        print(f"note: {file}: the numbers in {column!r} are read as the names that are written in the file: {of_all}")
 
 
 def _named(row: Row, names: dict[str, dict[int, str | None]]) -> Row:

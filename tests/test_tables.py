@@ -8,11 +8,17 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 
 from common.cli import UserError
 from common.conversations import Format
@@ -99,6 +105,36 @@ def test_a_class_number_is_read_as_the_class_name(tmp_path, monkeypatch, comes_f
     written = made.data.table.set_column(1, "c", pa.array(["yes", "no", "?"]))  # its description still has the names
     pa.parquet.write_table(written.replace_schema_metadata(made.data.schema.metadata), tmp_path / "b.parquet")
     assert [row["c"] for row in read(tmp_path / "b.parquet")] == ["yes", "no", "?"]
+
+
+def test_names_of_classes_are_read_where_the_column_still_is_and_are_announced(tmp_path, capsys):
+    """pyarrow's select, rename, drop and set_column keep the description of the table that they were given."""
+    stars = [f"{number} stars" for number in range(1, 8)]
+    kinds = datasets.Features({"t": datasets.Value("string"), "label": datasets.ClassLabel(names=stars)})
+    datasets.Dataset.from_dict({"t": ["a", "b"], "label": [0, 4]}, kinds).to_parquet(tmp_path / "whole.parquet")
+    whole = pa.parquet.read_table(tmp_path / "whole.parquet")
+    cases = {
+        "whole": (whole, [{"t": "a", "label": "1 stars"}, {"t": "b", "label": "5 stars"}]),
+        "dropped": (whole.select(["t"]), [{"t": "a"}, {"t": "b"}]),
+        "renamed": (whole.rename_columns(["t", "y"]), [{"t": "a", "y": 0}, {"t": "b", "y": 4}]),
+        "text": (
+            whole.set_column(1, "label", pa.array(["x", "y"])),
+            [{"t": "a", "label": "x"}, {"t": "b", "label": "y"}],
+        ),
+        "other": (
+            whole.set_column(1, "label", pa.array([1, 0])),
+            [{"t": "a", "label": "2 stars"}, {"t": "b", "label": "1 stars"}],
+        ),
+    }
+    for name, (table, rows) in cases.items():
+        path = tmp_path / f"{name}.parquet"
+        pa.parquet.write_table(table, path)
+        for _ in range(2):  # the second time from the cache
+            assert read(path) == rows
+            said = capsys.readouterr().out
+            assert (str(path) in said) == (name in ("whole", "other"))
+            assert ("'label' are read as the names that are written" in said) == (name in ("whole", "other"))
+            assert ("0 = 1 stars" in said) == ("5 stars, and 2 more" in said) == (name in ("whole", "other"))
 
 
 GOOD = '{"a": "b"}\n'
@@ -202,6 +238,48 @@ def test_a_table_that_nobody_reads_leaves_the_cache(tmp_path, monkeypatch):
     left = set((tmp_path / "cache" / "tables").iterdir())
     assert len(left) == 2
     assert folders[-1] in left
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter; those of pytest are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs a second user")
+def test_another_user_reads_a_table_that_is_there_and_makes_one_that_he_cannot_read(open_folder):
+    """Two users of one cache: in a folder that the second user may not write, then in one that he may."""
+    folder, tables = open_folder, open_folder / "cache" / "tables"
+    (folder / "a.jsonl").write_text('{"a": 1}\n')
+    code = f"""if True:
+        import os, sys, datasets
+        from common import cli, tables
+        datasets.config.HF_DATASETS_CACHE = {str(folder / "of root")!r}
+        tables.load_records("a.jsonl").to_list()  # imports what the second user may not read
+        datasets.config.HF_DATASETS_CACHE = {str(folder / "cache")!r}
+        os.umask(0o022)
+        os.setuid(int(sys.argv[1]))
+        cli.run_script(lambda _: print(tables.load_records("a.jsonl").to_list()))"""
+
+    def run_as(user: int) -> tuple[int, str]:
+        command, env = [sys.executable, "-c", code, str(user)], {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    assert run_as(0) == (0, "[{'a': 1}]\n")
+    (table,) = tables.rglob("rows.arrow")
+    assert table.stat().st_mode & 0o777 == 0o644
+    assert run_as(65534) == (0, "[{'a': 1}]\n")
+    table.chmod(0o600)
+    status, said = run_as(65534)
+    assert status == 2
+    assert f"error: cannot keep a.jsonl in {table.parent}" in said
+    assert "set HF_DATASETS_CACHE" in said
+    table.parent.chmod(0o777)
+    assert run_as(65534) == (0, "[{'a': 1}]\n")
+    assert table.stat().st_uid == 65534
 
 
 def random_value(draw: random.Random, depth: int = 0):
