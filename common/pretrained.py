@@ -164,12 +164,21 @@ def note_on_positions(dataset: "datasets.Dataset", model: "transformers.PreTrain
     return f"\nnote: the longest example has {longest} tokens, the model {known} positions: --max-length {known} cuts"
 
 
+def computation_of(entries: dict[str, Any]) -> str:
+    """What a configuration's entries say of the model's computation, as JSON: without where it was read and who wrote
+    it. The type is the weights' own, and a cache of keys and values changes nothing."""
+    others = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    entries = {name: value for name, value in entries.items() if name not in others}
+    return json.dumps(entries, sort_keys=True, default=str)
+
+
 def weights_digest(path: str, config: Any) -> str:
-    """A digest that tells one base model's weights from another's: of a local folder, the files' names, sizes and
-    sampled blocks of bytes; on the hub, the commit."""
+    """A digest that tells one base model from another: of a local folder, the configuration, and the weights' files by
+    names, sizes and sampled blocks of bytes; on the hub, the commit."""
     digest = hashlib.sha256()
     if not Path(path).is_dir():
         return str(getattr(config, "_commit_hash", None) or path)
+    digest.update(computation_of(json.loads((Path(path) / "config.json").read_text())).encode())
     for file in sorted(Path(path).glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

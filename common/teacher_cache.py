@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from common.cli import UserError
+from common.pretrained import computation_of
 from common.tensors import device_of, fingerprint, shape_of, whole
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class TeacherCache:
     """The teacher's last hidden states at every example's valid positions, on disk: exact, not approximated logits.
 
-    The first pass over the examples fills it, later passes read it. The file's name is a digest of the base weights and
-    the tokenised data, so an outdated cache is never read. An example counts only once all its states are written, so
-    the next run can go on with the cache of a killed run.
+    The first pass over the examples fills it, later passes read it. The file's name is a digest of the base weights,
+    the configuration and the tokenised data, so an outdated cache is never read. An example counts only once all its
+    states are written, so the next run can go on with the cache of a killed run.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class TeacherCache:
         self.device, dtype = device_of(parameter), parameter.dtype
         base = (whole(tensor) for name, tensor in model.named_parameters() if "lora_" not in name)
         rows = (torch.tensor(row) for name in ("input_ids", "labels") for row in dataset[name])
-        path = folder / f"teacher-{fingerprint(itertools.chain(base, rows))[:32]}"
+        computation = torch.tensor(list(computation_of(model.config.to_diff_dict()).encode()))
+        path = folder / f"teacher-{fingerprint(itertools.chain([computation], base, rows))[:32]}"
         self.num_bytes = self.offsets[-1] * self.width * dtype.itemsize
         states, done = path.with_suffix(".states"), path.with_suffix(".done")
         require_space(folder, self.num_bytes, [states])

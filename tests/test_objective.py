@@ -448,6 +448,16 @@ def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
     assert files(make_model(seed=0), 16) == 1
     assert files(make_model(seed=1), 16) == 2  # other weights
     assert files(make_model(seed=0), 15) == 3  # other data
+    model = make_model(seed=0)
+    model.config._name_or_path, model.config.use_cache = "elsewhere", False
+    model.set_attn_implementation("eager")
+    assert files(model, 16) == 3  # the same states, but for rounding
+    other = make_model(seed=0, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    input_ids = torch.arange(8)[None]
+    with torch.no_grad():
+        states = [one.model(input_ids).last_hidden_state for one in (make_model(seed=0), other)]
+    assert relative_error(*states) > 1e-3  # the same weights
+    assert files(other, 16) == 4
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
