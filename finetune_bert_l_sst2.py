@@ -34,7 +34,7 @@ What comes out, in --output-dir
     config.yaml         every argument as it was used; `--config` takes it
 
 The state that scores best on a held-out part of the training data (the demo has a file of its own) is kept; the
-evaluation sets are read once, at the end.
+state is selected without the evaluation sets.
 
 Read from top to bottom: arguments, data, adapters and objective, the training loop, the stages of a run, main.
 Everything that is not the method stands in common/.
@@ -638,6 +638,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
         "adapter_parameters": adapter_parameters,
         "head_parameters": head_parameters,
         "class_names": data.class_names,
+        "f1_class": data.f1_class,
         "examples": {"train": len(data.train), "validation": len(data.validation)},
         "arguments": asdict(args),
         "versions": package_versions(),

@@ -22,6 +22,7 @@ from common.layers import default_target_modules, find_target_modules
 from common.metrics import score
 from common.pretrained import (
     check_checkpoint,
+    counts_from_padding,
     lacking_weights,
     load_tokenizer_and_config,
     require_positions,
@@ -55,6 +56,7 @@ def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transf
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
     require_unquantized(args.model, config)
     set_padding(tokenizer, config, args.model)
+    own_padding = getattr(config, "pad_token_id", None)
     config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
     config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
     try:
@@ -63,6 +65,9 @@ def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transf
     except ValueError as error:
         raise UserError(f"{args.model} ({config.model_type}) has no classifier in transformers") from error
     require_positions(args.model, skeleton, args.max_length)
+    if own_padding not in (None, tokenizer.pad_token_id) and counts_from_padding(skeleton):
+        pads = f"token {tokenizer.pad_token_id}, its configuration with {own_padding}"
+        raise UserError(f"the tokenizer of {args.model} pads with {pads}, where positions are counted: make them alike")
     if args.method != "full":
         linear_for_conv1d(skeleton)
         if args.target_modules is None:
@@ -283,6 +288,8 @@ def encode(
         UserError: a token has no embedding.
     """
     how = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
+    if config.is_encoder_decoder:  # classifies by the end token; one in the text is text
+        how["split_special_tokens"] = True
     encoded = tokenizer(*map(list, zip(*texts, strict=True)), **how)
     require_row(max(itertools.chain.from_iterable(encoded["input_ids"]), default=0), num_embeddings(config))
     names = [name for name in INPUTS if name in encoded]
@@ -291,13 +298,24 @@ def encode(
     return [dict(zip(names, row, strict=True)) for row in zip(*(encoded[name] for name in names), strict=True)]
 
 
+def separates_pairs(tokenizer: "transformers.PreTrainedTokenizerBase") -> bool:
+    """Whether a token stands between the two texts of a pair."""
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab")
+    pair, joined = tokenizer("a", "b")["input_ids"], first + second
+    return not any(pair[place:][: len(joined)] == joined for place in range(len(pair)))
+
+
 def encode_data(
     data: Data,
     tokenizer: "transformers.PreTrainedTokenizerBase",
     config: "transformers.PretrainedConfig",
     max_length: int,
 ) -> None:
-    """`encode` for every split, which gets its `examples`."""
+    """`encode` for every split, which gets its `examples`. Notes that nothing separates the texts of a pair."""
+    if len(data.train.texts[0]) == 2 and not separates_pairs(tokenizer):
+        data.notes.append(
+            "note: this tokenizer puts nothing between the two texts of a pair, so the model cannot see where one ends"
+        )
     for split in (data.train, data.validation, *data.tests.values()):
         split.examples = encode(tokenizer, config, split.texts, max_length)
 

@@ -46,6 +46,10 @@ TASKS = {
 }
 
 
+# What GLUE, R and pandas write where a label is not known.
+NOT_KNOWN = ("-1", "na", "n/a", "<na>", "nan", "none", "null")
+
+
 @dataclass
 class Split:
     """Texts (each a tuple of one or two) and labels: class numbers, or numbers to predict.
@@ -67,7 +71,7 @@ class Split:
 
 @dataclass
 class Data:
-    """A run's data: the state is selected on `validation`; `tests` are scored once, at the end, by name.
+    """A run's data: the state is selected on `validation`; nothing is selected on `tests`.
 
     Attributes:
         shift, unit: a number y to predict is (y − shift) / unit in `train` and `validation`, and y itself in `tests`.
@@ -86,6 +90,11 @@ class Data:
     @property
     def is_regression(self) -> bool:
         return not self.class_names
+
+    @property
+    def f1_class(self) -> str | None:
+        """The class whose F1 the metric f1 is: the second one; None without that metric."""
+        return self.class_names[1] if "f1" in self.metrics else None
 
     @property
     def num_outputs(self) -> int:
@@ -162,6 +171,8 @@ def load_data(args: Any) -> Data:
         if args.metric not in fitting:
             raise UserError(f"--metric {args.metric} does not fit these labels: choose among {', '.join(fitting)}")
         data.metrics = tuple(dict.fromkeys((args.metric, *data.metrics)))
+    if "f1" in data.metrics:
+        data.notes.append(f"note: f1 is that of the class {data.f1_class!r}")
     if args.class_weights is not None:
         if data.is_regression:
             raise UserError("--class-weights needs classes, and here numbers are predicted: leave it out")
@@ -178,10 +189,12 @@ def _read_data(args: Any) -> Data:
         tests = {name: load_records("nyu-mll/glue", name, name=args.task) for name in task.eval_splits}
     else:
         source, tests = args.data, {}
-        records = {path: read_table(path, args.fields, args.label) for path in (source, args.validation_data) if path}
+        records = {source: read_table(source, args.fields, args.label)}
+        if args.validation_data:
+            records[args.validation_data] = read_table(args.validation_data, args.fields, args.label, "validation")
         for path in args.test_data:
             name = Path(path).stem if Path(path).stem not in tests else path
-            tests[name] = read_table(path, args.fields, args.label)
+            tests[name] = read_table(path, args.fields, args.label, "test")
     for name, table in (*records.items(), *tests.items()):
         require_fields(table, [*args.fields, args.label], name, "name the columns with --fields and --label")
     training, notes = records[source], []
@@ -191,8 +204,12 @@ def _read_data(args: Any) -> Data:
     names: list[str] | None = None
     if task is None:
         names = classes_of(training[args.label], source, args.label)
-        if "-1" in names:
-            notes.append("note: -1 is trained as a class here; GLUE's files write it where the label is not known")
+        if all(column.isdigit() for column in (*args.fields, args.label)):
+            _require_no_header(training[args.label], source)
+        found = [name for name in names if name.casefold() in NOT_KNOWN]
+        notes += [
+            f"note: {name} is trained as a class here; files write it where a label is not known" for name in found
+        ]
     elif task.classes:
         names = list(task.classes)
 
@@ -213,7 +230,7 @@ def _read_data(args: Any) -> Data:
     for part, of in (("training", train), ("validation", validation)):
         if names is None and len(set(of.labels)) < 2:
             raise UserError(f"{source}: all {part} examples have the same number in {args.label!r}: add others")
-    for name, held_out in {"validation": validation, **tests}.items():
+    for name, held_out in (("validation", validation), *tests.items()):
         rows = (zip(part.texts, part.labels, strict=True) for part in (train, held_out))
         notes += filter(None, [note_on_overlap(*rows, name)])
     return Data(train, validation, tests, names or [], task.metrics if task else ("accuracy",), notes=notes)
@@ -248,6 +265,14 @@ def classes_of(labels: list[Any], source: str, label_field: str) -> list[str]:
         if other != name:
             raise UserError(f"{source}: the labels {other!r} and {name!r} differ in case alone: write them alike")
     return names
+
+
+def _require_no_header(labels: list[Any], source: str) -> None:
+    """Raises a UserError where the first line of a file without header has a label that no other line has."""
+    first, *others = map(label_text, labels)
+    if first not in others:
+        remedy = "if it is a header, name the columns by it; if not, add an example of this class"
+        raise UserError(f"{source}: the first line alone has the label {first!r}: {remedy}")
 
 
 def _is_fraction(label: Any) -> bool:
@@ -291,7 +316,7 @@ def to_split(
         where = f"{source}, example {number}"
         for name, text in zip(fields, row, strict=True):
             # One of two texts may be empty: QQP has such questions.
-            if not isinstance(text, str) or not any(map(str.strip, row)):
+            if not isinstance(text, str) or not any(isinstance(one, str) and one.strip() for one in row):
                 raise UserError(f"{where}: {name!r} is empty or no text: {text!r}")
         _require_one(label, f"{where}: {label_field!r}")
         if class_names is None:

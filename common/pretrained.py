@@ -143,10 +143,14 @@ def require_row(largest: int, rows: int) -> None:
 def num_positions(model: "transformers.PreTrainedModel") -> int | None:
     """How many positions the model was made for; None without a limit (ALiBi, state spaces, XLNet, T5)."""
     found = getattr(model.config, "max_position_embeddings", None) or 0
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            found -= module.padding_idx + 1  # RoBERTa counts positions from padding_idx + 1
+    found -= sum(index + 1 for index in counts_from_padding(model))
     return found if found > 0 else None
+
+
+def counts_from_padding(model: "transformers.PreTrainedModel") -> list[int]:
+    """The padding token from which a table of positions counts: RoBERTa's first position is padding_idx + 1."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
 
 
 def require_positions(name: str, model: "transformers.PreTrainedModel", max_length: int) -> None:

@@ -83,7 +83,7 @@ def load_records(
     return records
 
 
-def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset":
+def read_table(source: str, fields: list[str], label: str, split: str = "train") -> "datasets.Dataset":
     """`load_records`, or, if all columns are named by numbers, a csv or tsv file without header.
 
     Raises:
@@ -91,7 +91,7 @@ def read_table(source: str, fields: list[str], label: str) -> "datasets.Dataset"
     """
     path = Path(source)
     if not all(name.isdigit() for name in (*fields, label)) or kind_of(path) not in (".csv", ".tsv"):
-        return load_records(source)
+        return load_records(source, split)
     return _cached([path], has_header=False)
 
 
@@ -454,7 +454,7 @@ def _checked(row: Any, text: str, file: Path, number: int) -> Row:
 
 
 def _table_rows(file: Path, sep: str, has_header: bool) -> Iterator[tuple[Row, int]]:
-    """Rows of text; without a header, the columns are named by their numbers."""
+    """Rows of text; without a header, or with one of numbers, the columns are named by their numbers."""
     rows = _split_lines(file) if sep == "\t" and not _is_quoted(file) else _csv_cells(file, sep)
     names = None
     for number, cells in rows:
@@ -463,7 +463,7 @@ def _table_rows(file: Path, sep: str, has_header: bool) -> Iterator[tuple[Row, i
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
                 raise _unreadable(file, number, f"the column {twice!r} comes twice")
-            if has_header:
+            if has_header or cells == [str(column) for column in range(len(cells))]:  # as pandas numbers columns
                 continue
         if len(cells) != len(names):
             raise _unreadable(file, number, f"{len(cells)} columns, where the first line has {len(names)}")

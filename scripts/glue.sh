@@ -15,6 +15,10 @@ set -eu
 
 config=${1:-configs/glue_deberta_v3_base.yaml}
 if [ $# -gt 0 ]; then shift; fi
+if [ -n "${GPUS_PER_RUN:-}" ]; then
+    say "GPUS_PER_RUN=$GPUS_PER_RUN: a run is one process here; docs/classification.md has the command for several GPUs" >&2
+    exit 2
+fi
 
 experiment() {
     cat <<EOF

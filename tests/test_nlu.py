@@ -705,6 +705,47 @@ def test_a_base_that_the_classifier_cannot_take_is_refused_by_a_dry_run_too(tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pair_that_nothing_separates_is_said(tmp_path, encoders, capsys):
+    rows = [{"a": f"the film is {word}", "b": "it was", "label": i % 2} for i, word in enumerate(WORDS * 2)]
+    argv = ["--data", write_jsonl(tmp_path / "data.jsonl", rows), "--max-length=64", "--method=full", "--dry-run"]
+    for kind in ("gpt2", "bert", "t5"):
+        for fields in (["a", "b"], ["a"]):
+            nlu.main(list(map(str, [*argv, "--model", encoders[kind], "--fields", *fields])))
+            is_told = "puts nothing between the two texts of a pair" in capsys.readouterr().out
+            assert is_told == (kind == "gpt2" and len(fields) == 2), (kind, fields)
+    alike = [make_tokenizer("gpt2")(*pair)["input_ids"] for pair in (("the film is", "good"), ("the film", "is good"))]
+    assert alike[0] == alike[1]
+
+
+def test_an_end_token_in_a_text_is_text_for_a_model_that_classifies_by_it(encoders):
+    """T5's forward pass refuses examples with different numbers of end tokens."""
+    args = nlu.Arguments(model=str(encoders["t5"]), method="full")
+    tokenizer, config = nlu.load_tokenizer(args, args.model, 2)
+    texts = [(f"the {tokenizer.eos_token} bad film",), ("it was bad",)]
+    examples = encode(tokenizer, config, texts, 64)
+    assert [example["input_ids"].count(tokenizer.eos_token_id) for example in examples] == [1, 1]
+    model = load_classifier(args.model, config, seed=1)
+    assert run_model(model, examples, nlu.Collator.of(tokenizer, config)).logits.shape == (2, 2)
+
+
+def test_positions_that_are_counted_from_the_padding_stay_where_they_were_trained(tmp_path):
+    """RoBERTa with its padding token 1 and a tokenizer that pads with 0: every position would be another one."""
+    config = CONFIGS["roberta"]()
+    config.pad_token_id = 1
+    torch.manual_seed(0)
+    model = transformers.RobertaModel(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    make_tokenizer("roberta").save_pretrained(tmp_path / "base")
+    config.pad_token_id = 0
+    moved = transformers.RobertaModel(config).eval()
+    moved.load_state_dict(model.state_dict())
+    words = torch.randint(4, 24, (2, 7))
+    with torch.no_grad():
+        assert (model(words).last_hidden_state - moved(words).last_hidden_state).abs().max() > 0.1
+    with pytest.raises(UserError, match="pads with token 0, its configuration with 1"):
+        nlu.load_tokenizer(nlu.Arguments(), str(tmp_path / "base"), 2)
+
+
 def test_a_tokenizer_that_names_no_attention_mask_gets_one(tmp_path, encoders):
     """Texts of several lengths in one batch have the logits that transformers gives each of them alone."""
     folder = trained_classifier(tmp_path / "model", "bert", ("0", "1"))
@@ -919,6 +960,52 @@ def test_labels_of_every_kind_are_read_or_named(tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             data(*labels, **settings)
+
+
+def test_what_may_be_read_otherwise_than_it_is_meant_is_said_or_refused(tmp_path):
+    """Labels that stand for none known, the class of F1, a header, files of several splits, a file named validation."""
+
+    def csv(name: str, labels, count: int = 40, header: str = "sentence,label\n") -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        lines = [f"{Path(name).stem} film {i},{labels[i % len(labels)]}" for i in range(count)]
+        (tmp_path / name).write_text(header + "\n".join(lines) + "\n")
+        return str(tmp_path / name)
+
+    def data(path: str, fields=("sentence",), label="label", **settings):
+        return nlu.load_data(nlu.Arguments(data=path, fields=list(fields), label=label, **settings))
+
+    for label in ("NA", "nan", "None", "<NA>", "null"):
+        found = data(csv("na.csv", ["neg", "pos", label])).notes
+        assert [note.split(";")[0] for note in found] == [f"note: {label} is trained as a class here"]
+    whole = csv("f1.csv", ["hate", "normal"])
+    assert data(whole, metric="f1").notes == ["note: f1 is that of the class 'normal'"]
+    assert (data(whole).notes, data(whole).f1_class) == ([], None)
+
+    with pytest.raises(UserError, match="the first line alone has the label 'label': if it is a header"):
+        data(whole, ["0"], "1")
+    for header in ("", "0,1\n"):  # pandas writes the latter
+        found = data(csv("plain.csv", ["0", "1"], header=header), ["0"], "1")
+        assert (sum(map(len, (found.train, found.validation, *found.tests.values()))), found.class_names) == (
+            40,
+            ["0", "1"],
+        )
+
+    for name, count in (("train", 30), ("dev", 20), ("test", 10)):
+        csv(f"split/{name}.csv", ["hate", "normal"], count)
+    folder = str(tmp_path / "split")
+    found = data(folder, test_data=[folder], validation_data=None)
+    assert (len(found.train) + len(found.validation), len(found.tests["split"]), found.notes) == (30, 10, [])
+    found = data(whole, validation_data=folder, test_data=[folder])
+    assert (len(found.validation), found.validation.texts[0], len(found.tests["split"])) == (20, ("dev film 0",), 10)
+
+    shutil.copy(whole, tmp_path / "copy.csv")
+    found = data(
+        whole, validation_data=str(tmp_path / "copy.csv"), test_data=[csv("validation.csv", ["hate", "normal"])]
+    )
+    assert found.notes == ["note: 40 of the 40 examples of validation are trained on too"]
+    pairs = [{"a": "x" if i else "", "b": "y" if i else None, "label": i % 2} for i in range(30)]
+    with pytest.raises(UserError, match="example 1: 'a' is empty or no text: ''"):
+        data(str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), ["a", "b"])
 
 
 def test_every_class_has_its_share_of_what_is_held_out():

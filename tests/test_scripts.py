@@ -280,6 +280,13 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
     assert list(parsed_by_scripts(commands(BENCHMARKS="mbpp gsm8k")[0])) == ["mbpp", "gsm8k"]
 
 
+def test_glue_takes_no_number_of_gpus_and_says_so():
+    environment = os.environ | {"DRY_RUN": "1", "GPUS_PER_RUN": "4"}
+    ended = subprocess.run(["sh", "scripts/glue.sh"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "GPUS_PER_RUN=4: a run is one process here" in ended.stderr
+
+
 def test_glue_is_every_task_by_every_method_and_seed(tmp_path):
     printed = subprocess.run(
         ["sh", "scripts/glue.sh", "configs/glue_roberta_large.yaml", "--epochs", "2"],
