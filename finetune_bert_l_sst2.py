@@ -33,8 +33,8 @@ What comes out, in --output-dir
     metrics.jsonl       loss and each term over training, the validation score
     config.yaml         every argument as it was used; `--config` takes it
 
-The state that scores best on a held-out part of the training data (the demo has a file of its own) is kept; the
-state is selected without the evaluation sets.
+The state that scores best on a held-out part of the training data (the demo has a file of its own) is kept.
+Nothing is selected on the evaluation sets.
 
 Read from top to bottom: arguments, data, adapters and objective, the training loop, the stages of a run, main.
 Everything that is not the method stands in common/.
