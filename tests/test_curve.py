@@ -146,11 +146,10 @@ def test_bad_input(checkpoint, data_file, folder, tmp_path, monkeypatch, capsys)
             ckpt,
             "--data",
             data_file,
-            "--texts",
-            folder / "prose.jsonl",
             "--output-dir",
             tmp_path / "out",
         ]
+        argv += [] if "--texts" in options else ["--texts", folder / "prose.jsonl"]
         return error_of(curve, [*argv, *options], monkeypatch, capsys)
 
     assert "no config.yaml beside it" in error()

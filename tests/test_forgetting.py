@@ -38,7 +38,8 @@ def run(tmp_path, checkpoint, texts):
     """Runs the script on the tiny model; returns its items and its summary."""
 
     def run(*options, out=tmp_path / "out", data=texts):
-        argv = ["--base", checkpoint, "--data", data, "--batch-size", 3, "--output-dir", out, *options]
+        named = [] if "--data" in options else ["--data", data]
+        argv = ["--base", checkpoint, *named, "--batch-size", 3, "--output-dir", out, *options]
         forgetting.main([str(word) for word in argv])
         items = read_jsonl(out / "forgetting.jsonl")
         return items, json.loads((out / "forgetting.json").read_text())
@@ -288,7 +289,8 @@ def test_bad_input(checkpoint, tuned, texts, tmp_path, monkeypatch, capsys):
 
     def error(*options, base=("--base", checkpoint), ckpt=("--ckpt", tuned)):
         capsys.readouterr()
-        argv = [*base, *ckpt, "--data", texts, "--output-dir", tmp_path / "out", *options]
+        named = [] if "--data" in options else ["--data", texts]
+        argv = [*base, *ckpt, *named, "--output-dir", tmp_path / "out", *options]
         return error_of(forgetting, argv, monkeypatch, capsys)
 
     other = tmp_path / "other"
