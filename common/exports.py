@@ -34,16 +34,26 @@ FITTING_GIB = 32  # a larger model is not loaded again
 def save_merged(model: "transformers.PreTrainedModel", folder: Path, dtype: torch.dtype) -> None:
     """Writes a plain checkpoint with the rotary settings under the names of transformers 4 and 5. The names of 4 are
     left out where 5 would then read the settings differently, as for Gemma-4, which 4 does not know."""
-    model.to(dtype).save_pretrained(folder)
+    convert(model, dtype)
+    model.save_pretrained(folder)
     path, rope = folder / "config.json", getattr(model.config, "rope_parameters", None)
-    config = json.loads(path.read_text())
-    if "dtype" in config:
-        config["torch_dtype"] = config["dtype"]
+    config = json.loads(path.read_text()) | dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     for classic in (classic_rope(config), {}):
         path.write_text(json.dumps(config | classic, indent=2, sort_keys=True) + "\n")
         with contextlib.suppress(KeyError, ValueError):
             if not classic or _has_all(type(model.config).from_pretrained(folder).rope_parameters, rope):
                 break
+
+
+def convert(model: "transformers.PreTrainedModel", dtype: torch.dtype) -> None:
+    """Gives each tensor the type that it has where transformers loads the model in `dtype`, in place: fp32 where the
+    architecture keeps it so (DeepSeek-V3's e_score_correction_bias), else `dtype`."""
+    own, kept = model.dtype, "|".join(model._get_dtype_plan(dtype)).replace("*", ".*")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if kept and tensor.is_floating_point() and re.search(kept, name):
+            tensor.data = tensor.data.float()
+        elif tensor.dtype == own:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _has_all(found: Any, wanted: Any) -> bool:
@@ -91,6 +101,7 @@ class ReadBack:
     Attributes:
         logits: the trained model's `probe_logits`.
         weights: W by name for a sample of the adapted layers, all of them below SAMPLE_SIZE.
+        ends: by name, the first and the last row of each tensor without an adapter, in the type of training.
     """
 
     def __init__(self, model: "transformers.PreTrainedModel", layers: Mapping[str, Any]):
@@ -102,7 +113,9 @@ class ReadBack:
             if name not in self.weights and (not self.weights or size + weight.numel() <= SAMPLE_SIZE):
                 self.weights[name], size = weight.data, size + weight.numel()
         self.adapted = set(layers)
-        self.trained_in = next(model.parameters()).dtype
+        self.trained_in = model.dtype
+        tensors = model.state_dict().items()
+        self.ends = {name: tensor[[0, -1]].clone() for name, tensor in tensors if tensor.dim() and len(tensor)}
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.fits = num_bytes <= min(FITTING_GIB * 2**30, free / 3)
@@ -133,7 +146,7 @@ class ReadBack:
     def _require_files(self, folder: Path, model: "transformers.PreTrainedModel") -> None:
         """Every tensor is there with its shape, type, first and last row; W + s·B·A of the adapter's file is the merged
         weight."""
-        dtype, expected = next(model.parameters()).dtype, model.state_dict()
+        expected = model.state_dict()
         stored = {}
         for path in sorted((folder / "merged").glob("*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -155,7 +168,9 @@ class ReadBack:
                 if name in expected and tuple(part.get_shape()) != tuple(expected[name].shape):
                     raise ValueError(f"{name} in merged/ has the shape {part.get_shape()}")
                 for rows in (slice(0, 1), slice(-1, None)) if name in expected and part.get_shape() else ():
-                    _require_bits(f"{name} in merged/", part[rows], expected[name][rows])
+                    known = self.ends.get(name, expected[name])
+                    dtype = expected[name].dtype if known.dtype == self.trained_in else known.dtype
+                    _require_bits(f"{name} in merged/", part[rows], known[rows].to(dtype))
                 if layer not in self.weights or not name.endswith(".weight"):
                     continue
                 found = file.get_tensor(name)
@@ -163,7 +178,7 @@ class ReadBack:
             pair = (factors[f"base_model.model.{layer}.lora_{which}.weight"] for which in "AB")
             A, B = (factor.to(weight.device).float() for factor in pair)
             sum_ = torch.addmm(weight.float(), B, A, alpha=config["lora_alpha"] / config["r"]).to(weight.dtype)
-            if not same_bits(found, sum_.to(dtype)):
+            if not same_bits(found, sum_.to(expected[name].dtype)):
                 raise ValueError(f"{name} in merged/ is not W + ΔW of adapter/")
 
     def _require_loaded(self, folder: Path, model: "transformers.PreTrainedModel", options: dict[str, Any]) -> None:

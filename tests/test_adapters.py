@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import LATENT, ROUTED, SHAPE
 from conftest import PUBLISHED, ROOT, encode_turn, make_model, make_tokenizer, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -380,6 +381,29 @@ def test_a_model_that_does_not_fit_twice_is_read_back_in_part(fault, run_folder,
     monkeypatch.setattr(exports.ReadBack, "_require_loaded", lambda *args: pytest.fail("loaded again"))
     shutil.copytree(run_folder / "out", tmp_path / "out")
     export_with(fault, tmp_path / "out", monkeypatch)
+
+
+@pytest.mark.parametrize("options", [("--dtype", "bfloat16"), (), ("--method", "full")])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_tensor_that_the_architecture_keeps_in_fp32_goes_out_as_it_came(
+    options, fits, run_folder, tmp_path, monkeypatch
+):
+    """DeepSeek-V3's selection biases lie close together; rounded to bf16 they choose other experts."""
+    monkeypatch.setattr(exports, "FITTING_GIB", 32 * fits)
+    name, base = "model.layers.1.mlp.gate.e_score_correction_bias", tmp_path / "base"
+    config = transformers.DeepseekV3Config(**SHAPE | LATENT | ROUTED)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.get_buffer(name).data = 10.16 + torch.tensor([0.001, 0.002, 0.003, 0.004])
+    model.save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    out = trained(base, run_folder, tmp_path / "out", "--save-steps", 200, *options)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out / "merged"))
+    assert torch.equal(after[name], 10.16 + torch.tensor([0.001, 0.002, 0.003, 0.004]))
+    assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
+    assert json.loads((out / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    rounded = lambda out: edit_tensor(out / MERGED, name, lambda x: x.bfloat16().float())  # noqa: E731
+    monkeypatch.setitem(FAULTS, "biases in bf16", rounded)
+    export_with("biases in bf16", out, monkeypatch)
 
 
 CHOICES = {  # PEFT's ways to choose layers
