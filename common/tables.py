@@ -67,11 +67,14 @@ def load_records(
 
         try:
             found = datasets.load_dataset(source, name, data_dir=subset, split=split)
+            names = _class_names(found.features.arrow_schema)
+            structs = [column for column, kind in found.features.items() if _holds_struct(kind)]
+            kinds = dict.fromkeys(names, datasets.Value("string")) | dict.fromkeys(structs, datasets.Json())
+            features = datasets.Features(found.features | kinds)
+            how = {"fn_kwargs": {"names": names, "structs": structs}, "features": features}
+            return found.map(_as_written, **how) if kinds else found
         except Exception as error:  # the hub's client raises dozens of kinds
             raise HubError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
-        names = _class_names(found.features.arrow_schema)
-        texts = datasets.Features(found.features | dict.fromkeys(names, datasets.Value("string")))
-        return found.map(_named, fn_kwargs={"names": names}, features=texts) if names else found
     kinds = sorted({kind_of(file) for file in files})
     if len({ONE_KIND.get(kind, kind) for kind in kinds}) > 1:
         raise UserError(f"{source} mixes kinds of files ({', '.join(kinds)}): name one file")
@@ -563,8 +566,22 @@ def _named(row: Row, names: dict[str, dict[int, str | None]]) -> Row:
     return row | {name: names[name].get(number, number) for name, number in numbers.items()} if numbers else row
 
 
+def _holds_struct(kind: Any) -> bool:
+    """Whether a column of `datasets` holds objects."""
+    return isinstance(kind, dict) or (hasattr(kind, "feature") and _holds_struct(kind.feature))
+
+
+def _as_written(row: Row, names: dict[str, dict[int, str | None]], structs: list[str]) -> Row:
+    """A row of the hub with the names of its classes, and with the keys that its objects were written with."""
+    return _named(row, names) | {name: _plain(row[name]) for name in structs}
+
+
 def _plain(cell: Any) -> Any:
-    """Converts Arrow's value to one of JSON: dates, decimals and bytes to text, a missing number to None."""
+    """Converts Arrow's value to one of JSON: dates, decimals and bytes to text, a missing number to None.
+
+    Arrow gives the objects of a column all the same keys, with null where an object had no such key. Such keys are left
+    out, because a null would be trained as an argument of a tool call.
+    """
     match cell:
         case None | bool() | str():
             return cell
@@ -573,7 +590,7 @@ def _plain(cell: Any) -> Any:
         case float():
             return cell if math.isfinite(cell) else None
         case dict():
-            return {name: _plain(value) for name, value in cell.items()}
+            return {name: _plain(value) for name, value in cell.items() if value is not None}
         case list() | tuple():
             return [_plain(value) for value in cell]
         case bytes():

@@ -137,6 +137,22 @@ def test_names_of_classes_are_read_where_the_column_still_is_and_are_announced(t
             assert ("0 = 1 stars" in said) == ("5 stars, and 2 more" in said) == (name in ("whole", "other"))
 
 
+@pytest.mark.parametrize("comes_from", ["a file", "the hub"])
+def test_an_object_has_the_keys_that_it_was_written_with(tmp_path, monkeypatch, comes_from):
+    """Arrow gives all objects of a column the keys of all, with nulls, which would be arguments of a tool call."""
+    calls = [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "time", "arguments": {"zone": {"utc": 1}}}]
+    rows = [{"messages": [{"role": "user"}, {"tool_calls": [{"function": call}]}], "n": 1} for call in calls]
+    rows.append({"messages": None, "n": None})
+    made = datasets.Dataset(pa.Table.from_pylist(rows))
+    assert made[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "zone": None}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    made.to_parquet(tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet") if comes_from == "a file" else load_records("somebody/data").to_list()
+    assert found == rows
+    (tmp_path / "a.jsonl").write_text('{"arguments": {"city": null}}')  # written so by somebody
+    assert read(tmp_path / "a.jsonl") == [{"arguments": {"city": None}}]
+
+
 GOOD = '{"a": "b"}\n'
 
 
