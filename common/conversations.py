@@ -94,7 +94,7 @@ class Notes:
         fates: how many examples are whole, cut, dropped or skipped, and why.
         columns, keys: how many examples or messages hold something under a name that is not used.
         template: how many examples the chat template changes, by the kind of change.
-        files: data files of the folder that belong to another split.
+        files: data files of the folder that belong to another split, or are hidden.
         skipped: the errors in the first examples that --skip-bad left out.
     """
 
@@ -122,7 +122,7 @@ class Notes:
 
     def lines(self) -> list[str]:
         """A line for each kind of thing."""
-        kinds = [("columns", self.columns), ("keys of messages", self.keys), ("files of other splits", self.files)]
+        kinds = [("columns", self.columns), ("keys of messages", self.keys), ("files", self.files)]
         lines = [f"not used: {kind} {', '.join(names)}" for kind, names in kinds if names]
         lines += [f"note: {what} ({count} examples)" for what, count in self.template.items()]
         if self.skipped:
@@ -134,7 +134,7 @@ class Notes:
 def load_training_records(args: Any) -> "datasets.Dataset":
     """The examples that --data, --fields and --limit name, as they are written; fills in `args.template`.
 
-    The result's `other_files` are the folder's files that belong to another split.
+    The result's `other_files` are the folder's files that are not read.
 
     Raises:
         UserError: no such data, or none in a known format.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # they describe the data beside them
 ONE_KIND = {".jsonl": ".json"}
 SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation")
@@ -156,14 +157,41 @@ def kind_of(path: Path) -> str:
     return path.with_suffix("" if path.suffix.lower() == ".gz" else path.suffix).suffix.lower()
 
 
+def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The data files below `folder`, in linked folders too, and what is not read. Each folder is read once.
+
+    As `datasets` does, it passes over names that begin with a dot (.ipynb_checkpoints) and folders with __ (__MACOSX).
+
+    Raises:
+        UserError: a folder that may not be read, or a link to nothing.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+    found, passed, known = [], [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in known:
+            folders.clear()
+            continue
+        known.add(os.path.realpath(place))
+        passed += [Path(place, name) for name in folders if name.startswith((".", "__"))]
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        for file in (Path(place, name) for name in names):
+            if file.is_symlink() and not file.exists() and file.name[0] != ".":
+                raise UserError(f"cannot read {file}: a link to nothing")
+            if file.is_file() and kind_of(file) in KINDS and file.name not in ABOUT:
+                (passed if file.name[0] == "." else found).append(file)
+    return sorted(found), sorted(passed)
+
+
 def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
     """The data files below `folder`: those of `split`, and the others. A name without a split's word counts as train.
 
     Raises:
         UserError: the folder has no data file, or none of `split`.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in KINDS)
-    files = [file for file in files if file.name not in ("dataset_info.json", "dataset_infos.json")]
+    files, passed = _data_files(folder)
     if not files:
         raise UserError(f"{folder} holds no {', '.join(KINDS)} file")
     splits = {}
@@ -172,14 +200,14 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
         splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
     known = sorted({found for found in splits.values() if found})
     if not known:
-        return files, []
+        return files, passed
     unnamed = None if "train" not in known and SPLIT_OF_WORD.get(split, split) == "train" else split
     chosen = [file for file in files if splits[file] in (SPLIT_OF_WORD.get(split, split), unnamed)]
     if not chosen:
         raise UserError(
             f"{folder} has files of {', '.join(known)} and none of {split!r}: choose by --split, or name one"
         )
-    return chosen, [file for file in files if file not in chosen]
+    return chosen, sorted([*passed, *(file for file in files if file not in chosen)])
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -670,7 +670,8 @@ def test_what_is_not_used_is_announced_and_a_bad_example_can_be_skipped(tmp_path
         {"messages": [*MESSAGES[:3], MESSAGES[3] | {"mood": "x", "thinking": "hm"}], "topic": "sums", "empty": None}
     ]
     rows += [{"messages": MESSAGES[1:]}, {"messages": talk("x" * 600, "never")}]
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "data" / ".ipynb_checkpoints" / "train-checkpoint.jsonl").write_text(json.dumps(rows[0]) + "\n")
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "data" / "eval.jsonl").write_text(json.dumps(rows[0]) + "\n")
     make_model(vocab_size=300).save_pretrained(tmp_path / "base")
@@ -694,7 +695,7 @@ def test_what_is_not_used_is_announced_and_a_bad_example_can_be_skipped(tmp_path
     assert lines[:3] == [
         "not used: columns topic",
         "not used: keys of messages mood, thinking",
-        "not used: files of other splits eval.jsonl",
+        "not used: files .ipynb_checkpoints, eval.jsonl",
     ]
     assert lines[3].startswith("skipped 1 examples")
     assert "1 whole" in lines[5]

@@ -240,6 +240,28 @@ def test_held_out_files_are_not_trained(tmp_path):
         assert read(folder) == [{"from": expected}]
 
 
+def test_a_folder_is_read_with_its_links_and_without_what_is_hidden(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    hidden = (".ipynb_checkpoints/own-checkpoint.jsonl", "a/.own.jsonl", "__MACOSX/own.jsonl", "dataset_info.json")
+    for file in (
+        data / "own.jsonl",
+        data / "a" / "__own.jsonl",
+        elsewhere / ".v1" / "b.jsonl",
+        *map(data.joinpath, hidden),
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"from": str(file.relative_to(tmp_path))}) + "\n")
+    (data / "linked").symlink_to(elsewhere / ".v1")  # what a link points to may be hidden
+    (data / "again").symlink_to(data / "a")
+    (data / "a" / "circle").symlink_to(data)
+    (data / ".gone").symlink_to(tmp_path / "nowhere")
+    expected = ["data/a/__own.jsonl", "data/own.jsonl", "elsewhere/.v1/b.jsonl"]
+    assert sorted(row["from"] for row in read(data)) == expected
+    (data / "more").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="data/more: a link to nothing"):
+        read(data)
+
+
 def test_a_table_that_nobody_reads_leaves_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "a.jsonl"
