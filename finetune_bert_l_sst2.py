@@ -80,7 +80,7 @@ from common.classifiers import (
     training_examples,
 )
 from common.cli import UserError, option, parse_arguments
-from common.exports import classifier_card, export_adapter, link_base
+from common.exports import classifier_card, export_adapter, link_base, save_merged
 from common.labelled import TASKS, Data, contents_of, load_data
 from common.layers import find_target_modules
 from common.metrics import metric, prediction_rows, predictions, score, score_report
@@ -589,7 +589,7 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
             base.tokenizer.save_pretrained(folder / "adapter")
         merge_adapters(model)
         conv1d_for_linear(model, conv1d)
-        model.save_pretrained(folder / "merged")
+        save_merged(model, folder / "merged", torch.float32)
         base.tokenizer.save_pretrained(folder / "merged")
 
 

@@ -31,17 +31,32 @@ SAMPLE_SIZE = 2**28  # how many numbers of adapted weights are compared bit for 
 FITTING_GIB = 32  # a larger model is not loaded again
 
 
+# Architectures whose configurations have names of their own for rotary settings in transformers 4, and in llama.cpp.
+NEOX = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"}
+MODERN = {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"}
+OWN_NAMES = {"gpt_neox": NEOX, "gpt_neox_japanese": NEOX, "modernbert": MODERN, "modernbert-decoder": MODERN}
+
+
 def save_merged(model: "transformers.PreTrainedModel", folder: Path, dtype: torch.dtype) -> None:
-    """Writes a plain checkpoint with the rotary settings under the names of transformers 4 and 5. The names of 4 are
-    left out where 5 would then read the settings differently, as for Gemma-4, which 4 does not know."""
+    """Writes a plain checkpoint for transformers 4 and 5."""
     convert(model, dtype)
     model.save_pretrained(folder)
-    path, rope = folder / "config.json", getattr(model.config, "rope_parameters", None)
-    config = json.loads(path.read_text()) | dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-    for classic in (classic_rope(config), {}):
-        path.write_text(json.dumps(config | classic, indent=2, sort_keys=True) + "\n")
+    model.config.dtype = dtype
+    save_config(model.config, folder)
+
+
+def save_config(config: "transformers.PreTrainedConfig", folder: Path) -> None:
+    """Writes config.json with the rotary settings under the names of transformers 4 and 5. The names of 4 are left out
+    where 5 would then read the settings differently, as for Gemma-4, which 4 does not know."""
+    config.save_pretrained(folder)
+    path, rope = folder / "config.json", getattr(config, "rope_parameters", None)
+    content = json.loads(path.read_text())
+    if "dtype" in content:
+        content["torch_dtype"] = content["dtype"]
+    for classic in (classic_rope(content), {}):
+        path.write_text(json.dumps(content | classic, indent=2, sort_keys=True) + "\n")
         with contextlib.suppress(KeyError, ValueError):
-            if not classic or _has_all(type(model.config).from_pretrained(folder).rope_parameters, rope):
+            if not classic or _has_all(type(config).from_pretrained(folder).rope_parameters, rope):
                 break
 
 
@@ -80,7 +95,8 @@ def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         classic["rope_scaling"] = {"type": kind} | whole
     elif kind != "default":
         classic["rope_scaling"] = {"rope_type": kind, "type": kind} | whole
-    return classic
+    names = OWN_NAMES.get(config.get("model_type"), {})
+    return classic | {own: classic[name] for name, own in names.items() if name in classic}
 
 
 @torch.no_grad()
@@ -402,7 +418,7 @@ def classifier_card(args: Any, rank: int, config: Any, is_of_other_size: bool) -
 def link_base(folder: Path, base: Path, config: Any) -> None:
     """Makes `folder` a copy of the local `base` as a classifier: links to its weights, and the configuration `config`
     with the classes. An adapter that names this folder loads in PEFT without further arguments."""
-    config.save_pretrained(folder)
+    save_config(config, folder)
     for file in base.glob("*.safetensors*"):
         (folder / file.name).symlink_to(file.resolve())
 

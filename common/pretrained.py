@@ -119,7 +119,7 @@ def require_causal(model: "transformers.PreTrainedModel") -> None:
             logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
             model.train()  # Mamba takes another path there; dropout draws from the forked generator
             model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # noqa: B018
-    except AttributeError as error:  # an adapted layer is asked for its weight, or the decoder gives no states
+    except (AttributeError, TypeError) as error:  # an adapted layer is asked for its weight; no decoder, or no states
         raise UserError(f"{type(model).__name__} cannot be trained with adapters: {first_line(error)}") from error
     finally:
         model.train(training)

@@ -124,6 +124,7 @@ ARCHITECTURES = {
     "DeepSeek-V2": ("deepseek_v2", LATENT | PUBLISHED | ROUTED, None),
     "DeepSeek-V3": ("deepseek_v3", LATENT | PUBLISHED | ROUTED | SIGMOID, None),
     "MiniCPM-3": ("minicpm3", LATENT, None),
+    "ModernBERT, decoder": ("modernbert-decoder", {"bos_token_id": 1}, None),
     "Llama-4": ("llama4_text", WIDE | LOCAL | {"intermediate_size_mlp": 192, "num_experts_per_tok": 1}, None),
     "SmolLM3": ("smollm3", {}, None),
     "Seed-OSS": ("seed_oss", WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0}, None),

@@ -37,6 +37,16 @@ CONFIGURATIONS = {  # and the rotary settings of each, in the form of transforme
         {},
         {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
     ),
+    "neox": (
+        transformers.GPTNeoXConfig,
+        {},
+        {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 1.0},
+    ),
+    "neox, linear": (
+        transformers.GPTNeoXConfig,
+        {},
+        {"rope_type": "linear", "rope_theta": 1e5, "partial_rotary_factor": 0.5, "factor": 4.0},
+    ),
 }
 
 
@@ -52,6 +62,7 @@ def runs(tmp_path_factory):
         make_tokenizer().save_pretrained(folder / name / "base")
         files = ("--model", folder / name / "base", "--data", folder / "data.jsonl")
         options = ("--rank", 4, "--max-steps", 2, "--learning-rate", "1e-2", "--save-steps", 0)
+        options += ("--target-modules", "all-linear")
         train.main([*map(str, files), "--output-dir", str(folder / name / "out"), *map(str, options)])
         for part in ("merged", "adapter"):
             (folder / name / "out" / part).rename(folder / name / part)
@@ -74,3 +85,22 @@ def test_transformers_4_reads_what_transformers_5_does(name, runs):
     assert torch.equal(ours["tokens"], ours["tokens of adapter"])
     config = json.loads((runs / name / "base" / "config.json").read_text())  # transformers 5's form alone is not enough
     assert config["rope_theta"] == CONFIGURATIONS[name][2]["rope_theta"]
+
+
+READ = """import sys, torch, transformers
+from safetensors.torch import save_file
+model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+save_file({"logits": model(torch.arange(64)[None]).logits.detach()}, sys.argv[2])"""
+
+
+def test_transformers_4_reads_a_classifiers_rotary_settings_under_its_own_names(tmp_path):
+    rope = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in (("full", 1e6), ("sliding", 50.0))}
+    rope = {f"{name}_attention": settings for name, settings in rope.items()}
+    config = transformers.ModernBertConfig(**SHAPE | {"bos_token_id": 1}, rope_parameters=rope)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    exports.save_merged(model, tmp_path / "merged", torch.float32)
+    words = [str(PYTHON), "-c", READ, str(tmp_path / "merged"), str(tmp_path / "read.safetensors")]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = load_file(tmp_path / "read.safetensors")["logits"]
+    assert relative_error(found, model(torch.arange(64)[None]).logits.detach()) < 1e-5
