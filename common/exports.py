@@ -244,7 +244,7 @@ def _require_tokenizer(folder: Path, template: Any, sample: Any, generation: "tr
     and that answers end as the trained model's."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    found, tokenizer = AutoTokenizer.from_pretrained(folder), template.tokenizer
+    found, tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=template.is_remote), template.tokenizer
     vocabulary = tokenizer.get_vocab()
     text = "\n".join(["Two 2s are 4, naïve 你好", *tokenizer.batch_decode([[id_] for id_ in vocabulary.values()])])
     if found.chat_template != template.plain_jinja:

@@ -327,7 +327,12 @@ class Template:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder))
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.is_remote)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the tokenizer's class is code of its repository, which --trust-remote-code alone lets in."""
+        return type(self.tokenizer).__module__.startswith("transformers_modules")
 
     @functools.cached_property
     def _special(self) -> set[int]:

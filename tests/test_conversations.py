@@ -1,5 +1,6 @@
 """Conversations: TRL is the peer for which tokens are trained; the templates are those of its installed package."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -607,6 +608,31 @@ def test_template_arguments_are_in_training_and_in_the_exported_template():
     )
     tokenizer.chat_template = jinja
     assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True) == expected
+
+
+def test_a_tokenizer_with_code_of_its_own_needs_the_flag_and_goes_out_whole(tmp_path, monkeypatch):
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make_model(vocab_size=300).save_pretrained(base)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_mine.MyTokenizer"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    code = "from transformers import PreTrainedTokenizerFast\n\nclass MyTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    (base / "tokenization_mine.py").write_text(f"open({str(ran)!r}, 'a').close()\n{code}")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    argv = ["--model", base, "--data", tmp_path / "data.jsonl", "--output-dir", tmp_path / "out", "--max-steps", 1]
+    argv = [*map(str, argv), "--rank", "4"]
+    with contextlib.suppress(UserError):
+        train.main([*argv, "--dry-run"])
+    assert not ran.exists()
+    train.main([*argv, "--trust-remote-code"])
+    assert ran.exists()
+    for name in ("merged", "adapter"):
+        found = AutoTokenizer.from_pretrained(tmp_path / "out" / name, trust_remote_code=True)
+        assert type(found).__name__ == "MyTokenizer"
+        assert found("Ab c")["input_ids"] == tokenizer("Ab c")["input_ids"]
 
 
 def test_a_served_prompt_that_differs_is_refused():
