@@ -470,7 +470,11 @@ def _with_arguments(jinja: str, arguments: dict[str, Any]) -> str:
 
 def _literal(value: Any) -> str:
     """A value as a jinja literal."""
-    return {None: "none", True: "true", False: "false"}.get(value) or json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(part)}' for key, part in value.items())}}}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _with_arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:

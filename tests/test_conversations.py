@@ -610,6 +610,16 @@ def test_template_arguments_are_in_training_and_in_the_exported_template():
     assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True) == expected
 
 
+@pytest.mark.parametrize(
+    "value", [0, 1, 0.0, -1.5, True, False, None, [], [None, [0, False]], {"a": {"b": [True, {}]}}, 'I am 🦙 "%}\n\\é']
+)
+def test_a_template_argument_has_the_value_that_the_caller_of_a_template_gives(value):
+    tokenizer = chat_tokenizer("{{ x }}{{ x is none }}{{ x is boolean }}" + CHATML)
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, x=value)
+    tokenizer.chat_template = Template(tokenizer, "chat", {"x": value}).jinja
+    assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == expected
+
+
 def test_a_tokenizer_with_code_of_its_own_needs_the_flag_and_goes_out_whole(tmp_path, monkeypatch):
     base, ran = tmp_path / "base", tmp_path / "ran"
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
