@@ -24,6 +24,7 @@ from common.cli import Parser, parse_arguments, run_script
 from common.conversations import encoded, load_training_records
 from common.intervals import markdown
 from common.pretrained import resolve_demo
+from common.tables import split_of
 from common.templates import IGNORE_INDEX
 from eval.benchmark import load_backend
 
@@ -34,7 +35,8 @@ def examples_of(
     run: train.Arguments, tokenizer: PreTrainedTokenizerBase, data: str, limit: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of held-out examples, in tokens."""
-    run.data, run.data_subset, run.split, run.limit = resolve_demo(data, "test"), None, "test", limit
+    run.data, run.data_subset, run.data_config, run.limit = resolve_demo(data, "test"), None, None, limit
+    run.split = split_of(run.data, "test")
     prompts, responses = [], []
     for example in encoded(run, tokenizer, load_training_records(run))[0]:
         start = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError
 from common.pretrained import resolve_demo
-from common.tables import as_text, files_of_split, load_records, require_fields
+from common.tables import as_text, files_of_split, load_records, require_fields, split_of
 from common.templates import IGNORE_INDEX, REASONING, Messages, Pieces, Template
 
 if TYPE_CHECKING:
@@ -137,16 +137,22 @@ def load_training_records(args: Any) -> "datasets.Dataset":
     The result's `other_files` are the folder's files that are not read.
 
     Raises:
-        UserError: no such data, or none in a known format.
+        UserError: no such data, or none in a known format, or an option that chooses nothing there.
     """
     source = resolve_demo(args.data, "train")
+    folder = Path(source) / (args.data_subset or "")
+    without_effect = {"--data-config": args.data_config if Path(source).exists() else None}
+    without_effect |= {"--data-subset": args.data_subset if Path(source).is_file() else None}
+    without_effect |= {"--split": args.split if split_of(folder, args.split) != args.split else None}
+    for name, value in without_effect.items():
+        if value is not None:
+            raise UserError(f"{name} {value} chooses nothing in {args.data}, which has no such parts: leave it out")
     records = load_records(source, args.split, args.data_subset, args.data_config)
     if (limit := getattr(args, "limit", None)) is not None:
         records = records.select(range(min(limit, len(records))))
     args.template = args.template or Format.of(records, args.fields, args.data).template
     records.other_files = []
     if Path(source).is_dir():
-        folder = Path(source) / (args.data_subset or "")
         records.other_files = [str(file.relative_to(folder)) for file in files_of_split(folder, args.split)[1]]
     return records
 

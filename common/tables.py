@@ -185,6 +185,22 @@ def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(found), sorted(passed)
 
 
+def _splits(files: list[Path], folder: Path) -> dict[Path, str | None]:
+    """The split that each file's path below `folder` names."""
+    splits = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower().replace("held_out", "heldout"))
+        splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
+    return splits
+
+
+def split_of(source: str | Path, split: str) -> str:
+    """`split` where `source` may have several: a hub's name, a folder with files that name one. Else train."""
+    path = Path(source)
+    has_one = path.is_file() or (path.is_dir() and not any(_splits(_data_files(path)[0], path).values()))
+    return "train" if has_one else split
+
+
 def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
     """The data files below `folder`: those of `split`, and the others. A name without a split's word counts as train.
 
@@ -194,10 +210,7 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
     files, passed = _data_files(folder)
     if not files:
         raise UserError(f"{folder} holds no {', '.join(KINDS)} file")
-    splits = {}
-    for file in files:
-        words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower().replace("held_out", "heldout"))
-        splits[file] = next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), None)
+    splits = _splits(files, folder)
     known = sorted({found for found in splits.values() if found})
     if not known:
         return files, passed

@@ -74,8 +74,9 @@ def arguments_of_validation_data(args: Any) -> Any | None:
     """`args` with --validation-data in place of --data, and without a limit; None without --validation-data."""
     if args.validation_data is None:
         return None
-    source = {"data": resolve_demo(args.validation_data, "test"), "split": "validation", "limit": None}
-    return dataclasses.replace(args, **source, data_subset=None, data_config=None, teacher_cache=None)
+    data = resolve_demo(args.validation_data, "test")
+    source = {"data": data, "split": tables.split_of(data, "validation"), "data_subset": None, "data_config": None}
+    return dataclasses.replace(args, **source, limit=None, teacher_cache=None)
 
 
 def hold_out(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_bert_l_sst2 as nlu
 import train
-from common import ranks
+from common import conversations, ranks, validation
 from common.cli import UserError, as_words, parse_arguments, run_script
 from common.exports import export_adapter
 from common.layers import TARGET_MODULES
@@ -367,6 +367,21 @@ def test_data_that_is_not_there(train_error, tmp_path):
     assert "has files of test and none of 'train'" in train_error(data=tmp_path / "splits")
     assert "choose by --split" in train_error("--data-subset", "metamath", "--split", "dev", data=tmp_path / "splits")
     assert "from the hub" in train_error(data="nobody/nothing")
+
+
+def test_an_option_that_chooses_nothing_in_the_data(train_error, tmp_path, data_file):
+    """A file is read whole, and a folder by its own folders and, where files are named after splits, by these."""
+    (tmp_path / "folder" / "part").mkdir(parents=True)
+    (tmp_path / "folder" / "part" / "a.jsonl").write_text(data_file.read_text())
+    refused = {("--split", "test[:0]"), ("--data-subset", "metamath"), ("--data-config", "main")}
+    for source, options in ((data_file, refused), (tmp_path / "folder", refused - {("--data-subset", "metamath")})):
+        for option in options:
+            assert f"{' '.join(option)} chooses nothing in {source}" in train_error(*option, data=source)
+    found = conversations.load_training_records(train.Arguments(data=str(tmp_path / "folder"), data_subset="part"))
+    assert len(found) == len(data_file.read_text().splitlines())
+    for held_out in (data_file, tmp_path / "folder"):  # held-out data has no option of its own, and is read whole
+        args = train.Arguments(data="nobody/nothing", split="dev", data_config="x", validation_data=str(held_out))
+        assert len(conversations.load_training_records(validation.arguments_of_validation_data(args))) == len(found)
 
 
 def test_overwrite_deletes_nothing_that_the_run_reads(train_error, tmp_path, data_file):
