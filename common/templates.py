@@ -13,6 +13,7 @@ import functools
 import itertools
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Collection
@@ -260,6 +261,8 @@ class Template:
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         tokenizer.save_pretrained(folder)
         _clean_tokenizer_config(folder / "tokenizer_config.json")
+        if (path := _sentencepiece_model(tokenizer)) is not None:
+            shutil.copyfile(path, folder / path.name)
         if generation_config is not None:
             generation_config.save_pretrained(folder)
 
@@ -447,6 +450,22 @@ class Template:
             pieces = [whole[start:end] for start, end in itertools.pairwise(lengths)]
         trained = [any(start <= cut[0] and cut[1] <= end for start, end in spans) for cut in cuts]
         return list(zip(pieces, trained, strict=True))
+
+
+def _sentencepiece_model(tokenizer: "PreTrainedTokenizerBase") -> Path | None:
+    """The tokenizer.model that a tokenizer was loaded from, if all its special tokens are in it: llama.cpp's converter
+    needs this file for Gemma, and would then not see a token that was added elsewhere."""
+    from sentencepiece import SentencePieceProcessor
+
+    path = Path(str(getattr(tokenizer, "vocab_file", None)))
+    if path.name != "tokenizer.model" or not path.is_file():
+        return None
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):  # other formats have this name too
+        return None
+    added = tokenizer.added_tokens_decoder.items()
+    return path if all(model.PieceToId(token.content) == number for number, token in added) else None
 
 
 def _clean_tokenizer_config(path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -608,6 +609,36 @@ def test_template_arguments_are_in_training_and_in_the_exported_template():
     )
     tokenizer.chat_template = jinja
     assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True) == expected
+
+
+@pytest.mark.parametrize("kind", ["GemmaTokenizer", "LlamaTokenizer"])
+def test_tokenizer_model_goes_out_where_it_has_every_token(kind, tmp_path):
+    """llama.cpp's converter reads it in place of tokenizer.json."""
+    texts = iter([ALPACA_PROMPT + f" {number} apples are 4, too" for number in range(100)])
+    sizes = {"vocab_size": 330, "pad_id": 3, "user_defined_symbols": ["<turn>", "<mask>"], "byte_fallback": True}
+    model = tmp_path / "base" / "tokenizer"
+    model.parent.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(model), model_type="bpe", minloglevel=2, **sizes
+    )
+    names = {
+        "tokenizer_class": kind,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    names |= {"additional_special_tokens": ["<turn>"]}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    Template(tokenizer, "alpaca").save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.with_suffix(".model").read_bytes()
+    text = "<turn> 4 naïve apples</s>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == tokenizer(text)["input_ids"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    Template(tokenizer, "alpaca").save(tmp_path / "more")
+    assert not (tmp_path / "more" / "tokenizer.model").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "more")("<|new|>")["input_ids"][-1] == len(tokenizer) - 1
 
 
 @pytest.mark.parametrize(
