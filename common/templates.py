@@ -532,8 +532,8 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> lis
 
 def encode_opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The tokens of a text that is to be continued, with the tokenizer's own start token if it has one."""
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+    ids, is_closed = tokenizer(text)["input_ids"], tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    return ids[:-1] if is_closed else ids  # some tokenizers close every text; OPT's end token is its start token too
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:

@@ -611,6 +611,26 @@ def test_template_arguments_are_in_training_and_in_the_exported_template():
     assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True) == expected
 
 
+@pytest.mark.parametrize("name", ["alpaca", "raw"])
+def test_a_token_that_both_starts_and_ends_a_text_stays_at_the_start(name):
+    """OPT's </s>: the prompt is the start token and the text's own tokens."""
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token
+    single = {"single": f"{end} $A", "special_tokens": [(end, tokenizer.eos_token_id)]}
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**single)
+    tokenizer.bos_token = end
+    assert tokenizer("Hi")["input_ids"] == [
+        tokenizer.eos_token_id,
+        *tokenizer("Hi", add_special_tokens=False)["input_ids"],
+    ]
+    for messages in (talk("Hi", "Hello"), talk("Hi", "Hello", "And?", "More")):
+        template = Template(tokenizer, name)
+        pieces = template.pieces(messages)
+        text = ALPACA_PROMPT.format(instruction="Hi") if name == "alpaca" else "Hi"
+        assert pieces[0] == (tokenizer(text)["input_ids"], False)
+        assert template.require_served(messages, pieces) == set()
+
+
 @pytest.mark.parametrize("kind", ["GemmaTokenizer", "LlamaTokenizer"])
 def test_tokenizer_model_goes_out_where_it_has_every_token(kind, tmp_path):
     """llama.cpp's converter reads it in place of tokenizer.json."""
