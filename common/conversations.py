@@ -243,7 +243,7 @@ class Format:
         else:
             require_fields(records, fields, source, "name two texts, or one that holds conversations, with --fields")
             columns = tuple(fields)
-        are_texts = not any(isinstance(first.get(name), list | dict) for name in columns)
+        are_texts = not any(isinstance(cell, list | dict) for cell in _cells(first, columns))
         is_named = len(columns) == 2 and columns == tuple(fields)
         template = "alpaca" if is_named else "raw" if len(columns) == 2 and are_texts else "chat"
         return cls(columns, is_named, template, source)
@@ -276,7 +276,8 @@ class Format:
             texts[0] = "\n".join([texts[0], *(text for text in below if text != texts[0])])
             parts = [[{"role": "user", "content": texts[0]}], [{"role": "assistant", "content": texts[1]}]]
         else:
-            parts = [_read_messages(record[name], name, where, unused) for name in self.columns]
+            cells = zip(self.columns, _cells(record, self.columns), strict=True)
+            parts = [_read_messages(cell, name, where, unused) for name, cell in cells]
         earlier = _read_history(beside.get("history"), where)
         has_one = parts[0][0]["role"] == "system"
         systems = {as_text(beside[name]) for name in ("system", "system_prompt") if name in beside}
@@ -323,7 +324,7 @@ def _is_preference(name: str, cell: Any, record: dict[str, Any]) -> bool:
     """Whether a column of `record` says which answers are good: DPO's `chosen` and `rejected_response`, KTO's `label`
     beside a completion, LLaMA-Factory's `kto_tag`."""
     if name == "label":
-        verdicts = ("true", "false") + (("0", "1") if "completion" in record else ())
+        verdicts = ("true", "false") + (("0", "1", "0.0", "1.0") if "completion" in record else ())
         return str(cell).lower() in verdicts
     return bool({"chosen", "rejected", "kto"} & {*name.lower().split("_")})
 
@@ -362,6 +363,23 @@ def _parsed(cell: Any, what: str) -> Any:
         return json.loads(cell)
     except ValueError as error:
         raise UserError(f"{what} is no JSON: {cell[:40]!r}") from error
+
+
+def _json_of(text: str, keys: set[str]) -> list[dict] | None:
+    """The objects in a JSON text, if each has one of `keys`; None for any other text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    found = found if isinstance(found, list) else [found]
+    return found if found and all(isinstance(part, dict) and keys & part.keys() for part in found) else None
+
+
+def _cells(record: dict[str, Any], columns: tuple[str, ...]) -> list[Any]:
+    """The cells of `columns`. Where all hold messages, those written as JSON text, as csv has them, are lists."""
+    cells = [record.get(name) for name in columns]
+    found = [_json_of(cell, {"role", "from"}) if isinstance(cell, str) else cell for cell in cells]
+    return found if all(isinstance(cell, list | dict) for cell in found) else cells
 
 
 def _read_tools(beside: dict[str, Any], where: str) -> list[dict] | None:
@@ -413,6 +431,8 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
         content = "".join(_read_part(part, where, unused) for part in content)
     if isinstance(content, dict):
         raise UserError(f"{where}: its content is no text")
+    if name.lower() == "function_call" and _json_of(content, {"arguments"}):
+        message, content = message | {"tool_calls": content}, ""
     content = "" if content is None else as_text(content)
     read = {"role": role, "content": content}
     if calls := _read_calls(message, where):

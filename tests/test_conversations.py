@@ -1,6 +1,7 @@
 """Conversations: TRL is the peer for which tokens are trained; the templates are those of its installed package."""
 
 import contextlib
+import csv
 import importlib.util
 import itertools
 import json
@@ -191,6 +192,40 @@ def test_every_format_gives_the_same_tokens():
     assert halves == encoded([{"messages": MESSAGES}], tokenizer, train_on="last")[0][0]
     learnt = [label for label in halves["labels"] if label != IGNORE_INDEX]
     assert tokenizer.decode(learnt) == "It is 4<|im_end|>\n"
+
+
+def test_messages_of_a_csv_are_read_as_those_of_a_list(tmp_path):
+    """A cell of csv is text: JSON, where it holds messages. Where one of two cells is no such text, both are texts."""
+    tokenizer = chat_tokenizer(CHATML)
+    path = tmp_path / "data.csv"
+    for names, cells in ((("prompt", "completion"), (MESSAGES[:3], MESSAGES[3:])), (("messages",), (MESSAGES,))):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([names, [json.dumps(cell) for cell in cells]])
+        found = build_dataset(load_records(str(path)), tokenizer, ["instruction", "output"], 512)[0][0]
+        assert found == encoded([dict(zip(names, cells, strict=True))], tokenizer)[0][0]
+    row = encoded([{"prompt": "As JSON:", "completion": json.dumps(MESSAGES)}], tokenizer)[0][0]
+    assert row["input_ids"] == tokenizer("As JSON:")["input_ids"] + encode_response(tokenizer, json.dumps(MESSAGES))
+
+
+def test_a_function_call_of_sharegpt_is_a_tool_call():
+    """LLaMA-Factory's form of the rows that OpenAI's form has below it; a text that is no call stays a text."""
+    tool = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    call = {"name": "weather", "arguments": {"city": "Paris"}}
+    turns = [("human", "?"), ("function_call", json.dumps(call)), ("observation", "sunny"), ("gpt", "Sunny.")]
+    sharegpt = {"conversations": [{"from": role, "value": value} for role, value in turns], "tools": json.dumps([tool])}
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    tokenizer = chat_tokenizer(published("qwen2_5"))
+    dataset = encoded([sharegpt], tokenizer, max_length=4096)[0]
+    expected = tokenizer.apply_chat_template(messages, tools=[{"type": "function", "function": tool}], tokenize=False)
+    assert tokenizer.decode(dataset[0]["input_ids"]) == expected
+    assert "<tool_call>" in tokenizer.decode([label for label in dataset[0]["labels"] if label != IGNORE_INDEX])
+    plain = {"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": "weather()"}]}
+    assert "weather()<|im_end|>" in tokenizer.decode(encoded([plain], tokenizer)[0][0]["input_ids"])
 
 
 def test_texts_go_into_their_own_templates(tokenizer):
@@ -718,6 +753,7 @@ def test_a_served_prompt_that_differs_is_refused():
         ({"prompt": "a", "completion": "b", "label": False}, "has a column 'label': preference data"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "has a column 'label': preference data"),
         ({"prompt": "a", "completion": "b", "label": 1}, "has a column 'label': preference data"),
+        ({"prompt": "a", "completion": "b", "label": 0.0}, "has a column 'label': preference data"),
         ({"instruction": "a", "output": "b", "kto_tag": True}, "has a column 'kto_tag': preference data"),
         ({"prompt": "a", "completion": "b", "rejected": "c"}, "has a column 'rejected': preference data"),
         ({"prompt": "a", "completion": "b", "response_rejected": "c"}, "has a column 'response_rejected': preference"),
