@@ -60,7 +60,8 @@ def load_records(
     elif path.is_file():
         files = [path]
         if kind_of(path) not in KINDS:
-            raise UserError(f"cannot tell the format of {source}: expected {', '.join(KINDS)}, or one of them with .gz")
+            known = f"{', '.join(KINDS)}, or one of them but parquet with .gz"
+            raise UserError(f"cannot tell the format of {source}: expected {known}")
     elif kind_of(path) in KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"no such data file or folder: {source}")
     else:
