@@ -146,7 +146,9 @@ def load_training_records(args: Any) -> "datasets.Dataset":
     without_effect |= {"--split": args.split if split_of(folder, args.split) != args.split else None}
     for name, value in without_effect.items():
         if value is not None:
-            raise UserError(f"{name} {value} chooses nothing in {args.data}, which has no such parts: leave it out")
+            raise UserError(
+                f"{name} {value} chooses nothing in {args.data}, which has no such parts: leave it out, or give None"
+            )
     records = load_records(source, args.split, args.data_subset, args.data_config)
     if (limit := getattr(args, "limit", None)) is not None:
         records = records.select(range(min(limit, len(records))))
@@ -431,7 +433,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
         content = "".join(_read_part(part, where, unused) for part in content)
     if isinstance(content, dict):
         raise UserError(f"{where}: its content is no text")
-    if name.lower() == "function_call" and _json_of(content, {"arguments"}):
+    if name.lower() == "function_call" and isinstance(content, str) and _json_of(content, {"arguments"}):
         message, content = message | {"tool_calls": content}, ""
     content = "" if content is None else as_text(content)
     read = {"role": role, "content": content}

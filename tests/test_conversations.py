@@ -226,6 +226,9 @@ def test_a_function_call_of_sharegpt_is_a_tool_call():
     assert "<tool_call>" in tokenizer.decode([label for label in dataset[0]["labels"] if label != IGNORE_INDEX])
     plain = {"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": "weather()"}]}
     assert "weather()<|im_end|>" in tokenizer.decode(encoded([plain], tokenizer)[0][0]["input_ids"])
+    empty = {"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": None}]}
+    with pytest.raises(UserError, match="example 1, message 2: an assistant turn that is empty"):
+        encoded([empty], tokenizer)
 
 
 def test_texts_go_into_their_own_templates(tokenizer):
