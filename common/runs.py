@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +163,66 @@ def _size_of(path: Path) -> int:
         return 0
 
 
+class _Lasting:
+    """A text stream that drops what cannot be written: its terminal is gone, or its disk is full."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.error = stream, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._attempt(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Callable[..., Any], *words: str) -> Any:
+        try:
+            return call(*words)
+        except OSError as error:
+            self.error = self.error or error
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """Inside, neither print nor a progress bar fails when stdout or stderr does: an ssh connection is lost, Ctrl-C has
+    ended `| tee log` too, or the log's disk is full. A stream that still fails at the end is closed."""
+    found = {name: getattr(sys, name) for name in ("stdout", "stderr") if getattr(sys, name) is not None}
+    lasting = {name: _Lasting(stream) for name, stream in found.items()}
+    vars(sys).update(lasting)
+    try:
+        yield
+    finally:
+        for name, stream in lasting.items():
+            stream.flush()
+            if stream.error is not None:
+                print(f"note: {name} lacks lines that could not be written ({stream.error.strerror})", file=sys.stderr)
+        vars(sys).update(found)
+        for stream in found.values():
+            try:
+                stream.flush()
+            except OSError:  # else the interpreter fails to flush it at the end, and exits with 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextlib.contextmanager
 def held_alone(output_dir: Path) -> Iterator[None]:
-    """Inside, no other run may write to the folder: the first rank holds a lock, which ends with its process.
+    """Inside, no other run may write to the folder, and the run outlives its terminal (see `lasting_output`).
 
     Raises:
         UserError: another run is writing there, or the folder cannot be made.
     """
+    with _locked(output_dir) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext(), lasting_output():
+        yield
+
+
+@contextlib.contextmanager
+def _locked(output_dir: Path) -> Iterator[None]:
+    """Inside, the first rank holds the folder's lock, which ends with its process."""
     import fcntl
 
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
     is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -171,7 +171,7 @@ class Interruption:
             os._exit(128 + number)
         if not self._signal:
             self._signal, self._came_at = number, time.monotonic()
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone, or is being written to
                 print(f"{signal.Signals(number).name}: stopping after this step", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Interruptions: whatever ends a run, what is left is complete, and --resume ends where an uninterrupted run ends."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -132,6 +133,47 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(number, code, folder
     assert not (output / "adapter").exists()
     assert run(folder, output, "--resume")[0] == 0
     assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_an_interruption_saves_though_nobody_reads_the_output(folder):
+    """Ctrl-C under `2>&1 | tee log` ends tee at once; a lost ssh ends the terminal."""
+    output, pipe = folder / "unread", folder / "unread.pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    process = start_script("train", arguments(folder, output, "--save-steps", 4000, "--max-steps", 4000), pipe)
+    while steps_done(output) < 2:
+        assert process.is_alive(), os.read(reader, 2**16)
+        time.sleep(0.01)
+    os.close(reader)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
+    assert process.exitcode == 130
+    assert 2 <= steps_done(output) == saved_step(output) < 4000
+
+
+PRINTING = """
+import sys
+from common.runs import lasting_output
+with lasting_output():
+    for stream in (sys.stdout, sys.stderr):
+        print("a line", file=stream, flush=True)
+    sys.exit(138)
+"""
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("kind", ["full", "unread"])
+def test_an_output_that_fails_changes_neither_exit_code_nor_the_other_output(kind, stream):
+    """A full disk is /dev/full. Python's own exit would be 120."""
+    reader, unread = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(unread, "w") as nobody:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: full if kind == "full" else nobody}
+        done = subprocess.run([sys.executable, "-c", PRINTING], cwd=ROOT, text=True, **streams)
+    assert done.returncode == 138
+    reason = os.strerror(errno.ENOSPC if kind == "full" else errno.EPIPE)
+    said = [f"note: {stream} lacks lines that could not be written ({reason})"] if stream == "stdout" else []
+    assert (done.stderr or done.stdout).splitlines() == ["a line", *said]
 
 
 def test_a_line_of_the_log_spans_an_interruption(folder):
