@@ -61,7 +61,7 @@ from torch import Tensor
 
 import train
 from common import cli
-from common.checkpoints import BestState, accumulation, checkpoint_to_resume, require_same_contents
+from common.checkpoints import BestState, accumulation, checkpoint_to_resume, require_same_start
 from common.classifiers import (
     Collator,
     Scores,
@@ -604,8 +604,8 @@ def run(args: Arguments, data: Data, started: float) -> None:
     encode_data(data, base.tokenizer, base.config, args.max_length)
     checkpoint = checkpoint_to_resume(args)
     contents = {"base model": weights_digest(base.path, base.config), "data": contents_of(data)}
-    require_same_contents(checkpoint, contents, args.accept_changes)
     accelerator = start_ranks(args)
+    require_same_start(args, checkpoint, contents)
     is_main = accelerator.is_main_process
     say = print if is_main else lambda *_, **__: None
     if note := note_on_regularizers(args, data.num_outputs):

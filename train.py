@@ -1430,7 +1430,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
     contents = {"base model": pretrained.weights_digest(base.path, base.config)}
     contents |= {"data": checkpoints.contents_of(dataset)}
     contents |= {"evaluation data": checkpoints.contents_of(held_out)} if held_out else {}
-    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
+    checkpoints.require_same_start(args, checkpoint, contents)
     sampler = validation.Sampler.of(args, base.tokenizer)
     if is_main:
         runs.open_output_dir(args, checkpoint)

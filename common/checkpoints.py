@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common.cli import RunStopped, UserError, first_line
 from common.runs import INCOMPLETE, NOT_IDENTITY, first_difference
+from common.tensors import num_ranks
 from common.validation import is_out_of_patience, losses_by_step, row_digests
 
 if TYPE_CHECKING:
@@ -254,6 +255,24 @@ def require_same_contents(checkpoint: Path | None, contents: Mapping[str, str], 
             f"the {' and the '.join(changed)} changed since {checkpoint} was written: put the old content "
             "back, or insist with --accept-changes"
         )
+
+
+def require_same_start(args: Any, checkpoint: Path | None, contents: Mapping[str, str]) -> None:
+    """Raises a UserError, on all ranks, where a rank starts otherwise than the first: each node has its own files and
+    its own command line, and the run would train on, silently wrong. See also `require_same_contents`."""
+    mine = {name: value for name, value in dataclasses.asdict(args).items() if name not in NAMES_OF_CONTENTS}
+    mine |= {f"content of the {name}": contents.get(name) for name in ("base model", "data", "evaluation data")}
+    mine["checkpoint"] = checkpoint and f"{checkpoint} ({_sha256(checkpoint / MANIFEST)})"
+    ranks = [mine] * num_ranks()
+    if len(ranks) > 1:
+        dist.all_gather_object(ranks, mine)
+    for rank, theirs in enumerate(ranks):
+        if difference := first_difference(theirs, ranks[0]):
+            raise UserError(
+                f"rank {rank} has {difference} as rank 0: all nodes need the same command, the same model and data, "
+                "and one --output-dir"
+            )
+    require_same_contents(checkpoint, contents, args.accept_changes)
 
 
 def checkpoint_identity(args: Any, micro_batches: int | None = None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What test_distributed.py launches on several ranks: train.main for each run in a JSON file, one after the other.
 
-A run is {"argv": its arguments}, with "copy": [from, to] before it starts, and "full_disk_on": the rank whose first
-checkpoint cannot be written. A line "=== run" with its number stands before what it prints. Starting the processes
-takes longer than such runs.
+A run is {"argv": its arguments}, with "copy": [from, to] before it starts, "in": the folder that it runs in, and
+"full_disk_on": the rank whose first checkpoint cannot be written. A line "=== run" with its number stands before what
+it prints. Starting the processes takes longer than such runs.
 """
 
 import contextlib
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         if "copy" in run and os.environ.get("RANK", "0") == "0":
             shutil.copytree(*run["copy"])
         together()
+        os.chdir(run.get("in", "."))
         with full_disk_once(run.get("full_disk_on")):
             train.main(run["argv"])
         # What a process keeps between runs, though a user's process makes only one.

@@ -394,6 +394,54 @@ def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
 ADDRESSES = ["10.213.77.1", "10.213.77.2"]
 
 
+@pytest.fixture(scope="module")
+def stopped(folder, tmp_path_factory) -> Path:
+    """A folder with the data, and in out/ a run of two ranks whose last step alone is saved."""
+    place = tmp_path_factory.mktemp("stopped")
+    shutil.copy(folder / "data.jsonl", place)
+    started, logs = start_apart([place, place], [(), ()], folder, place)
+    assert [process.exitcode for process in started] == [0, 0], logs[0].read_text()[-3000:]
+    (place / "out" / "run.json").unlink()
+    return place
+
+
+def start_apart(places: list[Path], options: list[tuple], folder: Path, tmp_path: Path) -> tuple[list, list[Path]]:
+    """Two ranks, each with a folder and options of its own, to their end: two nodes that share no disk."""
+    for rank, (place, more) in enumerate(zip(places, options, strict=True)):
+        fixed = ["--model", folder / "base", "--data", "data.jsonl", "--output-dir", "out", "--rank", 2]
+        run = run_of([*fixed, "--max-steps", 2, "--batch-size", 2, *more], **{"in": str(place)})
+        (tmp_path / f"apart-{rank}.json").write_text(json.dumps([run]))
+    started, logs = start_ranks(2, [tmp_path / "apart-{RANK}.json"], tmp_path, "distributed_runs")
+    for process in started:
+        process.join(PATIENCE)
+    return started, logs
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (None, None),
+        ("checkpoint", r"rank 1 has checkpoint = None, not out/checkpoints/checkpoint-2 \(\w{64}\) as rank 0"),
+        ("data", r"rank 1 has content of the data = \w{64}, not \w{64} as rank 0"),
+        ("option", "rank 1 has save_steps = 7, not 100 as rank 0"),
+    ],
+)
+def test_ranks_that_would_start_differently_are_refused(change, expected, stopped, folder, tmp_path):
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        shutil.copytree(stopped, place)
+    if change == "checkpoint":
+        shutil.rmtree(places[1] / "out" / "checkpoints")
+    elif change == "data":
+        write_jsonl(places[1] / "data.jsonl", [*sums(63), {"instruction": "Add 63 and 1", "output": "No"}])
+    options = ("--resume", "--accept-changes")  # which are meant for another content, the same on all ranks
+    more = ("--save-steps", 7) if change == "option" else ()
+    started, logs = start_apart(places, [options, (*options, *more)], folder, tmp_path)
+    for process, log in zip(started, logs, strict=True):
+        assert process.exitcode == (0 if change is None else 2), log.read_text()[-3000:]
+        assert change is None or re.search(expected, log.read_text().strip().splitlines()[-1])
+
+
 @pytest.fixture
 def nodes():
     """Two network namespaces with an address each, joined by a cable; skipped where they cannot be made."""
