@@ -26,7 +26,7 @@ def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | No
     path = Path(args.output_dir)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output-dir {path} is a file")
-    if path.is_dir() and any(path.iterdir()) and not may_hold:
+    if path.is_dir() and {entry.name for entry in path.iterdir()} - {LOCK} and not may_hold:
         raise UserError(f"--output-dir {path} is not empty: {remedy}")
     for name in (".", *filter(None, inputs)):
         if args.overwrite and Path(name).exists() and Path(name).resolve().is_relative_to(path.resolve()):
@@ -35,9 +35,11 @@ def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | No
 
 
 def clear_folder(folder: Path) -> None:
-    """Makes `folder`, or empties it."""
+    """Makes `folder`, or empties it, but for the lock of the run that does so."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -90,6 +92,7 @@ def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> 
 
 
 INCOMPLETE = ".incomplete"  # the folder of files that are being written
+LOCK = ".lock"  # held by the run that writes to the folder
 METRICS = "metrics.jsonl"  # a line per logging step and validation
 SAMPLES = "samples.jsonl"  # the model's answers at each validation
 
@@ -220,27 +223,39 @@ def held_alone(output_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(output_dir: Path) -> Iterator[None]:
-    """Inside, the first rank holds the folder's lock, which ends with its process."""
+    """Inside, this process holds the folder's lock, which ends with the process: a record lock, because network file
+    systems pass these to their server. The process must not open the file again: closing it would end the lock."""
     import fcntl
 
-    is_new = not output_dir.exists()
+    is_new, path = not output_dir.exists(), output_dir / LOCK
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise PermissionError(errno.EACCES, "no permission, or a read-only file system")
-        folder = os.open(output_dir, os.O_RDONLY)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"--output-dir {output_dir} cannot be written to: {error.strerror}") from error
     try:
+        is_held = False
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing to {output_dir}: wait, or name another folder") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = not path.exists() or not os.path.samestat(os.fstat(file), path.stat())  # replaced just now
+        except OSError as error:
+            is_held = error.errno in (errno.EACCES, errno.EAGAIN)
+            if not is_held:
+                print(f"note: no lock on {output_dir} ({error.strerror}): start no other run there", file=sys.stderr)
+        if is_held:
+            holder = os.read(file, 1000).decode(errors="replace")
+            raise UserError(
+                f"another run is writing to {output_dir}: wait, or name another folder ({path}: {holder or 'empty'})"
+            )
+        with contextlib.suppress(OSError):
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
-        os.close(folder)
+        os.close(file)
         with contextlib.suppress(OSError):  # a run that wrote nothing leaves no folder
             if is_new:
                 output_dir.rmdir()

@@ -41,7 +41,7 @@ elif [ "$num_gpus" -gt 0 ]; then
 else
     experiment=demo reason="no CUDA GPU; EXPERIMENT=paper for LLaMA-2-7B"
 fi
-output=${OUTPUT:-output/$method-$experiment-$(date +%Y%m%d-%H%M%S)}
+output=${OUTPUT:-output/$method-$experiment${SEED:+-seed$SEED}-$(date +%Y%m%d-%H%M%S)}
 
 # What is trained anew is scored anew.
 again=--skip-done

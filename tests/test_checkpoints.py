@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -37,7 +39,7 @@ from common.checkpoints import MANIFEST, TRAINED_TENSORS, complete_checkpoints, 
 from common.cli import UserError
 from common.exports import read_adapter
 from common.layers import find_target_modules
-from common.runs import INCOMPLETE, JsonLines
+from common.runs import INCOMPLETE, LOCK, JsonLines, held_alone
 
 SAVE_STEPS = 4
 STEPS = 24
@@ -219,18 +221,40 @@ def test_ranks_do_not_outlive_their_launcher(number, folder):
 
 def test_one_run_at_a_time_writes_to_a_folder(folder):
     output = folder / "shared"
-    first = start_script("train", arguments(folder, output, "--max-steps", 4000), folder / "shared.log")
+    output.mkdir()
+    (output / "before").touch()
+    first = start_script("train", arguments(folder, output, "--max-steps", 4000, "--overwrite"), folder / "shared.log")
     while steps_done(output) < 1:
         assert first.is_alive(), (folder / "shared.log").read_text()
         time.sleep(0.01)
     before = (output / "config.yaml").stat().st_mtime_ns
     code, text = run(folder, output, "--resume", "--max-steps", 4000)
     assert code == 2
-    assert f"another run is writing to {output}" in text.strip().splitlines()[-1]
+    last = text.strip().splitlines()[-1]
+    assert f"another run is writing to {output}" in last
+    assert f"process {first.pid} on {platform.node()}" in last
     assert first.is_alive()
+    with open(output / LOCK, "r+") as file, pytest.raises(BlockingIOError):  # a lock that NFS passes to its server
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert (output / "config.yaml").stat().st_mtime_ns == before
     first.kill()
     first.join()
+    with held_alone(output):  # a dead run holds nothing
+        assert (output / "config.yaml").is_file()
+    assert not (output / LOCK).exists()
+
+
+def test_a_file_system_without_locks_is_announced(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with held_alone(tmp_path / "out"):
+        (tmp_path / "out" / "a file").touch()
+    assert capsys.readouterr().err == (
+        f"note: no lock on {tmp_path / 'out'} (No locks available): start no other run there\n"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a file"]
 
 
 def test_a_run_of_one_step_trains(folder):
