@@ -21,6 +21,9 @@ from experiments.entries import load, names, read_yaml
 from experiments.plans import Plan, PlannedRun, expand, measure_script, read_config
 
 PLAN_VERSION = 1
+# torchrun kills a rank 30 seconds after a signal, within a long step. It hands on the signals that it is told to;
+# without SIGHUP among them, `nohup` keeps its effect.
+PATIENT = ("--shutdown-timeout", "600", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -32,7 +35,7 @@ def training_command(plan: Plan, run: PlannedRun) -> list[str]:
     """The command that trains the run. Started again, it goes on, or changes nothing if the run is finished."""
     launcher = ["python"]
     if run.processes > 1:
-        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(run.processes)]
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(run.processes), *PATIENT]
     settings = dict(run.settings)
     if run.chosen is not None:
         settings = {"config": run.chosen} | {name: value for name, value in settings.items() if name != "config"}

@@ -97,9 +97,10 @@ paper)
     launcher="deepspeed --no_local_rank --num_gpus $num_gpus"
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$(gpus)" -gt 0 ]; then
         # Given a number of GPUs, deepspeed takes the machine's first ones; of names it knows numbers alone.
+        patient="--shutdown-timeout 600 --signals-to-handle SIGTERM,SIGINT,SIGUSR1" # experiments/grid.py says why
         visible=$(cards | head -n "$num_gpus" | paste -s -d , -)
         case "$visible" in
-        *[!0-9,]*) launcher="env CUDA_VISIBLE_DEVICES=$visible torchrun --standalone --nproc_per_node $num_gpus" ;;
+        *[!0-9,]*) launcher="env CUDA_VISIBLE_DEVICES=$visible torchrun --standalone --nproc_per_node $num_gpus $patient" ;;
         *) launcher="deepspeed --no_local_rank --include localhost:$visible" ;;
         esac
     fi

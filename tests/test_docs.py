@@ -23,7 +23,8 @@ WRITTEN_BY_RUNS = ("output/", "results/")
 # Options of other programs that the pages name, by the program that takes them.
 OTHERS = {
     "deepspeed": "--no_local_rank --num_gpus --hostfile",
-    "torchrun": "--nproc_per_node --nnodes --node_rank --master_addr --master_port",
+    "torchrun": "--nproc_per_node --nnodes --node_rank --master_addr --master_port --shutdown-timeout "
+    "--signals-to-handle --max-restarts",
     "vllm": "--served-model-name --host --port --enable-lora --max-lora-rank --lora-modules --model",
     "tensorboard": "--logdir",
     "pip": "--no-deps --no-binary --dest",

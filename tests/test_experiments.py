@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import torch.distributed.run
 import yaml
 from conftest import ROOT, make_model, record
 from safetensors.torch import load_file
@@ -104,6 +104,10 @@ def test_the_paper_s_protocol(monkeypatch):
             assert args.batch_size * args.gradient_accumulation * count == 128
             assert (args.learning_rate, args.warmup_ratio, args.weight_decay, args.epochs) == (2e-5, 0.03, 0.0, 1.0)
             assert (one.steps, one.tokens) == (782, 782 * 128 * 512)
+            if count > 1:  # a step may take longer than the thirty seconds that torchrun gives by itself
+                found = torch.distributed.run.parse_args(grid.training_command(plan, run)[1:])
+                assert (found.nproc_per_node, found.shutdown_timeout) == (str(count), 600)
+                assert {"SIGTERM", "SIGUSR1"} <= set(found.signals_to_handle.split(",")) < {*dir(signal)} - {"SIGHUP"}
     (run, *_) = plans.expand("nlg-batch32").runs
     assert run.settings["gradient-accumulation"] * 4 * run.processes == 32
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed.run
 import yaml
 from conftest import ROOT, start_script
 
@@ -106,7 +107,16 @@ def stub_nvidia_smi(folder, *listed: str) -> dict[str, str]:
 
 FOUR = [f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a0b)" for i in range(4)]
 MIG = [FOUR[0], "  MIG 3g.40gb Device 0: (UUID: MIG-1c)", "  MIG 3g.40gb Device 1: (UUID: MIG-2d)"]
-BY_NAME = "env CUDA_VISIBLE_DEVICES={} torchrun --standalone --nproc_per_node {} train.py"
+BY_NAME = "env CUDA_VISIBLE_DEVICES={} torchrun --standalone --nproc_per_node {} --shutdown-timeout 600"
+
+
+def assert_torchrun_is_patient(printed: str) -> None:
+    """By torchrun's own reading: ten minutes for a rank to end, Slurm's warning handed on, and not nohup's signal."""
+    (line,) = (line for line in printed.splitlines() if "torchrun" in line)
+    found = torch.distributed.run.parse_args(shlex.split(line)[shlex.split(line).index("torchrun") + 1 :])
+    assert found.shutdown_timeout == 600
+    assert set(found.signals_to_handle.split(",")) == {"SIGTERM", "SIGINT", "SIGUSR1"}
+    assert found.training_script == "train.py"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,8 @@ def test_a_run_takes_the_cards_that_are_named_and_no_others(
     variables = stub_nvidia_smi(tmp_path, *listed) | variables
     printed = dry_run("ba-lora.sh", **variables)
     assert launcher in printed
+    if "torchrun" in printed:
+        assert_torchrun_is_patient(printed)
     if devices:
         args, count = train_options(printed), int(re.search(r"(\d+) CUDA GPUs", printed)[1])
         assert args.batch_size * args.gradient_accumulation * count == 128
