@@ -307,6 +307,7 @@ def write_checkpoint(training: Any) -> None:
                 part()
             except (OSError, RuntimeError, SafetensorError) as error:  # each writer reports a full disk differently
                 problems.append(first_line(error))
+        training.agree(None)  # the others wait here, and not in a group of DeepSpeed's, which has a shorter timeout
 
     def begin() -> None:
         shutil.rmtree(staging.parent, ignore_errors=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +32,11 @@ DEEPSPEED_KEYS: dict[str, tuple[str, Callable[[Any, int, int], Any]]] = {
         lambda args, steps, ranks: args.batch_size * steps * ranks,
     ),
 }
+
+
+# The others wait while the first rank alone tokenises the data, or digests a large checkpoint and flushes it to disk.
+# NCCL by itself gives up after ten minutes.
+LONGEST_WAIT = timedelta(hours=2)
 
 
 def read_deepspeed(path: str | None) -> dict[str, Any]:
@@ -128,7 +134,8 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     AcceleratorState._reset_state()  # an earlier training in this process may have set it
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     on_cpu = not torch.cuda.is_available()
-    PartialState(cpu=on_cpu)  # before Accelerator, which with a DeepSpeed plugin reads cpu=True as "no DeepSpeed"
+    # Before Accelerator, which with a DeepSpeed plugin reads cpu=True as "no DeepSpeed".
+    PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
     accelerator = Accelerator(cpu=on_cpu and config is None, kwargs_handlers=[ddp], **settings)
     accelerator.held_config = config  # transformers keeps only a weak reference
     if config is not None:

@@ -394,6 +394,22 @@ def test_zero3_initialisation_holds_one_whole_layer_per_rank(tmp_path):
 ADDRESSES = ["10.213.77.1", "10.213.77.2"]
 
 
+WAIT = """
+import types, torch
+from common.ranks import start_ranks
+start_ranks(types.SimpleNamespace(deepspeed=None))
+print(torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout)
+"""
+
+
+def test_ranks_wait_for_what_the_first_one_does_alone():
+    """Ten minutes are NCCL's own timeout: two hours, as torch's group itself has it."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, "-c", WAIT]
+    done = subprocess.run(command, env=environment() | rank, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "2:00:00"
+
+
 @pytest.fixture(scope="module")
 def stopped(folder, tmp_path_factory) -> Path:
     """A folder with the data, and in out/ a run of two ranks whose last step alone is saved."""
