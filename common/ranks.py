@@ -34,6 +34,17 @@ DEEPSPEED_KEYS: dict[str, tuple[str, Callable[[Any, int, int], Any]]] = {
 }
 
 
+# What `accelerate launch` may set beside the ranks, and what decides it here. Accelerator would follow a part of it.
+OF_ACCELERATE = {
+    "USE_DEEPSPEED": "train.py has --deepspeed FILE",
+    "USE_FSDP": "train.py splits weights by --deepspeed configs/ds_zero3.json",
+    "USE_MEGATRON_LM": "train.py splits weights by --deepspeed configs/ds_zero3.json",
+    "USE_PARALLELISM_CONFIG": "ranks share the micro-batches of a step",
+    "DYNAMO_BACKEND": "nothing is compiled",
+    "MIXED_PRECISION": "train.py has --dtype",
+    "GRADIENT_ACCUMULATION_STEPS": "--gradient-accumulation decides",
+}
+
 # The others wait while the first rank alone tokenises the data, or digests a large checkpoint and flushes it to disk.
 # NCCL by itself gives up after ten minutes.
 LONGEST_WAIT = timedelta(hours=2)
@@ -111,8 +122,16 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
         num_micro_batches, mixed, width: see `deepspeed_config`; mixed: fp32 masters, passes in bf16.
 
     Raises:
-        UserError: --deepspeed without its launcher, or with a configuration that contradicts the options.
+        UserError: --deepspeed without its launcher, or with a configuration that contradicts the options; settings of
+            `accelerate launch` that no run here follows.
     """
+    for name, ours in OF_ACCELERATE.items():
+        value = os.environ.get(f"ACCELERATE_{name}", "")
+        if value.lower() not in ("", "no", "false", "1" if name == "GRADIENT_ACCUMULATION_STEPS" else "0"):
+            raise UserError(
+                f"accelerate launch sets {name.lower()} to {value}, which is not followed here: take it out of its "
+                f"options and its configuration, or start by torchrun; {ours}"
+            )
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find the same, with a warning in every process
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -132,11 +151,11 @@ def start_ranks(args: Any, num_micro_batches: int = 1, mixed: bool = False, widt
     # The frozen factors of PiSSA are buffers that no step changes.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)
     AcceleratorState._reset_state()  # an earlier training in this process may have set it
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     on_cpu = not torch.cuda.is_available()
     # Before Accelerator, which with a DeepSpeed plugin reads cpu=True as "no DeepSpeed".
     PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
     accelerator = Accelerator(cpu=on_cpu and config is None, kwargs_handlers=[ddp], **settings)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by Accelerator, and read by the next one in this process
     accelerator.held_config = config  # transformers keeps only a weak reference
     if config is not None:
         import deepspeed

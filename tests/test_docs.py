@@ -26,6 +26,7 @@ OTHERS = {
     "torchrun": "--nproc_per_node --nnodes --node_rank --master_addr --master_port --shutdown-timeout "
     "--signals-to-handle --max-restarts",
     "vllm": "--served-model-name --host --port --enable-lora --max-lora-rank --lora-modules --model",
+    "accelerate": "--num_processes",
     "tensorboard": "--logdir",
     "pip": "--no-deps --no-binary --dest",
     "convert_hf_to_gguf.py": "--outfile --outtype",

@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 import transformers
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from conftest import ROOT, make_model
 from safetensors.torch import load_file, save_file
 
@@ -187,6 +190,32 @@ def test_a_port_that_another_run_has_is_one_line(monkeypatch, capsys):
             ranks.run_rank(lambda argv: torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True))
     assert exit_info.value.code == 2
     assert f"error: port {port} is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (["--use_deepspeed", "--zero_stage", "3"], "use_deepspeed to true"),
+        (["--use_fsdp"], "use_fsdp to true"),
+        (["--dynamo_backend", "eager"], "dynamo_backend to EAGER"),
+        (["--mixed_precision", "bf16"], "mixed_precision to bf16"),
+        ([], None),
+    ],
+)
+def test_settings_of_accelerate_launch_are_refused_and_its_ranks_are_not(options, setting, monkeypatch):
+    """The variables are those that accelerate's own launcher makes of its command line."""
+    words = ["--num_processes", "2", "--num_machines", "1", *options, "x.py"]
+    parsed, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    parsed.deepspeed_fields_from_accelerate_config = ""
+    made = prepare_deepspeed_cmd_env(parsed)[1] if parsed.use_deepspeed else prepare_multi_gpu_env(parsed)
+    for name in [name for name in made if name.startswith("ACCELERATE_")]:
+        monkeypatch.setenv(name, made[name])
+    if setting is None:
+        assert "ACCELERATE_DYNAMO_BACKEND" in made
+        assert ranks.start_ranks(SimpleNamespace(deepspeed=None)).num_processes == 1
+    else:
+        with pytest.raises(UserError, match=f"accelerate launch sets {setting}, which is not followed here"):
+            ranks.start_ranks(SimpleNamespace(deepspeed=None))
 
 
 def test_a_disk_that_takes_no_file_is_one_line(monkeypatch, capsys):
