@@ -73,6 +73,12 @@ def resolve_shared_arguments(args: Any, formulations: Mapping[str, Mapping[str, 
         raise UserError(f"--lr-scheduler polynomial ends at {POLYNOMIAL_END}: --learning-rate must be above it")
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: give one of the two")
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        if args.overwrite and os.environ.get(name, "0") != "0":
+            raise UserError(
+                f"this is a restart ({name} is {os.environ[name]}), and --overwrite would delete what the run has "
+                "done: give --resume from the first start on"
+            )
     if args.max_steps != -1 and args.max_steps <= 0:
         raise UserError(f"--max-steps is {args.max_steps}: it must be above 0, or -1 for --epochs to decide")
 

@@ -27,6 +27,7 @@ OTHERS = {
     "--signals-to-handle --max-restarts",
     "vllm": "--served-model-name --host --port --enable-lora --max-lora-rank --lora-modules --model",
     "accelerate": "--num_processes",
+    "sbatch": "--requeue",
     "tensorboard": "--logdir",
     "pip": "--no-deps --no-binary --dest",
     "convert_hf_to_gguf.py": "--outfile --outtype",

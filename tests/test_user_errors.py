@@ -218,6 +218,29 @@ def test_settings_of_accelerate_launch_are_refused_and_its_ranks_are_not(options
             ranks.start_ranks(SimpleNamespace(deepspeed=None))
 
 
+RESTART = """
+import os, sys
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    sys.exit(1)
+import train
+from common.ranks import run_rank
+run_rank(train.main)
+"""
+
+
+def test_an_automatic_restart_deletes_nothing(tmp_path, checkpoint, data_file):
+    """By the real torchrun, with the variable that it sets."""
+    (tmp_path / "failing.py").write_text(RESTART)
+    (tmp_path / "out" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "failing.py"]
+    command += ["--model", checkpoint, "--data", data_file, "--output-dir", tmp_path / "out", "--overwrite"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "error: this is a restart (TORCHELASTIC_RESTART_COUNT is 1)" in done.stderr
+    assert "give --resume from the first start on" in done.stderr
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-5").is_dir()
+
+
 def test_a_disk_that_takes_no_file_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as exit_info:
