@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-DIGEST_BLOCK = 2**18  # a file up to 64 MiB is read whole
+DIGEST_BLOCK, TENSOR_BLOCK = 2**18, 2**12  # bytes; a file up to 64 MiB is read whole
+DIGEST_FORM = "2:"  # before a folder's digest; the first form, without it, left out the configuration
 
 
 def check_checkpoint(name: str) -> None:
@@ -177,20 +179,35 @@ def computation_of(entries: dict[str, Any]) -> str:
 
 
 def weights_digest(path: str, config: Any) -> str:
-    """A digest that tells one base model from another: of a local folder, the configuration, and the weights' files by
-    names, sizes and sampled blocks of bytes; on the hub, the commit."""
-    digest = hashlib.sha256()
-    if not Path(path).is_dir():
+    """A digest that tells one base model from another. On the hub: the commit. Of a local folder: the configuration,
+    code that belongs to it, and of each file of weights the name, size, header and sampled blocks of bytes. At least
+    the beginning of every tensor is among these."""
+    folder = Path(path)
+    if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None) or path)
-    digest.update(computation_of(json.loads((Path(path) / "config.json").read_text())).encode())
-    for file in sorted(Path(path).glob("*.safetensors")):
+    digest = hashlib.sha256(computation_of(json.loads((folder / "config.json").read_text())).encode())
+    for file in sorted(folder.glob("*.py")):
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as stream:
-            for place in range(0, size, max(size // 256, DIGEST_BLOCK)):
+            head = stream.read(8)
+            head += stream.read(int.from_bytes(head, "little"))
+            tensors = json.loads(head[8:])
+            tensors.pop("__metadata__", None)
+            starts = dict.fromkeys((len(head) + tensor["data_offsets"][0] for tensor in tensors.values()), TENSOR_BLOCK)
+            starts |= dict.fromkeys(range(0, size, max(size // 256, DIGEST_BLOCK)), DIGEST_BLOCK)
+            digest.update(head)
+            for place, length in sorted(starts.items()):
                 stream.seek(place)
-                digest.update(stream.read(DIGEST_BLOCK))
-    return digest.hexdigest()
+                digest.update(stream.read(length))
+    return DIGEST_FORM + digest.hexdigest()
+
+
+def is_earlier_digest(digest: str) -> bool:
+    """Whether it is a folder's digest of the first form. A commit on the hub is shorter."""
+    return re.fullmatch(r"[0-9a-f]{64}", digest) is not None
 
 
 def resolve_demo(name: str | None, kind: Literal["model", "train", "test"]) -> str | None:

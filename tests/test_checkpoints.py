@@ -35,7 +35,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from common.checkpoints import MANIFEST, TRAINED_TENSORS, complete_checkpoints, newest_checkpoint
+from common import pretrained
+from common.checkpoints import (
+    MANIFEST,
+    TRAINED_TENSORS,
+    complete_checkpoints,
+    newest_checkpoint,
+    require_same_contents,
+)
 from common.cli import UserError
 from common.exports import read_adapter
 from common.layers import find_target_modules
@@ -298,6 +305,47 @@ def test_data_and_base_are_known_by_their_content(folder, uninterrupted, tmp_pat
     code, text = run(folder, output, *options)
     assert code == 0, text
     assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_a_base_is_known_by_its_configuration_and_by_every_tensor(tmp_path):
+    """Two tensors of 256 MiB in a file without blocks on the disk, by the published format of safetensors."""
+    size = 2**28
+    header = {
+        name: {"dtype": "F32", "shape": [size // 4], "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate("ab")
+    }
+    text = json.dumps(header).encode()
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    with open(weights, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 2 * size)
+    config.write_text(json.dumps({"rope_theta": 1e4, "transformers_version": "5.0"}))
+    first = pretrained.weights_digest(str(tmp_path), None)
+    config.write_text(json.dumps({"transformers_version": "5.1", "_name_or_path": "here", "rope_theta": 1e4}))
+    assert pretrained.weights_digest(str(tmp_path), None) == first
+    seen = {first}
+    for value in (5e5, 1e4):
+        config.write_text(json.dumps({"rope_theta": value}))
+        seen.add(pretrained.weights_digest(str(tmp_path), None))
+    with open(weights, "r+b") as file:
+        file.seek(8 + len(text) + size + 100)  # in the second tensor
+        file.write(b"x")
+    seen.add(pretrained.weights_digest(str(tmp_path), None))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("made", "refused"), [("0" * 64, False), ("0" * 40, True), ("2:" + "0" * 64, True), ("2:" + "1" * 64, False)]
+)
+def test_a_digest_of_an_earlier_form_is_announced_and_not_compared(made, refused, tmp_path, capsys):
+    """Not a commit on the hub, which has 40 digits; and the data is compared all the same."""
+    (tmp_path / MANIFEST).write_text(json.dumps({"identity": {"contents": {"base model": made, "data": "d"}}}))
+    ours = {"base model": "2:" + "1" * 64, "data": "d"}
+    with pytest.raises(UserError, match="the base model changed") if refused else contextlib.nullcontext():
+        require_same_contents(tmp_path, ours, False)
+    assert ("is older than this digest of the base model" in capsys.readouterr().err) == (made == "0" * 64)
+    with pytest.raises(UserError, match="the data changed" if not refused else "the base model and the data changed"):
+        require_same_contents(tmp_path, ours | {"data": "e"}, False)
 
 
 def test_lines_that_a_disk_does_not_take_follow_later(tmp_path, capsys):

@@ -23,7 +23,7 @@ from common import conversations, ranks, validation
 from common.cli import UserError, as_words, parse_arguments, run_script
 from common.exports import export_adapter
 from common.layers import TARGET_MODULES
-from common.pretrained import load_model, weights_digest
+from common.pretrained import load_model
 from common.templates import ALPACA_PROMPT
 from eval import gsm8k, report, suite
 from experiments import make_data
@@ -467,16 +467,6 @@ def test_weights_under_other_names(checkpoint, monkeypatch):
     args = train.Arguments(model="mine")
     with pytest.raises(UserError, match=r"lack .* in this form.*; they have module.model.embed_tokens.weight, which"):
         load_model(args, str(checkpoint), torch.float32)
-
-
-def test_the_digest_of_a_base_is_of_its_computation(checkpoint, tmp_path):
-    """Another rotary base gives other states (test_objective.py measures it); the name of a library's version, none."""
-    config, file = transformers.AutoConfig.from_pretrained(checkpoint), checkpoint / "config.json"
-    entries, digest = json.loads(file.read_text()), weights_digest(str(checkpoint), config)
-    file.write_text(json.dumps(dict(reversed(entries.items())) | {"transformers_version": "4.0", "use_cache": False}))
-    assert weights_digest(str(checkpoint), config) == digest
-    file.write_text(json.dumps(entries | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}))
-    assert weights_digest(str(checkpoint), config) != digest
 
 
 def test_a_model_of_another_kind(train_error, checkpoint):
