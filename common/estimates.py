@@ -33,6 +33,12 @@ def adapter_bytes(args: Any, trainable: int) -> int:
     return trainable * 4 * (1 if args.method == "lora" else 2)
 
 
+def _widest(config: Any, name: str) -> int | None:
+    """A width of the configuration, the largest if each layer has its own; None where there is none."""
+    value = getattr(config, name, None)
+    return max(value) if isinstance(value, list | tuple) else value
+
+
 def estimated_memory(
     args: Any,
     config: Any,
@@ -73,10 +79,10 @@ def estimated_memory(
     parts["optimizer"] = 0 if offloaded else trainable * (8 + masters) / split["o"]
 
     d, layers = config.hidden_size, config.num_hidden_layers
-    f = getattr(config, "intermediate_size", 4 * d)
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or d // heads
-    a, g = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
+    f = _widest(config, "intermediate_size") or 4 * d
+    heads = _widest(config, "num_attention_heads") or 1  # Mamba has none: its mixer counts as one head of width d
+    head = _widest(config, "head_dim") or d // heads
+    a, g = heads * head, (_widest(config, "num_key_value_heads") or heads) * head
     ranks = args.rank * num_adapters / layers
     attention = 3 * a + 2 * g  # queries, keys, values, the output, and its copy for the output projection
     # Full fine-tuning has transformers' own norms and activations.

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import architectures
 import greedy_by_vllm
@@ -17,6 +18,7 @@ from conftest import PUBLISHED, ROOT, forking, make_tokenizer
 from safetensors.torch import load_file
 
 import train
+from common import estimates
 from common.cli import UserError
 from common.templates import encode_prompt
 from data import demo
@@ -106,6 +108,27 @@ def test_a_dry_run_needs_the_configuration_alone(name, tmp_path, capsys):
     assert "100 steps" in printed
     assert "disk:" in printed
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "parts"),
+    [
+        (transformers.GPTNeoConfig(num_layers=2, attention_types=[[["global"], 2]]), "mlp.c_fc", 1),  # None
+        (transformers.Gemma3nTextConfig(num_hidden_layers=5, num_kv_shared_layers=0), "mlp.gate_proj", 1),  # a list
+        (transformers.MambaConfig(num_hidden_layers=2), "mixer.in_proj", 2),  # no attention heads
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_the_memory_estimate_knows_the_feed_forwards_width(config, layer, parts):
+    """As the model that transformers makes of the configuration has it."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    widest = max(module.out_features for name, module in model.named_modules() if name.endswith(layer)) // parts
+    args = SimpleNamespace(deepspeed=None, dry_run_gpu=80, method="ba-lora", load_in=None, rank=8)
+    args.gradient_checkpointing, args.objective_memory = False, None
+    sizes = {"total": 10**9, "trainable": 10**6, "num_adapters": 9, "tokens": 512, "valid": 256, "num_processes": 1}
+    found = estimates.estimated_memory(args, config, torch.bfloat16, **sizes)
+    assert found["transient"] == 4 * 512 * widest * 2
 
 
 SETTINGS = {  # each with as many examples as one micro-batch has: the largest is the only one
