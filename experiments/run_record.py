@@ -20,7 +20,7 @@ NOT_A_SCORE = {"arguments", "versions", "command", "ckpt", "adapter", "made_with
 NOT_A_SCORE |= {"by_subject", "by_level", "backend", "rescored", "judge"}
 GROUPS = {"before", "by_type", "flips"}  # of scores: by_type.age.change is one
 
-INTERRUPTED = (130, 137, 143)  # exit codes of SIGINT, SIGKILL and SIGTERM
+INTERRUPTED = (129, 130, 137, 138, 143)  # exit codes of SIGHUP, SIGINT, SIGKILL, SIGUSR1 and SIGTERM
 
 
 def load_plan(path: Path) -> dict[str, Any]:

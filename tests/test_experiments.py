@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import UserError
 from common.runs import load_record, records_in
+from common.training import Interruption
 from experiments import choose, entries, grid, plans, price, report, run_record
 
 SNAKEMAKE = Path(os.environ.get("SNAKEMAKE") or ROOT / ".venv-experiments/bin/snakemake")
@@ -279,8 +280,9 @@ def test_a_record_says_how_a_run_failed_and_keeps_what_is_there(tmp_path, monkey
     assert (found["steps"], found["parameters"]["trainable"], found["time"]["gsm8k"]) == (4, 7, 3.0)
     assert found["commit"] == "abc+"  # of the training, not of this moment
     assert load_record(tmp_path / "records" / f"{name}.json") == found
-    log.write_text("exit code 137\n")
-    assert run_record.record_of(plan, name)["status"] == "unfinished"  # it was killed, and goes on
+    for number in (*Interruption.SIGNALS, signal.SIGKILL):  # it was interrupted or killed, and goes on
+        log.write_text(f"exit code {128 + number}\n")
+        assert run_record.record_of(plan, name)["status"] == "unfinished"
 
 
 def test_the_best_rate_is_chosen_and_of_equals_the_smaller(tmp_path, monkeypatch):
