@@ -34,7 +34,10 @@ def check_checkpoint(name: str) -> None:
         raise UserError(f"{name} has no .safetensors file (pickled weights are not loaded: convert them first)")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files}
+        try:
+            missing = {*json.loads(index.read_text())["weight_map"].values()} - {file.name for file in files}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of weights ({first_line(error)}): fetch or copy it again") from error
         if missing:
             raise UserError(f"{name} lacks {sorted(missing)[0]}, which its index names: the checkpoint is incomplete")
     from safetensors import safe_open

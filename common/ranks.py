@@ -307,7 +307,7 @@ def choose_device() -> torch.device:
         UserError: nvidia-smi lists GPUs, CUDA_VISIBLE_DEVICES hides none of them, and torch sees none; or this node has
             more ranks than GPUs. Only the node's first rank raises it; the others wait until the launcher ends them.
     """
-    visible, ranks = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    visible, ranks = os.environ.get("CUDA_VISIBLE_DEVICES"), ranks_of_node()
     problem = None
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -332,6 +332,11 @@ def choose_device() -> torch.device:
     raise UserError(problem)
 
 
+def ranks_of_node() -> int:
+    """How many ranks this machine has, as torchrun says it or `deepspeed`; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def num_listed_gpus() -> int:
     """How many GPUs nvidia-smi lists; 0 where it finds none, hangs, or is not there."""
     try:
@@ -345,7 +350,7 @@ def announce_device() -> None:
     """A run's first line: the GPUs of the first machine's ranks by name and UUID, or the CPU. Raises as above."""
     names = f"CPU, {torch.get_num_threads()} threads"
     if choose_device().type == "cuda":
-        cards = map(torch.cuda.get_device_properties, range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cards = map(torch.cuda.get_device_properties, range(ranks_of_node()))
         names = ", ".join(f"{card.name} (GPU-{str(card.uuid)[:8]})" for card in cards)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"device: {names}", flush=True)

@@ -35,15 +35,21 @@ def require_output_dir(args: Any, may_hold: bool, remedy: str, *inputs: str | No
 
 
 def clear_folder(folder: Path) -> None:
-    """Makes `folder`, or empties it, but for the lock of the run that does so."""
+    """Makes `folder`, or empties it, but for the lock of the run that does so.
+
+    Raises:
+        RunStopped: something there cannot be deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.name == LOCK:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    except OSError as error:  # on NFS a file that is open elsewhere stays under another name
+        where = error.filename or path
+        raise RunStopped(f"cannot empty {folder} ({error.strerror}: {where}): is a file there in use?") from error
 
 
 # Options that may change when a run is resumed: its paths, its further outputs, and its use of the machine.

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from common.cli import RunStopped, first_line
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -63,13 +67,30 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def kept_in_file(
     path: Path, names: tuple[str, ...], make: Callable[[], tuple[Tensor, ...]], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """The tensors in the file; if it does not exist, those of `make`, which are stored in it. Safe among processes."""
-    if not path.exists():
-        tensors = {name: tensor.cpu() for name, tensor in zip(names, make(), strict=True)}
+    """The tensors in the file; if it does not exist or is damaged, those of `make`, which are stored in it. Safe among
+    processes.
+
+    Raises:
+        RunStopped: the file cannot be written.
+    """
+    if path.exists():
+        try:
+            return _read(path, names, device)
+        except (SafetensorError, KeyError) as error:
+            print(f"note: {path} is damaged ({first_line(error)}) and made again", file=sys.stderr)
+    tensors = {name: tensor.cpu() for name, tensor in zip(names, make(), strict=True)}
+    partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         save_file(tensors, partial)
-        partial.rename(path)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise RunStopped(f"cannot write {path} ({first_line(error)}): make room, or name another folder") from error
+    return _read(path, names, device)
+
+
+def _read(path: Path, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, ...]:
     stored = load_file(path, device=str(device))
     return tuple(stored[name] for name in names)
 

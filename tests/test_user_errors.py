@@ -1,6 +1,9 @@
 """What bad input gets: one line that names the thing, exit code 2, before any model is loaded, and nothing lost."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -20,11 +23,13 @@ from safetensors.torch import load_file, save_file
 import finetune_bert_l_sst2 as nlu
 import train
 from common import conversations, ranks, validation
-from common.cli import UserError, as_words, parse_arguments, run_script
+from common.cli import RunStopped, UserError, as_words, parse_arguments, run_script
 from common.exports import export_adapter
 from common.layers import TARGET_MODULES
 from common.pretrained import load_model
+from common.runs import clear_folder
 from common.templates import ALPACA_PROMPT
+from common.tensors import kept_in_file
 from eval import gsm8k, report, suite
 from experiments import make_data
 
@@ -239,6 +244,46 @@ def test_an_automatic_restart_deletes_nothing(tmp_path, checkpoint, data_file):
     assert "error: this is a restart (TORCHELASTIC_RESTART_COUNT is 1)" in done.stderr
     assert "give --resume from the first start on" in done.stderr
     assert (tmp_path / "out" / "checkpoints" / "checkpoint-5").is_dir()
+
+
+def test_a_cached_factor_that_cannot_be_written_is_one_line_and_a_damaged_one_is_made_again(tmp_path, capsys):
+    """A file of at most 100 bytes stands for a full disk; zeros are what a power cut leaves."""
+    path, made = tmp_path / "cache" / "k.safetensors", (torch.arange(900.0).view(3, 300), torch.ones(9))
+    what = (path, ("A", "B"), lambda: made, torch.device("cpu"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(RunStopped, match=r"cannot write .*make room, or name another folder"):
+            kept_in_file(*what)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(path.parent.iterdir()) == []
+    path.write_bytes(b"\0" * 500)
+    assert all(map(torch.equal, kept_in_file(*what), made))
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert torch.equal(load_file(path)["A"], made[0])
+
+
+def test_a_folder_that_cannot_be_emptied_is_one_line(tmp_path, monkeypatch):
+    """As on NFS, where an open file stays in its folder."""
+
+    def rmdir(path, *_, **__):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    (tmp_path / "out" / "tensorboard").mkdir(parents=True)
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with pytest.raises(RunStopped, match=r"cannot empty .*out \(Directory not empty: .*tensorboard"):
+        clear_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_more_ranks_than_gpus_are_refused_under_either_launcher(variable, monkeypatch):
+    """torchrun sets the first variable, `deepspeed` the second."""
+    monkeypatch.setenv(variable, "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="3 ranks on this machine, and torch sees 2 GPUs"):
+        ranks.choose_device()
 
 
 def test_a_disk_that_takes_no_file_is_one_line(monkeypatch, capsys):
@@ -499,6 +544,10 @@ def test_checkpoints_that_cannot_be_read(train_error, checkpoint, tmp_path):
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "lacks model-00002.safetensors" in train_error()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for text in ("", pointer, "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": {}}}', "\udcff"):
+        (checkpoint / "model.safetensors.index.json").write_text(text, errors="surrogateescape")
+        assert "model.safetensors.index.json is no index of weights" in train_error(), text
 
 
 def test_nothing_is_overwritten_without_being_asked(train_error, tmp_path):
