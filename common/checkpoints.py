@@ -234,6 +234,7 @@ def _set_part(parameter: Tensor, value: Tensor, key: str | None = None) -> None:
 
 # The paths in these options may change, their contents may not: `require_same_contents` compares the contents.
 NAMES_OF_CONTENTS = {"model", "data", "validation_data", "test_data"}
+PATHS_OF_A_NODE = {"config", "deepspeed", "init_cache", "teacher_cache"}  # a node may have its own copy
 
 
 def contents_of(examples: "datasets.Dataset") -> str:
@@ -265,7 +266,8 @@ def require_same_contents(checkpoint: Path | None, contents: Mapping[str, str], 
 def require_same_start(args: Any, checkpoint: Path | None, contents: Mapping[str, str]) -> None:
     """Raises a UserError, on all ranks, where a rank starts otherwise than the first: each node has its own files and
     its own command line, and the run would train on, silently wrong. See also `require_same_contents`."""
-    mine = {name: value for name, value in dataclasses.asdict(args).items() if name not in NAMES_OF_CONTENTS}
+    others = NAMES_OF_CONTENTS | PATHS_OF_A_NODE
+    mine = {name: value for name, value in dataclasses.asdict(args).items() if name not in others}
     mine |= {f"content of the {name}": contents.get(name) for name in ("base model", "data", "evaluation data")}
     mine["checkpoint"] = checkpoint and f"{checkpoint} ({_sha256(checkpoint / MANIFEST)})"
     ranks = [mine] * num_ranks()

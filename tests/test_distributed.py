@@ -451,7 +451,7 @@ def test_ranks_that_would_start_differently_are_refused(change, expected, stoppe
     elif change == "data":
         write_jsonl(places[1] / "data.jsonl", [*sums(63), {"instruction": "Add 63 and 1", "output": "No"}])
     options = ("--resume", "--accept-changes")  # which are meant for another content, the same on all ranks
-    more = ("--save-steps", 7) if change == "option" else ()
+    more = {"option": ("--save-steps", 7), None: ("--init-cache", places[1] / "cache")}.get(change, ())
     started, logs = start_apart(places, [options, (*options, *more)], folder, tmp_path)
     for process, log in zip(started, logs, strict=True):
         assert process.exitcode == (0 if change is None else 2), log.read_text()[-3000:]
