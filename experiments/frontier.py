@@ -43,12 +43,14 @@ OTHER = (  # pairs that the predictions are about, and the other rivals; not pri
     ("ba-lora", "pissa"),
     ("lora", "pissa"),
     ("full", "pissa"),
+    ("full", "masked-0.15"),
 )
 # The picture's arms: the name, at which point of the line and where beside it, and the colour.
 SHOWN = {
     "pissa": ("PiSSA", 0, (8, -2), "#000000"),
     "cr-0.15": ("L_CR, λ₁ = 0.15", -1, (-10, 9), "#C77700"),
-    "masked-0.15": ("L_CR without\nthe target,\nλ₁ = 0.15", 0, (8, -16), "#0072B2"),
+    "masked-0.15": ("L_CR without the target, λ₁ = 0.15", -2, (0, -20), "#0072B2"),
+    "full": ("full fine-tuning", 0, (8, -2), "#8F2D8C"),
 }
 
 
@@ -223,8 +225,14 @@ def title(level: dict[str, dict[int, Point]], seeds: int) -> str:
     """The picture's message."""
     if num_compared(level) < seeds:
         return "Does a term stay closer to the base than ΔW scaled by α? Under study"
-    differences = [of_pair(level, pair, attrgetter("kl")) for pair in (*PRIMARY, OTHER[0])]
-    if all(sum(paired_interval(values)) < 0 for values in differences):  # the upper bounds
+
+    def is_closer(*pair: str) -> bool:
+        differences = of_pair(level, pair, attrgetter("kl"))
+        return len(differences) >= seeds and sum(paired_interval(differences)) < 0  # the upper bound
+
+    if all(itertools.starmap(is_closer, (*PRIMARY, OTHER[0]))):
+        if is_closer("full", "masked-0.15"):
+            return "At equal loss, full fine-tuning scaled by α stays closest to the base, then L_CR without the target"
         return "At equal loss, L_CR stays closer to the base than ΔW scaled by α; without the target, closer still"
     return "At equal loss, L_CR is not shown to stay closer to the base than ΔW scaled by α"
 

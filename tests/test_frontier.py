@@ -1,5 +1,6 @@
 """The frontier's rules and its primary outcome, on made-up rows, against numpy and scipy written out here."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -94,6 +95,9 @@ def test_the_two_rules_and_the_primary_outcome(records, tmp_path, capsys):
         assert row[3].strip() == f"{(low + high) / 2:+.3f} [{low:+.3f}, {high:+.3f}]"
         assert high < 0  # which the picture's title says
     assert "closer still" in frontier.title(chosen, 5) and "Under study" in frontier.title(chosen, 6)
+    nearer = {seed: dataclasses.replace(p, kl=p.kl - 0.01 - 1e-3 * seed) for seed, p in chosen["masked-0.15"].items()}
+    assert "closest to the base" in frontier.title(chosen | {"full": nearer}, 5)
+    assert "closer still" in frontier.title(chosen | {"full": dict(list(nearer.items())[:4])}, 5)  # one seed is missing
     chosen["masked-0.15"] = chosen["pissa"]
     assert "not shown" in frontier.title(chosen, 5)
     first = {
