@@ -322,10 +322,11 @@ class Training:
         """
         self._started = time.monotonic()
         self._window_began = self._started - self.progress.window.get("seconds", 0.0)
-        bar = tqdm(total=self.progress.max_steps, initial=self.step, disable=self.quiet or not self.is_main)
-        self._bar = bar
+        how = {"total": self.progress.max_steps, "initial": self.step, "disable": self.quiet or not self.is_main}
+        with contextlib.suppress(OSError):  # the terminal may be gone, here and at each use of the bar
+            self._bar = tqdm(**how, file=sys.__stderr__)
         try:
-            with self.interruption.awaited(), bar:
+            with self.interruption.awaited():
                 self.is_over = self.step >= self.progress.max_steps
                 yield
         except RuntimeError as error:  # the backends have no exception of their own for a lost rank
@@ -336,6 +337,8 @@ class Training:
                     f"({first_line(error)}); --resume goes on from {kept if kept else 'the start'}"
                 ) from error
             raise
+        finally:
+            self._show("close")
         if self._interrupted and self.step < self.progress.max_steps:
             if self.is_main:
                 kept = checkpoints.newest_checkpoint(self.args.output_dir) or "no checkpoint"
@@ -453,13 +456,18 @@ class Training:
         self.optimizer.zero_grad()
         self.progress.step += 1
         self._window_steps += 1
-        if self._bar is not None:
-            self._bar.update()
+        self._show("update")
         if self.num_ranks == 1 and self.interruption.signal:  # several ranks agree when the next step begins
             self._interrupted = True
         self.is_over = self.step >= self.progress.max_steps or self._interrupted
         if self._window_steps > 0 and (self.is_due(logging_steps) or (log_first and self.step == 1)):
             self._log_window(norm, rate)
+
+    def _show(self, what: str, *values: Any) -> None:
+        """Calls a method of the bar."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                getattr(self._bar, what)(*values)
 
     def is_due(self, every: int) -> bool:
         """Whether the number of steps taken is a multiple of `every`, or the last step is taken."""
@@ -501,8 +509,7 @@ class Training:
         self._metrics.append([entry])
         names = {"loss": "loss", "task": "task", "tok/s": "tokens_per_second", "validation": "eval_loss"}
         self._shown |= {label: f"{entry[name]:.4g}" for label, name in names.items() if entry.get(name) is not None}
-        if self._bar is not None:
-            self._bar.set_postfix(self._shown)
+        self._show("set_postfix", self._shown)
         if self._trackers:
             try:
                 for tracker in self._trackers:

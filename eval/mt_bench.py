@@ -385,14 +385,16 @@ def rating(text: str | None) -> float | None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def check_questions(records: Any, source: str) -> list[dict]:
-    """The questions.
+def check_questions(records: list[dict], source: str) -> list[dict]:
+    """The questions; a question_id that is a number is one, as in the references.
 
     Raises:
         UserError: a category without a temperature, or not two turns.
     """
     questions = [dict(record) for record in records]
     for question in questions:
+        if str(question["question_id"]).isdigit():
+            question["question_id"] = int(question["question_id"])
         if question["category"] not in TEMPERATURES:
             known = ", ".join(TEMPERATURES)
             raise UserError(
@@ -427,7 +429,8 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     args = parse_arguments(Arguments, __doc__, argv)
     check_protocol(args)
     run = Run("mt_bench", args, load)
-    records = run.records(["question_id", "category", "turns"], FORMAT, split="train")  # the only split on the hub
+    fields, lists = ["question_id", "category"], ["turns"]
+    records = run.records(fields, FORMAT, split="train", lists=lists)  # the only split on the hub
     questions = check_questions(records, args.data)
     judge = Judge.of(args, questions)
     if judge is not None:
