@@ -38,6 +38,7 @@ COMPARED = sorted({arm for pair in PRIMARY for arm in pair})  # Rule 2 takes its
 OTHER = (  # pairs that the predictions are about, and the other rivals; not primary
     ("cr-0.15", "pissa"),
     ("masked-0.025", "cr-0.025"),
+    ("masked-0.15", "cr-0.025"),
     ("ba-lora", "cr-0.025"),
     ("ba-lora-100", "cr-0.025"),
     ("ba-lora", "pissa"),
