@@ -122,7 +122,7 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
         transformers.logging.set_verbosity(level)
     head = tuple(f"{name}." for name in head_modules(model))
     lacking = [name for name in lacking_weights(info) if not name.startswith(head)]
-    # A pooler may be new. An embedding and what is in a numbered layer are the pre-trained model itself.
+    # A pooler may be new. The embeddings and the numbered layers are the pre-trained model itself.
     require_weights(path, [name for name in lacking if _is_of_encoder(model, name)], info)
     model.new_modules = sorted({name.rpartition(".")[0] for name in lacking})
     layer = final_linear(model)

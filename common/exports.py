@@ -31,7 +31,7 @@ SAMPLE_SIZE = 2**28  # how many numbers of adapted weights are compared bit for 
 FITTING_GIB = 32  # a larger model is not loaded again
 
 
-# Architectures whose configurations have names of their own for rotary settings in transformers 4, and in llama.cpp.
+# Architectures with other names for the rotary settings in transformers 4, and in llama.cpp.
 NEOX = {"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"}
 MODERN = {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"}
 OWN_NAMES = {"gpt_neox": NEOX, "gpt_neox_japanese": NEOX, "modernbert": MODERN, "modernbert-decoder": MODERN}
@@ -117,7 +117,7 @@ class ReadBack:
     Attributes:
         logits: the trained model's `probe_logits`.
         weights: W by name for a sample of the adapted layers, all of them below SAMPLE_SIZE.
-        ends: by name, the first and the last row of each tensor without an adapter, in the type of training.
+        ends: by name, the first and the last row of each vector and matrix without an adapter, in the type of training.
     """
 
     def __init__(self, model: "transformers.PreTrainedModel", layers: Mapping[str, Any]):
@@ -131,7 +131,8 @@ class ReadBack:
         self.adapted = set(layers)
         self.trained_in = model.dtype
         tensors = model.state_dict().items()
-        self.ends = {name: tensor[[0, -1]].clone() for name, tensor in tensors if tensor.dim() and len(tensor)}
+        # Of experts in one tensor, a row is a whole expert: these are compared as they were written.
+        self.ends = {name: tensor[[0, -1]] for name, tensor in tensors if tensor.dim() in (1, 2) and len(tensor)}
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self.fits = num_bytes <= min(FITTING_GIB * 2**30, free / 3)
@@ -363,9 +364,9 @@ def adapter_card(args: Any, rank: int, about: Mapping[str, Any] | None = None) -
     )
 
 
+KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # PEFT's init_lora_weights that change no base
 # Fields of PEFT's configurations that do not change the forward pass of plain LoRA, or that `read_adapter` checks. Any
 # other field that is not empty has an effect that is not known here.
-KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # PEFT's init_lora_weights that change no base
 KNOWN_FIELDS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),

@@ -93,7 +93,7 @@ class Data:
 
     @property
     def f1_class(self) -> str | None:
-        """The class whose F1 the metric f1 is: the second one; None without that metric."""
+        """The class that the metric f1 is computed for: the second one; None without that metric."""
         return self.class_names[1] if "f1" in self.metrics else None
 
     @property

@@ -174,8 +174,8 @@ def note_on_positions(dataset: "datasets.Dataset", model: "transformers.PreTrain
 
 
 def computation_of(entries: dict[str, Any]) -> str:
-    """What a configuration's entries say of the model's computation, as JSON: without where it was read and who wrote
-    it. The type is the weights' own, and a cache of keys and values changes nothing."""
+    """The entries of a configuration that decide the model's computation, as JSON: without its place and its
+    author. The type is the weights' own, and a cache of keys and values changes nothing."""
     others = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache")
     entries = {name: value for name, value in entries.items() if name not in others}
     return json.dumps(entries, sort_keys=True, default=str)

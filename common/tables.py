@@ -158,8 +158,8 @@ def kind_of(path: Path) -> str:
     return path.with_suffix("" if path.suffix.lower() == ".gz" else path.suffix).suffix.lower()
 
 
-def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The data files below `folder`, in linked folders too, and what is not read. Each folder is read once.
+def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The data files below `folder`, in linked folders too, and those that are passed over. Each folder is read once.
 
     As `datasets` does, it passes over names that begin with a dot (.ipynb_checkpoints) and folders with __ (__MACOSX).
 
@@ -198,7 +198,7 @@ def _splits(files: list[Path], folder: Path) -> dict[Path, str | None]:
 def split_of(source: str | Path, split: str) -> str:
     """`split` where `source` may have several: a hub's name, a folder with files that name one. Else train."""
     path = Path(source)
-    has_one = path.is_file() or (path.is_dir() and not any(_splits(_data_files(path)[0], path).values()))
+    has_one = path.is_file() or (path.is_dir() and not any(_splits(data_files(path)[0], path).values()))
     return "train" if has_one else split
 
 
@@ -208,7 +208,7 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
     Raises:
         UserError: the folder has no data file, or none of `split`.
     """
-    files, passed = _data_files(folder)
+    files, passed = data_files(folder)
     if not files:
         raise UserError(f"{folder} holds no {', '.join(KINDS)} file")
     splits = _splits(files, folder)

@@ -532,8 +532,10 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", instruction: str) -> lis
 
 def encode_opening(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The tokens of a text that is to be continued, with the tokenizer's own start token if it has one."""
-    ids, is_closed = tokenizer(text)["input_ids"], tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    return ids[:-1] if is_closed else ids  # some tokenizers close every text; OPT's end token is its start token too
+    ids, end = tokenizer(text)["input_ids"], tokenizer.eos_token_id
+    # Some tokenizers close every text. OPT's end token is its start token too, and is all that an empty text has.
+    is_closed = bool(ids) and ids[-1] == end and tokenizer("a")["input_ids"][-1] == end
+    return ids[:-1] if is_closed else ids
 
 
 def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:

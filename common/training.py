@@ -323,7 +323,8 @@ class Training:
         self._started = time.monotonic()
         self._window_began = self._started - self.progress.window.get("seconds", 0.0)
         how = {"total": self.progress.max_steps, "initial": self.step, "disable": self.quiet or not self.is_main}
-        with contextlib.suppress(OSError):  # the terminal may be gone, here and at each use of the bar
+        # The interpreter's own stream, so that a step calls none of ours. The terminal may be gone, here and later.
+        with contextlib.suppress(OSError):
             self._bar = tqdm(**how, file=sys.__stderr__)
         try:
             with self.interruption.awaited():

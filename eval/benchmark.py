@@ -32,7 +32,7 @@ from typing import Any, Literal
 from common.cli import UserError, option, require_not_negative, require_positive, require_share
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.runs import first_difference, package_versions, write_whole
-from common.tables import KINDS, kind_of, load_records, require_fields, with_texts
+from common.tables import data_files, load_records, require_fields, with_texts
 from common.templates import ALPACA_PROMPT, encode_opening
 from eval.generation import (
     Backend,
@@ -176,7 +176,7 @@ END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]
 
 
 def after_thoughts(text: str) -> str:
-    """What a reasoning model says after its thoughts; all that it says if they have no end, or nothing after it."""
+    """The text of a reasoning model after its thoughts; the whole text if they have no end, or nothing follows it."""
     return next((part for part in reversed(END_OF_THOUGHT.split(text)) if part.strip()), "")
 
 
@@ -255,8 +255,7 @@ def contents_of(args: Any) -> dict[str, str]:
         given = getattr(args, name, None) or []
         digests = []
         for path in map(Path, [given] if isinstance(given, str) else given):
-            in_folder = (file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file) in KINDS)
-            for file in [path] if path.is_file() else in_folder:
+            for file in data_files(path)[0] if path.is_dir() else [path] if path.is_file() else []:
                 with open(file, "rb") as stream:
                     digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         if digests:
@@ -265,7 +264,7 @@ def contents_of(args: Any) -> dict[str, str]:
 
 
 def changed_content(one: dict[str, Any], other: dict[str, Any], but: Collection[str] = ()) -> str | None:
-    """The first argument, `but` for some, whose files have another content in one summary than in the other, in a few
+    """The first argument, `but` for some, of which the two summaries have files with different content, in a few
     words. Older summaries lack the digests; they are not compared."""
     ours, theirs = one.get("contents") or {}, other.get("contents") or {}
     changed = [name for name in ours if name in theirs and name not in but and ours[name] != theirs[name]]

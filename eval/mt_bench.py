@@ -93,7 +93,7 @@ class Arguments(JudgeArguments, benchmark.Arguments):
 
 
 class Run(benchmark.Run):
-    """A run whose answers can be judged later, and whose missing judgments are asked for again."""
+    """A run that leaves its answers to be judged later, and asks again for missing judgments."""
 
     def lacking(self, made: dict[str, Any]) -> Collection[str]:
         judging = {item.name for item in fields(JudgeArguments)}
