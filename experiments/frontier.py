@@ -135,7 +135,7 @@ def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]]) -> dict[str, 
 
 
 def num_compared(level: dict[str, dict[int, Point]]) -> int:
-    """The number of seeds in which all compared arms have rule 2's point."""
+    """How many seeds have rule 2's point for all compared arms."""
     return min(len(level.get(arm, {})) for arm in COMPARED)
 
 

@@ -412,7 +412,7 @@ def test_ranks_wait_for_what_the_first_one_does_alone():
 
 @pytest.fixture(scope="module")
 def stopped(folder, tmp_path_factory) -> Path:
-    """A folder with the data, and in out/ a run of two ranks whose last step alone is saved."""
+    """A folder with the data, and in out/ a run of two ranks that saved its last step alone."""
     place = tmp_path_factory.mktemp("stopped")
     shutil.copy(folder / "data.jsonl", place)
     started, logs = start_apart([place, place], [(), ()], folder, place)

@@ -251,7 +251,7 @@ def test_a_folder_is_read_with_its_links_and_without_what_is_hidden(tmp_path):
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"from": str(file.relative_to(tmp_path))}) + "\n")
-    (data / "linked").symlink_to(elsewhere / ".v1")  # what a link points to may be hidden
+    (data / "linked").symlink_to(elsewhere / ".v1")  # a link may point to a hidden folder
     (data / "again").symlink_to(data / "a")
     (data / "a" / "circle").symlink_to(data)
     (data / ".gone").symlink_to(tmp_path / "nowhere")
