@@ -119,7 +119,13 @@ def differences_table(results: Results) -> str:
         others = [interval(results.paired(name, arm, "PiSSA")) for name in ("R", "S", "I_old")]
         rows.append([arm, interval(of_arms[i]), p, f"{of_arms[i].p_equivalent:.3f}", *others])
     header = ["arm − PiSSA", "I, new prompts", "Holm's p", f"TOST ±{EQUIVALENT}", "R", "S", "I, old prompts"]
-    return table(header, rows)
+    seeds = max(paired.n for paired in of_arms)
+    smallest = 2 / 2**seeds
+    floor = (
+        f"With {seeds} seeds no p of the sign-flip test is below {smallest:.4f}, and none of Holm's, over {len(secondary)}"
+        f" arms, below {min(1, smallest * len(secondary)):.3f}. So that column can show nothing."
+    )
+    return f"{table(header, rows)}\n\n{floor}"
 
 
 def against_less_training(results: Results, arm: str, curve: list[str]) -> Paired:
@@ -375,10 +381,11 @@ def write(results: Results, rows: Path, page: Path) -> None:
     for name, draw in (("gaps", draw_gaps), ("selectivity", draw_selectivity), ("sweep", draw_sweep)):
         draw(kept, pictures[name], TITLES[name] if committed else "")
     fine_tunings = sum(row["arm"] is not None for row in results.rows)
+    pretrainings = len(results.rows) - fine_tunings
     parts = {
         "primary": primary_sentence(kept),
         "seeds": ", ".join(map(str, kept.seeds())),
-        "counts": f"{len(results.rows) - fine_tunings} pre-trainings and {fine_tunings} fine-tunings",
+        "counts": f"{len(results.seeds())} seeds ran: {pretrainings} pre-trainings and {fine_tunings} fine-tunings",
         "gates": gates_text(results, kept),
         "bias": bias_table(kept),
         "differences": differences_table(kept),
