@@ -119,11 +119,11 @@ def differences_table(results: Results) -> str:
         others = [interval(results.paired(name, arm, "PiSSA")) for name in ("R", "S", "I_old")]
         rows.append([arm, interval(of_arms[i]), p, f"{of_arms[i].p_equivalent:.3f}", *others])
     header = ["arm − PiSSA", "I, new prompts", "Holm's p", f"TOST ±{EQUIVALENT}", "R", "S", "I, old prompts"]
-    seeds = max(paired.n for paired in of_arms)
+    seeds, compared = max(paired.n for paired in of_arms), len(secondary)
     smallest = 2 / 2**seeds
     floor = (
-        f"With {seeds} seeds no p of the sign-flip test is below {smallest:.4f}, and none of Holm's, over {len(secondary)}"
-        f" arms, below {min(1, smallest * len(secondary)):.3f}. So that column can show nothing."
+        f"With {seeds} seeds no p of the sign-flip test is below {smallest:.4f}, and none of Holm's, over {compared} arms, "
+        f"below {min(1, smallest * compared):.3f}. So that column can show nothing."
     )
     return f"{table(header, rows)}\n\n{floor}"
 
