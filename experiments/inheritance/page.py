@@ -121,9 +121,10 @@ def differences_table(results: Results) -> str:
     header = ["arm − PiSSA", "I, new prompts", "Holm's p", f"TOST ±{EQUIVALENT}", "R", "S", "I, old prompts"]
     seeds, compared = max(paired.n for paired in of_arms), len(secondary)
     smallest = 2 / 2**seeds
+    lowest = min(1, smallest * compared)  # Holm's correction of the smallest p multiplies it by the number of arms
     floor = (
-        f"With {seeds} seeds no p of the sign-flip test is below {smallest:.4f}, and none of Holm's, over {compared} arms, "
-        f"below {min(1, smallest * compared):.3f}. So that column can show nothing."
+        f"With {seeds} seeds no p of the sign-flip test is below {smallest:.4f}, and none of Holm's, over {compared} "
+        f"arms, below {lowest:.3f}. So that column can show nothing."
     )
     return f"{table(header, rows)}\n\n{floor}"
 
