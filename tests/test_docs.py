@@ -25,7 +25,7 @@ OTHERS = {
     "deepspeed": "--no_local_rank --num_gpus --hostfile",
     "torchrun": "--nproc_per_node --nnodes --node_rank --master_addr --master_port --shutdown-timeout "
     "--signals-to-handle --max-restarts",
-    "vllm": "--served-model-name --host --port --enable-lora --max-lora-rank --lora-modules --model",
+    "vllm": "--served-model-name --host --port --api-key --enable-lora --max-lora-rank --lora-modules --model",
     "accelerate": "--num_processes",
     "sbatch": "--requeue",
     "tensorboard": "--logdir",
