@@ -33,6 +33,7 @@ from experiments.study import append_row, read_rows
 SCALES = ("1", "0.9", "0.8", "0.65", "0.5")
 TEXTS = ("mbpp", "mt_bench", "math500")
 TOLERANCE = 0.003  # nats of validation loss, rule 1
+ABOVE = (0.005, 0.01, 0.02, 0.04)  # nats
 PRIMARY = (("masked-0.15", "cr-0.15"), ("masked-0.15", "pissa"))
 COMPARED = sorted({arm for pair in PRIMARY for arm in pair})  # Rule 2 takes its level from their lowest losses.
 OTHER = (  # pairs that the predictions are about, and the other rivals; not primary
@@ -120,13 +121,13 @@ def at_level(runs: list[list[Point]], level: float) -> Point | None:
     return min(found, key=lambda point: point.rate * point.alpha, default=None)
 
 
-def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]]) -> dict[str, dict[int, Point]]:
-    """Rule 2's points, of the seeds in which all compared arms have both rates."""
+def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]], above: float = 0.0) -> dict[str, dict[int, Point]]:
+    """Rule 2's points, of the seeds in which all compared arms have both rates; at a loss `above` the rule's level."""
     seeds = {seed for arm in COMPARED[:1] for seed in arms.get(arm, {})}
     seeds = {seed for seed in seeds if all(len(arms.get(arm, {}).get(seed, [])) == 2 for arm in COMPARED)}
     found: dict[str, dict[int, Point]] = {}
     for seed in sorted(seeds):
-        level = max(min(p.validation for p in itertools.chain(*arms[arm][seed])) for arm in COMPARED)
+        level = above + max(min(p.validation for p in itertools.chain(*arms[arm][seed])) for arm in COMPARED)
         for arm, runs in arms.items():
             point = at_level(runs[seed], level) if len(runs.get(seed, [])) == 2 else None
             if point is not None:
@@ -204,6 +205,17 @@ def difference_table(chosen: dict[str, dict[int, Point]]) -> str:
         cells = [of_pair(chosen, pair, attrgetter(name)) for name in ("kl", "forgetting", "response")]
         if cells[0]:
             rows.append([" − ".join(pair), str(len(cells[0])), *(difference(cell, 3) for cell in cells)])
+    return markdown(rows)
+
+
+def levels_table(arms: dict[str, dict[int, list[list[Point]]]]) -> str:
+    """The KL of all pairs at higher losses than rule 2's, where less is learned: not planned."""
+    chosen = {above: chosen_at_level(arms, above) for above in ABOVE}
+    rows = [["KL [95 %], at a validation loss above rule 2's by", *(f"{above:g}" for above in ABOVE)]]
+    for pair in (*PRIMARY, *OTHER):
+        found = [of_pair(points, pair, attrgetter("kl")) for points in chosen.values()]
+        if any(found):
+            rows.append([" − ".join(pair), *(difference(cell, 3) if cell else "no point" for cell in found)])
     return markdown(rows)
 
 
@@ -294,7 +306,7 @@ def report(records: list[dict[str, Any]], answers: dict[tuple[str, float], float
     if level:
         text += ["", "At rule 2's points (equal validation loss):", "", chosen_table(level)]
         text += ["", "The differences there, paired by seed, without a correction for their number:", ""]
-        text += [difference_table(level)]
+        text += [difference_table(level), "", "The KL at higher losses, not planned:", "", levels_table(arms)]
     if arms:
         text += ["", "All points, mean ± standard deviation over seeds:", "", points_table(arms)]
     return "\n".join(text)

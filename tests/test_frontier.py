@@ -71,14 +71,16 @@ def test_the_two_rules_and_the_primary_outcome(records, tmp_path, capsys):
             least = min(loss for _, loss in points)
             point = frontier.within_tolerance(of_seed)
             assert point.rate * point.alpha == pytest.approx(min(m for m, loss in points if loss <= least + 0.003))
-    kls = {arm: [] for arm in arms}
-    for seed in (51, 52, 53, 54, 55):
-        level = max(min(min(losses_of(arm, rate, seed)) for rate in RATES.values()) for arm in arms)
+    for above in (*frontier.ABOVE, 0.0):
+        kls = {arm: [] for arm in arms}
+        for seed in (51, 52, 53, 54, 55):
+            level = max(min(min(losses_of(arm, rate, seed)) for rate in RATES.values()) for arm in arms)
+            for arm in arms:
+                kls[arm].append(expected_at_level(arm, seed, level + above))
+        chosen = frontier.chosen_at_level(arms, above)
         for arm in arms:
-            kls[arm].append(expected_at_level(arm, seed, level))
-    chosen = frontier.chosen_at_level(arms)
-    for arm in arms:
-        assert [point.kl for point in chosen[arm].values()] == pytest.approx(kls[arm])
+            assert [point.kl for point in chosen[arm].values()] == pytest.approx(kls[arm])
+    assert len(frontier.levels_table(arms).splitlines()) == 2 + 3  # the pairs that have rows
     tests = [scipy.stats.ttest_rel(kls["masked-0.15"], kls[other]) for other in ("cr-0.15", "pissa")]
     small, large = sorted(test.pvalue for test in tests)
     holm = {small: min(1, 2 * small), large: max(large, 2 * small)}
