@@ -1447,7 +1447,7 @@ def run(args: Arguments, base: Base, started: float) -> None:
         for note in estimates.notes_on_defaults(args, training.progress.max_steps, base.total):
             print(note, flush=True)
     training.start_trackers()
-    finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience) else None
+    finished = checkpoint if checkpoints.is_complete(checkpoint, args.patience, training.progress.max_steps) else None
     fit(training, model, dataset, held_out, collate, sampler, checkpoint)
     seconds, peak = training.seconds, peak_memory_gib()
 

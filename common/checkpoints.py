@@ -489,12 +489,16 @@ def accumulation(args: Any, checkpoint: Path | None) -> int:
     return total // processes
 
 
-def is_complete(checkpoint: Path | None, patience: int | None = None) -> bool:
-    """Whether a checkpoint ends its run, by the last step or by `patience`, so that only the export is missing."""
+def is_complete(checkpoint: Path | None, patience: int | None = None, max_steps: int | None = None) -> bool:
+    """Whether a checkpoint ends its run, by the last step or by `patience`, so that only the export is missing.
+
+    Args:
+        max_steps: the run's length; None: its length when it wrote the checkpoint.
+    """
     if checkpoint is None:
         return False
     progress = load_progress(checkpoint)
-    return progress.step >= progress.max_steps or is_out_of_patience(progress.history, patience)
+    return progress.step >= (max_steps or progress.max_steps) or is_out_of_patience(progress.history, patience)
 
 
 def checkpoint_to_export(folder: Path, patience: int | None, keep_best: bool) -> tuple[Path, str | None]:

@@ -292,8 +292,8 @@ class Training:
         """Restores a checkpoint's parameters, optimizer, log and place in the data; None: does nothing."""
         if checkpoint is None:
             return
-        # The logging interval and the length come from this start's options: another --max-steps is another run.
-        self.progress = checkpoints.load_progress(checkpoint)
+        # The length is this start's, as the schedule's is: with --accept-changes the data may have grown or shrunk.
+        self.progress = dataclasses.replace(checkpoints.load_progress(checkpoint), max_steps=self.progress.max_steps)
         self._resumed_seconds = self.progress.seconds
         if self.engine is None:
             checkpoints.load_trained_tensors(self.trained, checkpoints.load_tensors(checkpoint))

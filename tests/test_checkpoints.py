@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import random
@@ -305,6 +306,23 @@ def test_data_and_base_are_known_by_their_content(folder, uninterrupted, tmp_pat
     code, text = run(folder, output, *options)
     assert code == 0, text
     assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+@pytest.mark.parametrize("count", [96, 40])
+def test_data_that_grew_or_shrank_give_the_run_another_length_and_its_schedule(count, folder, tmp_path):
+    """64 examples are 16 steps. The rates are warm-up's one step and the cosine over the new length."""
+    output, data, options = tmp_path / "out", tmp_path / "data.jsonl", ["--max-steps", -1, "--data"]
+    write_jsonl(data, sums(64, 9))
+    assert run(folder, output, *options, data, ends=(signal.SIGTERM, "metrics.jsonl", 6))[0] == 143
+    first, length = saved_step(output), count // 4
+    assert 0 < first < length
+    write_jsonl(data, sums(count, 9))
+    code, text = run(folder, output, *options, data, "--resume", "--accept-changes")
+    assert code == 0, text
+    rows = [row for row in read_jsonl(output / "metrics.jsonl") if row["step"] > first]
+    assert [row["step"] for row in rows] == list(range(first + 1, length + 1))
+    cosine = [1e-3 * (1 + math.cos(math.pi * (row["step"] - 2) / (length - 1))) / 2 for row in rows]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(cosine, rel=1e-6)
 
 
 def test_a_base_is_known_by_its_configuration_and_by_every_tensor(tmp_path):
