@@ -304,7 +304,7 @@ def write_checkpoint(training: Any) -> None:
     args, progress = training.args, training.progress
     folder = Path(args.output_dir) / "checkpoints"
     final, staging = folder / f"checkpoint-{progress.step}", folder / INCOMPLETE / f"checkpoint-{progress.step}"
-    if training.agree(final.exists() and checkpoint_problem(final, training.identity) is None):
+    if training.agree(final.exists() and checkpoint_problem(final, training.identity, read_all=True) is None):
         return
     problems: list[str] = []
 
@@ -406,9 +406,14 @@ def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None, *, 
     return f"it belongs to a run with {difference}" if difference else None
 
 
-def complete_checkpoints(output_dir: str | Path, identity: dict[str, Any] | None = None) -> list[Path]:
-    """The usable checkpoints of a run, the newest first; of `identity`, where it is given."""
-    return [folder for folder in _all_checkpoints(output_dir) if checkpoint_problem(folder, identity) is None]
+def complete_checkpoints(*where: Any, **how: Any) -> list[Path]:
+    """The usable checkpoints of a run, the newest first; for the arguments see `_usable_checkpoints`."""
+    return list(_usable_checkpoints(*where, **how))
+
+
+def newest_checkpoint(*where: Any, **how: Any) -> Path | None:
+    """The newest of `complete_checkpoints`."""
+    return next(_usable_checkpoints(*where, **how), None)
 
 
 def _all_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -417,25 +422,36 @@ def _all_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(numbered, key=lambda folder: int(folder.name.partition("-")[2]), reverse=True)
 
 
-def newest_checkpoint(
+def _usable_checkpoints(
     output_dir: str | Path,
     identity: dict[str, Any] | None = None,
     *,
     read_all: bool = False,
     verbose: bool = False,
-) -> Path | None:
-    """The newest usable checkpoint; with `verbose`, says which newer ones were passed over and why.
+) -> Iterator[Path]:
+    """The usable checkpoints of a run, the newest first.
 
     Args:
-        read_all: see `checkpoint_problem`.
+        identity: the settings that they must have. read_all: see `checkpoint_problem`.
+        verbose: says which ones are passed over and why.
     """
     for folder in _all_checkpoints(output_dir):
         problem = checkpoint_problem(folder, identity, read_all=read_all)
         if problem is None:
-            return folder
-        if verbose:
+            yield folder
+        elif verbose:
             print(f"note: {folder} is passed over: {problem}", file=sys.stderr)
-    return None
+
+
+def _set_damaged_aside(output_dir: Path, good: Path | None) -> None:
+    """Renames the checkpoints, besides a `good` one, that have wrong bytes in files of the right size. Later, where
+    sizes alone are compared, they would be counted as complete, and good ones deleted in their place."""
+    for folder in complete_checkpoints(output_dir):
+        if folder != good and checkpoint_problem(folder, read_all=True) is not None:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            print(f"note: {folder} is damaged, and called {aside.name} now", file=sys.stderr)
 
 
 def checkpoint_to_resume(args: Any) -> Path | None:
@@ -458,6 +474,7 @@ def checkpoint_to_resume(args: Any) -> Path | None:
             )
     steps = accumulation(args, checkpoint)
     if is_main:
+        _set_damaged_aside(output_dir, checkpoint)
         where = f"going on from {checkpoint}" if checkpoint else f"no usable checkpoint in {output_dir}: starting"
         follows = "" if steps == args.gradient_accumulation else f", with --gradient-accumulation {steps}"
         print(where + follows, flush=True)
@@ -507,12 +524,13 @@ def checkpoint_to_export(folder: Path, patience: int | None, keep_best: bool) ->
     Raises:
         UserError: there is no complete checkpoint.
     """
-    newest = newest_checkpoint(folder, read_all=True, verbose=True)
+    usable = _usable_checkpoints(folder, read_all=True, verbose=True)
+    newest = next(usable, None)
     if newest is None:
         raise UserError(f"--export-from {folder}: no complete checkpoint in {folder / 'checkpoints'}")
     progress = load_progress(newest)
     unfinished = None if is_complete(newest, patience) else f"step {progress.step} of {progress.max_steps}"
-    best = best_checkpoint(progress.history, complete_checkpoints(folder)) if keep_best else None
+    best = best_checkpoint(progress.history, [newest, *usable]) if keep_best else None
     return best or newest, unfinished
 
 

@@ -553,7 +553,7 @@ class Training:
             return None
         found = None
         if self.is_main:
-            there = checkpoints.complete_checkpoints(self.args.output_dir)
+            there = checkpoints.complete_checkpoints(self.args.output_dir, read_all=True, verbose=True)
             found = checkpoints.best_checkpoint(self.progress.history, there)
         return self.agree(found)
 

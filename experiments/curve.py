@@ -267,7 +267,8 @@ def run_of(folder: Path) -> tuple["train.Arguments", dict[int, Path]]:
     from common import checkpoints
 
     run = parse_arguments(train.Arguments, "", ["--config", str(folder / "config.yaml")])
-    found = {int(path.name.partition("-")[2]): path for path in checkpoints.complete_checkpoints(folder)[::-1]}
+    complete = checkpoints.complete_checkpoints(folder, read_all=True, verbose=True)
+    found = {int(path.name.partition("-")[2]): path for path in complete[::-1]}
     if not found:
         raise UserError(f"{folder} has no complete checkpoint: train with --save-steps and --keep-checkpoints")
     return run, found

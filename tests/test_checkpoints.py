@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -40,14 +41,18 @@ from common import pretrained
 from common.checkpoints import (
     MANIFEST,
     TRAINED_TENSORS,
+    Progress,
+    checkpoint_to_export,
     complete_checkpoints,
     newest_checkpoint,
     require_same_contents,
+    write_checkpoint,
 )
 from common.cli import UserError
 from common.exports import read_adapter
 from common.layers import find_target_modules
 from common.runs import INCOMPLETE, LOCK, JsonLines, held_alone
+from common.training import Training
 
 SAVE_STEPS = 4
 STEPS = 24
@@ -511,6 +516,46 @@ def test_truncated_and_foreign_checkpoints_are_named_and_passed_over(folder, uni
     assert "checkpoint-20" in text.partition("going on from")[2].splitlines()[0]
     assert "checkpoint-24" in [path.name for path in complete_checkpoints(output)]  # written again
     assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def damage(file: Path) -> None:
+    """Other bytes, as many as before."""
+    content = bytearray(file.read_bytes())
+    content[-8:] = bytes(byte ^ 255 for byte in content[-8:])
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_not_counted_among_those_that_are_kept(folder, uninterrupted):
+    """With one to keep, the step that is damaged is written anew, and no good one is deleted in its favour."""
+    output = unfinished(uninterrupted, folder / "damaged-newest")
+    damage(output / LAST / TRAINED_TENSORS)
+    code, text = run(folder, output, "--resume", "--save-steps", 2, "--keep-checkpoints", 1)
+    assert code == 0, text
+    assert "checkpoint-24 is damaged, and called checkpoint-24.damaged now" in text
+    assert [path.name for path in complete_checkpoints(output, read_all=True)] == ["checkpoint-24"]
+    assert (output / f"{LAST}.damaged" / MANIFEST).is_file()
+    assert adapter_of(output) == adapter_of(uninterrupted)
+
+
+def test_the_best_state_is_read_whole_before_it_is_exported(tmp_path, capsys):
+    """Of the losses 1, 2 and 3 the first one's checkpoint is damaged: the second is exported, and the note says so."""
+    args = train.Arguments(model="m", data="d", output_dir=str(tmp_path), keep_best=True, keep_checkpoints=3)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    progress = Progress(max_steps=3)
+    state = SimpleNamespace(args=args, progress=progress, trained=model, is_main=True, agree=lambda value: value)
+    state.identity, state.optimizer, state.extra = {}, SimpleNamespace(optimizer=optimizer), dict
+    for step in (1, 2, 3):
+        progress.step = step
+        progress.history.append({"step": step, "eval_loss": float(step)})
+        write_checkpoint(state)
+    assert Training.checkpoint_to_export(state).name == "checkpoint-1"
+    damage(tmp_path / "checkpoints" / "checkpoint-1" / TRAINED_TENSORS)
+    assert Training.checkpoint_to_export(state).name == "checkpoint-2"
+    assert checkpoint_to_export(tmp_path, None, keep_best=True) == (tmp_path / "checkpoints" / "checkpoint-2", None)
+    assert capsys.readouterr().err.count(f"checkpoint-1 is passed over: {TRAINED_TENSORS} is damaged") == 2
 
 
 @pytest.mark.parametrize(
