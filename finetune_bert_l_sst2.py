@@ -281,9 +281,7 @@ def resolve_arguments(argv: list[str]) -> Arguments:
     cli.require_positive(args, "evals_per_epoch", "patience")
     cli.require_not_negative(args, "weight_decay")
     if args.data == "demo" and (args.task or args.test_data or args.validation_data):
-        raise UserError(
-            "--data demo has its own task and sets: leave out --task and --test-data, and --validation-data too"
-        )
+        raise UserError("--data demo has its own sets: leave out --task and --test-data, and --validation-data too")
     if args.data != "demo" and len(args.fields) not in (1, 2):
         raise UserError(f"--fields takes one or two columns of text, not {len(args.fields)}")
     if (args.test_data or args.validation_data) and args.data is None:
@@ -686,7 +684,8 @@ def dry_run(args: Arguments, data: Data) -> str:
 def main(argv: list[str]) -> None:
     started = time.time()
     args = resolve_arguments(argv)
-    announce_device()
+    if not args.dry_run:
+        announce_device()
     data = load_data(args)
     if args.dry_run:
         print(dry_run(args, data))

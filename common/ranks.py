@@ -347,7 +347,18 @@ def num_listed_gpus() -> int:
 
 
 def announce_device() -> None:
-    """A run's first line: the GPUs of the first machine's ranks by name and UUID, or the CPU. Raises as above."""
+    """A run's first line: the GPUs of the first machine's ranks by name and UUID, or the CPU. Raises as above, and:
+
+    Raises:
+        UserError: the environment says that this is one of several ranks, and no launcher has given it a place on its
+            machine. Accelerate would go by that place and make it the only rank, with all that ranks share done twice.
+    """
+    for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")):
+        if "LOCAL_RANK" not in os.environ and os.environ.get(name, alone) != alone:
+            raise UserError(
+                f"{name} is {os.environ[name]}, and no launcher started this process, which would set LOCAL_RANK too: "
+                f"start it by torchrun, or unset {name}"
+            )
     names = f"CPU, {torch.get_num_threads()} threads"
     if choose_device().type == "cuda":
         cards = map(torch.cuda.get_device_properties, range(ranks_of_node()))

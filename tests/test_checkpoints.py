@@ -592,6 +592,7 @@ def test_micro_batches_that_cannot_stay_are_refused(
 ):
     output = unfinished(uninterrupted, tmp_path / "unfinished")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_RANK", "0")
     before = contents(output)
     with pytest.raises(UserError, match=re.escape(message)):
         train.main(arguments(folder, output, "--gradient-accumulation", accumulation, "--resume"))
@@ -602,6 +603,7 @@ def test_a_finished_run_is_left_alone_by_another_number_of_processes(
     folder, uninterrupted, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     train.main(arguments(folder, uninterrupted, "--gradient-accumulation", 1, "--resume"))
     assert "trained already" in capsys.readouterr().out
     with pytest.raises(UserError, match="gradient_accumulation = 2, not 4"):

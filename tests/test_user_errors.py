@@ -233,6 +233,19 @@ run_rank(train.main)
 """
 
 
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("RANK", "1")])
+@pytest.mark.parametrize("script", [train, nlu])
+def test_ranks_that_no_launcher_started_are_refused(script, name, value, tmp_path, checkpoint, monkeypatch, capsys):
+    """As a job's operator sets them around a plain `python train.py`, or a shell that still has them. A dry run may."""
+    monkeypatch.setenv(name, value)
+    words = ["--model", checkpoint, "--data", "demo", "--output-dir", tmp_path / "out"]
+    said = f"{name} is {value}, and no launcher started this process"
+    assert said in error_of(script, words, monkeypatch, capsys)
+    words += ["--method", "full"] if script is nlu else ["--rank", 4, "--fields", "question", "response"]
+    script.main([*map(str, words), "--dry-run"])
+    assert "steps" in capsys.readouterr().out
+
+
 def test_an_automatic_restart_deletes_nothing(tmp_path, checkpoint, data_file):
     """By the real torchrun, with the variable that it sets."""
     (tmp_path / "failing.py").write_text(RESTART)
