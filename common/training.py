@@ -340,6 +340,7 @@ class Training:
             raise
         finally:
             self._show("close")
+            self._finish_trackers()
         if self._interrupted and self.step < self.progress.max_steps:
             if self.is_main:
                 kept = checkpoints.newest_checkpoint(self.args.output_dir) or "no checkpoint"
@@ -516,8 +517,8 @@ class Training:
                 for tracker in self._trackers:
                     tracker.log({_tracked(name): value for name, value in entry.items()}, step=self.step)
             except Exception as error:  # each tracker raises kinds of its own
-                self._trackers = []
                 print(f"warning: the trackers stopped at step {self.step} ({first_line(error)})", file=sys.stderr)
+                self._finish_trackers()
 
     def start_trackers(self) -> None:
         """Tells the trackers of --report-to of this run."""
@@ -527,6 +528,15 @@ class Training:
             self._trackers = start_trackers(self.args)
         except Exception as error:
             print(f"warning: no tracker is told of this run ({first_line(error)})", file=sys.stderr)
+
+    def _finish_trackers(self) -> None:
+        """Lets each tracker send what it still holds. A rank leaves without the exit hooks that would do so."""
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            try:
+                tracker.finish()
+            except Exception as error:
+                print(f"warning: a tracker lacks this run's last lines ({first_line(error)})", file=sys.stderr)
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:

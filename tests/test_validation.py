@@ -300,6 +300,7 @@ class Tracker:
 
     requires_logging_directory = False
     logged: ClassVar[list[dict]] = []
+    finished: ClassVar[list[int]] = []  # how many lines each was told until then
 
     def __init__(self, project):
         self.options = None
@@ -313,6 +314,9 @@ class Tracker:
     def log(self, values, step):
         assert self.options["rank"] == 4
         self.logged.append(dict(values))
+
+    def finish(self):
+        self.finished.append(len(self.logged))
 
 
 class BrokenTracker(Tracker):
@@ -330,6 +334,7 @@ def test_a_tracker_that_is_asked_for_is_told_the_validation(folder, monkeypatch,
     assert any("eval/loss" in logs for logs in Tracker.logged)
     assert any("train/task" in logs for logs in Tracker.logged)
     assert not (tmp_path / "out" / "tensorboard").exists()
+    assert Tracker.finished == [len(Tracker.logged)]
 
 
 def test_a_tracker_that_fails_costs_a_warning_and_not_the_run(folder, monkeypatch, tmp_path, capsys):
