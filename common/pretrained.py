@@ -81,10 +81,16 @@ def settle_config(args: Any, config: "transformers.PretrainedConfig") -> None:
     """Chooses the attention that `config` needs. Prints a note if the model's own loss has a part that is not trained.
 
     Raises:
-        UserError: see `require_trainable`.
+        UserError: see `require_trainable`; or the attention that the user chose leaves out a part of the model.
     """
     require_trainable(args.model, config)
-    if getattr(config, "attn_logit_softcapping", None) and args.attn_implementation is None:
+    is_capped = getattr(config, "attn_logit_softcapping", None)
+    if is_capped and "sdpa" in (args.attn_implementation or ""):
+        raise UserError(
+            f"--attn-implementation {args.attn_implementation} does not cap the attention's logits, and the "
+            f"configuration of {args.model} caps them: leave the option out, or take eager or flash_attention_2"
+        )
+    if is_capped and args.attn_implementation is None:
         args.attn_implementation = "eager"
         print("note: attends eagerly, since only that caps the attention's logits as this model's configuration says")
     if getattr(config, "output_router_logits", False):

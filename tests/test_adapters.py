@@ -555,6 +555,8 @@ def test_attention_capped_by_the_configuration_is_capped_in_training(run_folder,
     found = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["task"]
     assert found == pytest.approx(losses["eager"], rel=1e-5)
     assert abs(losses["sdpa"] - losses["eager"]) > 1e-2
+    with pytest.raises(UserError, match="--attn-implementation sdpa does not cap the attention's logits"):
+        trained(tmp_path / "base", run_folder, tmp_path / "sdpa", "--attn-implementation", "sdpa")
 
 
 def test_the_routers_loss_is_said_to_be_left_out(run_folder, tmp_path, capsys):
