@@ -54,7 +54,7 @@ def read_deepspeed(path: str | None) -> dict[str, Any]:
     """The DeepSpeed configuration in a file, empty without a file; refuses settings that contradict this program.
 
     Raises:
-        UserError: no JSON object, no ZeRO stage from 1 to 3, fp16, or an optimizer or a scheduler of its own.
+        UserError: no JSON object, no ZeRO stage from 1 to 3, fp16, autocast, or an optimizer or scheduler of its own.
     """
     if not path:
         return {}
@@ -74,7 +74,7 @@ def read_deepspeed(path: str | None) -> dict[str, Any]:
     for key, option in (("optimizer", "--learning-rate and --weight-decay"), ("scheduler", "--lr-scheduler")):
         if config.get(key):
             raise UserError(f"{where} has a {key} of its own, which {option} decides here: take it out")
-    for key in ("fp16", "amp"):
+    for key in ("fp16", "amp", "torch_autocast"):
         section = config.get(key)
         if section and (not isinstance(section, dict) or section.get("enabled", key == "amp") not in (False, "auto")):
             raise UserError(f'{where} switches {key} on: --dtype takes float32 or bfloat16, set bf16 to "auto"')

@@ -639,6 +639,7 @@ def test_a_wrong_method_of_the_shell_script():
         ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2'"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
         ({"fp16": {"enabled": True}}, "switches fp16 on"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "switches torch_autocast on"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer of its own"),
         ({"scheduler": {"type": "WarmupDecayLR"}}, "a scheduler of its own"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, and --max-grad-norm says 1.0"),
