@@ -222,12 +222,13 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode | None):
             raise UserError(f"{path} is not a configuration: expected lines of the form 'option: value'")
-        entries = loader.construct_pairs(node, deep=True) if node else []  # a dictionary would drop a doubled key
+        # Pairs, because a dictionary would drop a doubled key.
+        entries = [(*map(loader.construct_document, pair), pair[1]) for pair in node.value] if node else []
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the configuration {path}: {first_line(error)}") from error
     fields = {item.name: item for item in dataclasses.fields(arguments_type)}
     argv, seen = [], set()
-    for key, value in entries:
+    for key, value, node in entries:
         key = _by_its_name(f"--{key}", arguments_type)[2:].replace("-", "_")
         if key in seen:
             raise UserError(f"the key {key!r} stands twice in {path}: leave one of them")
@@ -235,13 +236,22 @@ def _config_as_argv(path: Path, arguments_type: type) -> list[str]:
         if key not in fields:
             near = nearest(str(key), list(fields))
             raise UserError(f"unknown key {key!r} in {path}" + (f"; did you mean {near!r}?" if near else ""))
-        if value is None or value == []:
+        if value is None and type(None) not in get_args(fields[key].type):
+            raise UserError(f"the key {key!r} in {path} has no value: give one, or take the line out for the default")
+        if value is None:
             continue
         if fields[key].type is bool and str(value).lower() in ("true", "false"):
             argv.append(f"--{key}" if str(value).lower() == "true" else f"--no-{key}")
+        elif isinstance(node, yaml.SequenceNode):
+            argv += [f"--{key}", *map(_as_written, node.value, value)]
         else:
-            argv += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+            argv.append(f"--{key}={_as_written(node, value)}")
     return argv
+
+
+def _as_written(node: Any, value: Any) -> str:
+    """A YAML scalar's text: its value would turn 1.10 into 1.1, no into False, and 12:30 into 750."""
+    return node.value if isinstance(node.value, str) else str(value)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -400,6 +400,9 @@ def test_no_model_and_no_data(monkeypatch, capsys):
         ("seed: 1\nrank: 4\nseed: 2\n", "the key 'seed' stands twice in"),
         ("learning_rate: 1e-4\nlearning-rate: 5e-4\n", "the key 'learning_rate' stands twice in"),
         ("max_examples: 3\nlimit: 4\n", "the key 'limit' stands twice in"),
+        *((f"{key}: {null}\n", f"the key '{key}' in") for key in ("max_length", "split") for null in ("null", "~", "")),
+        ("fields: []\n", "--fields takes instruction and response, or one name, not 0"),
+        ("max_length: 8:32\n", "--max-length"),  # 512 to the base 60, by YAML 1.1
     ],
 )
 def test_bad_configurations(text, expected, train_error, tmp_path):
@@ -425,6 +428,14 @@ def test_the_command_line_overrides_the_configuration(tmp_path):
         True,
         None,
     )
+
+
+@pytest.mark.parametrize("text", ["1.10", "no", "2023_11", "0123", "12:30", "0x10", "1e3", "2023-11-01", "true", ".5"])
+def test_a_text_of_the_configuration_is_what_stands_there(text, tmp_path):
+    """As it is typed after the option's name, whatever type YAML gives it."""
+    (tmp_path / "config.yaml").write_text(f"output_dir: {text}\ndata_config: {text}\nfields: [{text}, '{text}']\n")
+    args = parse_arguments(train.Arguments, "", ["--config", str(tmp_path / "config.yaml")])
+    assert (args.output_dir, args.data_config, args.fields) == (text, text, [text, text])
 
 
 @pytest.mark.parametrize(
