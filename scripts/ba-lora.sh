@@ -28,6 +28,14 @@ case "$method" in full | lora | pissa | ba-lora) ;; *)
     ;;
 esac
 
+case " $* " in *" --resume "*)
+    if [ -z "${OUTPUT:-}" ]; then # a folder that is named after the time is a new one
+        say "--resume goes on in a folder: OUTPUT=output/NAME, which the first start printed" >&2
+        exit 2
+    fi
+    ;;
+esac
+
 found=$(gpus)
 num_gpus=${NUM_GPUS:-$found}
 if [ "$num_gpus" -gt "$found" ] && [ "$found" -gt 0 ]; then

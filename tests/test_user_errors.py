@@ -642,6 +642,20 @@ def test_a_wrong_method_of_the_shell_script():
     assert b"METHOD=dora" in result.stderr
 
 
+@pytest.mark.parametrize("script", ["ba-lora.sh", "pissa.sh", "lora.sh", "full-ft.sh"])
+def test_a_shell_script_goes_on_in_a_folder_that_is_named(script):
+    """By itself it would name a new folder after the time, and start anew there."""
+    command = ["sh", str(ROOT / "scripts" / script), "--seed", "1", "--resume"]
+    started = {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "NUM_GPUS": "0"}
+    refused = subprocess.run(command, env=started, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--resume goes on in a folder: OUTPUT=output/NAME" in refused.stderr
+    taken = subprocess.run(command, env=started | {"OUTPUT": "output/x"}, capture_output=True, text=True)
+    assert taken.returncode == 0, taken.stderr
+    (training,) = (line for line in taken.stdout.splitlines() if "train.py" in line)
+    assert "--output-dir output/x " in training and training.endswith("--resume")
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
