@@ -1288,25 +1288,11 @@ def make_ready(
     if is_main and obstacle:
         print(f"note: {type(model).__name__} {obstacle}; batches are padded")
     if is_main and args.method != "full":
-        note_on_whole_logits(args, wrapped)
+        estimates.note_on_whole_logits(args, wrapped, TERMS)
     if args.packing and not obstacle:
         # FlashAttention's form for packed sequences has no place for a beginning that several sequences share.
         return wrapped, PackingCollator(share_beginning=model.config._attn_implementation == PER_SEQUENCE)
     return wrapped, PaddingCollator(base.tokenizer.eos_token_id)  # an added padding token may have no embedding
-
-
-def note_on_whole_logits(args: Arguments, wrapped: BALoRAModel) -> None:
-    """Prints why the objective holds whole logits, and how much they take, where it does."""
-    lacking = [name for name in TERMS if getattr(args, f"lambda_{name}") and name not in FUSED_TERMS]
-    if not wrapped.is_fused:
-        reason = f"the head of {type(wrapped.model).__name__} is not a plain linear map"
-    elif args.has_terms and lacking:
-        reason = f"common/chunked.py lacks the term {' and the term '.join(lacking)}"
-    else:
-        return
-    vocabulary = wrapped.model.get_input_embeddings().weight.shape[0]
-    mib = args.batch_size * args.max_length * vocabulary * 4 / 2**20
-    print(f"note: {reason}; the objective holds whole logits, up to {mib:.0f} MiB a copy for a full micro-batch")
 
 
 def trained_model(

@@ -2,12 +2,13 @@
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.chunked import bytes_per_row, card_bytes, most_rows
+from common.chunked import FUSED_TERMS, bytes_per_row, card_bytes, most_rows
 from common.cli import UserError
 from common.conversations import num_valid
 from common.packing import shared_beginning
@@ -192,6 +193,24 @@ def notes_on_defaults(args: Any, steps: int, total: int) -> list[str]:
             "1e-4 to 1e-3 for small models"
         )
     return notes
+
+
+def note_on_whole_logits(args: Any, wrapped: Any, terms: Iterable[str]) -> None:
+    """Prints why the objective of `wrapped`, a BALoRAModel, holds whole logits, and how much they take, where it does.
+
+    Args:
+        terms: the names of all terms.
+    """
+    lacking = [name for name in terms if getattr(args, f"lambda_{name}") and name not in FUSED_TERMS]
+    if not wrapped.is_fused:
+        reason = f"the head of {type(wrapped.model).__name__} is not a plain linear map"
+    elif args.has_terms and lacking:
+        reason = f"common/chunked.py lacks the term {' and the term '.join(lacking)}"
+    else:
+        return
+    vocabulary = wrapped.model.get_input_embeddings().weight.shape[0]
+    mib = args.batch_size * args.max_length * vocabulary * 4 / 2**20
+    print(f"note: {reason}; the objective holds whole logits, up to {mib:.0f} MiB a copy for a full micro-batch")
 
 
 def disk_line(args: Any, dtype: torch.dtype, *, total: int, trainable: int) -> str:
