@@ -1375,7 +1375,9 @@ def export_again(args: Arguments) -> None:
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
     checkpoint, unfinished = checkpoints.checkpoint_to_export(source, run.patience, run.keep_best)
     path = resolve_demo(run.model, "model")
-    tokenizer, _ = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
+    tokenizer, config = pretrained.load_tokenizer_and_config(path, run.model_revision, run.trust_remote_code)
+    contents = {"base model": pretrained.weights_digest(path, config)}
+    checkpoints.require_same_contents(checkpoint, contents, args.accept_changes)
     held_out = exports.held_out_examples(args, run, tokenizer, checkpoint) if alpha is None else None
     model = rebuilt_model(run, path, resolve_dtype(run.dtype), checkpoints.load_tensors(checkpoint))
     is_whole = run.method == "full" and alpha != 1

@@ -655,6 +655,7 @@ def test_a_teacher_cache_takes_its_room_before_it_is_mapped(folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora", "ba-lora"])
 def test_export_from_writes_the_same_files_again(method, folder):
+    """On the base of the training alone: on another one with the same path it is refused, and nothing is written."""
     output = folder / f"export-{method}"
     assert run(folder, output, "--method", method)[0] == 0
     code, text = run_apart("train", ["--export-from", output], folder)
@@ -664,6 +665,16 @@ def test_export_from_writes_the_same_files_again(method, folder):
     assert code == 0, text
     written = [file for name in ("adapter", "merged") for file in (output / name).glob("*") if file.is_file()]
     assert written
+    base = folder / "base" / "model.safetensors"
+    before = base.read_bytes()
+    base.write_bytes(before[:-2] + b"\x00\x01")
+    words = ["--export-from", output, "--output-dir", folder / f"{method}-other-base"]
+    try:
+        code, text = run_apart("train", words, folder)
+    finally:
+        base.write_bytes(before)
+    assert (code, "the base model changed since" in text) == (2, True)
+    assert not (folder / f"{method}-other-base").exists()
     for file in written:
         again = folder / f"{method}-again" / file.relative_to(output)
         read = bits if file.suffix == ".safetensors" else Path.read_bytes
