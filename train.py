@@ -1363,15 +1363,8 @@ def export_model(
         read_back.require_same(staging, model, template, sample, options)
 
 
-def export_again(args: Arguments) -> None:
-    """--export-from: adapter/ and merged/ from an earlier run's newest checkpoint, with ΔW at --scale."""
-    source, alpha = Path(args.export_from), exports.read_scale(args)
-    if not (source / "config.yaml").is_file():
-        raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
-    output_dir = source if args.output_dir == Arguments.output_dir else Path(args.output_dir)
-    existing = [name for name in ("adapter", "merged") if (output_dir / name).exists()]
-    if existing and not args.overwrite:
-        raise UserError(f"{output_dir / existing[0]} exists: replace it with --overwrite, or name another --output-dir")
+def export_again(args: Arguments, source: Path, output_dir: Path, alpha: float | None) -> None:
+    """--export-from: adapter/ and merged/ from the newest checkpoint in `source`, with ΔW at `alpha`; None: auto."""
     run = parse_arguments(Arguments, __doc__, ["--config", str(source / "config.yaml")])
     checkpoint, unfinished = checkpoints.checkpoint_to_export(source, run.patience, run.keep_best)
     path = resolve_demo(run.model, "model")
@@ -1466,7 +1459,8 @@ def main(argv: list[str]) -> None:
     started = time.time()
     args = parse_arguments(Arguments, __doc__, argv)
     if args.export_from is not None:
-        export_again(args)
+        with exports.exporting(args) as place_and_scale:
+            export_again(args, *place_and_scale)
         return
     args = resolve_arguments(args)
     if not args.dry_run:

@@ -107,7 +107,8 @@ def option(default: Any, text: str, formerly: str | None = None, first: bool = F
 
 
 def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv: list[str]) -> ArgumentsType:
-    """Reads `argv` into the dataclass; a `--config` file's entries come first, so that the command line wins.
+    """Reads `argv` into the dataclass; a `--config` file's entries come first, so that the command line wins. The
+    result's `given` has the names of the options that stand in either, as --batch-size.
 
     Raises:
         UserError: an unknown option or key, a list or a key that stands twice, or a value that does not fit.
@@ -129,12 +130,14 @@ def parse_arguments(arguments_type: type[ArgumentsType], description: str, argv:
             groups = tyro.cli(grouped, description=description, args=words, config=how)
         return {name: value for group in vars(groups).values() for name, value in vars(group).items()}
 
-    values = parse(argv)
+    values, words = parse(argv), []
     if values.get("config"):
         words = _config_as_argv(Path(values["config"]), arguments_type)
         parse(words)  # by itself too: a value that the command line overrides would not be checked
         values = parse(words + argv)
-    return arguments_type(**values)
+    args = arguments_type(**values)
+    args.given = set(options_in(words + argv))
+    return args
 
 
 def options_in(argv: list[str]) -> list[str]:

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common import checkpoints, validation
-from common.cli import UserError, first_line, option
+from common import checkpoints, runs, validation
+from common.cli import RunStopped, UserError, first_line, option
 from common.conversations import encoded, load_training_records
 from common.templates import ALPACA_PROMPT, IGNORE_INDEX
 from common.tensors import same_bits, save_tensors
@@ -566,6 +566,35 @@ def read_scale(args: Any) -> float | None:
     if not 0 < scale <= 1:
         raise UserError(f"--scale is {args.scale}: give a number above 0 and up to 1, or auto")
     return scale
+
+
+@contextlib.contextmanager
+def exporting(args: Any) -> Iterator[tuple[Path, Path, float | None]]:
+    """Yields the folder of --export-from's run, the folder to write to, by default the same, and `read_scale`'s number.
+    Inside, no run may write to the second folder.
+
+    Raises:
+        UserError: no run, an older export, or a run that writes to the folder; see also `read_scale`.
+        RunStopped: the run still trains, and has deleted the checkpoint that was being read.
+    """
+    scale = read_scale(args)
+    source = Path(args.export_from)
+    if not (source / "config.yaml").is_file():
+        raise UserError(f"--export-from {source}: no config.yaml there, so no run of train.py")
+    output_dir = Path(args.output_dir) if "--output-dir" in args.given else source
+    existing = [name for name in ("adapter", "merged") if (output_dir / name).exists()]
+    if existing and not args.overwrite:
+        raise UserError(f"{output_dir / existing[0]} exists: replace it with --overwrite, or name another --output-dir")
+    try:
+        with runs.held_alone(output_dir):
+            yield source, output_dir, scale
+    except OSError as error:
+        if str(source / "checkpoints") not in str(error):
+            raise
+        raise RunStopped(
+            f"a checkpoint of {source} cannot be read any more ({first_line(error)}): a run that trains deletes its "
+            "older ones. Give this command again"
+        ) from error
 
 
 class Scaled:

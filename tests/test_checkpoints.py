@@ -37,18 +37,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from common import pretrained
+from common import exports, pretrained
 from common.checkpoints import (
     MANIFEST,
     TRAINED_TENSORS,
     Progress,
     checkpoint_to_export,
     complete_checkpoints,
+    load_progress,
+    load_tensors,
     newest_checkpoint,
     require_same_contents,
     write_checkpoint,
 )
-from common.cli import UserError
+from common.cli import RunStopped, UserError, parse_arguments
 from common.exports import read_adapter
 from common.layers import find_target_modules
 from common.runs import INCOMPLETE, LOCK, JsonLines, held_alone
@@ -679,6 +681,52 @@ def test_export_from_writes_the_same_files_again(method, folder):
         again = folder / f"{method}-again" / file.relative_to(output)
         read = bits if file.suffix == ".safetensors" else Path.read_bytes
         assert read(again) == read(file)
+
+
+def exporting(run: Path, *options):
+    return exports.exporting(parse_arguments(train.Arguments, "", ["--export-from", str(run), *map(str, options)]))
+
+
+def test_an_export_goes_where_it_is_told_to(folder, uninterrupted, tmp_path, monkeypatch):
+    """Also where that is the default of a training, whose own folders would be replaced. Nothing told: to the run's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("output_dir: output/ba-lora\n")
+    for options in (["--output-dir", "output/ba-lora"], ["--output_dir=output/ba-lora"], ["--config", "config.yaml"]):
+        with exporting(uninterrupted, *options) as (source, output_dir, _):
+            assert (source, output_dir.resolve()) == (uninterrupted, tmp_path / "output" / "ba-lora")
+    with exporting(uninterrupted, "--overwrite") as (source, output_dir, _):
+        assert source == output_dir == uninterrupted
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+from common.runs import held_alone
+with held_alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_an_export_waits_for_the_run_that_writes_to_its_folder(uninterrupted, tmp_path):
+    command, pipe = [sys.executable, "-c", HOLDING, uninterrupted], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another run is writing to"), exporting(uninterrupted, "--overwrite"):
+            pass
+        with exporting(uninterrupted, "--output-dir", tmp_path / "elsewhere") as (_, output_dir, _):
+            assert output_dir == tmp_path / "elsewhere"
+        holder.stdin.close()
+
+
+@pytest.mark.parametrize("read", [load_tensors, load_progress])
+def test_a_checkpoint_that_its_run_deletes_during_an_export_is_one_line(read, uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    refused = pytest.raises(RunStopped, match=r"a checkpoint of .* cannot be read any more .*Give this command again")
+    with refused, exporting(run, "--output-dir", tmp_path / "out"):
+        shutil.rmtree(run / LAST)
+        read(run / LAST)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- NaN and Inf
