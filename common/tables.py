@@ -1,7 +1,8 @@
 """Reading data: a file, a folder of files of one kind, or a data set of the hub.
 
 A cell is read as it is written. Text stays text; a number stays a number only where that number is written so again,
-else it is the text (1e17, 1.50, an integer of more than 64 bits). No type is inferred from the cells of a column.
+else it is the text (1e17, 1.50). Within a list or an object a number stays a number, as `json` reads it. No type is
+inferred from the cells of a column.
 """
 
 import contextlib
@@ -18,8 +19,11 @@ import secrets
 import shutil
 import time
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 from common.cli import UserError, first_line
 
@@ -40,6 +44,32 @@ Row = dict[str, Any]
 
 class HubError(UserError):
     """A data set of the hub that cannot be reached from here."""
+
+
+@dataclass
+class Json:
+    """For `datasets`: a column of other values than texts. Its own type of this name reads by ujson, which rounds."""
+
+    _type: str = field(default="ExactJson", init=False, repr=False)
+
+    def __call__(self) -> Any:
+        import pyarrow as pa
+
+        return pa.string()
+
+    def encode_example(self, value: Any) -> str | None:
+        return None if value is None else json.dumps(value, ensure_ascii=False)
+
+    def decode_example(self, text: str | None, **_: Any) -> Any:
+        return None if text is None else json.loads(text)
+
+
+def _datasets() -> Any:
+    """`datasets`, which knows the type Json."""
+    import datasets
+
+    datasets.features.features._FEATURE_TYPES["ExactJson"] = Json  # as register_feature does, which warns
+    return datasets
 
 
 def load_records(
@@ -65,16 +95,15 @@ def load_records(
     elif kind_of(path) in KINDS or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"no such data file or folder: {source}")
     else:
-        import datasets
-
+        datasets = _datasets()
         try:
             found = datasets.load_dataset(source, name, data_dir=subset, split=split)
             names = _class_names(found.features.arrow_schema)
-            structs = [column for column, kind in found.features.items() if _holds_struct(kind)]
-            kinds = dict.fromkeys(names, datasets.Value("string")) | dict.fromkeys(structs, datasets.Json())
-            features = datasets.Features(found.features | kinds)
-            how = {"fn_kwargs": {"names": names, "structs": structs}, "features": features}
-            return found.map(_as_written, **how) if kinds else found
+            values = [column for column, kind in found.features.items() if _changes(kind)]
+            kinds = dict.fromkeys(names, datasets.Value("string")) | dict.fromkeys(values, Json())
+            how = {"batched": True, "fn_kwargs": {"names": names, "values": values}}
+            how["features"] = datasets.Features(found.features | kinds)
+            return found.with_format("arrow").map(_as_written, **how).with_format(None) if kinds else found
         except Exception as error:  # the hub's client raises dozens of kinds
             raise HubError(f"cannot load the data set {source!r} from the hub: {first_line(error)}") from error
     kinds = sorted({kind_of(file) for file in files})
@@ -236,8 +265,7 @@ def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
     Raises:
         UserError: a file cannot be read, or the table cannot be kept.
     """
-    import datasets
-
+    datasets = _datasets()
     key = hashlib.sha256(Path(__file__).read_bytes())
     try:
         for file in files:
@@ -277,9 +305,9 @@ def _write(files: list[Path], has_header: bool, target: Path, kinds: dict[str, b
     Raises:
         UserError: there is no row, or a row cannot be read.
     """
-    import datasets
     import pyarrow as pa
 
+    datasets = _datasets()
     writer, done, has_rows = None, True, False
     with pa.OSFile(str(target), "wb") as sink:
         for file in files:
@@ -295,9 +323,7 @@ def _write(files: list[Path], has_header: bool, target: Path, kinds: dict[str, b
                 if not done:
                     continue  # the remaining rows are read only to complete `kinds`
                 if writer is None:
-                    features = {
-                        name: datasets.Value("string") if text else datasets.Json() for name, text in kinds.items()
-                    }
+                    features = {name: datasets.Value("string") if text else Json() for name, text in kinds.items()}
                     schema = datasets.Features(features).arrow_schema
                     writer = pa.ipc.new_stream(sink, schema)
                 writer.write_batch(_batch(rows, kinds, schema))
@@ -314,11 +340,7 @@ def _batch(rows: list[Row], kinds: dict[str, bool], schema: Any) -> Any:
     columns = []
     for name, is_text in kinds.items():
         cells = [row.get(name) for row in rows]
-        if is_text:
-            columns.append(pa.array(cells, pa.string()))
-        else:
-            texts = [None if cell is None else json.dumps(cell, ensure_ascii=False) for cell in cells]
-            columns.append(pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string())))
+        columns.append(pa.array(cells if is_text else map(Json().encode_example, cells), pa.string()))
     return pa.record_batch(columns, schema=schema)
 
 
@@ -390,16 +412,10 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def _as_integer(text: str) -> int | str:
-    number = int(text) if len(text) < 21 else 2**63
-    return number if str(number) == text and abs(number) < 2**63 else text
-
-
-def _as_float(text: str) -> float | str:
-    from datasets.utils.json import ujson_loads  # reads the table's cells again, and rounds some numbers
-
-    number = float(text)
-    return number if str(number) == text and ujson_loads(text) == number else text
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is larger than a number of 64 bits can be: write a text")
+    return number
 
 
 def _refuse_constant(text: str) -> None:
@@ -414,12 +430,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_int=_as_integer,
-    parse_float=_as_float,
-    parse_constant=_refuse_constant,
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse_constant)
+_SPELLING = json.JSONDecoder(parse_int=str, parse_float=str)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[Row, int]]:
@@ -444,7 +456,7 @@ def _json_rows(file: Path) -> Iterator[tuple[Row, int]]:
             yield from _document_rows(file)
             return
         is_by_line = True
-        yield _checked(row, line, file, number), len(line)
+        yield _checked(row, text, file, number), len(line)
 
 
 def _document_rows(file: Path) -> Iterator[tuple[Row, int]]:
@@ -481,7 +493,11 @@ def _reason(error: Exception) -> str:
 
 
 def _checked(row: Any, text: str, file: Path, number: int) -> Row:
-    """The row, checked: it must be an object, and no text in it may have half of a character."""
+    """The row of `text`, with texts for the numbers among its cells that Python would write otherwise.
+
+    Raises:
+        UserError: it is no object, or a text in it has half of a character.
+    """
     if not isinstance(row, dict):
         raise _unreadable(file, number, f"{as_text(row)[:40]} is no object with the example's fields")
     if "\\u" in text:
@@ -490,6 +506,9 @@ def _checked(row: Any, text: str, file: Path, number: int) -> Row:
         except UnicodeEncodeError as error:
             what = f"\\u{ord(error.object[error.start]):04x} is half of a character"
             raise _unreadable(file, number, what) from error
+    if numbers := [name for name, cell in row.items() if type(cell) in (int, float)]:
+        spelled = _SPELLING.decode(text)
+        row = row | {name: spelled[name] for name in numbers if str(row[name]) != spelled[name]}
     return row
 
 
@@ -572,8 +591,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[Row, int]]:
             names = _class_names(table.schema_arrow)
             for batch in table.iter_batches(BATCH_ROWS):
                 size = max(batch.nbytes // max(len(batch), 1), 1)
-                for row in batch.to_pylist():
-                    yield {name: _plain(cell) for name, cell in _named(row, names).items()}, size
+                yield from ((row, size) for row in _plain_rows(batch, names))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from error
 
@@ -608,33 +626,52 @@ def _named(row: Row, names: dict[str, dict[int, str | None]]) -> Row:
     return row | {name: names[name].get(number, number) for name, number in numbers.items()} if numbers else row
 
 
-def _holds_struct(kind: Any) -> bool:
-    """Whether a column of `datasets` holds objects."""
-    return isinstance(kind, dict) or (hasattr(kind, "feature") and _holds_struct(kind.feature))
+def _changes(kind: Any) -> bool:
+    """Whether `_plain` changes cells of a column of `datasets`: it has objects, or numbers of 16 or 32 bits."""
+    import datasets
+
+    changes = isinstance(kind, dict | datasets.Json) or getattr(kind, "dtype", None) in ("float16", "float32")
+    return changes or (hasattr(kind, "feature") and _changes(kind.feature))
 
 
-def _as_written(row: Row, names: dict[str, dict[int, str | None]], structs: list[str]) -> Row:
-    """A row of the hub with the names of its classes, and with the keys that its objects were written with."""
-    return _named(row, names) | {name: _plain(row[name]) for name in structs}
+def _as_written(table: Any, names: dict[str, dict[int, str | None]], values: list[str]) -> Any:
+    """A table of the hub with the names of its classes, and with `values` as JSON, as they were written."""
+    import pyarrow as pa
+
+    rows = _plain_rows(table.select([*names, *values]), names)
+    for name in (*names, *values):
+        written = as_text if name in names else Json().encode_example
+        cells = [None if row[name] is None else written(row[name]) for row in rows]
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(cells, pa.string()))
+    return table
 
 
-def _plain(cell: Any) -> Any:
-    """Converts Arrow's value to one of JSON: dates, decimals and bytes to text, a missing number to None.
+def _plain_rows(batch: Any, names: dict[str, dict[int, str | None]]) -> list[Row]:
+    """The rows of one of Arrow's tables or batches, with `names` in the place of its class numbers."""
+    kinds = {one.name: one.type for one in batch.schema}
+    rows = (_named(row, names) for row in batch.to_pylist())
+    return [{name: _plain(cell, kinds[name]) for name, cell in row.items()} for row in rows]
+
+
+def _plain(cell: Any, kind: Any) -> Any:
+    """Converts a value of Arrow's type `kind` to one of JSON: dates, decimals and bytes to text, a missing number to
+    None, and a number of 16 or 32 bits to the shortest one that it stands for: 0.1, not 0.10000000149011612.
 
     Arrow gives the objects of a column all the same keys, with null where an object had no such key. Such keys are left
     out, because a null would be trained as an argument of a tool call.
     """
     match cell:
-        case None | bool() | str():
+        case None | bool() | str() | int():
             return cell
-        case int():
-            return cell if abs(cell) < 2**63 else str(cell)
         case float():
-            return cell if math.isfinite(cell) else None
+            short = {"float": np.float32, "halffloat": np.float16}.get(str(kind), float)
+            return float(str(short(cell))) if math.isfinite(cell) else None
         case dict():
-            return {name: _plain(value) for name, value in cell.items() if value is not None}
-        case list() | tuple():
-            return [_plain(value) for value in cell]
+            return {name: _plain(value, kind.field(name).type) for name, value in cell.items() if value is not None}
+        case tuple():  # of a map
+            return [_plain(value, of) for value, of in zip(cell, (kind.key_type, kind.item_type), strict=True)]
+        case list():
+            return [_plain(value, getattr(kind, "value_type", kind)) for value in cell]
         case bytes():
             return cell.decode()
         case datetime.date() | datetime.time():

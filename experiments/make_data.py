@@ -163,7 +163,7 @@ def imbalance(
     data: str, subset: str | None, split: str, label: str | None, ratio: int | None, count: int | None, seed: int
 ) -> list[dict]:
     """Rows of a data set, as `imbalanced` has them."""
-    return imbalanced(load_records(data, split, name=subset).to_list(), label, ratio, count, seed)
+    return imbalanced(list(load_records(data, split, name=subset)), label, ratio, count, seed)
 
 
 def sentences(split: str, count: int, noise: int, ratio: int | None, seed: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -26,7 +27,7 @@ from common.tables import load_records, read_table
 
 
 def read(path):
-    return load_records(str(path)).to_list()
+    return list(load_records(str(path)))
 
 
 ROWS = [{"instruction": "Grüße, \u2028 x", "output": "Schön\n"}, {"instruction": "日本", "output": '"q"\t'}]
@@ -63,8 +64,40 @@ def test_cells_are_as_they_are_written(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"x": {literal}, "y": [{literal}]}}\n' for literal in literals))
     for row, literal in zip(read(path), literals, strict=True):
-        for cell in (row["x"], *row["y"]):
-            assert (cell if isinstance(cell, str) else json.dumps(cell)) == literal.strip('"')
+        assert (row["x"] if isinstance(row["x"], str) else json.dumps(row["x"])) == literal.strip('"')
+        assert row["y"] == [json.loads(literal)]
+
+
+def test_a_number_within_a_list_or_an_object_is_the_number_that_json_reads(tmp_path):
+    """Beside a number of 16 or 32 bits, parquet's, which is numpy's shortest spelling of it."""
+    literals = [f"{number / 100:g}" for number in range(1, 1000)]
+    literals += ["1e-5", "0.00001", "10.50", "12345678901234567890", "37.774929499999996", "1e17", "-0.0", "5e-324"]
+    lines = [f'{{"x": {{"a": {literal}, "b": [[{literal}]]}}}}\n' for literal in literals]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    assert list(map(json.dumps, read(tmp_path / "a.jsonl"))) == [json.dumps(json.loads(line)) for line in lines]
+    (tmp_path / "b.jsonl").write_text('{"x": [1e999]}')
+    with pytest.raises(UserError, match="line 1: 1e999 is larger than a number of 64 bits"):
+        read(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("comes_from", ["a file", "the hub"])
+def test_a_number_of_a_table_is_the_shortest_one_that_it_stands_for(tmp_path, monkeypatch, comes_from):
+    """numpy's shortest spelling of the same bits is the peer; pandas writes such columns for models' scores."""
+    numbers = [0.1, 1 / 3, 37.774929499999996, 3e-5, 123456.79, 2.0]
+    table = pa.table({name: pa.array(numbers, kind) for name, kind in (("e", pa.float64()), ("f", pa.float32()))})
+    nested = pa.StructArray.from_arrays(table.columns[0].chunks + table.columns[1].chunks, ["e", "f"])
+    columns = [[nested], [[[number]] for number in numbers], [[("k", number)] for number in numbers], [2**64 - 1] * 6]
+    kinds = [nested.type, pa.list_(pa.list_(pa.float32())), pa.map_(pa.string(), pa.float32()), pa.uint64()]
+    for name, cells, kind in zip("slmu", columns, kinds, strict=True):
+        table = table.append_column(name, pa.chunked_array(cells if name == "s" else [pa.array(cells, kind)], kind))
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    without_map = table.drop_columns("m")  # a type that `datasets` does not know
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset(without_map))
+    rows = read(tmp_path / "a.parquet") if comes_from == "a file" else list(load_records("somebody/data"))
+    for number, row in zip(numbers, rows, strict=True):
+        short = float(str(np.float32(number)))
+        expected = {"e": number, "f": short, "s": {"e": number, "f": short}, "l": [[short]], "u": 2**64 - 1}
+        assert row == expected | ({"m": [["k", short]]} if comes_from == "a file" else {})
 
 
 def test_a_key_that_comes_late_or_changes_its_kind(tmp_path):
@@ -100,7 +133,7 @@ def test_a_class_number_is_read_as_the_class_name(tmp_path, monkeypatch, comes_f
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     made.to_parquet(tmp_path / "a.parquet")
-    rows = read(tmp_path / "a.parquet") if comes_from == "a file" else load_records("somebody/data").to_list()
+    rows = read(tmp_path / "a.parquet") if comes_from == "a file" else list(load_records("somebody/data"))
     assert rows == [{"t": "a", "c": "yes", "n": 1}, {"t": "b", "c": "no", "n": 0}, {"t": "c", "c": None, "n": -1}]
     written = made.data.table.set_column(1, "c", pa.array(["yes", "no", "?"]))  # its description still has the names
     pa.parquet.write_table(written.replace_schema_metadata(made.data.schema.metadata), tmp_path / "b.parquet")
@@ -147,7 +180,7 @@ def test_an_object_has_the_keys_that_it_was_written_with(tmp_path, monkeypatch, 
     assert made[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "zone": None}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
     made.to_parquet(tmp_path / "a.parquet")
-    found = read(tmp_path / "a.parquet") if comes_from == "a file" else load_records("somebody/data").to_list()
+    found = read(tmp_path / "a.parquet") if comes_from == "a file" else list(load_records("somebody/data"))
     assert found == rows
     (tmp_path / "a.jsonl").write_text('{"arguments": {"city": null}}')  # written so by somebody
     assert read(tmp_path / "a.jsonl") == [{"arguments": {"city": None}}]
@@ -295,11 +328,11 @@ def test_another_user_reads_a_table_that_is_there_and_makes_one_that_he_cannot_r
         import os, sys, datasets
         from common import cli, tables
         datasets.config.HF_DATASETS_CACHE = {str(folder / "of root")!r}
-        tables.load_records("a.jsonl").to_list()  # imports what the second user may not read
+        list(tables.load_records("a.jsonl"))  # imports what the second user may not read
         datasets.config.HF_DATASETS_CACHE = {str(folder / "cache")!r}
         os.umask(0o022)
         os.setuid(int(sys.argv[1]))
-        cli.run_script(lambda _: print(tables.load_records("a.jsonl").to_list()))"""
+        cli.run_script(lambda _: print(list(tables.load_records("a.jsonl"))))"""
 
     def run_as(user: int) -> tuple[int, str]:
         command, env = [sys.executable, "-c", code, str(user)], {**os.environ, "PYTHONPATH": str(ROOT)}
