@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -371,6 +372,9 @@ def _rows_of(file: Path, has_header: bool) -> Iterator[tuple[Row, int]]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+DAMAGED = (OSError, EOFError, zlib.error)  # what a file on a failing disk raises, or a damaged or cut gzip
+
+
 def _unreadable(file: Path, line: int, what: str) -> UserError:
     return UserError(f"cannot read {file}, line {line}: {what}")
 
@@ -381,7 +385,7 @@ def _open(file: Path) -> TextIO:
     try:
         with opened(file, "rb") as stream:
             encoding = json.detect_encoding(stream.read(4))
-    except (OSError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from error
     return opened(file, "rt", encoding=encoding, errors="surrogateescape", newline="\n")
 
@@ -403,7 +407,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
             byte = ord(error.object[error.start]) & 0xFF
             what = f"byte {byte:#04x} at character {error.start + 1} is no {stream.encoding}: save the file as UTF-8"
             raise _unreadable(file, number, what) from error
-        except (UnicodeDecodeError, OSError, EOFError) as error:  # UTF-16 that ends within a character; damaged gzip
+        except (UnicodeDecodeError, *DAMAGED) as error:  # UTF-16 may end within a character
             raise _unreadable(file, number + 1, first_line(error)) from error
 
 

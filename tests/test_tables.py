@@ -3,14 +3,17 @@
 import codecs
 import csv
 import datetime
+import gzip
 import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from conftest import ROOT
 
 from common.cli import UserError
 from common.conversations import Format
-from common.tables import load_records, read_table
+from common.tables import load_records, numbered_lines, read_table
 
 
 def read(path):
@@ -220,6 +223,25 @@ def test_an_error_names_file_and_line(name, content, expected, tmp_path):
         read(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert expected in str(caught.value)
+
+
+def test_a_damaged_gzip_is_refused_in_one_line(tmp_path):
+    """Each byte in turn is turned over: some leave the text whole, such as the time of writing."""
+    draw, path, kinds = random.Random(0), tmp_path / "a.jsonl.gz", set()
+    text = "".join(json.dumps({"a": "".join(draw.choices("abcdefgh ", k=9))}) + "\n" for _ in range(30))
+    whole = gzip.compress(text.encode())
+    for place in range(len(whole)):
+        damaged = bytes(byte ^ 0xFF if at == place else byte for at, byte in enumerate(whole))
+        try:
+            expected = gzip.decompress(damaged).decode()
+        except Exception as error:
+            kinds.add(type(error))
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=re.escape(f"cannot read {path}")):
+                list(numbered_lines(path))
+        else:
+            assert expected == text
+    assert zlib.error in kinds
 
 
 @pytest.mark.parametrize("header", [True, False])
