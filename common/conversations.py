@@ -70,6 +70,7 @@ KEYS = {
     **dict.fromkeys(REASONING, "read where the chat template has a place for it"),
     "images": f"refused: {ONLY_TEXTS}",
 }
+LISTS = ("history", "tools", "functions", "tool_calls", "images", "audios", "videos")  # csv has them as JSON texts
 
 # The names of the four roles elsewhere: OpenAI's and Hugging Face's, and ShareGPT's.
 ROLES = {
@@ -237,7 +238,7 @@ class Format:
         """
         first = records[0] if len(records) else {}
         for name, cell in first.items():  # before the format is sought, because preference data may have none
-            if _holds(cell) and _is_preference(name, cell, first):
+            if _holds(cell, name) and _is_preference(name, cell, first):
                 raise UserError(f"{source} has a column {name!r}: {PREFERENCE}")
         there = [names for names in FORMATS if set(names) <= set(records.column_names)]
         if tuple(fields) == DEFAULT_FIELDS and there:
@@ -306,7 +307,7 @@ class Format:
         """
         found = {}
         for name, cell in record.items():
-            if name in self.columns or not _holds(cell):
+            if name in self.columns or not _holds(cell, name):
                 continue
             fate = f"refused: {PREFERENCE}" if _is_preference(name, cell, record) else COLUMNS.get(name, "")
             if fate.startswith("refused:"):
@@ -331,9 +332,11 @@ def _is_preference(name: str, cell: Any, record: dict[str, Any]) -> bool:
     return bool({"chosen", "rejected", "kto"} & {*name.lower().split("_")})
 
 
-def _holds(cell: Any) -> bool:
-    """Whether there is something in a cell: not null, nor blank, nor an empty list."""
-    return cell is not None and not (isinstance(cell, str) and cell.strip() in ("", "[]")) and cell not in ([], {})
+def _holds(cell: Any, name: str = "") -> bool:
+    """Whether there is something in a cell: not null, nor blank, nor an empty list. The text "[]" is an empty list only
+    under the `name` of a list, because it may be the input of a task."""
+    empty = ("", "[]") if name in LISTS else ("",)
+    return cell is not None and not (isinstance(cell, str) and cell.strip() in empty) and cell not in ([], {})
 
 
 def _is_trained(holder: dict[str, Any], where: str) -> bool:
@@ -444,7 +447,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
         raise UserError(f"{where}: {article} {role} turn that is empty; its keys are {', '.join(message)}")
     for key, value in message.items():
         fate = KEYS.get(key, "")
-        if not _holds(value) or key in read or key in ("from", "value", "function_call"):
+        if not _holds(value, key) or key in read or key in ("from", "value", "function_call"):
             continue
         if fate.startswith("refused"):
             raise UserError(f"{where} has {key}: {fate.partition(': ')[2]}")

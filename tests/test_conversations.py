@@ -380,6 +380,10 @@ EARLIER = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content":
         (NAMED | {"input": "this"}, {"instruction": "Ask\nthis", "output": "Say"}),
         (NAMED | {"context": "this", "input": " "}, {"instruction": "Ask\nthis", "output": "Say"}),
         ({"instruction": "1+2", "output": 3}, {"instruction": "1+2", "output": "3"}),
+        (NAMED | {"input": "[]", "images": "[]"}, {"instruction": "Ask\n[]", "output": "Say"}),
+        (NAMED | {"input": [], "tools": "[]", "history": "[]"}, NAMED),
+        ({"messages": MESSAGES, "system": "[]"}, {"messages": [{"role": "system", "content": "[]"}, *MESSAGES]}),
+        ({"messages": [m | {"tool_calls": "[]", "images": "[]"} for m in MESSAGES]}, {"messages": MESSAGES}),
         ({"messages": MESSAGES, "system_prompt": "Be"}, {"messages": [{"role": "system", "content": "Be"}, *MESSAGES]}),
         (
             {"messages": [{"role": "system", "content": "Be"}, *MESSAGES], "history": [["Who?", "Ada"]]},
