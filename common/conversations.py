@@ -12,11 +12,14 @@ Every other column, and every key of a message, is either read, or refused if it
 used: COLUMNS and KEYS say which.
 """
 
+import hashlib
+import inspect
 import itertools
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -564,7 +567,7 @@ def build_dataset(
         whole = sum(len(ids) for ids, _ in pieces) <= max_length
         return {**example, "fate": "whole" if whole else "cut", "kind": kind, "notes": notes}
 
-    def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def encode(batch: dict[str, list], indices: list[int], made_by: str) -> dict[str, list]:
         rows = []
         for number, *cells in zip(indices, *batch.values(), strict=True):
             try:
@@ -579,6 +582,7 @@ def build_dataset(
     types = {"input_ids": ids, "labels": ids, "fate": text, "kind": text, "notes": datasets.List(text)}
     features = datasets.Features(types)  # explicit, because the first thousand examples may all be dropped
     how = {"batched": True, "with_indices": True, "features": features, "desc": "tokenising"}
+    how["fn_kwargs"] = {"made_by": _code_digest(tokenizer)}
     encoded = records.map(encode, remove_columns=records.column_names, **how)
     dataset = _trainable(encoded)
     dataset.notes = Notes.of(encoded.data.table, writer, getattr(records, "other_files", []))
@@ -603,6 +607,15 @@ def encoded(
             f"no example of {args.data} has a response token within --max-length {args.max_length}: {counts}"
         )
     return dataset, num_dropped
+
+
+def _code_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A digest of the code that makes tokens. `datasets` makes its cache anew when the arguments of a function change,
+    and knows imported functions by their names alone."""
+    digest = hashlib.sha256(repr([version(name) for name in ("transformers", "tokenizers", "jinja2")]).encode())
+    for made in (build_dataset, Template, load_records, type(tokenizer)):
+        digest.update(Path(inspect.getfile(made)).read_bytes())
+    return digest.hexdigest()
 
 
 def _first_of_kinds(kinds: Any) -> list[int]:

@@ -102,7 +102,7 @@ def load_records(
             names = _class_names(found.features.arrow_schema)
             values = [column for column, kind in found.features.items() if _changes(kind)]
             kinds = dict.fromkeys(names, datasets.Value("string")) | dict.fromkeys(values, Json())
-            how = {"batched": True, "fn_kwargs": {"names": names, "values": values}}
+            how = {"batched": True, "fn_kwargs": {"names": names, "values": values, "made_by": _code_digest()}}
             how["features"] = datasets.Features(found.features | kinds)
             return found.with_format("arrow").map(_as_written, **how).with_format(None) if kinds else found
         except Exception as error:  # the hub's client raises dozens of kinds
@@ -259,6 +259,10 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def _code_digest() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
 def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
     """The files' rows as a table on disk, which is made again when a file's content or this reader has changed. Users
     may share the folder: a table has the mode that the umask gives, and one that cannot be read is made again.
@@ -267,7 +271,7 @@ def _cached(files: list[Path], has_header: bool = True) -> "datasets.Dataset":
         UserError: a file cannot be read, or the table cannot be kept.
     """
     datasets = _datasets()
-    key = hashlib.sha256(Path(__file__).read_bytes())
+    key = hashlib.sha256(_code_digest().encode())
     try:
         for file in files:
             with open(file, "rb") as stream:
@@ -638,8 +642,12 @@ def _changes(kind: Any) -> bool:
     return changes or (hasattr(kind, "feature") and _changes(kind.feature))
 
 
-def _as_written(table: Any, names: dict[str, dict[int, str | None]], values: list[str]) -> Any:
-    """A table of the hub with the names of its classes, and with `values` as JSON, as they were written."""
+def _as_written(table: Any, names: dict[str, dict[int, str | None]], values: list[str], made_by: str) -> Any:
+    """A table of the hub with the names of its classes, and with `values` as JSON, as they were written.
+
+    Args:
+        made_by: not read. `datasets` takes its cached result if the arguments are the same, whatever this function is.
+    """
     import pyarrow as pa
 
     rows = _plain_rows(table.select([*names, *values]), names)

@@ -5,7 +5,11 @@ import csv
 import importlib.util
 import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -229,6 +233,34 @@ def test_a_function_call_of_sharegpt_is_a_tool_call():
     empty = {"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value": None}]}
     with pytest.raises(UserError, match="example 1, message 2: an assistant turn that is empty"):
         encoded([empty], tokenizer)
+
+
+def test_examples_are_tokenised_again_when_the_code_has_changed(tmp_path):
+    """Two versions of the package with one cache: the second one trains what the second one makes of an input."""
+    code = f"""if True:
+        import common, sys, datasets
+        from common.conversations import build_dataset
+        from common.tables import load_records
+        from transformers import AutoTokenizer
+        assert common.__file__.startswith(sys.argv[1])
+        datasets.config.HF_DATASETS_CACHE = {str(tmp_path / "cache")!r}
+        tokenizer = AutoTokenizer.from_pretrained({str(tmp_path)!r})
+        for _ in range(2):
+            made, _ = build_dataset(load_records("data.jsonl"), tokenizer, ["instruction", "output"], 512)
+        print(tokenizer.decode(made[0]["input_ids"]))"""
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "data.jsonl").write_text(json.dumps(NAMED | {"input": "this"}))
+    written = (ROOT / "common" / "conversations.py").read_text()
+    for number, between in enumerate(("\\n", " / "), 1):
+        folder = tmp_path / str(number)
+        shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
+        changed = written.replace('texts[0] = "\\n".join(', f'texts[0] = "{between}".join(')
+        assert (changed != written) == (number == 2)
+        (folder / "common" / "conversations.py").write_text(changed)
+        command, env = [sys.executable, "-c", code, folder], {**os.environ, "PYTHONPATH": folder}
+        ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert ("Ask\nthis" if number == 1 else "Ask / this") in ended.stdout, ended.stderr
+        assert len(list((tmp_path / "cache").rglob("cache-*.arrow"))) == number  # the same code reads what it wrote
 
 
 def test_texts_go_into_their_own_templates(tokenizer):
