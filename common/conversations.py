@@ -98,7 +98,7 @@ class Notes:
         fates: how many examples are whole, cut, dropped or skipped, and why.
         columns, keys: how many examples or messages hold something under a name that is not used.
         template: how many examples the chat template changes, by the kind of change.
-        files: data files of the folder that belong to another split, or are hidden.
+        files: files of the folder that belong to another split, are hidden, or are of another kind.
         skipped: the errors in the first examples that --skip-bad left out.
     """
 
@@ -127,12 +127,16 @@ class Notes:
     def lines(self) -> list[str]:
         """A line for each kind of thing."""
         kinds = [("columns", self.columns), ("keys of messages", self.keys), ("files", self.files)]
-        lines = [f"not used: {kind} {', '.join(names)}" for kind, names in kinds if names]
+        lines = [f"not used: {kind} {_named_first(list(names))}" for kind, names in kinds if names]
         lines += [f"note: {what} ({count} examples)" for what, count in self.template.items()]
         if self.skipped:
             lines.append(f"skipped {self.fates[SKIPPED]} examples that cannot be trained on; the first ones:")
             lines += [f"  {what}" for what in self.skipped]
         return [*lines, "examples: " + ", ".join(f"{count} {fate}" for fate, count in self.fates.items())]
+
+
+def _named_first(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 def load_training_records(args: Any) -> "datasets.Dataset":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ABOUT = ("dataset_info.json", "dataset_infos.json")  # they describe the data beside them
+DESCRIBES = re.compile(r"(?i)(read_?me|licen[cs]e|about)\b")  # how the names of texts about the data begin
 ONE_KIND = {".jsonl": ".json"}
 SPLIT_OF_WORD = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_OF_WORD |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation", "heldout"), "validation")
@@ -192,9 +193,10 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """The data files below `folder`, in linked folders too, and those that are passed over. Each folder is read once.
 
     As `datasets` does, it passes over names that begin with a dot (.ipynb_checkpoints) and folders with __ (__MACOSX).
+    It passes over files of other kinds too, which may be parts of the data (.jsonl.zst).
 
     Raises:
-        UserError: a folder that may not be read, or a link to nothing.
+        UserError: a folder that may not be read, a link to nothing, or a folder of `datasets`' own form.
     """
 
     def refuse(error: OSError) -> None:
@@ -208,11 +210,17 @@ def data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         known.add(os.path.realpath(place))
         passed += [Path(place, name) for name in folders if name.startswith((".", "__"))]
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        if "state.json" in names and any(name.endswith(".arrow") for name in names):
+            raise UserError(f"{place} was written by save_to_disk: write it by to_parquet, and name that file")
         for file in (Path(place, name) for name in names):
             if file.is_symlink() and not file.exists() and file.name[0] != ".":
                 raise UserError(f"cannot read {file}: a link to nothing")
-            if file.is_file() and kind_of(file) in KINDS and file.name not in ABOUT:
+            if not file.is_file() or file.name in ABOUT:
+                continue
+            if kind_of(file) in KINDS:
                 (passed if file.name[0] == "." else found).append(file)
+            elif file.name[0] != "." and not DESCRIBES.match(file.name):
+                passed.append(file)
     return sorted(found), sorted(passed)
 
 
@@ -236,21 +244,24 @@ def files_of_split(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
     """The data files below `folder`: those of `split`, and the others. A name without a split's word counts as train.
 
     Raises:
-        UserError: the folder has no data file, or none of `split`.
+        UserError: the folder has no data file, or none of `split`, or one in two forms.
     """
     files, passed = data_files(folder)
     if not files:
         raise UserError(f"{folder} holds no {', '.join(KINDS)} file")
     splits = _splits(files, folder)
     known = sorted({found for found in splits.values() if found})
-    if not known:
-        return files, passed
     unnamed = None if "train" not in known and SPLIT_OF_WORD.get(split, split) == "train" else split
-    chosen = [file for file in files if splits[file] in (SPLIT_OF_WORD.get(split, split), unnamed)]
+    chosen = [file for file in files if not known or splits[file] in (SPLIT_OF_WORD.get(split, split), unnamed)]
     if not chosen:
         raise UserError(
             f"{folder} has files of {', '.join(known)} and none of {split!r}: choose by --split, or name one"
         )
+    forms: dict[Path, Path] = {}
+    for file in chosen:
+        other = forms.setdefault((file.with_suffix("") if file.suffix.lower() == ".gz" else file).with_suffix(""), file)
+        if other != file:
+            raise UserError(f"{other} and {file.name} may hold the same examples: name one of them, or rename one")
     return chosen, sorted([*passed, *(file for file in files if file not in chosen)])
 
 

@@ -26,7 +26,7 @@ from conftest import ROOT
 
 from common.cli import UserError
 from common.conversations import Format
-from common.tables import load_records, numbered_lines, read_table
+from common.tables import files_of_split, load_records, numbered_lines, read_table
 
 
 def read(path):
@@ -315,6 +315,33 @@ def test_a_folder_is_read_with_its_links_and_without_what_is_hidden(tmp_path):
     (data / "more").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="data/more: a link to nothing"):
         read(data)
+
+
+def test_every_file_of_a_folder_is_read_or_named_or_describes_the_data(tmp_path):
+    parts = ("part-1.jsonl", "part-2.jsonl.gz", "a/part-1.jsonl")
+    others = ("a/part-3.jsonl.zst", "part-4.ndjson", "part-5.jsonl.bz2", "part-6.arrow", "part-7", "readmes.txt")
+    for name in (*parts, *others, "README.md", "LICENSE", "about.txt", "dataset_infos.json", ".gitattributes"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = [[str(file.relative_to(tmp_path)) for file in files] for files in files_of_split(tmp_path, "train")]
+    assert list(map(set, found)) == [set(parts), set(others)]
+
+
+@pytest.mark.parametrize("other", ["train.jsonl.gz", "train.JSON", "train.json"])
+def test_one_file_in_two_forms_is_refused(other, tmp_path):
+    for name in ("train.jsonl", other, "test.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"train\..* may hold the same examples: name one"):
+        read(tmp_path)
+    assert list(load_records(str(tmp_path), "test")) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("made", [datasets.Dataset, datasets.DatasetDict])
+def test_a_folder_that_save_to_disk_wrote_is_refused(made, tmp_path):
+    rows = datasets.Dataset.from_dict({"a": [1]})
+    (datasets.DatasetDict({"train": rows}) if made is datasets.DatasetDict else rows).save_to_disk(tmp_path)
+    with pytest.raises(UserError, match="was written by save_to_disk: write it by to_parquet"):
+        read(tmp_path)
 
 
 def test_a_table_that_nobody_reads_leaves_the_cache(tmp_path, monkeypatch):
