@@ -17,7 +17,7 @@ import inspect
 import itertools
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import UserError
 from common.pretrained import resolve_demo
 from common.tables import as_text, files_of_split, load_records, require_fields, split_of
-from common.templates import IGNORE_INDEX, REASONING, Messages, Pieces, Template
+from common.templates import IGNORE_INDEX, LEAVES_OUT, REASONING, Messages, Pieces, Template
 
 if TYPE_CHECKING:
     import datasets
@@ -60,7 +60,8 @@ COLUMNS = {
     "audios": f"refused: {ONLY_TEXTS}",
     "videos": f"refused: {ONLY_TEXTS}",
 }
-# The keys of a message, and their use. A key that is not listed goes to the chat template if the template names it.
+# The keys of a message, and their use. A key that is not listed goes to the chat template. It is announced as not used
+# if the template writes the same text without it.
 KEYS = {
     "role": "read",
     "from": "read: the role",
@@ -70,6 +71,7 @@ KEYS = {
     "train": "read: false leaves the turn out of the loss, true trains it",
     "tool_calls": "read: written by the chat template, and trained",
     "function_call": "read: one tool call, in OpenAI's older form",
+    "tools": "read in a system's turn that comes first: the tools that the chat template offers",
     **dict.fromkeys(REASONING, "read where the chat template has a place for it"),
     "images": f"refused: {ONLY_TEXTS}",
 }
@@ -110,8 +112,8 @@ class Notes:
     skipped: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, table: Any, template: Template, files: list[str]) -> "Notes":
-        """Counts the columns `fate` and `notes` of an Arrow table; without the keys that the template names."""
+    def of(cls, table: Any, files: list[str]) -> "Notes":
+        """Counts the columns `fate` and `notes` of an Arrow table."""
         import pyarrow.compute as pc
 
         fates = {row["values"]: row["counts"] for row in pc.value_counts(table["fate"]).to_pylist()}
@@ -120,7 +122,7 @@ class Notes:
             kind, _, what = row["values"].partition(" ")
             if kind == "skipped":
                 notes.skipped = [*notes.skipped, what][:3]
-            elif kind != "keys" or not template.names(what):
+            else:
                 getattr(notes, kind)[what] = row["counts"]
         return notes
 
@@ -201,6 +203,24 @@ class Conversation:
     def require_served(self, template: Template, pieces: Pieces, served: Any = None) -> set[str]:
         """See `Template.require_served`."""
         return template.require_served(self.messages, pieces, self.tools, served, self.untrained)
+
+    def notes(self, template: Template, pieces: Pieces, keys_read: list[set[str]]) -> list[str]:
+        """What is not used of the example, and what the template does to it, in the form that Notes counts.
+
+        Args:
+            keys_read: the keys that the template reads in each of the first examples of this kind; gets this one's.
+
+        Raises:
+            UserError: a server's prompt differs, or the template leaves out a part of the last answer.
+        """
+        notes = []
+        if len(keys_read) < SERVED_SAMPLE:
+            notes += [f"template {what}" for what in self.require_served(template, pieces)]
+            keys_read.append(template.keys_read(self.messages, self.tools))
+        keys = set().union(*keys_read)
+        if template.leaves_out(self.messages, self.tools, keys, self.untrained):
+            notes.append(f"template {LEAVES_OUT}")
+        return notes + [name for name in self.unused if name.removeprefix("keys ") not in keys]
 
     def kind(self) -> str:
         """Its kind for a template: roles with their keys and thoughts, tools, and whether turns repeat."""
@@ -289,7 +309,8 @@ class Format:
             cells = zip(self.columns, _cells(record, self.columns), strict=True)
             parts = [_read_messages(cell, name, where, unused) for name, cell in cells]
         earlier = _read_history(beside.get("history"), where)
-        has_one = parts[0][0]["role"] == "system"
+        _move_tools(parts[0], beside, where, unused)
+        has_one = bool(parts[0]) and parts[0][0]["role"] == "system"
         systems = {as_text(beside[name]) for name in ("system", "system_prompt") if name in beside}
         if len(systems | ({parts[0][0]["content"]} if has_one else set())) > 1:
             raise UserError(f"{where} has two different system turns: leave one out")
@@ -394,6 +415,23 @@ def _cells(record: dict[str, Any], columns: tuple[str, ...]) -> list[Any]:
     return found if all(isinstance(cell, list | dict) for cell in found) else cells
 
 
+def _move_tools(messages: Messages, beside: dict[str, Any], where: str, unused: list[str]) -> None:
+    """Moves the tools of a system's turn, the first of `messages`, into `beside`; a turn without more is left out.
+
+    Raises:
+        UserError: `beside` has other tools.
+    """
+    if messages[0]["role"] != "system" or "tools" not in messages[0]:
+        return
+    tools = messages[0].pop("tools")
+    unused.remove("keys tools")
+    if _read_tools(beside, where) not in (None, _read_tools({"tools": tools}, where)):
+        raise UserError(f"{where} has other tools in its system's turn than beside it: leave one out")
+    beside["tools"] = tools
+    if not messages[0]["content"].strip():
+        del messages[0]
+
+
 def _read_tools(beside: dict[str, Any], where: str) -> list[dict] | None:
     tools = _parsed(beside.get("tools", beside.get("functions")), f"{where}: its tools")
     if tools is None:
@@ -449,7 +487,7 @@ def _read_message(message: dict, where: str, unused: list[str]) -> dict[str, Any
     read = {"role": role, "content": content}
     if calls := _read_calls(message, where):
         read["tool_calls"] = calls
-    elif not content.strip() and role != "tool":
+    elif not content.strip() and role != "tool" and not (role == "system" and _holds(message.get("tools"), "tools")):
         article = "an" if role == "assistant" else "a"
         raise UserError(f"{where}: {article} {role} turn that is empty; its keys are {', '.join(message)}")
     for key, value in message.items():
@@ -546,7 +584,7 @@ def build_dataset(
     if len(records) and not skip_bad:
         format.read(records[0], 1)  # an error of the data is reported before an error of the template
     writer = Template(tokenizer, template or format.template, template_args)
-    compared: Counter[str] = Counter()
+    keys_read: dict[str, list[set[str]]] = defaultdict(list)
 
     def encode_one(record: dict, number: int) -> dict[str, Any]:
         conversation = format.read(record, number)
@@ -554,14 +592,10 @@ def build_dataset(
             return {"fate": "dropped: a field is empty, or the weight is 0"}
         if train_on == "last":
             conversation.only_last()
-        kind, notes = conversation.kind(), conversation.unused
+        kind = conversation.kind()
         try:
             pieces = conversation.pieces(writer)
-            if compared[kind] < SERVED_SAMPLE:
-                notes += [f"template {what}" for what in conversation.require_served(writer, pieces)]
-            compared[kind] += 1
-            if writer.drops_thought(conversation.messages, conversation.tools):
-                notes.append("template it leaves out thoughts")
+            notes = conversation.notes(writer, pieces, keys_read[kind])
         except UserError as error:
             raise UserError(f"{source}, example {number}: {error}") from error
         example = encode_pieces(pieces, max_length, whole_turns=not format.is_named)
@@ -589,7 +623,7 @@ def build_dataset(
     how["fn_kwargs"] = {"made_by": _code_digest(tokenizer)}
     encoded = records.map(encode, remove_columns=records.column_names, **how)
     dataset = _trainable(encoded)
-    dataset.notes = Notes.of(encoded.data.table, writer, getattr(records, "other_files", []))
+    dataset.notes = Notes.of(encoded.data.table, getattr(records, "other_files", []))
     dataset.sample = [format.read(records[row], row + 1) for row in _first_of_kinds(encoded.data.table["kind"])]
     dataset.writer = writer
     return dataset, len(records) - len(dataset)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, first_line
+from common.tables import as_text
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under whi
 DAY = time.strptime("2024-07-26", "%Y-%m-%d")
 # A generation prompt may end with an opened or an empty thought that a conversation's text does not have.
 OPENED_THOUGHT = r"<think>\s*(?:</think>\s*)?$"
+LEAVES_OUT = "it leaves out a thought, or another part of an earlier answer"
 AS_TEXTS = "write calls and results as texts of assistant and user"
 OPENS_THOUGHT = "a server's prompt opens a thought, which the answers here begin otherwise"
 CUTS_OTHERWISE = "a server cuts earlier answers into other tokens of the same text"
@@ -127,9 +129,20 @@ class Template:
         text, spans, prompts = self._spans(messages, sorted(trained), tools)
         return self._tokenised(text, spans, sorted({*prompts, *(border for span in spans for border in span)}))
 
-    def names(self, key: str) -> bool:
-        """Whether the template has a place for this key of a message."""
-        return self.name == "chat" and re.search(rf"\b{re.escape(str(key))}\b", self.jinja) is not None
+    def keys_read(self, messages: Messages, tools: list[dict] | None = None) -> set[str]:
+        """The keys of the messages, beside role, content and calls, without which the template writes another text."""
+        keys = {key for message in messages for key in message} - {"role", "content", "tool_calls"}
+        if not keys or self.name != "chat":
+            return set()
+
+        def written_without(key: str | None) -> str | None:
+            try:
+                return self._render([{k: v for k, v in message.items() if k != key} for message in messages], tools)[0]
+            except UserError:  # the template insists on the key
+                return None
+
+        whole = written_without(None)
+        return {key for key in keys if written_without(key) != whole}
 
     def require_served(
         self,
@@ -182,15 +195,35 @@ class Template:
             return self._ids(self._render(messages, prompt=True)[0])
         return self._own_pieces([*messages, {"role": "assistant", "content": ""}], ())[0][0]
 
-    def drops_thought(self, messages: Messages, tools: list[dict] | None = None) -> bool:
-        """Whether the chat template leaves out an answer's thought, which has its own key or stands in the text."""
-        thoughts = [message[key] for message in messages for key in REASONING if message.get(key) and self.names(key)]
-        for message in messages:
-            thoughts += re.findall(r"(?s)<think>(.*?)</think>", message["content"])
-        if not thoughts or self.name != "chat":
+    def leaves_out(
+        self,
+        messages: Messages,
+        tools: list[dict] | None = None,
+        keys: Collection[str] = (),
+        untrained: Collection[int] = (),
+    ) -> bool:
+        """Whether the chat template leaves out a part of an answer: its thought, or a text beside a tool call.
+
+        Args:
+            keys: the keys of a message that the template reads. untrained: the answers that stand in prompts alone.
+
+        Raises:
+            UserError: it is a part of the conversation's last message, which is to be trained.
+        """
+        if self.name != "chat":
             return False
-        text = self._written(self._without_borders(messages), tools)[0]
-        return any(str(thought).strip() not in text for thought in thoughts)
+        messages = self._without_borders(messages)
+        text, lost = "".join(self._written(messages, tools)[0].split()), set()
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                parts = re.split(r"</?think>", message["content"])
+                for part in (*parts, *(as_text(message[key]) for key in REASONING if key in keys and key in message)):
+                    if "".join(part.split()) not in text:
+                        lost.add(index)
+        if (last := len(messages) - 1) in lost and last not in untrained:
+            what = f"a part of message {last + 1}, the last answer"
+            raise UserError(f"the chat template leaves out {what}: {_remedy(messages, tools)}")
+        return bool(lost)
 
     def _without_borders(self, messages: Messages) -> Messages:
         """The messages without the begin and end tokens that the template writes around them too."""
@@ -305,7 +338,7 @@ class Template:
         last = messages[-1]
         if marks or last["role"] != "assistant":
             return text, marks
-        thought = re.match(r"(?s)\s*<think>\s*(.*)</think>", last["content"])
+        thought = re.match(r"(?s)\s*(?:<think>\s*)?(.*)</think>", last["content"])
         if thought and not last.get("tool_calls") and thought[1].strip() not in text:
             prompt = self._render(messages[:-1], tools, prompt=True)[0]
             if prompt.rstrip().endswith("<think>"):

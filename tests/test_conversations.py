@@ -28,7 +28,15 @@ from common.layers import TARGET_MODULES
 from common.packing import enable_packing
 from common.pretrained import resolve_demo
 from common.tables import load_records
-from common.templates import ALPACA_PROMPT, IGNORE_INDEX, OPENS_THOUGHT, Template, encode_prompt, encode_response
+from common.templates import (
+    ALPACA_PROMPT,
+    IGNORE_INDEX,
+    LEAVES_OUT,
+    OPENS_THOUGHT,
+    Template,
+    encode_prompt,
+    encode_response,
+)
 
 
 def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
@@ -668,11 +676,79 @@ def test_what_a_template_does_to_thoughts_is_announced():
         (r1, talk("Hi", "Hello"), {OPENS_THOUGHT: 1}),
         (r1, thoughts[:2], {}),
         (qwen, thoughts[:2], {}),
-        (qwen, thoughts, {"it leaves out thoughts": 1}),
+        (qwen, thoughts, {LEAVES_OUT: 1}),
     ):
         dataset, _ = encoded([{"messages": messages}], tokenizer)
         assert dataset.notes.template == expected
         assert all(what in first_screen(dataset) for what in expected)
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3", "glm4moe"])
+def test_a_thought_that_begins_without_its_tag_is_a_thought(name):
+    """As servers of R1 and QwQ return it, because the prompt has opened it."""
+    tokenizer = chat_tokenizer(published(name))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁sentence｜>"]})
+    whole, opened = (talk("Hi", f"{tag}I add.\n</think>\n\nTwo.") for tag in ("<think>\n", ""))
+    assert "I add." in trained_of({"messages": whole}, tokenizer)[1]
+    assert trained_of({"messages": opened}, tokenizer) == trained_of({"messages": whole}, tokenizer)
+    dataset, _ = encoded([{"messages": [*opened, *MESSAGES]}], tokenizer)
+    assert ("I add." in tokenizer.decode(dataset[0]["input_ids"])) != (LEAVES_OUT in dataset.notes.template)
+
+
+EXAONE = CHATML.replace("m.content", "m.content.split('</thought>')[-1].strip()")  # EXAONE-Deep's kind
+
+
+@pytest.mark.parametrize(
+    ("template", "lost", "answer"),
+    [
+        (EXAONE, "I add.", {"content": "<thought>\nI add.\n</thought>\nTwo."}),
+        ("qwen3", "Well,", {"content": "Well,\n<think>\nI add.\n</think>\n\nTwo."}),
+        ("qwen3", "So?", {"content": "I add.</think> So? </think> Two."}),
+        ("llama3_1", "I look.", {"content": "I look.", "tool_calls": [CALL]}),
+    ],
+)
+def test_a_last_answer_is_written_whole_or_refused_and_an_earlier_one_announced(template, lost, answer):
+    tokenizer = chat_tokenizer(template if template == EXAONE else published(template))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant"} | answer]
+    result = [{"role": "tool", "content": "noon"}] if "tool_calls" in answer else MESSAGES[:1]
+    after = {"messages": [*messages, *result, MESSAGES[1]], "tools": TOOLS}
+    after |= {} if "tool_calls" in answer else {"tools": None}
+    assert lost not in tokenizer.apply_chat_template(after["messages"], tools=after["tools"], tokenize=False)
+    assert encoded([after], tokenizer, max_length=4096)[0].notes.template == {LEAVES_OUT: 1}
+    with pytest.raises(UserError, match="example 1: the chat template leaves out a part of message 2, the last answer"):
+        encoded([after | {"messages": messages}], tokenizer, max_length=4096)
+    untrained = [{"messages": [*MESSAGES[:2], messages[0], messages[1] | {"weight": 0}], "tools": after["tools"]}]
+    assert encoded(untrained, tokenizer, max_length=4096)[0].notes.template == {LEAVES_OUT: 1}
+
+
+def test_a_key_is_used_where_the_text_is_another_without_it():
+    """Qwen's template has the words `tool` and `loop`, and a place for `reasoning_content` alone."""
+    keys = {"tool": "calc", "loop": "x", "name": "ada", "reasoning_content": "hm"}
+    rows = [{"messages": [MESSAGES[0] | keys, MESSAGES[1] | keys]}]
+    dataset, _ = encoded(rows, chat_tokenizer(published("qwen3")))
+    assert "hm" in first_screen(dataset)
+    assert dataset.notes.keys == {"tool": 2, "loop": 2, "name": 2}
+    dataset, _ = encoded(
+        rows, chat_tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }}{{ m.name if m.role == 'user' }}"))
+    )
+    assert "userada" in first_screen(dataset)
+    assert dataset.notes.keys == {"tool": 2, "loop": 2, "reasoning_content": 2}
+
+
+@pytest.mark.parametrize("content", ["You help.", "", None])
+def test_tools_within_the_systems_turn_are_the_examples_tools(content):
+    """GLM-4's form for fine-tuning."""
+    tokenizer = chat_tokenizer(published("qwen2_5"))
+    system = [{"role": "system", "content": content}] if content else []
+    row = {"messages": [{"role": "system", "content": content, "tools": TOOLS}, *MESSAGES]}
+    made, expected = (encoded([one], tokenizer, max_length=4096)[0] for one in (row, {"messages": system + MESSAGES, "tools": TOOLS}))  # fmt: skip  # noqa: E501
+    assert made[0] == expected[0]
+    assert "get_time" in first_screen(made)
+    assert made.notes.keys == {}
+    assert encoded([row | {"tools": json.dumps(TOOLS)}], tokenizer, max_length=4096)[0][0] == expected[0]
+    with pytest.raises(UserError, match="example 1 has other tools in its system's turn than beside it"):
+        encoded([row | {"tools": [*TOOLS, *TOOLS]}], tokenizer)
 
 
 def test_template_arguments_are_in_training_and_in_the_exported_template():
