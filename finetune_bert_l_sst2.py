@@ -118,7 +118,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 LOGGING_STEPS = 10
-WHOLE = 10**6  # tokens: a length that cuts no text
 HUB_MODEL = "google-bert/bert-large-uncased"
 HUB_EXPERIMENT, DEMO_EXPERIMENT = ROOT / "configs/bert_large_sst2.yaml", ROOT / "configs/nlu_demo.yaml"
 
@@ -637,6 +636,7 @@ def run(args: Arguments, data: Data, started: float) -> None:
         "head_parameters": head_parameters,
         "class_names": data.class_names,
         "f1_class": data.f1_class,
+        "notes": data.notes,
         "examples": {"train": len(data.train), "validation": len(data.validation)},
         "arguments": asdict(args),
         "versions": package_versions(),
@@ -655,9 +655,8 @@ def dry_run(args: Arguments, data: Data) -> str:
     """Describes a run with these arguments: configuration, examples and classes, parameters, steps."""
     base = inspect_base(args, data)
     notes = [note] if (note := note_on_regularizers(args, data.num_outputs)) else []
-    encode_data(data, base.tokenizer, base.config, WHOLE)
+    encode_data(data, base.tokenizer, base.config, args.max_length)
     lengths = [len(example["input_ids"]) for example in data.train.examples]
-    num_cut = sum(length > args.max_length for length in lengths)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(base.config)
     if args.method != "full":
@@ -672,7 +671,7 @@ def dry_run(args: Arguments, data: Data) -> str:
         [
             data.sizes(args.model),
             *notes,
-            f"tokens: {sum(lengths) / len(lengths):.0f} on average; examples that are cut: {num_cut} of {len(lengths)}",
+            f"tokens: {sum(lengths) / len(lengths):.0f} on average",
             f"parameters: {trained:,} trained and {head:,} of the head",
             f"steps: {steps} of {per_step} examples",
             "",

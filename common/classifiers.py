@@ -271,6 +271,9 @@ def set_padding(tokenizer: Any, config: "transformers.PretrainedConfig", name: s
         tokenizer.padding_side = "left"
 
 
+WHOLE = 10**6  # tokens: a length that cuts no text
+
+
 def num_embeddings(config: "transformers.PretrainedConfig") -> float:
     """How many tokens the model knows; infinite for a model that has no vocabulary."""
     return getattr(config.get_text_config(), "vocab_size", math.inf)
@@ -311,13 +314,18 @@ def encode_data(
     config: "transformers.PretrainedConfig",
     max_length: int,
 ) -> None:
-    """`encode` for every split, which gets its `examples`. Notes that nothing separates the texts of a pair."""
+    """`encode` for every split, which gets its `examples`. Notes on texts that are cut, and on pairs that nothing
+    separates."""
     if len(data.train.texts[0]) == 2 and not separates_pairs(tokenizer):
         data.notes.append(
             "note: this tokenizer puts nothing between the two texts of a pair, so the model cannot see where one ends"
         )
-    for split in (data.train, data.validation, *data.tests.values()):
+    for name, split in (("training", data.train), ("validation", data.validation), *data.tests.items()):
         split.examples = encode(tokenizer, config, split.texts, max_length)
+        full = [row for row, example in enumerate(split.examples) if len(example["input_ids"]) == max_length]
+        whole = encode(tokenizer, config, [split.texts[row] for row in full], WHOLE) if full else []
+        if cut := sum(len(example["input_ids"]) > max_length for example in whole):
+            data.notes.append(f"note: {cut} of the {len(split)} examples of {name} are cut after {max_length} tokens")
 
 
 def training_examples(

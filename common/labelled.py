@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,6 +231,10 @@ def _read_data(args: Any) -> Data:
     for part, of in (("training", train), ("validation", validation)):
         if names is None and len(set(of.labels)) < 2:
             raise UserError(f"{source}: all {part} examples have the same number in {args.label!r}: add others")
+    for name, table in records.items() if args.data else ():
+        unused = [column for column in table.column_names if column not in (*args.fields, args.label)]
+        unused = [column for column in unused if any(cell not in (None, "") for cell in table[column])]
+        notes += [f"note: columns of {name} that are not used: {', '.join(unused)}"] if unused else []
     for name, held_out in (("validation", validation), *tests.items()):
         rows = (zip(part.texts, part.labels, strict=True) for part in (train, held_out))
         notes += filter(None, [note_on_overlap(*rows, name)])
@@ -250,7 +255,8 @@ def classes_of(labels: list[Any], source: str, label_field: str) -> list[str]:
     """The names of the classes, numbers in their order.
 
     Raises:
-        UserError: labels are lists or numbers to predict, have fewer than two classes, or differ in case alone.
+        UserError: labels are lists or numbers to predict, have fewer than two classes, or differ only in case, spaces
+            or the form of their characters.
     """
     for number, label in enumerate(labels, 1):
         _require_one(label, f"{source}, example {number}: {label_field!r}")
@@ -261,10 +267,18 @@ def classes_of(labels: list[Any], source: str, label_field: str) -> list[str]:
         raise UserError(f"{source} has {len(names)} class in {label_field!r}: classification needs two or more")
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(name.casefold(), name)
+        other = seen.setdefault(_looks(name), name)
         if other != name:
-            raise UserError(f"{source}: the labels {other!r} and {name!r} differ in case alone: write them alike")
+            what = "differ only in case, spaces or the form of their characters: write them alike"
+            raise UserError(f"{source}: the labels {other!a} and {name!a} {what}")
     return names
+
+
+def _looks(name: str) -> str:
+    """The same text for labels that a reader takes for one: of another case, Unicode form or spacing, +1 and 01."""
+    text = unicodedata.normalize("NFKC", name).casefold().replace("\u2212", "-")  # the minus of typesetting
+    text = " ".join("".join(char for char in text if unicodedata.category(char) != "Cf").split())
+    return str(int(text)) if re.fullmatch(r"[+-]?[0-9]+", text) else text
 
 
 def _require_no_header(labels: list[Any], source: str) -> None:
@@ -342,7 +356,7 @@ def _unknown(label: Any, class_names: list[str]) -> str:
     text = f"label {label!r} is none of the training classes {', '.join(class_names)}"
     if label_text(label) == "-1":
         return f"{text}: it stands for a label that is not known, as in GLUE's test files; leave those examples out"
-    alike = [name for name in class_names if name.casefold() == label_text(label).casefold()]
+    alike = [name for name in class_names if _looks(name) == _looks(label_text(label))]
     return f"{text}: {alike[0]!r} is written otherwise" if alike else text
 
 

@@ -131,11 +131,18 @@ def read_table(source: str, fields: list[str], label: str, split: str = "train")
     return _cached([path], has_header=False)
 
 
-def note_on_overlap(trained: Iterable[Hashable], held_out: Iterable[Hashable], name: str) -> str | None:
-    """A note if held-out examples are also trained on, else None."""
+Pairs = Iterable[tuple[Hashable, Hashable]]
+
+
+def note_on_overlap(trained: Pairs, held_out: Pairs, name: str) -> str | None:
+    """A note if held-out examples are also trained on, as pairs of a text and its label or answer; else None."""
     trained, held_out = set(trained), list(held_out)
-    count = sum(example in trained for example in held_out)
-    return f"note: {count} of the {len(held_out)} examples of {name} are trained on too" if count else None
+    texts, of_all = {text for text, _ in trained}, f"of the {len(held_out)} examples of {name}"
+    same = sum(pair in trained for pair in held_out)
+    other = sum(text in texts for text, _ in held_out) - same
+    parts = [f"{same} {of_all} are trained on too"] if same else []
+    parts += [f"{other} {of_all} are trained on with another label or answer"] if other else []
+    return f"note: {'; '.join(parts)}" if parts else None
 
 
 def require_fields(records: "datasets.Dataset", fields: list[str], source: str, remedy: str) -> None:

@@ -22,7 +22,7 @@ from common.pretrained import resolve_demo
 from common.ranks import read_deepspeed
 from common.runs import SAMPLES, JsonLines
 from common.tables import note_on_overlap
-from common.templates import Template, decode_response
+from common.templates import IGNORE_INDEX, Template, decode_response
 
 if TYPE_CHECKING:
     import datasets
@@ -101,7 +101,8 @@ def hold_out(
             raise UserError(
                 f"--validation-data {args.validation_data} has exactly the examples of the training: name others"
             )
-        note = note_on_overlap(trained, watched, "what is held out")
+        pairs = (zip(_prompt_digests(of), rows, strict=True) for of, rows in ((examples, trained), (held_out, watched)))
+        note = note_on_overlap(*pairs, "what is held out")
         if note and os.environ.get("RANK", "0") == "0":
             print(note, flush=True)
     return examples, held_out
@@ -118,15 +119,22 @@ def _split(args: Any, examples: "datasets.Dataset") -> "tuple[datasets.Dataset, 
 
 def row_digests(examples: "datasets.Dataset") -> list[bytes]:
     """A digest of each tokenised example's `input_ids` and `labels`."""
-    digests = []
+    return [hashlib.sha256(ids.tobytes() + labels.tobytes()).digest() for ids, labels in _rows(examples)]
+
+
+def _prompt_digests(examples: "datasets.Dataset") -> list[bytes]:
+    """A digest of each tokenised example's tokens that are not trained."""
+    return [hashlib.sha256(ids[labels == IGNORE_INDEX].tobytes()).digest() for ids, labels in _rows(examples)]
+
+
+def _rows(examples: "datasets.Dataset") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each tokenised example's `input_ids` and `labels`, (T,) each."""
     for table in examples.with_format("arrow").iter(batch_size=1000):
         columns = [table.column(name).combine_chunks() for name in ("input_ids", "labels")]
         ends = np.cumsum(columns[0].value_lengths().to_numpy(zero_copy_only=False))[:-1]
-        rows = (np.split(column.flatten().to_numpy(zero_copy_only=False), ends) for column in columns)
-        digests += [
-            hashlib.sha256(ids.tobytes() + labels.tobytes()).digest() for ids, labels in zip(*rows, strict=True)
-        ]
-    return digests
+        yield from zip(
+            *(np.split(column.flatten().to_numpy(zero_copy_only=False), ends) for column in columns), strict=True
+        )
 
 
 def together(examples: "datasets.Dataset", held_out: "datasets.Dataset | None") -> "datasets.Dataset":

@@ -950,7 +950,13 @@ def test_labels_of_every_kind_are_read_or_named(tmp_path):
     for labels, settings, message in (
         (([0], [1]), {}, "example 1: 'label' is a list"),
         (([0], [1]), {"task": "sst2"}, "example 1: 'label' is a list"),
-        (("Pos", "pos", "neg"), {}, "'Pos' and 'pos' differ in case alone"),
+        (("Pos", "pos", "neg"), {}, "'Pos' and 'pos' differ only in case, spaces or the form"),
+        (("positivit\u00e9", "neg", "positivite\u0301"), {}, r"'positivite\u0301' and 'positivit\xe9' differ only in"),
+        (("pos", "neg", "pos\u200b"), {}, r"'pos' and 'pos\u200b' differ only in case"),
+        (("very good", "neg", "very  good"), {}, "'very  good' and 'very good' differ only in case"),
+        (("1", "01", "2"), {}, "differ only in case"),
+        (("1", "+1", "-1"), {}, "differ only in case"),
+        (("-1", "1", "\u22121"), {}, r"'-1' and '\u22121' differ only in case"),
         (("negative", "Positive"), {"task": "sst2"}, "'positive' is written otherwise"),
         ((0, -1), {"task": "sst2"}, "a label that is not known"),
         ((0, 1), {"metric": "pearson"}, "choose among accuracy, macro_f1, matthews, f1"),
@@ -1006,6 +1012,36 @@ def test_what_may_be_read_otherwise_than_it_is_meant_is_said_or_refused(tmp_path
     pairs = [{"a": "x" if i else "", "b": "y" if i else None, "label": i % 2} for i in range(30)]
     with pytest.raises(UserError, match="example 1: 'a' is empty or no text: ''"):
         data(str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), ["a", "b"])
+
+
+def test_what_is_not_used_of_the_data_is_said(tmp_path):
+    """Other columns, texts beyond --max-length, and held-out texts that are trained on with another label."""
+
+    def rows(name: str, count: int, shift: int = 0) -> str:
+        cells = [{"sentence": f"film {i}" + " more" * 3 * (i % 4), "label": (i + shift) % 2} for i in range(count)]
+        return str(write_jsonl(tmp_path / name, [row | {"split": "test", "empty": None} for row in cells]))
+
+    tests = [rows("same.jsonl", 8), rows("other.jsonl", 12, shift=1)]
+    data = nlu.load_data(
+        nlu.Arguments(
+            data=rows("a.jsonl", 40), validation_data=rows("b.jsonl", 44), fields=["sentence"], test_data=tests
+        )
+    )
+    assert data.notes == [
+        f"note: columns of {tmp_path / 'a.jsonl'} that are not used: split",
+        f"note: columns of {tmp_path / 'b.jsonl'} that are not used: split",
+        "note: 40 of the 44 examples of validation are trained on too",
+        "note: 8 of the 8 examples of same are trained on too",
+        "note: 12 of the 12 examples of other are trained on with another label or answer",
+    ]
+    sizes = [len(text.split()) + 2 for (text,) in data.tests["other"].texts]  # a token a word, one before, one behind
+    assert sorted(set(sizes)) == [4, 7, 10, 13]
+    for longest in (13, 10, 9):
+        found = dataclasses.replace(data, notes=[])
+        classifiers.encode_data(found, make_tokenizer("bert"), CONFIGS["bert"](), longest)
+        count = sum(size > longest for size in sizes)
+        line = f"note: {count} of the 12 examples of other are cut after {longest} tokens"
+        assert found.notes[-1:] == [line] * (count > 0)
 
 
 def test_every_class_has_its_share_of_what_is_held_out():

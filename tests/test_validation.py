@@ -23,7 +23,7 @@ from common.ranks import start_ranks
 from common.tables import load_records
 from common.templates import IGNORE_INDEX, encode_prompt
 from common.training import Training, random_order
-from common.validation import is_out_of_patience, read_prompts, vain_validations
+from common.validation import hold_out, is_out_of_patience, read_prompts, vain_validations
 
 STEPS, EVAL_STEPS = 12, 3
 
@@ -109,6 +109,19 @@ def logits_of_each(model: torch.nn.Module, examples: list[dict]) -> tuple[np.nda
 def halved(module: torch.nn.Module, inputs: tuple, output: dict) -> dict:
     output["logits"] = output["logits"] * 0.5
     return output
+
+
+def test_a_held_out_prompt_that_is_trained_with_another_answer_is_counted(tmp_path, capsys):
+    def examples(name: str, *pairs: tuple[str, str]):
+        rows = [json.dumps({"instruction": prompt, "output": answer}) for prompt, answer in pairs]
+        (tmp_path / name).write_text("\n".join(rows))
+        return build_dataset(load_records(str(tmp_path / name)), make_tokenizer(), ["instruction", "output"], 512)[0]
+
+    trained = examples("a.jsonl", ("p", "one"), ("p", "two"), ("q", "one"), ("r", "one"))
+    watched = examples("b.jsonl", ("p", "two"), ("q", "two"), ("r", "three"), ("s", "one"))
+    hold_out(train.Arguments(validation_data="b.jsonl"), trained, watched)
+    said = "1 of the 4 examples of what is held out are trained on too; 2 of the 4 examples of what is held out are"
+    assert f"note: {said} trained on with another label or answer\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
