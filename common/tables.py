@@ -691,6 +691,8 @@ def _plain(cell: Any, kind: Any) -> Any:
     out, because a null would be trained as an argument of a tool call.
     """
     match cell:
+        case str() if str(kind) == "extension<arrow.json>":  # of `datasets`, for objects of different keys
+            return json.loads(cell)
         case None | bool() | str() | int():
             return cell
         case float():

@@ -185,6 +185,12 @@ def test_an_object_has_the_keys_that_it_was_written_with(tmp_path, monkeypatch, 
     made.to_parquet(tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet") if comes_from == "a file" else list(load_records("somebody/data"))
     assert found == rows
+    mixed = datasets.Features({"messages": datasets.List({"calls": datasets.Json()}), "more": datasets.Json()})
+    rows = [{"messages": [{"calls": {"x": 0.7}}, {"calls": "text"}], "more": [{"y": "0"}, None]}]
+    made = datasets.Dataset.from_list(rows, features=mixed)
+    made.to_parquet(tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet") if comes_from == "a file" else list(load_records("somebody/data"))
+    assert found == rows
     (tmp_path / "a.jsonl").write_text('{"arguments": {"city": null}}')  # written so by somebody
     assert read(tmp_path / "a.jsonl") == [{"arguments": {"city": None}}]
 
