@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -24,7 +25,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from common.cli import UserError
+from common.cli import UserError, first_line
 from common.exports import KEEP_BASE
 from common.pretrained import resolve_dtype
 from common.ranks import choose_device
@@ -79,6 +80,31 @@ def check_adapter(adapter: str, ckpt: str, config: PretrainedConfig, backend: st
         )
     if backend == "vllm" and lora["r"] > VLLM_LORA_RANKS[-1]:
         raise UserError(f"--adapter {adapter} has rank {lora['r']}, vLLM takes {VLLM_LORA_RANKS[-1]}: merge it first")
+
+
+def tokenizer_of(
+    adapter: str, ckpt: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in an adapter's folder, which has the chat template of its training; the checkpoint's `tokenizer`
+    where the folder has none.
+
+    Raises:
+        UserError: it cannot be loaded, has no end token, or has tokens that are not the checkpoint's.
+    """
+    if not (Path(adapter) / "tokenizer_config.json").is_file():
+        return tokenizer
+    try:
+        theirs = AutoTokenizer.from_pretrained(adapter)
+    except Exception as error:  # OSError, ValueError, and errors of tokenizers
+        raise UserError(f"--adapter {adapter}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    if theirs.eos_token_id is None:
+        raise UserError(f"--adapter {adapter}: its tokenizer has no end-of-sequence token: set eos_token there")
+    known, found, size = tokenizer.get_vocab(), theirs.get_vocab(), config.get_text_config().vocab_size
+    apart = known.items() - found.items() | {(token, i) for token, i in found.items() - known.items() if i >= size}
+    if apart:
+        token = min(apart)[0]
+        raise UserError(f"--adapter {adapter} and {ckpt} have no common tokenizer (they differ in {token!r})")
+    return theirs
 
 
 def _cut(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:

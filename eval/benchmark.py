@@ -33,7 +33,7 @@ from common.cli import UserError, option, require_not_negative, require_positive
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.runs import first_difference, package_versions, write_whole
 from common.tables import data_files, load_records, require_fields, with_texts
-from common.templates import ALPACA_PROMPT, encode_opening
+from common.templates import ALPACA_PROMPT, DAY, encode_opening
 from eval.generation import (
     Backend,
     Completion,
@@ -139,7 +139,8 @@ Turns = Sequence[tuple[str, str]]  # earlier questions with their answers: solve
 
 
 def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns = ()) -> list[int]:
-    """The prompt's token ids, with the tokenizer's own start token where it has one.
+    """The prompt's token ids, with the tokenizer's own start token where it has one. A chat template that writes
+    today's date writes the date of training, so that the prompt is the same every day.
 
     Raises:
         UserError: `chat`, and the tokenizer has no chat template.
@@ -153,7 +154,8 @@ def encode_prompt(tokenizer: Any, template: str, instruction: str, turns: Turns 
         messages.append({"role": "user", "content": instruction})
         if not tokenizer.chat_template:
             raise UserError("--prompt chat: the checkpoint's tokenizer has no chat template")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        fixed = {"strftime_now": lambda form: time.strftime(form, DAY)}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **fixed)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
     prompt = PROMPTS[template]
     openings = [prompt.format(instruction=question) for question in (*(question for question, _ in turns), instruction)]
@@ -482,13 +484,15 @@ class Run(Results):
         self._origin["backend"] = backend_name(args.backend)
         self.ckpt = resolve_demo(args.ckpt, "model")
         self.tokenizer, self.config = load_tokenizer_and_config(self.ckpt)
-        trained = self.tokenizer.init_kwargs.get("trained_template")  # train.py leaves it in merged/
-        if trained in ("chat", "raw") and args.prompt.startswith("alpaca"):
-            print(f"note: {args.ckpt} was trained with another prompt: --prompt {trained}", file=sys.stderr)
         if args.adapter is not None:
-            from eval.backends import check_adapter
+            from eval.backends import check_adapter, tokenizer_of
 
             check_adapter(args.adapter, self.ckpt, self.config, self._origin["backend"])
+            self.tokenizer = tokenizer_of(args.adapter, args.ckpt, self.tokenizer, self.config)
+        trained = self.tokenizer.init_kwargs.get("trained_template")  # train.py leaves it in merged/ and adapter/
+        if trained in ("chat", "raw") and args.prompt.startswith("alpaca"):
+            name = args.adapter or args.ckpt
+            print(f"note: {name} was trained with another prompt: --prompt {trained}", file=sys.stderr)
 
     def records(
         self,

@@ -498,6 +498,22 @@ def test_an_adapter_generates_what_the_merged_model_does(argv, tmp_path, checkpo
     assert summary["adapter"] == str(adapter)
 
 
+def test_an_adapter_is_asked_in_its_own_template_and_every_day_alike(argv, error, tmp_path, checkpoint, adapter):
+    base, tuned = make_tokenizer(), make_tokenizer()
+    base.chat_template = "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}: {{ messages[0].content }}"
+    tuned.chat_template = "[trained] {{ messages[0].content }}"
+    base.save_pretrained(checkpoint)
+    options = ("--prompt", "chat", "--limit", 1, "--adapter", adapter)
+    items, _ = run(gsm8k, argv, tmp_path / "a", *options)
+    assert items[0]["prompt"] == "26 Jul 2024: 0 and 1?"
+    tuned.save_pretrained(adapter)
+    items, _ = run(gsm8k, argv, tmp_path / "b", *options)
+    assert items[0]["prompt"] == "[trained] 0 and 1?"
+    tuned.add_tokens(["<new>"])
+    tuned.save_pretrained(adapter)
+    assert "no common tokenizer (they differ in '<new>')" in error(*options)
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4", "lora_ga", "corda"])
 def test_an_adapter_of_a_changed_base_is_scored_as_it_was_trained_or_refused(start, argv, tmp_path, checkpoint):
     """As PEFT's trainer leaves it, without the changed base; the completions against those of the trained model."""
