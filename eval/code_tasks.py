@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from common.cli import UserError, option, require_positive
 from common.intervals import mean, score_line, share
 from eval import benchmark
 from eval.benchmark import Run, after_thoughts, digest
-from eval.sandbox import INSIDE, Limits, Program, Verdict, require_isolation, run_programs
+from eval.sandbox import INSIDE, Limits, Program, Verdict, packages, require_isolation, run_programs
 
 
 @dataclass
@@ -81,6 +82,7 @@ ODD_INDENT = re.compile(r"^[ \t]*[^\S\n \t][^\S\n]*", re.MULTILINE)  # with blan
 # A statement with one of these reads, shows, tests or ends something: it is no part of the function.
 DRIVES = set("__name__ _exit argv assert exit input main parse_args print quit show stdin testmod".split())  # noqa: SIM905
 NOT_HARMLESS = set("antigravity idlelib this tkinter turtle turtledemo".split())  # noqa: SIM905  # act, or need a screen
+PACKAGES = {Path(folder).name for folder in packages()}  # that a program may import beside Python's library
 BUILT_IN = frozenset(dir(builtins))
 MOST_PARSED = 1_000_000  # characters of one completion that are parsed: some texts would take for ever
 MOST_ROUNDS = 10  # rounds in which statements that change needed data are added
@@ -127,12 +129,26 @@ class Statement:
     def names(self) -> Names:
         return _names_of(self.text) if self.nodes else Names(set(), set(), set())
 
+    @functools.cached_property
+    def is_absent(self) -> bool:
+        """Whether it imports a module that no program has here: the name of a file, or a package."""
+        known = sys.stdlib_module_names | PACKAGES
+        imports = [node for node in self.nodes if isinstance(node, IMPORTS)]
+        return any(module.split(".")[0] not in known for node in imports for module in _modules(node))
+
     def is_only(self, kinds: tuple[type, ...]) -> bool:
         return all(isinstance(node, kinds) for node in self.nodes)
 
     def is_stub(self) -> bool:
         """Whether it defines functions or classes and leaves their bodies open."""
         return bool(self.nodes) and all(map(_is_open, self.nodes))
+
+
+def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The modules that an import names; a relative one begins with its points."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return ["." * node.level + (node.module or "")]
 
 
 def _returns(node: ast.AST) -> bool:
@@ -192,6 +208,8 @@ def _defined(statements: list[Statement], names: tuple[str, ...], before: str = 
     for statement in [*defining, *statements]:
         levels.setdefault(statement.group, statement.indent)
     own = [statement for statement in statements if statement.nodes and statement.indent == levels[statement.group]]
+    present = {name for statement in (*given, *own) if not statement.is_absent for name in statement.names.binds}
+    own = [statement for statement in own if not (statement.is_absent and statement.names.binds & present)]
     return _program(_current([*given, *own], names), names)
 
 
@@ -356,7 +374,7 @@ def _defines(statement: Statement, names: tuple[str, ...]) -> bool:
 def _defining(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
     """The statements that define one of `names`, but not in a function's body; none if they are stubs for a body."""
     bodies = {s.group for s in statements if s.returns}
-    found = [s for s in statements if _defines(s, names) and s.group not in bodies]
+    found = [s for s in statements if _defines(s, names) and s.group not in bodies and not s.is_absent]
     return [] if bodies and all(s.is_stub() for s in found) else found
 
 
@@ -441,11 +459,12 @@ def _root(node: ast.AST) -> str | None:
 
 
 def _is_harmless(statement: Statement, bound: set[str]) -> bool:
-    """Whether it can neither fail nor act: a function, a value that is written out, an import of Python's library."""
-    if statement.is_only((ast.ImportFrom, ast.Import)):
-        modules = [getattr(node, "module", None) or alias.name for node in statement.nodes for alias in node.names]
-        known = sys.stdlib_module_names - NOT_HARMLESS
-        return all(module.split(".")[0] in known for module in modules)
+    """Whether it can neither fail nor act: a function, a value that is written out, an import of Python's library or of
+    all names of a package."""
+    if statement.is_only(IMPORTS):
+        modules = {module.split(".")[0] for node in statement.nodes for module in _modules(node)}
+        has_star = any(alias.name == "*" for node in statement.nodes for alias in node.names)
+        return modules <= (sys.stdlib_module_names - NOT_HARMLESS | (PACKAGES if has_star else set()))
     if statement.is_only((ast.FunctionDef,)):
         return statement.names.at_once <= bound and not any(node.decorator_list for node in statement.nodes)
     try:

@@ -236,7 +236,7 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
     with _folder(found) as folder:
         settings = vars(limits) | {"level": found.level, "folder": folder}
         settings["filter"] = filter_program().hex() if found.filter else ""
-        settings |= {"visible": _visible_folders(), "hidden": _package_folders(), "packages": _packages()}
+        settings |= {"visible": _visible_folders(), "hidden": _package_folders(), "packages": packages()}
         try:
             messages = starter.run(settings, program, PATIENCE * limits.timeout + GRACE)
         except TimeoutError:
@@ -288,7 +288,7 @@ def _visible_folders() -> dict[str, str]:
 
 
 @functools.cache
-def _packages() -> list[str]:
+def packages() -> list[str]:
     """The packages that a program may import beside the standard library: numpy, if installed, with its libraries."""
     found = importlib.util.find_spec("numpy")
     folder = os.path.realpath(os.path.dirname(found.origin)) if found else ""

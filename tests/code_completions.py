@@ -174,8 +174,22 @@ PASSING = {
     "restated stub and body apart": fenced('def add(x: int, y: int):\n    """Add two numbers"""\n')
     + "\n\nThe body is:\n\n    return x + y\n",
     "runs on": fenced(RIGHT) + "\n\n### Instruction:\nSubtract.\n\n### Response:\n" + fenced(WRONG),
+    "tests import from a file": fenced(RIGHT)
+    + "\nTests:\n"
+    + fenced("import unittest\nfrom your_module import add\n\nclass TestAdd(unittest.TestCase):\n    pass\n"),
+    "two files in one block": fenced("# add.py\n" + RIGHT + "\n# test_add.py\nimport add\nassert add.add(1, 2) == 3\n"),
+    "relative import": fenced("from .helpers import plus\ndef plus(a, b):\n    return a + b\n")
+    + "\nand\n"
+    + fenced("from . import plus\ndef add(x, y):\n    return plus(x, y)\n"),
+    "body and tests": "    return x + y\n\nTests:\n" + fenced("from solution import add\nassert add(1, 2) == 3\n"),
+    "class from a file": fenced("class Solution:\n    def add(self, x, y):\n        return x + y\n")
+    + "\nUsage:\n"
+    + fenced("from solution import Solution\nprint(Solution().add(1, 2))\n"),
+    "numpy's names": fenced("from numpy import *\ndef add(x, y):\n    return int(sum(array([x, y])))\n"),
 }
 FAILING = {
+    "only imported": fenced("from your_module import add\nassert add(1, 2) == 3\n"),
+    "missing package": fenced("from pandas import Series\ndef add(x, y):\n    return int(Series([x, y]).sum())\n"),
     "wrong": fenced(WRONG),
     "wrong body": "    return x - y\n",
     "syntax": fenced("def add(x, y):\n    return x +\n"),
