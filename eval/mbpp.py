@@ -15,6 +15,7 @@ first. Tests see only the functions and classes that the reference solution defi
 How to run
     python eval/mbpp.py --ckpt output/ba-lora/merged                        500 test items from the hub, greedy, pass@1
     python eval/mbpp.py --ckpt FOLDER_OR_HUB_NAME --data sanitized_mbpp.json
+    python eval/mbpp.py --ckpt FOLDER_OR_HUB_NAME --data evalplus/mbppplus  MBPP+: the prompt has MBPP's tests
     python eval/mbpp.py --ckpt BASE_MODEL --prompt raw --shots 3            the paper's few-shot form, with its examples
 
 What comes out, in --output-dir
@@ -46,7 +47,7 @@ PAPERS_EXAMPLES = ("2", "3", "4")  # task ids of the paper's three examples
 
 @dataclass
 class Arguments(code_tasks.Arguments):
-    data: str = option(HUB_DATA, "file in MBPP's format, full or sanitized (scored whole), or hub name")
+    data: str = option(HUB_DATA, "file in the format of MBPP (full, or sanitized: scored whole) or MBPP+, or hub name")
     max_new_tokens: int = option(512, "longest completion, in tokens")
 
 
@@ -63,11 +64,18 @@ def instruction_of(record: dict[str, Any]) -> str:
 
 
 def program_of(record: dict[str, Any], completion: str) -> Program:
-    """The completion's code, and the item's tests."""
-    tests = "\n".join([record.get("test_setup_code") or "", *record["test_list"]])
-    defined = re.findall(r"^(?:def|class)\s+(\w+)", record["code"], re.MULTILINE)
+    """The completion's code, and the item's tests: `test`, which MBPP+ has, else test_list.
+
+    Raises:
+        UserError: `test` is no text.
+    """
+    whole = record.get("test") or "\n".join(record["test_list"])
+    if not isinstance(whole, str):
+        raise UserError(f"MBPP item {record.get('task_id')}: test is {type(whole).__name__}, and a text in MBPP+")
+    tests = "\n".join([record.get("test_setup_code") or "", whole])
+    defined, helping = (set(re.findall(r"^(?:def|class)\s+(\w+)", code, re.M)) for code in (record["code"], tests))
     used = set(re.findall(r"\w+", tests))
-    names = tuple(sorted(used & set(defined)))
+    names = tuple(sorted(used & defined - helping))
     # One item's test uses `sys` because its reference solution imports it.
     imports = re.findall(r"^(?:import|from)\s.*", record["code"], re.MULTILINE)
     imports = [line for line in imports if used & set(re.findall(r"\w+", line)) - {"import", "from", "as"}]

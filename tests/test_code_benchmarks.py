@@ -337,6 +337,21 @@ def test_an_mbpp_test_that_needs_a_class_of_the_programs():
     assert verdicts_of([mbpp.program_of(record, f"```python\n{node}def depth(root): return 1\n```")]) == [False]
 
 
+def test_mbpp_pluss_tests_are_run_and_mbpps_are_shown():
+    """EvalPlus's form: one text of tests with helpers of their own, here with the name of one of the solution's."""
+    plus = (
+        "import numpy as np\ndef plus(out, exp):\n    assert np.allclose(out, exp)\n\ninputs = [[1, 2], [5, 6]]\n"
+        "results = [3, 11]\nfor i, (inp, exp) in enumerate(zip(inputs, results)):\n    plus(add(*inp), exp)\n"
+    )
+    record = {"task_id": 1, "prompt": "Add.", "code": f"def plus(a, b):\n    return a + b\n{WHOLE}", "test": plus}
+    record["test_list"] = ["assert add(1, 2) == 3"]
+    assert mbpp.instruction_of(record).endswith("tests:\n\nassert add(1, 2) == 3")
+    fits_shown = "def add(x, y):\n    return 3\n"
+    assert verdicts_of([mbpp.program_of(record, code) for code in (WHOLE, fits_shown)]) == [True, False]
+    with pytest.raises(UserError, match="item 1: test is list"):
+        mbpp.program_of(record | {"test": [plus]}, WHOLE)
+
+
 def test_mbpp_as_a_table(tmp_path):
     """A list in a cell of csv is written as JSON."""
     columns = "task_id,text,code,test_list"
