@@ -81,6 +81,7 @@ BESIDE = re.compile(r"\b(?:also|alternatively?|another|buggy|incorrect\w*|mistak
 ODD_INDENT = re.compile(r"^[ \t]*[^\S\n \t][^\S\n]*", re.MULTILINE)  # with blanks that are neither space nor tab
 # A statement with one of these reads, shows, tests or ends something: it is no part of the function.
 DRIVES = set("__name__ _exit argv assert exit input main parse_args print quit show stdin testmod".split())  # noqa: SIM905
+READS = set("argv input parse_args stdin".split())  # noqa: SIM905
 NOT_HARMLESS = set("antigravity idlelib this tkinter turtle turtledemo".split())  # noqa: SIM905  # act, or need a screen
 PACKAGES = {Path(folder).name for folder in packages()}  # that a program may import beside Python's library
 BUILT_IN = frozenset(dir(builtins))
@@ -88,6 +89,8 @@ MOST_PARSED = 1_000_000  # characters of one completion that are parsed: some te
 MOST_ROUNDS = 10  # rounds in which statements that change needed data are added
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
+DATA = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp)
+DATA += (ast.BinOp, ast.UnaryOp, ast.Compare)  # expressions whose values nobody calls
 
 
 class Names(NamedTuple):
@@ -121,6 +124,19 @@ class Statement:
         }
 
     @functools.cached_property
+    def calls(self) -> set[str]:
+        """The functions and methods that it calls when it runs."""
+        run = (node for statement in self.nodes for node in _at_once(statement))
+        return {getattr(n.func, "id", getattr(n.func, "attr", "")) for n in run if isinstance(n, ast.Call)}
+
+    @functools.cached_property
+    def is_data(self) -> bool:
+        """Whether its values are such that nobody calls, by an expression or by a built-in function."""
+        values = [getattr(node, "value", None) for node in self.nodes]
+        plain = (isinstance(v, DATA) or getattr(getattr(v, "func", None), "id", None) in BUILT_IN for v in values)
+        return all(plain) and not any(isinstance(node, ast.Lambda) for node in self.walk())
+
+    @functools.cached_property
     def returns(self) -> bool:
         """Whether it belongs into a function."""
         return any(map(_returns, self.nodes))
@@ -151,16 +167,19 @@ def _modules(node: ast.Import | ast.ImportFrom) -> list[str]:
     return ["." * node.level + (node.module or "")]
 
 
-def _returns(node: ast.AST) -> bool:
-    """Whether it belongs into a function: it returns or yields outside of the functions in it."""
+def _at_once(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes outside of the functions in it."""
     waiting = [node]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom)):
-            return True
+        yield node
         if not isinstance(node, (*DEFINITIONS, ast.Lambda)):
             waiting += ast.iter_child_nodes(node)
-    return False
+
+
+def _returns(node: ast.AST) -> bool:
+    """Whether it belongs into a function: it returns or yields outside of the functions in it."""
+    return any(isinstance(part, (ast.Return, ast.Yield, ast.YieldFrom)) for part in _at_once(node))
 
 
 def _is_open(node: ast.stmt) -> bool:
@@ -382,6 +401,7 @@ def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statem
     """The versions that count."""
     solid = {name for statement in statements if not statement.is_stub() for name in statement.names.binds}
     statements = [s for s in statements if not (s.is_stub() and s.names.binds <= solid)]
+    statements = _without_drivers(statements, names)
     counting, beside = None, set()
     for statement in statements:
         if _defines(statement, names) and statement.group not in {counting, *beside}:
@@ -391,6 +411,21 @@ def _current(statements: list[Statement], names: tuple[str, ...]) -> list[Statem
             else:
                 counting = statement.group
     return [statement for statement in statements if statement.group not in beside]
+
+
+def _without_drivers(statements: list[Statement], names: tuple[str, ...]) -> list[Statement]:
+    """The statements without those after the last definition that set a function's name, or a built-in one, to input,
+    to the function's result or to other data: `str = input()`, `total = total([1, 2])`."""
+    functions = {*names, *(name for s in statements if s.is_only(DEFINITIONS) for name in s.names.binds)}
+    fixed = (*DEFINITIONS, *IMPORTS)
+    uses = [not s.is_only(fixed) and bool(s.words & READS or s.calls & {*names, *s.names.binds}) for s in statements]
+    last = max((i for i, s in enumerate(statements) if _defines(s, names) and not uses[i]), default=len(statements))
+
+    def is_driver(statement: Statement, uses: bool) -> bool:
+        sets = statement.names.binds & (functions | BUILT_IN)
+        return bool(sets) and (uses or (statement.is_data and not sets & functions))
+
+    return [s for i, s in enumerate(statements) if i <= last or not is_driver(s, uses[i])]
 
 
 def _program(statements: list[Statement], names: tuple[str, ...]) -> str:

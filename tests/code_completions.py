@@ -187,7 +187,30 @@ PASSING = {
     + fenced("from solution import Solution\nprint(Solution().add(1, 2))\n"),
     "numpy's names": fenced("from numpy import *\ndef add(x, y):\n    return int(sum(array([x, y])))\n"),
 }
+SHADOWING = "def add(x, y):\n    return int(str(sum(list((x, max(y, y))))))\n\n"
+PASSING |= {
+    f"shadowing driver: {driver}": fenced(SHADOWING + driver)
+    for driver in (
+        "str = input('a: ')\nprint(add(int(str), 1))\n",
+        "list = [1, 2]\nprint(add(*list))\n",
+        "list: list = sorted([2, 1])\nmax, min = 2, 1\n",
+        "sum = add(1, 2)\nprint(sum)\n",
+        "sum = 0\nfor x in range(3):\n    sum += add(x, 1)\n",
+        "add = add(1, 2)\nprint(add)\n",
+        "while True:\n    str = input()\n    if not str: break\n",
+        "for list in [[1, 2], [3, 4]]:\n    print(add(*list))\n",
+    )
+}
+PASSING |= {
+    "own sum after": fenced("def add(x, y):\n    return sum(x, y)\n\nsum = lambda a, b: a + b\n"),
+    "own class, then an object": fenced(
+        "class Adder:\n    def plus(self, a, b):\n        return a + b\n\ndef add(x, y):\n    return Adder().plus(x, y)\n\nAdder = Adder()\nprint(Adder.plus(1, 2))\n"
+    ),
+    "own cache": fenced("def cache(f):\n    return lambda *a: f(*a)\n\n" + RIGHT + "\nadd = cache(add)\n"),
+}
 FAILING = {
+    "replaced": fenced(RIGHT + "\nadd = lambda x, y: 0\n"),
+    "shadowed before": fenced("sum = 5\n\ndef add(x, y):\n    return sum((x, y))\n"),
     "only imported": fenced("from your_module import add\nassert add(1, 2) == 3\n"),
     "missing package": fenced("from pandas import Series\ndef add(x, y):\n    return int(Series([x, y]).sum())\n"),
     "wrong": fenced(WRONG),
