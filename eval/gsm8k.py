@@ -52,10 +52,15 @@ class Arguments(LossArguments, benchmark.Arguments):
     data: str = option(HUB_DATA, "file in GSM8K's format (question, answer), hub name, or 'demo'")
 
 
-NUMBER = re.compile(r"(-?)\s?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
-LAST_DIGIT = re.compile(r"\d[-\s$\d.,/]*")  # in the reversed text: with everything before it that NUMBER may match
+NUMBER = re.compile(r"(-?)\s?(?:\\?[$€£¥₹])?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d+))?")
+LAST_DIGIT = re.compile(
+    r"\d[-\s\\$€£¥₹\d.,/]*"
+)  # in the reversed text: with everything before it that NUMBER may match
 # Characters that may stand between "####" and its number.
-DECORATION = re.compile(r"(?:[\s*:+=`$€£]|(?:the )?(?:final )?answer(?: is)?\b|\\boxed\{)*", re.IGNORECASE)
+DECORATION = re.compile(
+    r"(?:[\s*:+=`$€£]|\\[$(\[]|\\(?:boxed|text)\{|[A-Z]_?\{?\d*\}?\s*=|(?:the )?(?:final )?answer(?: is)?\b)*", re.I
+)
+BULLET = re.compile(r"(?<=\n)[ \t]*-[ \t]+")  # no minus sign
 MOST_DIGITS = 100  # a longer sequence of digits is an endless repetition, not a number
 
 
@@ -84,7 +89,9 @@ DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,])")
 POWER_OF_TEN = re.compile(
     r"(?<![\d.])(\d+(?:\.\d+)?)(?:[eE]|\s*(?:\\times|\\cdot|[×x*])\s*10\s*(?:\^|\*\*)\s*\{?)([-+]?\d{1,2})\}?"
 )
-WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?![- ](?:hundred|thousand|million|and)\b)", re.IGNORECASE)
+PARTS = r"half|halves|quarters?|thirds?|(?:four|fif|six|seven|eigh|nin|ten|twelf)ths?"
+MORE = rf"hundred|thousand|million|and|{'|'.join(WORDS)}|{PARTS}"  # after these words the number is another one
+WORD = re.compile(rf"\A[\s*:$]*({'|'.join(WORDS)})\b(?!(?:-|\s+)(?:{MORE})\b)", re.IGNORECASE)
 
 
 def extract_answer(text: str) -> Fraction | None:
@@ -97,8 +104,7 @@ def extract_answer(text: str) -> Fraction | None:
         _, *answers = re.split(marker, text, flags=re.IGNORECASE)
         if answers:
             return next((value for found, value in map(_answer, reversed(answers)) if found), None)
-        parts = map(_plain, reversed(text.split("####")[1:]))
-        headings = (NUMBER.match(part, DECORATION.match(part).end()) for part in parts)
+        headings = map(_heading, reversed(text.split("####")[1:]))
         if found := next(filter(None, headings), None):
             return _ended(found)
     return None
@@ -113,17 +119,25 @@ def _answer(text: str) -> tuple[bool, Fraction | None]:
     return found is not None, _ended(found)
 
 
+def _heading(text: str) -> re.Match | None:
+    """The number right after "####", or the value of an equation that begins there."""
+    text = _plain(text)
+    text = text[DECORATION.match(text).end() :]
+    return NUMBER.search(EQUATION.sub("", text)) if NUMBER.match(text) else None
+
+
 def _ended(found: re.Match | None) -> Fraction | None:
     return None if found is None or NO_END.match(found.string, found.end()) else _number(found)
 
 
 def _plain(text: str) -> str:
     """Rewrites thousands, fractions, mixed numbers and powers of ten in the form that NUMBER reads."""
+    text = BULLET.sub("", text)
     text = re.sub(r"(?<![\d ])( ?)–(?=\$?\d)", r"\1-", text)  # a dash for a minus sign
     text = re.sub("[¼-¾⅐-⅞]", lambda sign: " " + unicodedata.normalize("NFKC", sign[0]).replace("⁄", "/"), text)
-    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])\s?(?=\d{3})", ",", text)
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!;: ]|~)\s?(?=\d{3})", ",", text)
     text = GROUPS.sub(lambda groups: groups[1] + re.sub(r"\D", "", groups[2]), text)
-    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
+    text = re.sub(r"\\[dt]?frac\s*(\d|\{-?\d+\})\s*(\d|\{\d+\})", lambda m: re.sub("[{}]", "", f" {m[1]}/{m[2]}"), text)
     text = DECIMAL_COMMA.sub(r"\1.\2", text)
     text = POWER_OF_TEN.sub(lambda found: str(Fraction(found[1]) * Fraction(10) ** int(found[2])), text)
     return MIXED.sub(lambda mixed: f"{int(mixed[1]) * int(mixed[3]) + int(mixed[2])}/{mixed[3]}", text)
@@ -148,7 +162,7 @@ def published_answer(text: str) -> int | None:
 
 def extract_last_number(text: str) -> Fraction | None:
     """The last number in the text: the lenient reading."""
-    tail = LAST_DIGIT.search(text[::-1])
+    tail = LAST_DIGIT.search(BULLET.sub("", f"\n{text}")[::-1])
     numbers = list(NUMBER.finditer(tail[0][::-1])) if tail else []
     return _number(numbers[-1]) if numbers else None
 

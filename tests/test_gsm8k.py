@@ -93,6 +93,23 @@ from eval.generation import Sampling, batches, response_loss
         ("The answer is: **Twelve** apples", 12),
         ("The answer is: twelve apples", 12),
         ("The answer is: five hundred", None),
+        ("The answer is: twenty-five dollars", None),
+        ("The answer is: two thirds", None),
+        ("The answer is: twenty two", None),
+        (r"The answer is: -\$18", -18),
+        ("The answer is: -€18", -18),
+        ("The answer is:\n- 18 apples", 18),
+        ("The answer is:\n\n  - $18", 18),
+        ("The answer is:\n-18", -18),
+        ("#### 20 - 2 = 18", 18),
+        ("#### 6 * 3 = $18", 18),
+        (r"#### \$18", 18),
+        (r"#### \(18\)", 18),
+        ("#### x = 18", 18),
+        ("#### Step 6 * 3 = 18", None),
+        (r"\boxed{\frac12}", Fraction(1, 2)),
+        (r"\boxed{\dfrac{-1}2}", Fraction(-1, 2)),
+        (r"\boxed{1\;234}", 1234),
         ("The answer is: 70 000", 70000),
         ("The answer is: 1'234'567.5", Fraction(2469135, 2)),
         ("The answer is: 70\u00a0000 km", 70000),
@@ -120,7 +137,16 @@ def test_extracted_answers(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("3 + 4 = 7 apples", 7), ("it is -2.", -2), ("no number", None), ("a 1, b 2, c 3", 3)]
+    ("text", "expected"),
+    [
+        ("3 + 4 = 7 apples", 7),
+        ("it is -2.", -2),
+        ("no number", None),
+        ("a 1, b 2, c 3", 3),
+        ("So:\n- 18 apples", 18),
+        ("- 3", 3),
+        (r"a loss: -\$18", -18),
+    ],
 )
 def test_last_numbers(text, expected):
     assert gsm8k.extract_last_number(text) == expected
