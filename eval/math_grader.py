@@ -12,6 +12,7 @@ them, so that none has to import sympy again; a server is this file, run as a sc
 import contextlib
 import json
 import logging
+import operator
 import os
 import re
 import resource
@@ -116,7 +117,8 @@ WORDS = "zero one two three four five six seven eight nine ten eleven twelve".sp
 WORDS += "thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()  # noqa: SIM905
 NOTHING = r"(?:there (?:is|are) )?(?:no (?:real |such )?(?:solutions?|values?)|none|(?:the )?empty set|\\varnothing|∅)"
 NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
-NO_UNITS = r"(?!(?:and|base|dozen|hundred|infinity|million|or|percent|pi|sqrt|thousand|times|to)\b)"
+COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+NO_UNITS = r"(?!(?:and|base|infinity|minus|mod|or|over|percent|pi|plus|sqrt|times|to)\b)"
 SIGNS = {
     "−": "-",
     "π": r"\pi ",
@@ -156,6 +158,11 @@ READINGS: tuple[tuple[str, Any], ...] = (
     (r"_\{?(?:\\text\{)?(two|three|four|five|six|seven|eight|nine)\}?\}?\Z", lambda m: f"_{{{WORDS.index(m[1])}}}"),
     (r"\A\\text\{[^{}]*\b(?:is|are|equals)\s*:?\s*\}\s*(?=\S)", ""),  # a sentence in the box
     (
+        rf"(?<![\w.,])({NUMBER})[\s~]*(\\text\{{\s*)?({'|'.join(COUNTS)})\b(?(2)\s*([^{{}}]*)\}})",
+        lambda m: _counted(m[1], m[3], m[4]),
+    ),
+    (r"(?<=\d)(?:\s*\\(?:text|mbox)\{\s*|\s+)([AaPp])\.?\s?[Mm]\.?\s*\}?\Z", r"\\text{ \1m}"),
+    (
         rf"\A({NUMBER}|\\[dt]?frac\{{\d+\}}\{{\d+\}})\s*{NO_UNITS}[A-Za-z]{{2,}}\.?(?: [a-z]+)*(?:\^\{{?\d\}}?)?\Z",
         r"\1",
     ),
@@ -174,12 +181,41 @@ def _repeating(whole: str, digits: str, period: str) -> str:
     return r"{}\frac{{{}}}{{{}}}".format("-" if whole.startswith("-") else "", *value.as_integer_ratio())
 
 
+def _counted(number: str, word: str, unit: str | None) -> str:
+    """A number of dozens, thousands or millions in digits, with its unit."""
+    value = Fraction(number) * COUNTS[word]
+    digits = str(value) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return digits + (rf"\text{{ {unit}}}" if unit else "")
+
+
+def _both_signs(text: str) -> str:
+    """The text with each a \\pm b of a list written out: a+b, a-b."""
+    is_set = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
+    parts, depth = [""], 0
+    for character in is_set[1] if is_set else text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    found = []
+    for part in parts:
+        before, *after = re.split(r"\\pm(?![A-Za-z])", part)
+        if len(after) != 1:
+            found.append(part)
+            continue
+        before = re.sub(r"\A\s*[A-Za-z]\s*(?:=|\\in\b)", "", before)
+        found += [before + "+" * bool(re.search(r"[\w)}]\s*\Z", before)) + after[0], f"{before}-{after[0]}"]
+    return rf"\{{{','.join(found)}\}}" if is_set else ",".join(found)
+
+
 def _read(text: str) -> str:
     """The text in a form that math-verify reads correctly."""
     text = text.strip().removesuffix(".").strip()
     for pattern, reading in COMPILED:
         text = pattern.sub(reading, text).strip()
-    return text.removesuffix(".")
+    text = text.removesuffix(".")
+    return _both_signs(text) if r"\pm" in text else text
 
 
 BASED = re.compile(r"(\d[0-9A-Z]*)_\{?(\d+)\}?")
@@ -187,14 +223,40 @@ PERCENT = re.compile(rf"({NUMBER})\s*\\?%")
 DECIMAL = re.compile(r"[-+]?\d*\.\d+")
 CHOICE = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\Z)\}?")
 MARKED_CHOICE = re.compile(r"(?:\\text\{)?(?:\(([A-J])\)|([A-J])[.:)])\}?(?!\s*[-+=*/^])")
+FURTHER_CHOICE = re.compile(
+    r"\s*(?:,|(?:\\text\{)?\s*(?:and|or|&)(?![A-Za-z]))\s*\}?\s*(?:\\text\{)?(?:\([A-J]\)|[A-H]\b)"
+)
+HALF_DAY = re.compile(r"\\text\{ ([AaPp])m\}\Z")
 UNIT_POWER = re.compile(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}\s*\^\{?(\d)")
 LESS = r"\s*(<|\\l[et](?:q|qslant)?\b)\s*"
 BETWEEN = re.compile(rf"(.+?){LESS}[A-Za-z]{LESS}(.+)")
 ONE_SIDE = re.compile(r"[A-Za-z]\s*(<|>|\\[lg][et](?:q|qslant)?\b)\s*(.+)")
 
 
+# An answer with one of these says more than its number: 5 feet 6 inches; 12 or less; \\le 5.
+UNIT_WORDS = rf"(?:\\(?:text|mbox|mathrm)\{{\s*{NO_UNITS}[A-Za-z][A-Za-z .]*\}}\s*|{NO_UNITS}[A-Za-z]{{2,}}[A-Za-z .]*)"
+SECOND_NUMBER = re.compile(rf"\d\s*{UNIT_WORDS}[-+]?\.?\d")
+BOUND = re.compile(
+    r"\b(?:or|at|no|not)(?:[\s}]|\\text\{)+(?:above|below|fewer|greater|higher|larger|least|less|lower|more|most|smaller)\b"
+)
+RELATION = r"(?:<|>|\\(?:[lg](?:e|t|eq|eqslant|qslant)|neq?|not|equiv)(?![A-Za-z]))"
+
+
+def _says_more(answer: str, gold: str) -> bool:
+    """Whether an answer has a second number after a unit, a bound or a relation, and the gold answer has none."""
+    is_related = re.match(rf"(?:[A-Za-z]\s*)?{RELATION}", answer) and not re.search(RELATION, gold)
+    return bool(is_related) or any(p.search(answer) and not p.search(gold) for p in (SECOND_NUMBER, BOUND))
+
+
+OR = re.compile(r"\s*(?:\\(?:text|mbox)\{\s*or\s*\}|(?<!\\)\bor\b|\\lor\b|\\vee\b)\s*")
+
+
 def _as_interval(text: str) -> str:
-    """0<x<5 as (0,5), x \\ge 2 as [2,\\infty); every other text as it is."""
+    """0<x<5 as (0,5), x \\ge 2 as [2,\\infty), several of these with "or" between them as their union; else the text
+    as it is."""
+    if len(parts := OR.split(text)) > 1:
+        intervals = [_as_interval(part) for part in parts]
+        return text if any(map(operator.eq, parts, intervals)) else r" \cup ".join(intervals)
     is_open = {"<": True, ">": True, r"\lt": True, r"\gt": True}
     if between := BETWEEN.fullmatch(text):
         low, left, right, high = between.groups()
@@ -235,7 +297,10 @@ def _decided(answer: str, gold: str) -> bool | None:
         return value == right or bool(percents[1] and not percents[0] and value == 100 * right)
     choice, chosen = CHOICE.fullmatch(gold), MARKED_CHOICE.match(answer)
     if choice and chosen:
-        return choice[1] == (chosen[1] or chosen[2])
+        return choice[1] == (chosen[1] or chosen[2]) and not FURTHER_CHOICE.match(answer, chosen.end())
+    halves = [HALF_DAY.search(text) for text in (answer, gold)]
+    if all(halves) and halves[0][1].lower() != halves[1][1].lower():
+        return False
     units = [UNIT_POWER.search(text) for text in (answer, gold)]
     if all(units) and units[0][2] != units[1][2]:
         return False
@@ -263,6 +328,8 @@ def same_value(answer: str, gold: str) -> bool:
         return decided
     if re.match(r"(?:\\left)?\s*[\[(].*,", gold) and not re.search(r"[<>]|\\[lg][et]", gold):
         answer = _as_interval(answer)
+    if _says_more(answer, gold):
+        return False
 
     def value(text: str) -> list:
         return parse(_delimited(text), parsing_timeout=None)
