@@ -23,7 +23,9 @@ What comes out, in --output-dir
     mbpp.json      pass@k with its 95 % interval, the settings and the versions
 """
 
+import contextlib
 import re
+import symtable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,19 +65,36 @@ def instruction_of(record: dict[str, Any]) -> str:
     return INSTRUCTION.format(text=text.strip(), tests="\n".join(record["test_list"]))
 
 
-def program_of(record: dict[str, Any], completion: str) -> Program:
-    """The completion's code, and the item's tests: `test`, which MBPP+ has, else test_list.
+def tests_of(record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """An item's tests, `test` where it has one (MBPP+), else test_list; and the names in them that are the program's.
 
     Raises:
-        UserError: `test` is no text.
+        UserError: `test` is no text; or there are no such names, so that no program could pass.
     """
-    whole = record.get("test") or "\n".join(record["test_list"])
+    whole, item = record.get("test") or "\n".join(record["test_list"]), f"MBPP item {record.get('task_id')}"
     if not isinstance(whole, str):
-        raise UserError(f"MBPP item {record.get('task_id')}: test is {type(whole).__name__}, and a text in MBPP+")
+        raise UserError(f"{item}: test is {type(whole).__name__}, and a text in MBPP+")
     tests = "\n".join([record.get("test_setup_code") or "", whole])
     defined, helping = (set(re.findall(r"^(?:def|class)\s+(\w+)", code, re.M)) for code in (record["code"], tests))
+    used = set(re.findall(r"\w+", tests)) - helping
+    names = used & defined or used & _assigned(record["code"])
+    if not names:
+        raise UserError(f"{item}: its tests name no function that its code defines, so that no program could pass")
+    return tests, tuple(sorted(names))
+
+
+def _assigned(code: str) -> set[str]:
+    """The names that code sets at its top level, at any depth, imports aside: `add = lambda x, y: x + y`."""
+    with contextlib.suppress(SyntaxError, ValueError):
+        symbols = symtable.symtable(code, "", "exec").get_symbols()
+        return {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
+    return set()
+
+
+def program_of(record: dict[str, Any], completion: str) -> Program:
+    """The completion's code, and the item's tests."""
+    tests, names = tests_of(record)
     used = set(re.findall(r"\w+", tests))
-    names = tuple(sorted(used & defined - helping))
     # One item's test uses `sys` because its reference solution imports it.
     imports = re.findall(r"^(?:import|from)\s.*", record["code"], re.MULTILINE)
     imports = [line for line in imports if used & set(re.findall(r"\w+", line)) - {"import", "from", "as"}]
@@ -94,6 +113,8 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     if not records:
         raise UserError(f"--shots {args.shots}: every item of {args.data} is among the examples")
     instructions = [instruction_of(record) for record in records]
+    for record in records:
+        tests_of(record)
     check_code_arguments(args)
     raw = args.prompt == "raw"
     begin, end = (BEGIN, f"\n{END}") if raw else ("", "")

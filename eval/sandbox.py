@@ -248,7 +248,7 @@ def _run(program: Program, limits: Limits, found: Isolation, waiting: list[_Star
             last_words = starter.end()
     if is_whole and messages[1]["verdict"] == "not judged":
         tested, why = ", ".join(program.names) or "a program", messages[1]["detail"]
-        raise UserError(f"the tests of {tested} cannot run in the sandbox (Python's library and numpy alone): {why}")
+        raise UserError(f"the tests of {tested} cannot run in the sandbox (Python's library, numpy, plain data): {why}")
     if is_whole:
         return Verdict(**messages[1])
     if "ready" in messages:

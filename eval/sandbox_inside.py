@@ -211,6 +211,10 @@ def limit_resources(memory_mib: int, seconds: float, file_mib: int, processes: i
 # Messages between judge and candidate
 
 
+class NotPlainData(TypeError):
+    """A test passes the candidate a value that cannot be sent to its process, such as a function."""
+
+
 class CandidateGone(BaseException):
     """The candidate's process ended or broke the protocol. No test that says `except Exception` catches it."""
 
@@ -448,7 +452,7 @@ class Connection:
 
     def _handle(self, value: Any) -> dict:
         if not isinstance(value, Remote):
-            raise TypeError(f"a test passes {type(value).__name__}, which cannot be sent to another process")
+            raise NotPlainData(f"a test passes {type(value).__name__}, which cannot be sent to another process")
         return {"object": object.__getattribute__(value, "_index")}
 
     def _remote(self, data: dict) -> "Remote":
@@ -510,8 +514,8 @@ def judge(job: dict[str, Any], connection: Connection) -> tuple[str, str]:
             namespace[name] = connection.ask("global", name)
         exec(tests, namespace)
     except BaseException as error:
-        lacks = isinstance(error, ImportError) and error is not connection.raised
-        return "not judged" if tests is None or lacks else "failed", _reason(error, job["tests"])
+        cannot = isinstance(error, (ImportError, NotPlainData)) and error is not connection.raised
+        return "not judged" if tests is None or cannot else "failed", _reason(error, job["tests"])
     if connection.gone:  # a test that says `except:` may have gone on without the candidate
         return "failed", connection.gone
     return "passed", ""

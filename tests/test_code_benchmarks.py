@@ -352,6 +352,15 @@ def test_mbpp_pluss_tests_are_run_and_mbpps_are_shown():
         mbpp.program_of(record | {"test": [plus]}, WHOLE)
 
 
+def test_an_mbpp_item_whose_solution_has_no_plain_function():
+    record = {"task_id": 7, "test_list": ["assert add(1, 2) == 3"]}
+    for code in ("add = lambda x, y: x + y", "try:\n    def add(x, y):\n        return x + y\nfinally:\n    pass"):
+        assert verdicts_of([mbpp.program_of(record | {"code": code}, text) for text in (WHOLE, "")]) == [True, False]
+    for code in ("from operator import add", "class S:\n    def add(self, x, y):\n        return x + y", "add("):
+        with pytest.raises(UserError, match="MBPP item 7: its tests name no function"):
+            mbpp.program_of(record | {"code": code}, WHOLE)
+
+
 def test_mbpp_as_a_table(tmp_path):
     """A list in a cell of csv is written as JSON."""
     columns = "task_id,text,code,test_list"

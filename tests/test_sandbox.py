@@ -373,7 +373,6 @@ def test_an_array_of_numpy_may_be_an_argument(level):
             "try:\n    f()\nexcept:\n    pass",
             "the program ended before its tests did",
         ),
-        ("def f(): pass", "f(print)", "TypeError: a test passes builtin_function_or_method, which cannot be sent"),
     ],
 )
 def test_a_failure_says_why(candidate, tests, detail, level):
@@ -394,11 +393,20 @@ def test_a_failure_says_why(candidate, tests, detail, level):
         ("from pytest import approx", "assert f() == approx(1)", "No module named 'pytest'"),
         ("import numpy as np\nnp.nothing", "assert f() == 1", "AttributeError"),
         ("", "assert f() = 1", "SyntaxError"),
+        ("", "f(print)", "a test passes builtin_function_or_method, which cannot be sent"),
+        ("", "f([lambda v: v])", "a test passes function"),
+        ("import re", "assert f(re.compile('a'))", "a test passes Pattern"),
     ],
 )
 def test_tests_that_cannot_run_are_no_verdict(setup, tests, reason, level):
     with pytest.raises(UserError, match=f"the tests of f cannot run .*{reason}"):
         run("def f(): return 1", tests, setup=setup)
+
+
+def test_a_test_that_expects_a_type_error_takes_what_cannot_be_sent_for_one(level):
+    tests = "try:\n    f(print)\nexcept TypeError:\n    pass\nassert f() == 1"
+    assert run("def f(): return 1", tests).passed
+    assert run("def f(): return 2", tests).verdict == "failed"
 
 
 @pytest.mark.parametrize("source", ["import pytest", "def f(): import pytest", "def f(): raise ImportError('no')"])
@@ -697,7 +705,7 @@ def test_the_strongest_isolation_that_works_is_taken(works, expected, monkeypatc
     [
         ("INSIDE", sandbox.INSIDE.with_name("not_there.py"), r"not_there\.py"),
         ("filter_program", lambda: bytes(8), "prctl: Invalid argument"),
-        ("_packages", lambda: ["/no/such/folder"], "mount: No such file or directory"),
+        ("packages", lambda: ["/no/such/folder"], "mount: No such file or directory"),
     ],
 )
 def test_what_cannot_be_isolated_is_no_verdict(name, value, reason, monkeypatch):
