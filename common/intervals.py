@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion (E. B. Wilson, JASA 22, 1927); (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
@@ -40,7 +40,16 @@ def share(items: list[dict], name: str) -> dict[str, Any]:
         of_items.setdefault(item["index"], []).append(bool(item[name]))
     if len(of_items) == len(items):
         return proportion(sum(item[name] for item in items), len(items))
-    return mean([sum(verdicts) / len(verdicts) for verdicts in of_items.values()])
+    return mean_of_shares([sum(verdicts) / len(verdicts) for verdicts in of_items.values()])
+
+
+def mean_of_shares(values: list[float]) -> dict[str, Any]:
+    """A mean of shares as `mean` gives it. If all are equal, a bootstrap shows no width: the interval is Wilson's then,
+    as for one sample each."""
+    found = mean(values)
+    if len(set(values)) == 1:
+        found["interval_95"] = wilson_interval(sum(values), len(values))
+    return found
 
 
 def mean(values: list[float], resamples: int = 10_000) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from common.cli import UserError, option, require_positive
-from common.intervals import mean, score_line, share
+from common.intervals import mean_of_shares, score_line, share
 from eval import benchmark
 from eval.benchmark import Run, after_thoughts, digest
 from eval.sandbox import INSIDE, Limits, Program, Verdict, packages, require_isolation, run_programs
@@ -590,7 +590,7 @@ def finish(run: Run, items: list[dict[str, Any]], args: Arguments) -> None:
     of_k = {
         f"pass@{k}": share(items, "correct")
         if k == 1
-        else mean([pass_at_k(len(verdicts), sum(verdicts), k) for verdicts in passes.values()])
+        else mean_of_shares([pass_at_k(len(verdicts), sum(verdicts), k) for verdicts in passes.values()])
         for k in sorted(set(args.k) | {1})
     }
     verdicts = {kind: sum(item["verdict"] == kind for item in items) for kind in ("passed", "failed", "timed out")}
