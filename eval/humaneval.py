@@ -70,6 +70,10 @@ def read_problems(source: str, limit: int | None) -> list[dict[str, str]]:
     return [with_texts(problem, f"item {i} of {source}", FIELDS) for i, problem in enumerate(problems)]
 
 
+def _whole_lines(prompt: str) -> str:
+    return prompt if prompt.endswith("\n") else f"{prompt}\n"
+
+
 def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -> Program:
     """The prompt with the completion, and the tests; `raw`: the completion is the prompt's text continued, as it is."""
     prompt, name = problem["prompt"], problem["entry_point"]
@@ -78,7 +82,7 @@ def program_of(problem: dict[str, str], completion: str, *, raw: bool = False) -
     else:
         # A restated function needs what the prompt has before it: imports and helpers.
         before = re.split(rf"^def {name}\b", prompt, flags=re.MULTILINE)[0]
-        candidate = extract_code(completion, (name,), before, prompt)
+        candidate = extract_code(completion, (name,), before, _whole_lines(prompt))
     setup = f"{prompt}\n    pass\n"  # a prompt may have no docstring
     return Program(candidate, tests=f"{problem['test']}\ncheck({name})\n", names=(name,), setup=setup)
 
@@ -91,7 +95,9 @@ def main(argv: list[str], load: LoadBackend | None = None) -> None:
     run = Run("humaneval", args, load)
     check_code_arguments(args)
     raw = args.prompt == "raw"
-    instructions = [problem["prompt"] if raw else INSTRUCTION.format(**problem) for problem in problems]
+    instructions = [
+        problem["prompt"] if raw else INSTRUCTION.format(prompt=_whole_lines(problem["prompt"])) for problem in problems
+    ]
     items = run.complete(instructions, stop=STOP if raw else None)
     for item in items:
         item["task_id"] = problems[item["index"]]["task_id"]

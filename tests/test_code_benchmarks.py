@@ -56,8 +56,9 @@ def test_tests_and_prompts_may_be_other_than_humanevals():
     }
     short = {"prompt": "def sum_product(numbers):\n", "entry_point": "sum_product", "test": PROBLEMS[8]["test"]}
     body = problem["canonical_solution"]
-    programs = [humaneval.program_of(p, b) for p in (problem, short) for b in (body, "    return 0, 1\n")]
-    assert verdicts_of(programs) == [True, False, True, False]
+    cut = PROBLEMS[8] | {"prompt": PROBLEMS[8]["prompt"].rstrip()}  # without the end of its last line
+    programs = [humaneval.program_of(p, b) for p in (problem, short, cut) for b in (body, "    return 0, 1\n")]
+    assert verdicts_of(programs) == [True, False, True, False, True, False]
 
 
 @pytest.mark.parametrize(
