@@ -55,7 +55,7 @@ def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transf
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer that can be read: copy it beside the weights")
     require_unquantized(args.model, config)
-    set_padding(tokenizer, config, args.model)
+    settle_tokenizer(tokenizer, config, args.model)
     own_padding = getattr(config, "pad_token_id", None)
     config.num_labels, config.pad_token_id = num_classes, tokenizer.pad_token_id
     config.problem_type = "regression" if num_classes == 1 else "single_label_classification"
@@ -252,8 +252,14 @@ def classifies_by_last_position(config: "transformers.PretrainedConfig") -> bool
     return getattr(config, "summary_type", None) == "last"
 
 
-def set_padding(tokenizer: Any, config: "transformers.PretrainedConfig", name: str) -> None:
-    """Gives `tokenizer` the padding that the classifier needs: a token that ends no text, on the right side.
+def has_segments(config: "transformers.PretrainedConfig") -> bool:
+    """Whether the model tells the two texts of a pair apart by token_type_ids; XLNet and Funnel have no table."""
+    return (getattr(config, "type_vocab_size", None) or 0) >= 2 or config.model_type in ("xlnet", "funnel")
+
+
+def settle_tokenizer(tokenizer: Any, config: "transformers.PretrainedConfig", name: str) -> None:
+    """Gives `tokenizer` the padding that the classifier needs, a token that ends no text on the classifier's side, and
+    the names of the inputs that the model takes, which the tokenizers of transformers 5 do not know.
 
     Raises:
         UserError: no token can pad.
@@ -267,8 +273,10 @@ def set_padding(tokenizer: Any, config: "transformers.PretrainedConfig", name: s
     if tokenizer.pad_token_id >= num_embeddings(config):
         pad = f"{tokenizer.pad_token!r}, token {tokenizer.pad_token_id}"
         raise UserError(f"{name} has no embedding for its padding {pad}: declare another pad_token of its tokenizer")
-    if classifies_by_last_position(config):
-        tokenizer.padding_side = "left"
+    tokenizer.padding_side = "left" if classifies_by_last_position(config) else "right"
+    tokenizer.model_input_names = [name for name in INPUTS if name != "token_type_ids" or has_segments(config)]
+    # transformers saves the settings that stand here, with the attributes' values
+    tokenizer.init_kwargs |= {name: getattr(tokenizer, name) for name in ("padding_side", "model_input_names")}
 
 
 WHOLE = 10**6  # tokens: a length that cuts no text
@@ -285,20 +293,17 @@ def encode(
     texts: list[tuple[str, ...]],
     max_length: int,
 ) -> list[dict[str, list[int]]]:
-    """The model's inputs of each example, without padding.
+    """The inputs of each example that a tokenizer of `settle_tokenizer` names, without padding.
 
     Raises:
         UserError: a token has no embedding.
     """
-    how = {"truncation": True, "max_length": max_length, "return_attention_mask": True}
+    how = {"truncation": True, "max_length": max_length}
     if config.is_encoder_decoder:  # classifies by the end token; one in the text is text
         how["split_special_tokens"] = True
     encoded = tokenizer(*map(list, zip(*texts, strict=True)), **how)
     require_row(max(itertools.chain.from_iterable(encoded["input_ids"]), default=0), num_embeddings(config))
-    names = [name for name in INPUTS if name in encoded]
-    if getattr(config, "type_vocab_size", 0) < 2 and "token_type_ids" in names:
-        names.remove("token_type_ids")  # some tokenizers return them for models that take none
-    return [dict(zip(names, row, strict=True)) for row in zip(*(encoded[name] for name in names), strict=True)]
+    return [dict(zip(encoded, row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 
 
 def separates_pairs(tokenizer: "transformers.PreTrainedTokenizerBase") -> bool:

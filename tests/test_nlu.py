@@ -717,6 +717,35 @@ def test_a_pair_that_nothing_separates_is_said(tmp_path, encoders, capsys):
     assert alike[0] == alike[1]
 
 
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_the_texts_of_a_pair_have_their_segments_in_training_and_from_the_exported_tokenizer(tmp_path, encoders, kind):
+    """Tokens and segments are counted by hand; the tokenizer's class names no segments, as most of transformers 5's."""
+    assert "token_type_ids" not in make_tokenizer(kind).model_input_names
+    rng = np.random.default_rng(2)
+    pairs = [(sentence(rng), sentence(rng)) for _ in range(40)]
+    rows = [{"a": pair[0], "b": pair[1], "label": i % 2} for i, pair in enumerate(pairs)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    run(tmp_path, "--model", encoders[kind], "--data", data, "--test-data", data, "--fields", "a", "b")
+    merged = str(tmp_path / "out" / "merged")
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    confidences, without = [], []
+    for pair in pairs:
+        first, second = ([*(4 + WORDS.index(word) for word in text.split()), 1] for text in pair)
+        ids, segments = first + second, [0] * len(first) + [1] * len(second)
+        ids, segments = ([*ids, 2], [*segments, 2]) if kind == "xlnet" else ([2, *ids], [0, *segments])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), token_type_ids=torch.tensor([segments])).logits
+            without.append(model(torch.tensor([ids])).logits.softmax(dim=-1).max().item())
+        confidences.append(logits.softmax(dim=-1).max().item())
+    assert np.abs(np.array(without) - confidences).max() > 1e-3
+    found = [row["confidence"] for row in read_jsonl(tmp_path / "out" / "predictions.jsonl")]
+    assert found == pytest.approx(confidences, abs=1e-5)
+    for name in ("merged", "adapter"):
+        classify = transformers.pipeline("text-classification", merged, tokenizer=str(tmp_path / "out" / name))
+        answers = classify([{"text": pair[0], "text_pair": pair[1]} for pair in pairs])
+        assert [answer["score"] for answer in answers] == pytest.approx(confidences, abs=1e-5)
+
+
 def test_an_end_token_in_a_text_is_text_for_a_model_that_classifies_by_it(encoders):
     """T5's forward pass refuses examples with different numbers of end tokens."""
     args = nlu.Arguments(model=str(encoders["t5"]), method="full")
