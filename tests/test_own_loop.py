@@ -1,5 +1,6 @@
 """docs/own-loop.md: the bare loop and TRL's, run as they stand there, train the same adapter; the trap is one."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -11,7 +12,9 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROOT, make_model, relative_error, write_jsonl
+from conftest import ROOT, free_port, make_model, make_tokenizer, relative_error, write_jsonl
+from safetensors.torch import load_file
+from tokenizers import processors
 
 import train
 from common.layers import TARGET_MODULES
@@ -19,39 +22,58 @@ from common.layers import TARGET_MODULES
 BARE, TRL = re.findall(r"```python\n(.*?)```", (ROOT / "docs/own-loop.md").read_text(), re.DOTALL)
 
 
-def lora_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter_model.safetensors")
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="no TRL: sh scripts/test.sh installs it")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="no TRL: sh scripts/test.sh installs it")
-def test_both_loops_train_the_same_adapter_and_peft_loads_it(checkpoint, tmp_path):
-    data = tmp_path / "data.jsonl"
+def trained(script: str, base: Path, folder: Path, *launcher: str) -> dict[str, torch.Tensor]:
+    """ΔW by layer after one of the page's scripts on 16 examples."""
     rows = ({"prompt": f"Add {i} and 1: ", "completion": f"it is {i + 1}{'!' * (i % 5)}"} for i in range(16))
-    write_jsonl(data, rows)
+    data = write_jsonl(folder.with_suffix(".jsonl"), rows)
+    program = folder.with_name(f"loop_{folder.name}.py")
+    program.write_text(script)
+    command = [sys.executable, *launcher, program, base, data, folder]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    for name, script in (("bare", BARE), ("trl", TRL)):
-        (tmp_path / f"loop_{name}.py").write_text(script)
-        command = [sys.executable, tmp_path / f"loop_{name}.py", checkpoint, data, tmp_path / name]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=variables)
-        assert done.returncode == 0, done.stderr[-3000:]
-    bare, trl = lora_weights(tmp_path / "bare"), lora_weights(tmp_path / "trl")
-    assert bare.keys() == trl.keys()
-    base = make_model()
-    start = {
-        name: layer.stacked_factors()
-        for name, layer in train.adapter_layers(train.add_adapters(base, "pissa", 4, 4, TARGET_MODULES)).items()
-    }
-    for name in start:
-        key = f"base_model.model.{name}"
-        products = [of[f"{key}.lora_B.weight"] @ of[f"{key}.lora_A.weight"] for of in (bare, trl)]
-        assert relative_error(products[0], products[1]) < 1e-3
-        assert products[0].norm() > 1e-3  # trained: ΔW starts at 0
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    factors = load_file(folder / "adapter_model.safetensors")
+    names = {name.partition(".lora_")[0] for name in factors}
+    return {name: factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"] for name in names}
+
+
+def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) == 2 * len(TARGET_MODULES)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-3, name
+        assert expected[name].norm() > 1e-3, name  # trained: ΔW starts at 0
+
+
+@needs_trl
+def test_both_loops_train_the_same_adapter_and_peft_loads_it(tmp_path):
+    tokenizer, checkpoint = make_tokenizer(), tmp_path / "base"
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begin = {"single": "<s> $A", "pair": "<s> $A $B", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**begin)
+    tokenizer.save_pretrained(checkpoint)
+    make_model(vocab_size=260).save_pretrained(checkpoint)
+    require_same(*(trained(script, checkpoint, tmp_path / name) for name, script in (("bare", BARE), ("trl", TRL))))
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     ids = torch.arange(20)[None]
     before = model(ids).logits
     assert relative_error(peft.PeftModel.from_pretrained(model, tmp_path / "bare")(ids).logits, before) > 1e-3
+
+
+@needs_trl
+def test_two_ranks_of_trl_end_where_one_process_ends(checkpoint, tmp_path):
+    """SGD, because Adam takes the same step for a gradient of any size; and λ₃ so large that L_SVDR counts too."""
+    changes = {
+        '["iclr2026"]': '["iclr2026"] | {"lambda_spectral": 30.0, "regularizer_schedule": "constant"}',
+        "logging_steps=1": 'logging_steps=1, use_cpu=True, optim="sgd", gradient_accumulation_steps=2',
+    }
+    script = functools.reduce(lambda text, change: text.replace(*change), changes.items(), TRL)
+    expected = trained(script, checkpoint, tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
+    script = script.replace("accumulation_steps=2", "accumulation_steps=1")
+    require_same(trained(script, checkpoint, tmp_path / "two", *launcher), expected)
 
 
 def test_pefts_pissa_has_no_teacher_behind_disable_adapter():
