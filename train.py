@@ -524,14 +524,16 @@ def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is the pre-trained model, bit for bit."""
+    """Inside, `model` is the pre-trained model, bit for bit, and without dropout."""
     layers = list(adapter_layers(model).values())
-    before = [layer.enabled for layer in layers]
+    before, training = [layer.enabled for layer in layers], model.training
+    model.eval()
     try:
         for layer in layers:
             layer.enabled = False
         yield
     finally:
+        model.train(training)
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
 
@@ -994,13 +996,8 @@ class BALoRAModel(nn.Module):
     @torch.no_grad()
     def of_teacher(self, states: Callable[[dict], Tensor], inputs: dict[str, Any]) -> Tensor:
         """`states(inputs)` of the pre-trained model: without adapters, dropout and gradients."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with adapters_disabled(self.model):
-                return states(inputs)
-        finally:
-            self.model.train(training)
+        with adapters_disabled(self.model):
+            return states(inputs)
 
 
 def _at_positions(forward: Callable[[Tensor], Tensor], positions: list[Tensor], x: Tensor) -> Tensor:

@@ -76,6 +76,15 @@ def test_two_ranks_of_trl_end_where_one_process_ends(checkpoint, tmp_path):
     require_same(trained(script, checkpoint, tmp_path / "two", *launcher), expected)
 
 
+def test_dropout_of_the_model_is_off_while_its_adapters_are():
+    model = train.add_adapters(make_model(attention_dropout=0.5), "pissa", 4, 4, TARGET_MODULES).train()
+    ids = torch.arange(20)[None]
+    with train.adapters_disabled(model):
+        teacher = model(ids).logits
+    assert torch.equal(teacher, make_model()(ids).logits)
+    assert model.training and not torch.equal(model(ids).logits, model(ids).logits)
+
+
 def test_pefts_pissa_has_no_teacher_behind_disable_adapter():
     ids = torch.arange(20)[None]
     published = make_model()(ids).logits[0]
