@@ -98,6 +98,7 @@ from common.runs import (
     write_whole,
     written_whole,
 )
+from common.templates import save_tokenizer
 from common.tensors import num_ranks
 from common.training import Training, generator_of, num_steps, resolve_shared_arguments
 from train import (
@@ -583,11 +584,11 @@ def export(model: "transformers.PreTrainedModel", args: Arguments, base: Base, c
             rank = export_adapter(layers, *target, revision=args.model_revision)
             card = classifier_card(args, rank, model.config, model.replaces_head)
             (folder / "adapter" / "README.md").write_text(card)
-            base.tokenizer.save_pretrained(folder / "adapter")
+            save_tokenizer(base.tokenizer, folder / "adapter")
         merge_adapters(model)
         conv1d_for_linear(model, conv1d)
         save_merged(model, folder / "merged", torch.float32)
-        base.tokenizer.save_pretrained(folder / "merged")
+        save_tokenizer(base.tokenizer, folder / "merged")
 
 
 # ------------------------------------------------------------------------------------------------------------------

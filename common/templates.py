@@ -290,12 +290,7 @@ class Template:
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_template = self.plain_jinja
         tokenizer.init_kwargs = self.tokenizer.init_kwargs | {"trained_template": self.name}
-        if getattr(tokenizer, "legacy", None) is not None:  # it changes tokens, and transformers 5 does not write it
-            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
-        tokenizer.save_pretrained(folder)
-        _clean_tokenizer_config(folder / "tokenizer_config.json")
-        if (path := _sentencepiece_model(tokenizer)) is not None:
-            shutil.copyfile(path, folder / path.name)
+        save_tokenizer(tokenizer, folder)
         if generation_config is not None:
             generation_config.save_pretrained(folder)
 
@@ -483,6 +478,17 @@ class Template:
             pieces = [whole[start:end] for start, end in itertools.pairwise(lengths)]
         trained = [any(start <= cut[0] and cut[1] <= end for start, end in spans) for cut in cuts]
         return list(zip(pieces, trained, strict=True))
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Writes the tokenizer for transformers 4 and 5, and for llama.cpp's converter."""
+    tokenizer = copy.copy(tokenizer)
+    if getattr(tokenizer, "legacy", None) is not None:  # it changes tokens, and transformers 5 does not write it
+        tokenizer.init_kwargs = tokenizer.init_kwargs | {"legacy": tokenizer.legacy}
+    tokenizer.save_pretrained(folder)
+    _clean_tokenizer_config(folder / "tokenizer_config.json")
+    if (path := _sentencepiece_model(tokenizer)) is not None:
+        shutil.copyfile(path, folder / path.name)
 
 
 def _sentencepiece_model(tokenizer: "PreTrainedTokenizerBase") -> Path | None:

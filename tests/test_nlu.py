@@ -325,12 +325,16 @@ def test_autopeft_needs_the_adapters_folder_alone(tmp_path, encoders, kind, labe
 
 
 def test_the_script_predicts_what_its_merged_checkpoint_predicts(tmp_path, encoders):
+    """In padded batches too, where the base's tokenizer pads on the other side than GPT-2's classifier wants."""
     data = reviews(tmp_path / "reviews.jsonl")
-    run(tmp_path, "--model", encoders["gpt2"], "--data", data, "--test-data", data)
+    base = shutil.copytree(encoders["gpt2"], tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(base, padding_side="left").save_pretrained(base)
+    assert transformers.AutoTokenizer.from_pretrained(base).padding_side == "left"
+    run(tmp_path, "--model", base, "--data", data, "--test-data", data)
     rows = read_jsonl(tmp_path / "out" / "predictions.jsonl")
     classify = transformers.pipeline("text-classification", str(tmp_path / "out" / "merged"), device="cpu")
     texts = [row["sentence"] for row in read_jsonl(data)]
-    for row, answer in zip(rows, classify(texts), strict=True):
+    for row, answer in zip(rows, classify(texts, batch_size=8), strict=True):
         assert row["predicted"] == answer["label"]
         assert row["confidence"] == pytest.approx(answer["score"], abs=1e-5)
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import train
 from common import exports
+from common.classifiers import settle_tokenizer
+from common.templates import save_tokenizer
 
 PYTHON = ROOT / ".venv-transformers4" / "bin" / "python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-transformers4")
@@ -90,17 +92,29 @@ def test_transformers_4_reads_what_transformers_5_does(name, runs):
 READ = """import sys, torch, transformers
 from safetensors.torch import save_file
 model = transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
-save_file({"logits": model(torch.arange(64)[None]).logits.detach()}, sys.argv[2])"""
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer(["What is it?", "Say"], ["It is long.", "so"], padding=True, return_tensors="pt")
+save_file({"logits": model(**inputs).logits.detach(), **inputs}, sys.argv[2])"""
 
 
-def test_transformers_4_reads_a_classifiers_rotary_settings_under_its_own_names(tmp_path):
+def test_transformers_4_reads_a_classifiers_tokenizer_and_its_rotary_settings_under_its_own_names(tmp_path):
+    """ModernBERT takes no token_type_ids, which transformers 4 gives every model whose tokenizer names no inputs."""
     rope = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in (("full", 1e6), ("sliding", 50.0))}
     rope = {f"{name}_attention": settings for name, settings in rope.items()}
     config = transformers.ModernBertConfig(**SHAPE | {"bos_token_id": 1}, rope_parameters=rope)
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     exports.save_merged(model, tmp_path / "merged", torch.float32)
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    settle_tokenizer(tokenizer, config, "ModernBERT")
+    save_tokenizer(tokenizer, tmp_path / "merged")
     words = [str(PYTHON), "-c", READ, str(tmp_path / "merged"), str(tmp_path / "read.safetensors")]
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    found = load_file(tmp_path / "read.safetensors")["logits"]
-    assert relative_error(found, model(torch.arange(64)[None]).logits.detach()) < 1e-5
+    found = load_file(tmp_path / "read.safetensors")
+    texts = [[220 if byte == 32 else byte - 33 for byte in text] for text in (b"What is it?It is long.", b"Sayso")]
+    rows = [row + [tokenizer.pad_token_id] * (22 - len(row)) for row in texts]  # a token is a byte, in GPT-2's order
+    mask = [[1] * len(row) + [0] * (22 - len(row)) for row in texts]
+    assert [tensor.tolist() for tensor in (found["input_ids"], found["attention_mask"])] == [rows, mask]
+    expected = model(torch.tensor(rows), attention_mask=torch.tensor(mask)).logits.detach()
+    assert relative_error(found["logits"], expected) < 1e-5
