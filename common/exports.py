@@ -500,10 +500,13 @@ def read_adapter(folder: Path, method: str) -> InitialAdapter:
             f"--init-adapter {folder}: training can continue from factors of linear layers only, not {others[0]}"
         )
     prefix, factors = "base_model.model.", {}
-    for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            factors[layer.removeprefix(prefix)] = (tensors[name], tensors[f"{layer}.lora_B.weight"])
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors):
+        A, B = pair = [tensors.get(f"{layer}.lora_{which}.weight", torch.empty(0)) for which in "AB"]
+        if [factor.dim() for factor in pair] != [2, 2] or not len(A) == B.shape[1] == config["r"]:
+            shapes = " and ".join(str(tuple(factor.shape)) for factor in pair)
+            are = f"has the shapes {shapes} for A and B of {layer}, not two matrices of rank {config['r']}"
+            raise UserError(f"--init-adapter {folder} {are}: save the whole adapter again")
+        factors[layer.removeprefix(prefix)] = (A, B)
     principal_rank = int(metadata["principal_rank"]) if "principal_rank" in metadata else None
     is_pissa = start == "pissa"
     if (is_pissa or principal_rank is not None) and method == "lora":

@@ -332,6 +332,22 @@ def test_an_adapter_of_another_model(overrides, expected, train_error, tmp_path)
     assert expected in train_error("--init-adapter", tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    "shapes", [((0,), (0,)), ((4, 32), None), (None, (32, 4)), ((8, 32), (32, 8)), ((4, 32), (32, 2))]
+)
+def test_an_adapter_whose_factors_are_not_of_its_rank(shapes, train_error, tmp_path):
+    """ZeRO-3's empty parts among them."""
+    folder = saved_adapter(tmp_path / "adapter")
+    names = [f"base_model.model.model.layers.1.self_attn.q_proj.lora_{which}.weight" for which in "AB"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert [tuple(tensors.pop(name).shape) for name in names] == [(4, 32), (32, 4)]
+    tensors |= {name: torch.zeros(shape) for name, shape in zip(names, shapes, strict=True) if shape is not None}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    error = train_error("--init-adapter", folder)
+    assert "model.layers.1.self_attn.q_proj, not two matrices of rank 4" in error
+    assert all(str(shape) in error for shape in shapes if shape is not None)
+
+
 def test_a_run_without_a_checkpoint_has_nothing_to_export(train_error, tmp_path):
     (tmp_path / "run" / "checkpoints" / "checkpoint-3").mkdir(parents=True)  # begun, never completed
     (tmp_path / "run" / "config.yaml").write_text("rank: 4\n")
