@@ -493,13 +493,14 @@ def add_adapters(
         cache: folder in which PiSSA's initial factors are kept for the next run.
 
     Raises:
-        UserError: see `find_target_modules`.
+        UserError: see `find_target_modules` and `obstacle_to_adapters`.
     """
     if method not in ("full", "lora", "pissa", "ba-lora"):
         raise UserError(f"unknown method {method!r}: one of full, lora, pissa, ba-lora")
     if method == "full":
         return model.requires_grad_(True)
     found = find_target_modules(model, target_modules, rank)
+    layers.require_adapters(model, found)
     model.requires_grad_(False)
     factors: Iterable[tuple[Tensor, Tensor] | None] = itertools.repeat(None)
     if method != "lora" and initial is not None:
@@ -1172,9 +1173,7 @@ def inspect_base(args: Arguments) -> Base:
     found = find_target_modules(skeleton, args.target_modules, args.rank)
     if adapter is not None or any(re.search(r"[^\w.]", target) for target in args.target_modules):
         args.target_modules = layers.plain_names(skeleton, found)
-    obstacle = layers.obstacle_to_adapters(skeleton, found)
-    if obstacle:
-        raise UserError(f"no adapter on {', '.join(args.target_modules)}: {obstacle}; name other --target-modules")
+    layers.require_adapters(skeleton, found)
     trainable = sum(args.rank * (layer.in_features + layer.out_features) for layer in found.values())
     coverage = layers.coverage(skeleton, found)
     return Base(path, tokenizer, config, skeleton, adapter, len(found), trainable, coverage)

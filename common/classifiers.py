@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.labelled import Data
-from common.layers import default_target_modules, find_target_modules
+from common.layers import default_target_modules, find_target_modules, require_adapters
 from common.metrics import score
 from common.pretrained import (
     check_checkpoint,
@@ -72,7 +72,9 @@ def load_tokenizer(args: Any, path: str, num_classes: int) -> "tuple[Any, transf
         linear_for_conv1d(skeleton)
         if args.target_modules is None:
             args.target_modules = default_targets(skeleton)
-        for name in find_target_modules(skeleton, args.target_modules, args.rank):
+        found = find_target_modules(skeleton, args.target_modules, args.rank)
+        require_adapters(skeleton, found)
+        for name in found:
             if name.startswith(tuple(f"{head}." for head in head_modules(skeleton))):
                 raise UserError(f"--target-modules names {name} too, which is trained whole: give longer names")
     return tokenizer, config

@@ -272,7 +272,7 @@ def export_adapter(
     layers: Mapping[str, Any],
     folder: Path,
     base_model: str,
-    target_modules: list[str],
+    target_modules: list[str] | None,
     task_type: str,
     modules_to_save: Mapping[str, nn.Module] | None = None,
     *,
@@ -282,6 +282,7 @@ def export_adapter(
 
     Args:
         layers: the adapted layers (train.py's LoRALinear) by name.
+        target_modules: as in `find_target_modules`; PEFT gets whole names where it would read an entry otherwise.
         modules_to_save: trained modules by name, such as a classifier, that are stored whole beside the adapters.
         revision: the base's revision on the hub.
     """
@@ -293,6 +294,8 @@ def export_adapter(
     for name, module in (modules_to_save or {}).items():
         for key, tensor in module.state_dict().items():
             tensors[f"base_model.model.{name}.{key}"] = tensor.detach().cpu().contiguous()
+    if target_modules is None or any(re.search(r"[^\w.]", target) for target in target_modules):
+        target_modules = list(layers)
     rank = len(A)
     metadata = {"format": "pt"}
     if layer.initial_A is not None:

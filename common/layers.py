@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from common.cli import UserError, first_line
-from common.tensors import device_of, gathered, shape_of
+from common.tensors import device_of, gathered, is_partitioned, shape_of
 
 # The attention and feed-forward projections of Llama, Mistral, Gemma and Qwen2, and their fused forms in Phi-3. In
 # Mixtral only attention gets adapters: the experts are not linear layers in transformers.
@@ -58,14 +58,18 @@ def _known(model: nn.Module) -> str:
 def obstacle_to_adapters(model: nn.Module, found: Iterable[str]) -> str | None:
     """The reason why adapters on the layers `found` would not act everywhere as in training; None if they would.
 
-    PEFT is asked, because for mixtures it takes some names for those of experts. The code of a layer's parent is read,
-    because the fused kernels of state-space layers take the weight and bypass the adapter.
+    PEFT is asked, because for mixtures it takes some names for those of experts. Only whole nn.Linear are put to it:
+    quantized and partitioned ones have no shapes. The code of a layer's parent is read, because the fused kernels of
+    state-space layers take the weight and bypass the adapter.
     """
     names, modules = list(found), dict(model.named_modules())
     for name in names:
         parent, _, child = name.rpartition(".")
-        if re.search(rf"\bself\.{child}\.weight\b(?!\[|\.(dtype|device|shape))", _source(type(modules[parent]))):
+        reading = rf"\b(?<!isinstance\()self\.{child}\.weight\b(?!\[|\.(dtype|device|shape))"
+        if re.search(reading, _source(type(modules[parent]))):
             return f"{type(modules[parent]).__name__} reads the weight of {child} past an adapter"
+    if any(type(modules[name]) is not nn.Linear or is_partitioned(modules[name].weight) for name in names):
+        return None
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -73,13 +77,21 @@ def obstacle_to_adapters(model: nn.Module, found: Iterable[str]) -> str | None:
         return None
     try:
         config = peft.LoraConfig(r=1, target_modules=plain_names(model, names))
-        with warnings.catch_warnings(action="ignore"):
+        # PEFT's start of an adapter draws random numbers, which would move the start of training.
+        with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(devices=[]):
             adapted = peft.get_peft_model(_without_weights(model), config).base_model.model
     except (ValueError, TypeError) as error:
         return first_line(error)
     taken = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
     others = sorted(taken ^ set(names))
     return f"PEFT would read the adapter otherwise at {others[0]}" if others else None
+
+
+def require_adapters(model: nn.Module, found: Iterable[str]) -> None:
+    """Raises a UserError where `obstacle_to_adapters` finds one."""
+    if obstacle := obstacle_to_adapters(model, found):
+        names = ", ".join(_last_names(found))
+        raise UserError(f"no adapter on {names}: {obstacle}; name other --target-modules")
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -62,6 +62,42 @@ def test_adapters_come_back_on_after_an_error(model):
     assert all(layer.enabled for layer in train.adapter_layers(model).values())
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v2", "glm4_moe"])
+def test_layers_that_peft_takes_for_others_get_no_adapter(kind):
+    """PEFT reads a mixture's down_proj as parameters of its experts."""
+    more = ROUTED | (LATENT if kind == "deepseek_v2" else {"head_dim": 16})
+    config = transformers.AutoConfig.for_model(kind, **SHAPE | more)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="PEFT would read the adapter otherwise at model"):
+        train.add_adapters(model, "lora", 4, 4, ["gate_proj", "up_proj", "down_proj"])
+    named = {name for name, module in model.named_modules() if name.endswith(("gate_proj", "up_proj", "down_proj"))}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    factors = {name for name, _ in theirs.named_parameters() if "lora_A" in name}
+    assert {re.sub(r"base_model\.model\.(.*)\.lora_A.*", r"\1", name) for name in factors} != named
+
+
+def test_only_the_factors_of_lora_are_drawn():
+    """Layer by layer, so that the seed alone decides the start of training."""
+    model = make_model()
+    torch.manual_seed(5)
+    train.add_adapters(model, "lora", 4, 4, TARGET_MODULES)
+    torch.manual_seed(5)
+    for layer in train.adapter_layers(model).values():
+        drawn = torch.nn.init.kaiming_uniform_(torch.empty(4, layer.base.in_features), a=math.sqrt(5))
+        assert torch.equal(layer.lora_A, drawn)
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], [r".*\.1\..*(q|up)_proj"], None, ["q_proj", "mlp.up_proj"]])
+@torch.no_grad()
+def test_peft_takes_the_targets_that_the_adapters_were_added_by(targets, tmp_path):
+    model = train.add_adapters(make_model(), "pissa", 4, 4, targets)
+    perturb(model)
+    export_adapter(train.adapter_layers(model), tmp_path, "base", targets, "CAUSAL_LM")
+    theirs = peft.PeftModel.from_pretrained(make_model(), tmp_path)
+    assert relative_error(theirs(INPUT_IDS).logits, model(INPUT_IDS).logits) < 1e-5
+    assert relative_error(theirs(INPUT_IDS).logits, make_model()(INPUT_IDS).logits) > 1e-3
+
+
 def test_only_the_factors_train_and_they_are_fp32():
     model = make_model().to(torch.bfloat16)
     train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
