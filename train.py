@@ -493,8 +493,10 @@ def add_adapters(
         cache: folder in which PiSSA's initial factors are kept for the next run.
 
     Raises:
-        UserError: see `find_target_modules` and `obstacle_to_adapters`.
+        UserError: the model has adapters; see also `find_target_modules` and `obstacle_to_adapters`.
     """
+    if adapter_layers(model):
+        raise UserError("the model has adapters already: name all target modules in one call, or merge_adapters first")
     if method not in ("full", "lora", "pissa", "ba-lora"):
         raise UserError(f"unknown method {method!r}: one of full, lora, pissa, ba-lora")
     if method == "full":
@@ -519,7 +521,9 @@ def add_adapters(
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's LoRALinear layers by name."""
+    """The LoRALinear layers by their names in the model itself, which `BALoRAModel`, torch.compile or DDP may wrap."""
+    while isinstance(model, BALoRAModel) or {"_orig_mod", "module"} & dict(model.named_children()).keys():
+        model = next(model.children())
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -541,10 +545,11 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Adds each adapter to its base weight and takes the LoRALinear out, in place; returns the plain model."""
-    for name, layer in adapter_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        layer.base.weight.data = layer.merged_weight()
-        setattr(model.get_submodule(parent), child, layer.base)
+    for parent in list(model.modules()):
+        for child, layer in list(parent.named_children()):
+            if isinstance(layer, LoRALinear):
+                layer.base.weight.data = layer.merged_weight()
+                setattr(parent, child, layer.base)
     return model
 
 

@@ -98,6 +98,30 @@ def test_peft_takes_the_targets_that_the_adapters_were_added_by(targets, tmp_pat
     assert relative_error(theirs(INPUT_IDS).logits, make_model()(INPUT_IDS).logits) > 1e-3
 
 
+def test_adapters_are_added_once():
+    """A second call would freeze the first one's factors, and an export has one scale for all."""
+    model = train.add_adapters(make_model(), "pissa", 4, 4, ["q_proj"])
+    with pytest.raises(UserError, match="has adapters already"):
+        train.add_adapters(model, "pissa", 4, 8, ["gate_proj"])
+    train.add_adapters(train.merge_adapters(model), "lora", 4, 8, ["gate_proj"])
+    assert all(name.endswith("gate_proj") for name in train.adapter_layers(model))
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_wrapped_model_has_the_names_of_the_model_itself(tmp_path):
+    model = train.add_adapters(make_model(), "pissa", 4, 4, TARGET_MODULES)
+    perturb(model)
+    expected = model(INPUT_IDS).logits
+    wrappers = [torch.compile, train.BALoRAModel, torch.nn.DataParallel]
+    for number, wrapped in enumerate([*(wrap(model) for wrap in wrappers), torch.compile(train.BALoRAModel(model))]):
+        export_adapter(train.adapter_layers(wrapped), tmp_path / str(number), "base", TARGET_MODULES, "CAUSAL_LM")
+        theirs = peft.PeftModel.from_pretrained(make_model(), tmp_path / str(number))
+        assert relative_error(theirs(INPUT_IDS).logits, expected) < 1e-5
+    train.merge_adapters(wrapped)
+    assert not train.adapter_layers(model)
+    assert relative_error(model(INPUT_IDS).logits, expected) < 1e-5
+
+
 def test_only_the_factors_train_and_they_are_fp32():
     model = make_model().to(torch.bfloat16)
     train.add_adapters(model, "ba-lora", 4, 4, TARGET_MODULES)
