@@ -378,7 +378,7 @@ class LoRALinear(nn.Module):
         if type(self.base) is not nn.Linear:  # bitsandbytes returns views, which must not be changed in place
             y = y.clone()
         factors = (self.lora_A, self.lora_B, self.initial_A, self.initial_B)
-        return _AddLowRank.apply(y, x, *factors, self.scaling, self.stacked)
+        return _AddLowRank.apply(y, x.to(y.dtype), *factors, self.scaling, self.stacked)  # autocast may differ in types
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

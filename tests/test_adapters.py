@@ -98,6 +98,21 @@ def test_peft_takes_the_targets_that_the_adapters_were_added_by(targets, tmp_pat
     assert relative_error(theirs(INPUT_IDS).logits, make_model()(INPUT_IDS).logits) > 1e-3
 
 
+def test_autocast_computes_an_adapted_layer_in_its_type():
+    """As TRL's default, bf16=True, does with a model in fp32; compared with y = W x + B A x in fp32."""
+    torch.manual_seed(0)
+    layer, x = train.LoRALinear(torch.nn.Linear(16, 12), 4, 4), torch.randn(5, 16, requires_grad=True)
+    layer.lora_B.data.normal_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    plain = torch.nn.functional.linear(x, layer.base.weight, layer.base.bias) + x @ layer.lora_A.T @ layer.lora_B.T
+    tensors = (x, layer.lora_A, layer.lora_B)
+    found, expected = (torch.autograd.grad(of.float().square().sum(), tensors) for of in (y, plain))
+    for ours, theirs in zip((y, *found), (plain, *expected), strict=True):
+        assert relative_error(ours.float(), theirs) < 2e-2
+
+
 def test_adapters_are_added_once():
     """A second call would freeze the first one's factors, and an export has one scale for all."""
     model = train.add_adapters(make_model(), "pissa", 4, 4, ["q_proj"])
