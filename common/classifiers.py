@@ -137,6 +137,8 @@ def load_classifier(path: str, config: "transformers.PretrainedConfig", seed: in
         if rows != list(range(own.num_labels)):
             _take_rows(layer, rows)
             model.head_note = f"note: the classifier of {path} has {theirs}: its rows are taken by name, {ours}"
+        elif was_trained and config.num_labels == 1:
+            model.head_note = f"note: the numbers of {path}'s final layer are taken to be in the units of the labels"
     elif was_trained:
         if weight not in lacking_weights(info):  # of the same size, and loaded
             layer.weight.data.normal_(0, getattr(config, "initializer_range", 0.02))

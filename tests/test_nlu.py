@@ -1115,7 +1115,7 @@ def test_balanced_class_weights_are_scikit_learns(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])  # GPT-2's head has no bias
-def test_numbers_come_out_in_the_units_they_came_in(tmp_path, encoders, kind):
+def test_numbers_come_out_in_the_units_they_came_in(tmp_path, encoders, kind, capsys):
     rng = np.random.default_rng(7)
     rows = [{"a": " ".join(["good"] * (i % 9 + 1)), "b": "it", "label": 1000 + 50 * (i % 9)} for i in range(90)]
     data = write_jsonl(tmp_path / "data.jsonl", [rows[i] for i in rng.permutation(90)])
@@ -1131,9 +1131,11 @@ def test_numbers_come_out_in_the_units_they_came_in(tmp_path, encoders, kind):
     assert scores["rmse"]["value"] < 400  # of 1,200: from a head near 0 without a scale, 54 steps come nowhere near
     # A trained head that goes on is read in its own units.
     unchanged = ("--learning-rate=1e-12", "--method=full")
+    assert "in the units of the labels" not in capsys.readouterr().out
     run(tmp_path, "--model", tmp_path / "out" / "merged", *argv, *unchanged, output="again")
     again = [row["predicted"] for row in read_jsonl(tmp_path / "again" / "predictions.jsonl")]
     assert again == pytest.approx(plain.tolist(), rel=1e-4)
+    assert "final layer are taken to be in the units of the labels" in capsys.readouterr().out
 
 
 def test_a_constant_prediction_is_no_best_state(encoders):
