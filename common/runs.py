@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,34 @@ def first_difference(
     return None
 
 
+DATA = ("data", "validation_data", "test_data")  # a training's options that name files
+
+
+def contents_of(args: Any, names: Iterable[str] = DATA) -> dict[str, str]:
+    """By argument, a digest of the files on this disk that it names; an argument that names a hub's data has none."""
+    from common.tables import data_files
+
+    found = {}
+    for name in names:
+        given = getattr(args, name, None) or []
+        digests = []
+        for path in map(Path, [given] if isinstance(given, str) else given):
+            for file in data_files(path)[0] if path.is_dir() else [path] if path.is_file() else []:
+                with open(file, "rb") as stream:
+                    digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        if digests:
+            found[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
+    return found
+
+
+def changed_content(one: Mapping[str, Any], other: Mapping[str, Any], but: Collection[str] = ()) -> str | None:
+    """The first argument, `but` for some, of which the two summaries have files with different content, in a few
+    words. Older summaries lack the digests; they are not compared."""
+    ours, theirs = one.get("contents") or {}, other.get("contents") or {}
+    changed = [name for name in ours if name in theirs and name not in but and ours[name] != theirs[name]]
+    return f"another content of --{changed[0].replace('_', '-')}" if changed else None
+
+
 def config_text(args: Any) -> str:
     """The resolved arguments as YAML that `--config` takes."""
     once = ("config", "overwrite", "skip_done", "resume", "dry_run", "dry_run_gpu", "export_from", "scale")
@@ -83,9 +112,9 @@ def config_text(args: Any) -> str:
     return "# Every argument of this run, for --config.\n" + yaml.safe_dump(entries, sort_keys=False)
 
 
-def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> None:
+def require_same_run(output_dir: Path, args: Any, summary: Mapping[str, Any], but: Collection[str] = ()) -> None:
     """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`, `but` for
-    these names."""
+    these names, or with other data in the same files; `summary` is what the run wrote at its end."""
     # Values that the finished run filled in.
     open_ones = {name for name in ("target_modules", "template") if getattr(args, name, None) is None}
     try:
@@ -93,6 +122,10 @@ def require_same_run(output_dir: Path, args: Any, but: Collection[str] = ()) -> 
         difference = first_difference(made, dataclasses.asdict(args), NOT_IDENTITY | open_ones | {*but}, common=True)
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{output_dir / 'config.yaml'} is damaged: replace the run with --overwrite") from error
+    if not difference and not args.accept_changes and (contents := contents_of(args)):
+        difference = changed_content({"contents": contents}, summary)
+        if "contents" not in summary and os.environ.get("RANK", "0") == "0":
+            print(f"note: {output_dir} is older than the digests of data files: they are not compared", file=sys.stderr)
     if difference:
         raise UserError(f"{output_dir} holds a run with {difference}: name another --output-dir, or use --overwrite")
 
@@ -111,7 +144,7 @@ def leave_if_done(args: Any) -> None:
     """
     results = Path(args.output_dir) / "results.json"
     if results.is_file():
-        require_same_run(Path(args.output_dir), args)
+        require_same_run(Path(args.output_dir), args, read_json(results))
         print(f"done: {results}")
         sys.exit(0)
 
@@ -377,7 +410,7 @@ def is_trained_already(args: Any) -> bool:
         print(f"note: {output_dir / 'run.json'} is damaged and passed over", file=sys.stderr)
         return False
     follows = run.get("micro_batches") == args.gradient_accumulation * processes
-    require_same_run(output_dir, args, ("gradient_accumulation",) if follows else ())
+    require_same_run(output_dir, args, run, ("gradient_accumulation",) if follows else ())
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"trained already, with these settings: {output_dir}")
         if not (output_dir / "merged").is_dir():

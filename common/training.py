@@ -34,7 +34,7 @@ from common.cli import (
     require_share,
 )
 from common.ranks import is_lost_rank, launchers, peak_memory_gib, start_time
-from common.runs import METRICS, JsonLines
+from common.runs import METRICS, JsonLines, contents_of
 from common.tensors import shape_of
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ class Training:
         self.contents = dict(contents or {})
         identity = checkpoints.checkpoint_identity(args, accumulation * self.num_ranks)
         self.identity = identity | {"contents": self.contents}
+        self._files = {} if quiet else contents_of(args)  # now, because the files may change while it trains
         self.interruption = Interruption()
         self.is_over = self._interrupted = False
         self.extra: Callable[[], dict[str, tuple[dict[str, Tensor], dict[str, str]]]] = dict
@@ -576,13 +577,15 @@ class Training:
         return total / max(step, 1)
 
     def summary(self) -> dict[str, Any]:
-        """The numbers of processes, micro-batches per step, steps and skipped steps; the mean loss."""
+        """The numbers of processes, micro-batches per step, steps and skipped steps; the mean loss; the data files'
+        digests."""
         return {
             "processes": self.num_ranks,
             "micro_batches": self.batches.accumulation * self.num_ranks,
             "steps": self.step,
             "skipped_steps": self.progress.skipped_steps,
             "train_loss": self.mean_loss(),
+            "contents": self._files,
         }
 
     @property

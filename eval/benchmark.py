@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 from common.cli import UserError, option, require_not_negative, require_positive, require_share
 from common.pretrained import load_tokenizer_and_config, resolve_demo, resolve_dtype
-from common.runs import first_difference, package_versions, write_whole
-from common.tables import data_files, load_records, require_fields, with_texts
+from common.runs import changed_content, contents_of, first_difference, package_versions, write_whole
+from common.tables import load_records, require_fields, with_texts
 from common.templates import ALPACA_PROMPT, DAY, END_OF_THOUGHT, encode_opening
 from eval.generation import (
     Backend,
@@ -243,30 +243,8 @@ def state_of(*names: str | None) -> str | None:
     return known.hexdigest()[:32] if folders else None
 
 
-FILES = ("data", "shots_data", "against", "completions", "judge_prompts", "references")  # arguments that name files
-
-
-def contents_of(args: Any) -> dict[str, str]:
-    """By argument, a digest of the files on this disk that it names; an argument that names a hub's data has none."""
-    found = {}
-    for name in FILES:
-        given = getattr(args, name, None) or []
-        digests = []
-        for path in map(Path, [given] if isinstance(given, str) else given):
-            for file in data_files(path)[0] if path.is_dir() else [path] if path.is_file() else []:
-                with open(file, "rb") as stream:
-                    digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        if digests:
-            found[name] = digest(digests)
-    return found
-
-
-def changed_content(one: dict[str, Any], other: dict[str, Any], but: Collection[str] = ()) -> str | None:
-    """The first argument, `but` for some, of which the two summaries have files with different content, in a few
-    words. Older summaries lack the digests; they are not compared."""
-    ours, theirs = one.get("contents") or {}, other.get("contents") or {}
-    changed = [name for name in ours if name in theirs and name not in but and ours[name] != theirs[name]]
-    return f"another content of --{changed[0].replace('_', '-')}" if changed else None
+# Arguments that name files.
+FILES = ("data", "validation", "texts", "shots_data", "against", "completions", "judge_prompts", "references")
 
 
 def full_name(name: str | None) -> str | None:
@@ -323,7 +301,7 @@ class Results:
     def __init__(self, benchmark: str, args: Any):
         self.started = time.time()
         self.benchmark, self.args = benchmark, args
-        self.contents = contents_of(args)
+        self.contents = contents_of(args, FILES)
         folder = Path(args.output_dir)
         self.items_path, self.summary_path = folder / f"{benchmark}.jsonl", folder / f"{benchmark}.json"
         if self.summary_path.exists() and not args.overwrite:

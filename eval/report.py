@@ -34,8 +34,8 @@ import tyro
 
 from common.cli import UserError, option, parse_arguments, run_script
 from common.intervals import markdown, pyplot
-from common.runs import first_difference, write_whole
-from eval.benchmark import changed_content, read_jsonl
+from common.runs import changed_content, first_difference, write_whole
+from eval.benchmark import read_jsonl
 from eval.html_report import require_writable, write_html
 from eval.published import PublishedTable, published_rows, published_tables
 from eval.results import BESIDE, METHODS, NLG, NLU, TERMS, Column, ReportedRun, load_runs, scoring

@@ -90,7 +90,6 @@ def as_json(plan: Plan, plan_file: str, paths: dict[str, str], devices: list[str
             "train": renamed(training_command(plan, run), paths),
             "measure": {step: renamed(words, paths) for step, words in measuring_commands(run).items()},
             "expected": [*run.benchmarks, *run.alone, *(["forgetting"] if run.forgetting is not None else [])],
-            "needs": run.needs + ([run.chosen] if run.chosen else []),
             "processes": run.processes,
             "phase": run.phase,
             "arm": run.arm,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -579,6 +580,31 @@ def test_another_runs_checkpoints_are_not_started_over(folder, uninterrupted, tm
     assert message in last
     assert "--overwrite instead of --resume" in last
     assert contents(output) == before
+
+
+def test_a_finished_run_on_data_that_changed_is_refused(folder, uninterrupted, tmp_path, capsys):
+    """A file that was touched is the same; one with another row is not. An older run has no digest, says a note."""
+    output, data = tmp_path / "finished", tmp_path / "data.jsonl"
+    shutil.copytree(uninterrupted, output)
+    shutil.copy(folder / "data.jsonl", data)
+    summary = json.loads((output / "run.json").read_text())
+    digests = [hashlib.sha256(data.read_bytes()).hexdigest()]  # one file
+    assert summary["contents"] == {"data": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]}
+    settings = (output / "config.yaml").read_text()
+    (output / "config.yaml").write_text(settings.replace(str(folder / "data.jsonl"), str(data)))
+    argv = [str(data) if word == str(folder / "data.jsonl") else word for word in arguments(folder, output, "--resume")]
+    before = contents(output)
+    os.utime(data)
+    train.main(argv)
+    assert "trained already" in capsys.readouterr().out
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="holds a run with another content of --data: name another --output-dir"):
+        train.main(argv)
+    assert contents(output) == before
+    del summary["contents"]
+    (output / "run.json").write_text(json.dumps(summary))
+    train.main(argv)
+    assert "older than the digests of data files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,49 @@ def test_a_job_names_the_gpus_that_it_takes(tmp_path, monkeypatch):
     assert seen[1] == {("4",), ("6",)}  # what is measured on their models
 
 
+@needs_snakemake
+def test_what_is_made_again_starts_again_what_names_it_if_its_content_is_another(tmp_path, monkeypatch):
+    """Programs that only say that they ran, in the place of the scripts: each change of the plan has its own jobs."""
+    monkeypatch.chdir(ROOT)
+    path, folder = tmp_path / "mine.yaml", tmp_path / "out"
+    settings = {"model": "demo", "data": "{files}/train.jsonl", "fields": ["question", "response"]}
+    entries = {"settings": settings, "axes": {"seed": [1, 2]}, "benchmarks": {"gsm8k": {"data": "{files}/test.jsonl"}}}
+    entries["tune"] = {"learning-rate": [1e-4], "score": "gsm8k.accuracy", "per": [], "seed": [100]}
+
+    def jobs(train: str, test: str, rate: str = "1e-4") -> set[str]:
+        texts = {"train.jsonl": train, "test.jsonl": test}
+        entries["files"] = {name: f"sh -c 'echo {text} > {{file}}'" for name, text in texts.items()}
+        path.write_text(yaml.safe_dump(entries))
+        grid.main([str(path), "--output-dir", str(folder), "--plan", f"{folder}/plan.json", "--no-price"])
+        plan = json.loads((folder / "plan.json").read_text()) | {"report": ["true"]}
+        for name, run in plan["runs"].items():  # the words stay, because the files that they name decide
+            run["train"] = f"sh -c 'echo {name}.train >> {folder}/ran' {run['train']}"
+            run["measure"] = {
+                key: f"sh -c 'echo {name}.{key} >> {folder}/ran' {run['measure'][key]}" for key in run["measure"]
+            }
+            Path(run["folder"], "merged").mkdir(parents=True, exist_ok=True)
+            Path(run["results"]).mkdir(parents=True, exist_ok=True)
+            Path(run["results"], "gsm8k.json").write_text(json.dumps({"accuracy": {"value": float(rate), "of": 1}}))
+            Path(run["folder"], "run.json").write_text("{}")
+        (folder / "plan.json").write_text(json.dumps(plan))
+        (folder / "ran").write_text("")
+        subprocess.run(workflow(folder), env=environment(), cwd=ROOT, capture_output=True, check=True)
+        return set((folder / "ran").read_text().split())
+
+    study = {f"{seed}.{step}" for seed in (1, 2) for step in ("train", "gsm8k")}
+    tuning = {f"tune-learning-rate0.0001-100.{step}" for step in ("train", "gsm8k")}
+    assert jobs("a", "b") == study | tuning
+    assert jobs("a", "b") == set()
+    assert jobs("a", "c") >= {"1.gsm8k", "2.gsm8k"}
+    assert jobs("d", "c") >= {"1.train", "2.train"}
+    os.utime(folder / ".files" / "train.jsonl.done")  # the same content
+    assert jobs("d", "c") == set()
+    (folder / ".files" / "train.jsonl.done").write_text("another, and killed before the runs started")
+    assert {"1.train", "2.train"} <= jobs("d", "c")
+    (folder / "chosen" / "all.yaml").write_text("learning_rate: 0.1")
+    assert jobs("d", "c") == {"1.train", "2.train"}
+
+
 def run_both(start, undisturbed: Path, killed: Path) -> None:
     """Runs an experiment in one folder, and in another with three kills of all its processes at random moments.
 

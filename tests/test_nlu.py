@@ -500,6 +500,9 @@ def test_a_run_that_is_done_is_left_and_one_that_is_not_is_replaced(tmp_path, en
     assert "done: " in capsys.readouterr().out
     with pytest.raises(UserError, match="seed = 42, not 7"):
         run(tmp_path, *argv, "--seed", 7)
+    reviews(tmp_path / "train.jsonl", count=40)
+    with pytest.raises(UserError, match="another content of --data"):
+        run(tmp_path, *argv)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     (tmp_path / "out" / "results.json").unlink()  # killed before the end
     run(tmp_path, *argv)
