@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from common.cli import UserError, as_words, parse_arguments
+from common.cli import UserError, as_words, options_in, parse_arguments
 from experiments.entries import OF_A_LABEL, ROOT, TUNE_ENTRIES, load, merged, nearest, read_yaml
 
 SCRIPTS = ("train.py", "finetune_bert_l_sst2.py")
@@ -23,6 +23,9 @@ BENCHMARKS = ("gsm8k", "hendrycks_math", "humaneval", "mbpp", "mt_bench")
 ALONE = ("crows_pairs", "curve")  # what eval/suite.py does not run
 # Labels of these axes are clear by themselves. Labels of other axes begin with the axis' name: rank8.
 PLAIN_AXES = {"method", "seed", "task", "model", "data", "arm"}
+# Options that names, folders or later steps of a plan depend on: no option after -- changes them.
+OF_THE_PLAN = {"output-dir", "seed", "method", "model", "config", "overwrite", "dry-run", "export-from"}
+OF_A_STEP = {"batch-size", "gradient-accumulation"}  # where sequences-per-step fits one to the other
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -248,8 +251,33 @@ def expand(
         if part.get("tune"):
             run.chosen = tuning_runs(plan, part, run, values, processes)
         plan.runs.append(run)
+    require_free(plan, values)
     check(plan)
     return plan
+
+
+def require_free(plan: Plan, values: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Raises a UserError where an option that follows -- would contradict the runs' names or the plan.
+
+    Args:
+        values: by axis and label, what the label sets.
+    """
+    owners = dict.fromkeys(OF_THE_PLAN, "the plan")
+    for axis, labels in values.items():
+        for entry in labels.values():
+            owners |= {key.replace("_", "-"): f"the axis {axis!r}" for key in entry}
+            if "sequences-per-step" in entry:
+                owners |= dict.fromkeys(OF_A_STEP, "'sequences-per-step'")
+    if "sequences-per-step" in plan.entries:
+        owners |= dict.fromkeys(OF_A_STEP, "'sequences-per-step'")
+    owners |= {choice["option"]: "'tune'" for choice in plan.choices.values()}
+    for word in options_in(plan.extra):
+        name = word.removeprefix("--").removeprefix("no-")
+        if name in owners:
+            raise UserError(
+                f"{plan.experiment}: -- {word} would change every run, and {owners[name]} sets it: change it in a file "
+                "of your own (docs/experiments.md)"
+            )
 
 
 def tuning_runs(

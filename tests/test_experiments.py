@@ -225,6 +225,25 @@ def test_a_mistake_ends_the_program_with_2_and_one_line(tmp_path):
         assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "owner"),
+    [
+        ("nlg-demo", "--seed=7", "the axis 'seed'"),  # the runs would be named after 42, 43, 44
+        ("rank-demo", "--rank", "the axis 'rank'"),
+        ("start-demo", "--no-regularize", "the axis 'terms'"),  # what a label sets
+        ("start-demo", "--learning_rate", "'tune'"),
+        ("nlg", "--batch-size", "'sequences-per-step'"),
+        ("temperature-demo", "--method", "the plan"),
+        ("nlg-demo", "--output-dir", "the plan"),
+    ],
+)
+def test_an_option_for_every_training_does_not_contradict_the_names_of_the_runs(name, option, owner):
+    with pytest.raises(UserError, match=rf"-- {option.partition('=')[0].replace('_', '-')} would .*{owner} sets it"):
+        plans.expand(name, extra=[option, "1"])
+    plan = plans.expand("nlg-demo", only={"method": ["lora"], "seed": ["42"]}, extra=["--save-steps", "50"])
+    assert grid.training_command(plan, plan.runs[0])[-2:] == ["--save-steps", "50"]
+
+
 def test_an_experiment_that_needs_gpus_says_so_before_it_starts():
     with pytest.raises(UserError, match=r"nlg takes 8 GPUs per run, and there are 2 here.*nlg-demo"):
         grid.require_devices(plans.expand("nlg", only={"seed": ["42"]}), 2)
