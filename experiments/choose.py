@@ -9,6 +9,7 @@ far from the best is taken.
 The result is a configuration for --config: the setting, beside the arm's own configuration.
 """
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def best(scores: dict[str, list[float]], mode: str, within: float = 0.0) -> str:
     """The smallest value of those with a mean that is at most `within` from the best."""
     sign = -1 if mode == "min" else 1
     means = {value: sign * statistics.mean(found) for value, found in scores.items()}
+    means = {value: mean if math.isfinite(mean) else -math.inf for value, mean in means.items()}  # it diverged
     return min((value for value, mean in means.items() if mean >= max(means.values()) - within), key=float)
 
 

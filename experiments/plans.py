@@ -288,21 +288,19 @@ def tuning_runs(
     tune:
       learning-rate: [1e-4, 3e-4]    the option that is chosen, and its grid
       seed: [100, 101]               seeds of their own
-      score: gsm8k.accuracy          what is compared, the mean over those seeds; `mode: min` for a loss
-    within: 0.01                   the smallest value that is no further from the best is taken
+      score: gsm8k.accuracy          what is compared, the mean over those seeds
+      mode: max                      or min, which a loss, a divergence and forgetting need
+      within: 0.01                   the smallest value that is no further from the best is taken
       per: [method]                  axes that have a choice of their own (all but the seed); others stand at their
       at: {noise: clean}             place here, or at their first label
       evaluation: ...                as above: the validation items
     """
     tune = part["tune"]
-    grids = [key for key in tune if key not in TUNE_ENTRIES]
-    if len(grids) != 1 or not isinstance(tune[grids[0]], list) or "score" not in tune:
-        raise UserError(f"{plan.experiment}: 'tune' takes one option with its values, a 'score' and a 'seed'")
-    (option,) = grids
+    option = tuned_option(plan.experiment, part, values)
     per = tune.get("per", [axis for axis in run.labels if axis != "seed"])
     labels = {}
     for axis, label in run.labels.items():
-        at = (tune.get("at") or {}).get(axis, next(iter(values[axis])))
+        at = str((tune.get("at") or {}).get(axis, next(iter(values[axis]))))
         labels[axis] = label if axis in per else at
     arm = "-".join(labels[axis] for axis in labels if axis in per)
     path = f"{plan.folder}/chosen/{arm or 'all'}.yaml"
@@ -328,6 +326,10 @@ def tuning_runs(
         tuning = make_run(plan, changed, {**labels, "seed": str(seed)}, name, "tuning", processes)
         tuning.labels |= {option: str(value)}
         tuning.arm = arm or "all"
+        benchmark = tune["score"].partition(".")[0]
+        known = [*tuning.benchmarks, *tuning.alone, "validation"]
+        if tuning.script == SCRIPTS[0] and benchmark not in known:
+            raise UserError(f"{name}: no benchmark of its measures {tune['score']!r}{nearest(benchmark, known)}")
         plan.choices[path]["runs"].append(tuning.name)
         plan.runs.append(tuning)
     return path
@@ -336,6 +338,40 @@ def tuning_runs(
 # ------------------------------------------------------------------------------------------------------------------
 # Checks
 # ------------------------------------------------------------------------------------------------------------------
+
+
+def tuned_option(where: str, part: dict[str, Any], values: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The option that `part`'s tuning chooses.
+
+    Args:
+        values: by axis and label, what the label sets.
+
+    Raises:
+        UserError: an entry of 'tune' that has no effect, or the opposite of what it says.
+    """
+    tune = part["tune"]
+    grids = [key for key in tune if key not in TUNE_ENTRIES]
+    if len(grids) != 1 or not isinstance(tune[grids[0]], list) or not isinstance(tune.get("score"), str):
+        raise UserError(f"{where}: 'tune' takes one option with its values, a 'score' and a 'seed'")
+    (option,) = grids
+    if option.replace("_", "-") in (key.replace("_", "-") for key in part["settings"]):
+        raise UserError(f"{where}: 'tune' chooses {option}, and 'settings' or a label sets it: leave one of them out")
+    mode, score = tune.get("mode"), tune["score"]
+    is_lower_better = re.search(r"loss|kl_|forgetting|error|pct_stereotype", score) is not None
+    if mode not in ("max", "min", *([] if is_lower_better else [None])):
+        given = "" if mode is None else f", not {mode!r}"
+        raise UserError(f"{where}: 'tune' by {score} takes 'mode: max' or 'mode: min'{given}")
+    if not isinstance(tune.get("within", 0.0), (int, float)) or tune.get("within", 0.0) < 0:
+        raise UserError(f"{where}: 'within' of 'tune' is {tune['within']!r}: a number from 0")
+    for axis in [*tune.get("per", []), *(tune.get("at") or {})]:
+        if axis not in values:
+            raise UserError(f"{where}: 'tune' names {axis!r}, which is no axis{nearest(axis, values)}")
+    for axis, label in (tune.get("at") or {}).items():
+        if str(label) not in values[axis]:
+            raise UserError(
+                f"{where}: 'tune' is at {axis}: {label}, which has no such label{nearest(label, values[axis])}"
+            )
+    return option
 
 
 def arguments_of(script: str) -> type:

@@ -1,6 +1,7 @@
 """Experiments: each resolves without network, with its price; mistakes get one line; kills leave the same folder."""
 
 import json
+import math
 import os
 import random
 import re
@@ -186,6 +187,13 @@ def mistake(tmp_path: Path, entries: dict) -> str:
 DEMO = {"model": "demo", "data": "demo", "fields": ["question", "response"]}
 
 
+def tuned(tune: dict, **settings) -> dict:
+    """An experiment whose 'tune' is right but for the changes."""
+    tune = {"learning-rate": [1e-4, 1e-3], "score": "gsm8k.accuracy", "seed": [100]} | tune
+    axes = {"method": ["lora", "pissa"], "seed": [1]}
+    return {"settings": DEMO | settings, "axes": axes, "benchmarks": {"gsm8k": {"data": "demo"}}, "tune": tune}
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -207,6 +215,13 @@ DEMO = {"model": "demo", "data": "demo", "fields": ["question", "response"]}
         ({"like": "ablatoin"}, "no experiment 'ablatoin'; did you mean 'ablation'?"),
         ({"settings": DEMO, "tune": {"rank": [1, 2]}}, "'tune' takes one option with its values"),
         ({"settings": DEMO, "benchmarks": {"gsm8k": {"limt": 3}}}, "did you mean 'limit'?"),
+        (tuned({}, **{"learning-rate": 1e-4}), "'tune' chooses learning-rate, and 'settings' or a label sets it"),
+        (tuned({"mode": "minimum"}), "takes 'mode: max' or 'mode: min', not 'minimum'"),
+        (tuned({"score": "gsm8k.response_loss"}), "'tune' by gsm8k.response_loss takes 'mode: max' or 'mode: min'"),
+        (tuned({"within": "1 %"}), "'within' of 'tune' is '1 %'"),
+        (tuned({"per": ["metod"]}), "'tune' names 'metod', which is no axis; did you mean 'method'?"),
+        (tuned({"at": {"method": "lra"}}), "'tune' is at method: lra, which has no such label; did you mean 'lora'?"),
+        (tuned({"score": "gsm8.accuracy"}), "measures 'gsm8.accuracy'; did you mean 'gsm8k'?"),
     ],
 )
 def test_a_mistake_in_an_experiment_is_one_line_that_names_it(tmp_path, entries, message):
@@ -310,6 +325,7 @@ def test_the_best_rate_is_chosen_and_of_equals_the_smaller(tmp_path, monkeypatch
     assert choose.best(rates, "min") == "0.001"
     assert [choose.best(rates, "max", within) for within in (0.34, 0.36)] == ["0.01", "0.001"]
     assert choose.best(rates, "min", 0.36) == "0.001"
+    assert choose.best(rates | {"0.01": [math.nan, 0.5]}, "max") == "0.1"  # it diverged
     with pytest.raises(UserError, match=r"a has no score 'gsm8k\.accuracy' to choose by"):
         choose.score_of(record("a"), "gsm8k.accuracy")
 
