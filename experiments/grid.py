@@ -12,7 +12,10 @@ How to run
 
 import json
 import shlex
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.cli import Parser, UserError, as_words, run_script
@@ -31,12 +34,21 @@ PATIENT = ("--shutdown-timeout", "600", "--signals-to-handle", "SIGTERM,SIGINT,S
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def training_command(plan: Plan, run: PlannedRun) -> list[str]:
-    """The command that trains the run. Started again, it goes on, or changes nothing if the run is finished."""
+def training_command(plan: Plan, run: PlannedRun, paths: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """The command that trains the run. Started again, it goes on, or changes nothing if the run is finished.
+
+    Args:
+        paths: local copies by hub name. A name that stands in the run's configuration becomes an option here.
+    """
     launcher = ["python"]
     if run.processes > 1:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", str(run.processes), *PATIENT]
     settings = dict(run.settings)
+    if settings.get("config"):
+        known = read_config(settings["config"])
+        settings |= {
+            name: known[name] for name in ("model", "data") if known.get(name) in paths and name not in settings
+        }
     if run.chosen is not None:
         settings = {"config": run.chosen} | {name: value for name, value in settings.items() if name != "config"}
     again = "--resume" if run.script == "train.py" else "--skip-done"
@@ -87,7 +99,7 @@ def as_json(plan: Plan, plan_file: str, paths: dict[str, str], devices: list[str
     runs = {}
     for run in plan.runs:
         runs[run.name] = {
-            "train": renamed(training_command(plan, run), paths),
+            "train": renamed(training_command(plan, run, paths), paths),
             "measure": {step: renamed(words, paths) for step, words in measuring_commands(run).items()},
             "expected": [*run.benchmarks, *run.alone, *(["forgetting"] if run.forgetting is not None else [])],
             "processes": run.processes,
@@ -123,6 +135,14 @@ def all_commands(content: dict[str, Any]) -> list[str]:
             if run["phase"] == phase:
                 lines += [run["train"], *run["measure"].values()]
     return lines + content["report"][1:]
+
+
+def note_on_unused(paths: dict[str, str], content: dict[str, Any]) -> None:
+    """Names the local copies that no command of the plan reads."""
+    words = {word for command in all_commands(content) for word in shlex.split(command)}
+    unused = [name for name, place in paths.items() if place not in words]
+    if unused:
+        print(f"note: --paths: no command here reads {', '.join(unused)}", file=sys.stderr)
 
 
 def read_paths(path: str | None) -> dict[str, str]:
@@ -187,7 +207,9 @@ def main(argv: list[str]) -> None:
     if args.plan and not args.cluster:
         require_devices(plan, len(devices))
     plan_file = args.plan or f"{plan.folder}/plan.json"
-    content = as_json(plan, plan_file, read_paths(args.paths), devices)
+    paths = read_paths(args.paths)
+    content = as_json(plan, plan_file, paths, devices)
+    note_on_unused(paths, content)
     if not args.no_price:
         from experiments import price  # which imports torch
 

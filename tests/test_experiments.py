@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import statistics
@@ -149,6 +150,24 @@ def test_a_price_counts_the_teacher_and_only_where_it_acts(monkeypatch):
 def both(name: str, only: dict) -> zip:
     plan = plans.expand(name, only=only)
     return zip(plan.runs, price.prices(plan), strict=True)
+
+
+def test_a_local_copy_is_read_by_every_step(tmp_path, capsys):
+    """The names of model and data stand in the configuration for LLaMA, and in the experiment for Gemma."""
+    places = {"meta-llama/Llama-2-7b-hf": "/m/llama", "google/gemma-7b": "/m/gemma", "fxmeng/pissa-dataset": "/d/pissa"}
+    (tmp_path / "paths.yaml").write_text(yaml.safe_dump(places | {"no/such-model": "/m/none"}))
+    only = ["--axis", "seed=42", "--axis", "method=pissa", "--axis", "data=metamath"]
+    grid.main(
+        ["nlg", "--no-price", "--paths", str(tmp_path / "paths.yaml"), "--axis", "model=llama2-7b,gemma-7b", *only]
+    )
+    printed, said = capsys.readouterr()
+    assert said == "note: --paths: no command here reads no/such-model\n"
+    lines = [shlex.split(line) for line in printed.splitlines()]
+    bases = {"/m/llama", "/m/gemma"}
+    assert {words[words.index("--model") + 1] for words in lines if "train.py" in words} == bases
+    assert {words[words.index("--data") + 1] for words in lines if "train.py" in words} == {"/d/pissa"}
+    assert {words[words.index("--base") + 1] for words in lines if "eval/forgetting.py" in words} == bases
+    assert not [name for name in places if name in printed]
 
 
 def test_a_tuning_has_seeds_of_its_own_and_its_arm_takes_its_choice():
