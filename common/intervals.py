@@ -88,13 +88,22 @@ def spread(values: Iterable[float | None], digits: int, nothing: str = "-") -> s
     known = [value for value in values if value is not None]
     if not known:
         return nothing
+    if not all(map(math.isfinite, known)):
+        return not_finite(known)
     text = f"{statistics.mean(known):.{digits}f}"
     return text + (f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else "")
+
+
+def not_finite(values: Sequence[float]) -> str:
+    """What stands in the place of a mean where a run diverged."""
+    return f"not finite in {sum(not math.isfinite(value) for value in values)} of {len(values)}"
 
 
 def difference(paired: Iterable[float], digits: int, nothing: str = "-", one: str = "one pair") -> str:
     """The mean of paired differences with its 95 % interval by Student's t, as text."""
     known = list(paired)
+    if not all(map(math.isfinite, known)):
+        return not_finite(known)
     if len(known) < 2:
         return f"{known[0]:+.{digits}f} ({one})" if known else nothing
     mean, half = paired_interval(known)

@@ -253,6 +253,7 @@ def expand(
         plan.runs.append(run)
     require_free(plan, values)
     check(plan)
+    check_report(plan, values)
     return plan
 
 
@@ -435,6 +436,30 @@ def check(plan: Plan) -> None:
                 if options.get("config"):
                     check_options(script, read_config(options["config"]), options["config"])
                 parse_training(plan, run)
+
+
+def check_report(plan: Plan, values: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Raises a UserError where 'report' names an axis, a label or an option that is not there.
+
+    Args:
+        values: by axis and label, what the label sets, of the runs that were asked for.
+    """
+    options, where = plan.entries.get("report") or {}, f"{plan.experiment}: 'report'"
+    baseline, pair, curve = options.get("baseline") or {}, options.get("effects"), options.get("curve")
+    if not isinstance(baseline, dict):
+        raise UserError(f"{where}: 'baseline' takes an axis with its label, not {baseline!r}")
+    if pair and not (isinstance(pair, list) and len(pair) == 2):
+        raise UserError(f"{where}: 'effects' takes two axes, not {pair!r}")
+    for axis in [*baseline, *(pair or [])]:
+        if axis not in values:
+            raise UserError(f"{where} names {axis!r}, which is no axis{nearest(axis, values)}")
+    for axis, label in baseline.items():
+        known = {**axis_values(axis, plan.entries["axes"][axis], None, plan.experiment), **values[axis]}
+        if str(label) not in known:
+            raise UserError(f"{where}: axis {axis!r} has no {label!r}{nearest(label, known)}")
+    names = {name.replace("_", "-") for run in plan.runs for name in typing.get_type_hints(arguments_of(run.script))}
+    if curve and curve.replace("_", "-") not in names:
+        raise UserError(f"{where}: 'curve' over {curve!r}, which is no option{nearest(curve, names)}")
 
 
 def measure_script(name: str) -> str:

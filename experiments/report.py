@@ -7,7 +7,8 @@
 The `report` entry of the experiment that the records name says what is compared:
 
     baseline: {method: pissa}    every other label of that axis minus this one, seed by seed, with a 95 % t-interval
-    effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is
+    effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is; apart for
+                                 the labels of every other axis
     curve: rank                  the scores over an option, a line per arm
     scores: [accuracy]           these scores alone
 
@@ -15,6 +16,7 @@ Differences are taken between runs that are alike in everything else: the seed d
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -143,30 +145,47 @@ def differences(records: list[Record], columns: list[Column], axis: str, baselin
 
 
 def effects(records: list[Record], columns: list[Column], axes: list[str]) -> str:
-    """Two axes of two labels: the whole difference from (first, first) to (second, second), and its parts.
+    """Two axes of two labels: the whole difference from (first, first) to (second, second), and its parts, apart for
+    what the other axes (but the seed) say.
 
     Each part is the mean of what its change brings before and after the other one; the two add up to the whole. The
     interaction is how much more the second change brings where the first has been made.
     """
     first, second = axes
-    (a, b), (x, y) = (list(dict.fromkeys(record["labels"][axis] for record in records)) for axis in axes)
-    rows = [["from " + f"{a} {x} to {b} {y}", *(f"{part} {name}" for part, name in columns)]]
-    parts: dict[str, list[str]] = {name: [] for name in ("whole", f"of {first}", f"of {second}", "interaction")}
-    for column in columns:
-        cells: dict[str, dict[tuple[str, str], float | None]] = {}
-        for record in records:
-            place = (record["labels"][first], record["labels"][second])
-            cells.setdefault(str(record["seed"]), {})[place] = value_of(record, column)
-        found = []
-        for cell in cells.values():
-            values = [cell.get(place) for place in ((a, x), (b, x), (a, y), (b, y))]
-            if None not in values:
-                start, only_first, only_second, both = values
-                halves = ((only_first - start + both - only_second) / 2, (only_second - start + both - only_first) / 2)
-                found.append((both - start, *halves, both - only_first - only_second + start))
-        for part, differences in zip(parts.values(), zip(*found, strict=True) if found else [()] * 4, strict=True):
-            part.append(difference(differences, digits(column)))
-    return markdown(rows + [[name, *cells] for name, cells in parts.items()])
+    labels = [list(dict.fromkeys(record["labels"].get(axis) for record in records)) for axis in axes]
+    for axis, found in zip(axes, labels, strict=True):
+        if len(found) != 2:
+            return f"no parts: they need two labels of {axis}, and the runs have {len(found)}"
+    (a, b), (x, y) = labels
+    groups: dict[str, dict[str, dict[tuple[str, str], Record]]] = {}
+    for record in records:
+        others = [label for axis, label in record["labels"].items() if axis not in (first, second, "seed")]
+        of_seed = groups.setdefault("-".join(others), {}).setdefault(str(record["seed"]), {})
+        of_seed[record["labels"][first], record["labels"][second]] = record
+    rows = [[f"from {a} {x} to {b} {y}", *(f"{part} {name}" for part, name in columns)]]
+    for group, seeds in groups.items():
+        whole = [cells for cells in seeds.values() if len(cells) == 4]
+        corners = [[cells[place] for place in ((a, x), (b, x), (a, y), (b, y))] for cells in whole]
+        found = [parts_of([[value_of(record, column) for record in four] for four in corners]) for column in columns]
+        for i, name in enumerate(("whole", f"of {first}", f"of {second}", "interaction")):
+            cells = [difference(parts[i], digits(column)) for parts, column in zip(found, columns, strict=True)]
+            rows.append([f"{group}: {name}" if group else name, *cells])
+    return markdown(rows)
+
+
+def parts_of(corners: list[list[float | None]]) -> list[tuple[float, ...]]:
+    """The whole difference, the parts of both changes and their interaction, each with a value per seed.
+
+    Args:
+        corners: per seed the score before, with the first change only, with the second only, and with both.
+    """
+    found = []
+    for values in corners:
+        if None not in values:
+            start, only_first, only_second, both = values
+            halves = ((only_first - start + both - only_second) / 2, (only_second - start + both - only_first) / 2)
+            found.append((both - start, *halves, both - only_first - only_second + start))
+    return list(zip(*found, strict=True)) if found else [()] * 4
 
 
 def tuning_lines(records: list[Record]) -> list[str]:
@@ -198,7 +217,7 @@ def lines_of(records: list[Record], option: str, column: Column) -> dict[str, di
     found: dict[str, dict[float, list[float]]] = {}
     for record in records:
         value, score = record["settings"].get(option.replace("-", "_")), value_of(record, column)
-        if value is None or score is None:
+        if value is None or score is None or not math.isfinite(score):
             continue
         line = "-".join(label for axis, label in record["labels"].items() if axis not in (option, "seed"))
         found.setdefault(line or "all", {}).setdefault(float(value), []).append(score)
@@ -263,6 +282,9 @@ def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> 
         "",
         "Mean ± standard deviation over seeds; shares in percent; minutes of training; GiB of the fullest process.",
     ]
+    for name in options.get("scores") or []:
+        if not any(name == column[1] for column in columns):
+            lines += ["", f"No run has the score {name!r}."]
     for axis, baseline in (options.get("baseline") or {}).items():
         lines += ["", f"Differences by {axis}, seed by seed, with 95 % t-intervals:", ""]
         lines.append(differences(done, columns, axis, baseline))

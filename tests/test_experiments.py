@@ -1,5 +1,6 @@
 """Experiments: each resolves without network, with its price; mistakes get one line; kills leave the same folder."""
 
+import itertools
 import json
 import math
 import os
@@ -234,6 +235,10 @@ def tuned(tune: dict, **settings) -> dict:
         ({"like": "ablatoin"}, "no experiment 'ablatoin'; did you mean 'ablation'?"),
         ({"settings": DEMO, "tune": {"rank": [1, 2]}}, "'tune' takes one option with its values"),
         ({"settings": DEMO, "benchmarks": {"gsm8k": {"limt": 3}}}, "did you mean 'limit'?"),
+        (tuned({}) | {"report": {"baseline": {"methd": "lora"}}}, "'methd', which is no axis; did you mean 'method'?"),
+        (tuned({}) | {"report": {"baseline": {"method": "lra"}}}, "axis 'method' has no 'lra'; did you mean 'lora'?"),
+        (tuned({}) | {"report": {"effects": ["method"]}}, "'effects' takes two axes, not ['method']"),
+        (tuned({}) | {"report": {"curve": "learning-rat"}}, "is no option; did you mean 'learning-rate'?"),
         (tuned({}, **{"learning-rate": 1e-4}), "'tune' chooses learning-rate, and 'settings' or a label sets it"),
         (tuned({"mode": "minimum"}), "takes 'mode: max' or 'mode: min', not 'minimum'"),
         (tuned({"score": "gsm8k.response_loss"}), "'tune' by gsm8k.response_loss takes 'mode: max' or 'mode: min'"),
@@ -398,6 +403,39 @@ def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
     for arm, of_seeds in values.items():
         assert f"| {arm:11} | 4     | {statistics.mean(of_seeds):.2f} ± {statistics.stdev(of_seeds):.2f} " in printed
     assert "lora-terms, by gsm8k.response_loss: 0.001 0.5000; 0.003 0.4000; **0.01** 0.3000; the best is at" in printed
+
+
+def test_parts_of_a_difference_are_told_apart_by_the_other_axes():
+    """By hand: at rank 8 the starts differ by 10 points, at rank 64 by 30; the terms add 10 to every run."""
+
+    def one(rank: str, start: str, terms: str, seed: int, **scores) -> dict:
+        value = 0.3 + {"lora": 0.0, "pissa": 0.1 if rank == "8" else 0.3}[start] + 0.1 * (terms == "terms") + seed / 100
+        labels = {"rank": f"rank{rank}", "start": start, "terms": terms, "seed": str(seed)}
+        scores = {"gsm8k": {"accuracy": {"value": value}} | scores}
+        return record("-".join(labels.values()), arm=f"{rank}-{start}-{terms}", labels=labels, seed=seed, scores=scores)
+
+    places = itertools.product(("8", "64"), ("lora", "pissa"), ("plain", "terms"), (1, 2))
+    records = [one(*place) for place in places]
+    table = report.effects(records, [("gsm8k", "accuracy")], ["start", "terms"])
+    cells = {
+        row[1]: row[2].split()[0]
+        for row in ([part.strip() for part in line.split("|")] for line in table.splitlines()[2:])
+    }
+    assert {name: float(value) for name, value in cells.items() if "interaction" not in name} == {
+        "rank8: whole": 20.0,
+        "rank8: of start": 10.0,
+        "rank8: of terms": 10.0,
+        "rank64: whole": 40.0,
+        "rank64: of start": 30.0,
+        "rank64: of terms": 10.0,
+    }
+    some = [made for made in records if made["labels"]["start"] == "lora"]
+    text = report.summary("about", {made["run"]: made for made in some}, {"effects": ["start", "terms"]})
+    assert "no parts: they need two labels of start, and the runs have 1" in text
+    diverged = [
+        one("8", "lora", "plain", seed, response_loss=loss) for seed, loss in ((1, 0.5), (2, math.inf), (3, 0.4))
+    ]
+    assert "| not finite in 1 of 3" in report.table(diverged, [("gsm8k", "response_loss")])
 
 
 # ------------------------------------------------------------------------------------------------------------------
