@@ -7,8 +7,8 @@
 The `report` entry of the experiment that the records name says what is compared:
 
     baseline: {method: pissa}    every other label of that axis minus this one, seed by seed, with a 95 % t-interval
-    effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is; apart for
-                                 the labels of every other axis
+    effects: [start, terms]      two axes of two labels each: how much of the whole difference each of them is,
+                                 at each label of the other axes
     curve: rank                  the scores over an option, a line per arm
     scores: [accuracy]           these scores alone
 

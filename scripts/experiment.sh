@@ -20,16 +20,23 @@ set -eu
 
 name=${1:-}
 if [ $# -gt 0 ]; then shift; fi
-dry=${DRY_RUN:-} cluster='' engine=''
+dry=${DRY_RUN:-} cluster='' engine='' resources='' last=''
+quoted() { printf " '%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"; }
 while [ $# -gt 0 ]; do
     word=$1
     shift
+    case "$word" in -*) last=$word ;; esac
     case "$word" in
     --) break ;;
     -n | --dry-run | --dryrun) dry=1 ;;
     --executor | --executor=* | -e) cluster=1 ;;
+    --resources | --res) continue ;; # joined with ours below: of two --resources Snakemake takes the last
+    --resources=* | --res=*) last=--resources word=${word#*=} ;;
     esac
-    engine="$engine $word"
+    case "$last" in
+    --resources | --res) resources="$resources $word" ;;
+    *) engine="$engine$(quoted "$word")" ;;
+    esac
 done
 
 if [ -x .venv/bin/python ]; then PATH="$PWD/.venv/bin:$PATH"; fi
@@ -50,12 +57,20 @@ if [ -n "${PATHS:-}" ]; then set -- --paths "$PATHS" "$@"; fi
 if [ "${PRICE:-}" = no ]; then set -- --no-price "$@"; fi
 if [ -n "$dry" ]; then exec python experiments/grid.py "$name" --output-dir "$output" "$@"; fi
 
+# The workflow's steps read the plan: a second start would give the first one another.
+mkdir -p "$output"
+exec 9>"$output/.start"
+if command -v flock >/dev/null && ! flock -n 9; then
+    say "another start is running in $output: wait for its end, or name another OUTPUT" >&2
+    exit 2
+fi
 python experiments/grid.py "$name" --output-dir "$output" --plan "$output/plan.json" --devices "$devices" \
     ${cluster:+--cluster} "$@"
 # For a cluster, this machine's cores would be the most that a job there may ask for.
 cores=$([ -n "$cluster" ] || echo "--cores all")
-resources=$(echo "$devices" | tr , '\n' | sed '/^$/d' | awk '{ print "gpu_" NR - 1 "=1" }')
+resources="$resources $(echo "$devices" | tr , '\n' | sed '/^$/d' | awk '{ print "gpu_" NR - 1 "=1" }')"
+eval "set --$engine"
 # shellcheck disable=SC2086  # words
 exec "${SNAKEMAKE:-.venv-experiments/bin/snakemake}" --snakefile experiments/Snakefile --directory . --rerun-incomplete \
-    --keep-going $cores ${resources:+--resources $resources} $engine \
+    --keep-going $cores "$@" $([ -z "${resources# }" ] || echo "--resources $resources") \
     --config plan="$output/plan.json" ${cluster:+cluster=1}

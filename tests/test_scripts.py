@@ -1,11 +1,13 @@
 """The command lines that cannot run here: a dry run prints them whole, and their options exist."""
 
+import fcntl
 import importlib
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -290,6 +292,40 @@ def test_all_five_benchmarks_of_a_checkpoint(monkeypatch):
     assert list(plain) == list(parsed)  # MT-Bench's questions are the hub's
     assert (plain["mt_bench"].data, plain["mt_bench"].judge_model) == (mt_bench.HUB_DATA, None)
     assert list(parsed_by_scripts(commands(BENCHMARKS="mbpp gsm8k")[0])) == ["mbpp", "gsm8k"]
+
+
+def test_a_second_start_leaves_the_plan_and_options_of_the_engine_arrive_as_typed(tmp_path):
+    """With stand-ins for the installation, for two GPUs and for Snakemake, which prints its words."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/experiment.sh", tmp_path / "scripts")
+    stand_ins = (
+        f"cd '{ROOT}'; say() {{ echo \"$*\"; }}; setup() {{ :; }}; setup_experiments() {{ :; }}; cards() {{ seq 0 1; }}"
+    )
+    (tmp_path / "scripts/setup.sh").write_text(stand_ins)
+    engine = tmp_path / "snakemake"
+    engine.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    engine.chmod(0o755)
+    output = tmp_path / "out"
+    environment = os.environ | {"SNAKEMAKE": str(engine), "OUTPUT": str(output), "PRICE": "no"}
+
+    def start(*options: str) -> subprocess.CompletedProcess:
+        command = ["sh", str(tmp_path / "scripts/experiment.sh"), "nlg-demo", *options]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    extra = "slurm_extra='--qos=high --constraint=a100'"
+    ended = start("--resources", "mem_mb=9", "--jobs", "2", "--res=a=1", "--default-resources", extra, "--quiet", "all")
+    assert ended.returncode == 0, ended.stderr
+    words = ended.stdout.splitlines()
+    expected = ["--jobs", "2", "--default-resources", extra, "--quiet", "all"]
+    expected += ["--resources", "mem_mb=9", "a=1", "gpu_0=1", "gpu_1=1"]
+    assert words[words.index("--jobs") : words.index("--config")] == expected
+    plan = (output / "plan.json").read_bytes()
+    with open(output / ".start") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ended = start("--", "--save-steps", "50")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "another start is running" in ended.stderr
+    assert (output / "plan.json").read_bytes() == plan
 
 
 def test_glue_takes_no_number_of_gpus_and_says_so():
