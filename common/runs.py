@@ -530,6 +530,27 @@ def score_of(record: dict[str, Any], benchmark: str, name: str) -> float | None:
     return found.get("value") if isinstance(found, dict) else found
 
 
+def conditions(made: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Under what a run was made, as far as its record or its summary `made` says it: commit, torch, device, type."""
+    version = made.get("commit") or ""
+    found = {
+        "commit": version[:10] + "+" * version.endswith("+"),
+        "torch": (made.get("versions") or {}).get("torch"),
+        "device": made.get("device") or (made.get("hardware") or {}).get("device"),
+        "dtype": settings.get("dtype"),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def differing(seeds: Iterable[Mapping[str, str]]) -> str:
+    """What the seeds of one mean do not share of their `conditions`, in a few words; "" where they are alike."""
+    values: dict[str, dict[str, None]] = {}
+    for one in seeds:
+        for name, value in one.items():
+            values.setdefault(name, {})[value] = None
+    return ", ".join(f"{name} {' / '.join(found)}" for name, found in values.items() if len(found) > 1)
+
+
 def is_record(content: Any) -> bool:
     return isinstance(content, dict) and {"version", "run", "scores"} <= set(content)
 

@@ -34,7 +34,7 @@ import tyro
 
 from common.cli import UserError, option, parse_arguments, run_script
 from common.intervals import markdown, pyplot
-from common.runs import changed_content, first_difference, write_whole
+from common.runs import changed_content, differing, first_difference, write_whole
 from eval.benchmark import read_jsonl
 from eval.html_report import require_writable, write_html
 from eval.published import PublishedTable, published_rows, published_tables
@@ -111,6 +111,17 @@ class Row:
         """The reason why a score is missing: NOT_RUN, unless all missing scores have the same other reason."""
         reasons = {reason for name in benchmarks if not self.scores.get(name) for reason in self._reasons(name)}
         return reasons.pop() if len(reasons) == 1 else NOT_RUN
+
+    @property
+    def num_seeds(self) -> int:
+        """The most seeds behind a score."""
+        return max((len(scores) for scores in self.scores.values()), default=0)
+
+    def unlike(self) -> str:
+        """What the row's runs do not share, on a line of its own; "" where they are alike."""
+        runs = {run.folder: run.conditions for members in self.origins.values() for run in members}
+        found = differing(runs.values())
+        return f"{self.method}: its runs differ in: {found}" if found else ""
 
     def _reasons(self, benchmark: str) -> list[str]:
         return self.without.get(benchmark) or [NOT_PUBLISHED if self.published else NOT_RUN]
@@ -237,7 +248,7 @@ def cells(table: Table) -> list[list[str]]:
     rows += [Row(method) for method in METHODS.values() if table.captions and method not in ours]
     body = []
     for row in rows:
-        count = max((len(scores) for scores in row.scores.values()), default=0)
+        count = row.num_seeds
         whose = f"published, {row.published}" if row.published else "ours" + (f", {count} seeds" if count > 1 else "")
         texts = [_cell(row, name, column) for name, column in table.columns.items()]
         texts.append(_average_cell(row, table.columns))
@@ -252,7 +263,9 @@ def _cell(row: Row, benchmark: str, column: Column) -> str:
         return row.absence(benchmark)
     text = column.form.format(mean) + (f"±{column.form.format(deviation).lstrip('+')}" if deviation is not None else "")
     missing = row.without.get(benchmark, [])
-    notes = [row.notes.get(benchmark, ""), *(f"{missing.count(why)} {why}" for why in dict.fromkeys(missing))]
+    count = len(row.scores[benchmark])
+    few = f"{count} of {row.num_seeds} seeds" if count < row.num_seeds else ""
+    notes = [row.notes.get(benchmark, ""), few, *(f"{missing.count(why)} {why}" for why in dict.fromkeys(missing))]
     return f"{text} {', '.join(filter(None, notes))}".rstrip()
 
 
@@ -281,7 +294,7 @@ def legend(tables: list[Table]) -> str:
 
 def notes(table: Table) -> list[str]:
     """The lines below the table: the missing scores with their reasons, and the sources of the published numbers."""
-    remarks = [remark for row in table.rows for remark in row.remarks]
+    remarks = [remark for row in table.rows for remark in [*row.remarks, row.unlike()] if remark]
     return remarks + [f"Published: {caption}." for caption in table.captions]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from common.cli import UserError
-from common.runs import NOT_IDENTITY, holds_records, records_in
+from common.runs import NOT_IDENTITY, conditions, holds_records, records_in
 from eval.benchmark import NOT_DECIDING, full_name, read_failures, state_of
 
 
@@ -60,6 +60,7 @@ class ReportedRun:
         summaries: the measurements, by benchmark; each has an entry named `Column.score`.
         failures: the errors of benchmarks that failed, by benchmark.
         metrics: the training's metrics.jsonl, if it exists.
+        conditions: see common/runs.py.
     """
 
     folder: str
@@ -72,6 +73,7 @@ class ReportedRun:
     summaries: dict[str, dict]
     metrics: Path | None
     failures: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, str] = field(default_factory=dict)
 
 
 def load_runs(folder: str, name: str | None) -> list[ReportedRun]:
@@ -97,16 +99,19 @@ def load_run(folder: str, name: str | None) -> ReportedRun:
         return _classification_run(folder, name)
     summaries = load_summaries(folder)
     made, model, method, params, settings = training_folder(folder, summaries), None, Path(folder).name, "", {}
+    written = {}
     if made is not None:
         settings = yaml.safe_load((made / "config.yaml").read_text())
         model, method = settings["model"], METHODS.get(settings["method"], settings["method"])
         if (made / "run.json").is_file():
-            params = _millions(json.loads((made / "run.json").read_text())["trainable_parameters"])
+            written = json.loads((made / "run.json").read_text())
+            params = _millions(written["trainable_parameters"])
     if model is None:
         model = str(next(iter(summaries.values())).get("ckpt"))
     metrics = made / "metrics.jsonl" if made else None
     failures = {name: failure["error"] for name, failure in read_failures(folder).items() if name not in summaries}
-    return ReportedRun(folder, name, model, method, params, deciding(settings), NLG, summaries, metrics, failures)
+    known = (deciding(settings), NLG, summaries, metrics, failures, conditions(written, settings))
+    return ReportedRun(folder, name, model, method, params, *known)
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
@@ -130,9 +135,8 @@ def _recorded_run(record: dict[str, Any], path: str, name: str | None) -> Report
     error = record["error"] or {}
     failures = {error["step"]: error["message"]} if error else {}
     params = _millions(params) if params else ""
-    return ReportedRun(
-        path, name, model, METHODS.get(label, label), params, deciding(settings), columns, known, None, failures
-    )
+    rest = (deciding(settings), columns, known, None, failures, conditions(record, settings))
+    return ReportedRun(path, name, model, METHODS.get(label, label), params, *rest)
 
 
 def _classified(args: dict[str, Any], scores: dict[str, dict]) -> tuple[dict[str, Column], str, dict[str, dict]]:
@@ -165,7 +169,8 @@ def _classification_run(folder: str, name: str | None) -> ReportedRun:
     metrics = path.parent / "metrics.jsonl"
     method = METHODS.get(method, method)
     metrics = metrics if metrics.is_file() else None
-    return ReportedRun(folder, name, model, method, params, deciding(args), columns, scores, metrics)
+    rest = (deciding(args), columns, scores, metrics, {}, conditions(content, args))
+    return ReportedRun(folder, name, model, method, params, *rest)
 
 
 def load_summaries(folder: str) -> dict[str, dict]:

@@ -94,15 +94,28 @@ def arms(records: list[Record]) -> dict[str, list[Record]]:
     return found
 
 
+def cell(members: list[Record], column: Column) -> str:
+    """Mean and standard deviation over the runs that have the score, and how many of them where it is not all."""
+    known = [value for value in (value_of(record, column) for record in members) if value is not None]
+    text = spread(known, digits(column), without_value(members, column))
+    return f"{text} ({len(known)} of {len(members)} seeds)" if 0 < len(known) < len(members) else text
+
+
+def unlike(records: list[Record]) -> list[str]:
+    """For every arm whose seeds were made under different conditions, a line that names them."""
+    found = {
+        arm: runs.differing(runs.conditions(record, record["settings"]) for record in members)
+        for arm, members in arms(records).items()
+    }
+    return [f"- {arm}: its seeds differ in: {what}" for arm, what in found.items() if what]
+
+
 def table(records: list[Record], columns: list[Column]) -> str:
     """A row per arm."""
     head = ["arm", "seeds", *(f"{part} {name}" for part, name in columns), "rate", "minutes", "GiB"]
     rows = [head]
     for arm, members in arms(records).items():
-        cells = [
-            spread((value_of(record, column) for record in members), digits(column), without_value(members, column))
-            for column in columns
-        ]
+        cells = [cell(members, column) for column in columns]
         rates = sorted({f"{record['settings'].get('learning_rate', 0):g}" for record in members})
         seconds = [record["time"]["train_seconds"] or record["time"]["seconds"] for record in members]
         seconds = [value for value in seconds if value is not None]
@@ -291,6 +304,8 @@ def summary(about: str, records: dict[str, Record], options: dict[str, Any]) -> 
     if options.get("effects"):
         lines += ["", "Parts of the difference, seed by seed, with 95 % t-intervals:", ""]
         lines.append(effects(done, columns, options["effects"]))
+    if different := unlike(done):
+        lines += ["", "Seeds that were not made alike:", "", *different]
     tuned = tuning_lines([record for record in records.values() if record["status"] == "done"])
     if tuned:
         lines += ["", "Chosen on validation:", "", *tuned]

@@ -13,6 +13,7 @@ from common import intervals
 from common.cli import UserError
 from eval import report
 from eval.benchmark import state_of
+from experiments import report as of_experiment
 
 # The published tables as they were printed (BA-LoRA's seed README, with the five deviations that lack their point put
 # right), as text: what the JSON must reproduce.
@@ -185,6 +186,31 @@ def test_the_runs_of_a_folder_of_records_are_its_rows(tmp_path, capsys):
     assert rows[0]["GSM8K"] == f"30.00±{deviation:.2f} n = 300"
     assert rows[1]["forgetting, nats"] == "+0.300 [+0.200, +0.400], n = 300"
     assert f"note: 1 of 4 runs in {tmp_path} have no score: c-1 (failed)" in printed
+
+
+def test_a_mean_of_fewer_seeds_and_seeds_that_were_made_otherwise_are_named(tmp_path, capsys):
+    """In both reports: HumanEval has two of three seeds, and the third was made by another commit and torch."""
+    score = {"value": 0.5, "of": 164, "interval_95": [0.4, 0.6]}
+    gsm8k = dict.fromkeys(("accuracy", "accuracy_strict", "accuracy_lenient", "answer_extracted"), score)
+    for seed, commit, torch in ((1, "a" * 40, "2.4"), (2, "a" * 40, "2.4"), (3, "b" * 40 + "+", "2.13")):
+        scores = {"gsm8k": gsm8k} | ({"humaneval": {"pass@1": score}} if seed < 3 else {})
+        settings = {"model": "demo", "method": "lora", "seed": seed, "dtype": "bfloat16"}
+        about = {"labels": {"method": "lora", "seed": str(seed)}, "script": "train.py", "experiment": "mine"}
+        about |= {"arm": "lora", "commit": commit, "versions": {"torch": torch}, "hardware": {"device": "cpu"}}
+        about |= {"parameters": {"trainable": 1}, "settings": settings, "scores": scores, "seed": seed}
+        (tmp_path / f"lora-{seed}.json").write_text(json.dumps(record(f"lora-{seed}", **about)))
+    report.main([str(tmp_path), "--output-dir", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    head, row = tables_of(printed)["demo"]
+    cells = dict(zip(head, row, strict=True))
+    assert (cells["whose"], cells["HumanEval"]) == ("ours, 3 seeds", "50.00±0.00 2 of 3 seeds")
+    assert "of 3 seeds" not in cells["GSM8K"]
+    unlike = "differ in: commit aaaaaaaaaa / bbbbbbbbbb+, torch 2.4 / 2.13"
+    assert f"LoRA: its runs {unlike}" in printed
+    of_experiment.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| 50.00 ± 0.00 (2 of 3 seeds) |" in printed
+    assert f"- lora: its seeds {unlike}" in printed
 
 
 def test_seeds_of_one_method_are_one_row(tmp_path, capsys):
