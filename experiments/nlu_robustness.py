@@ -420,9 +420,10 @@ LEVELS = {"noise 10, 20, 40": CONDITIONS[1:4], "imbalance 10, 50": CONDITIONS[4:
 
 
 def losses(rows: dict[Cell, dict], method: str, head: str, conditions: tuple[str, ...]) -> dict[int, float]:
-    """Accuracy on clean labels minus the mean accuracy over `conditions`, by seed, in points."""
+    """Accuracy on clean labels minus the mean accuracy over `conditions`, by seed that has them all, in points."""
     clean, *others = (values(rows, c, method, head, "accuracy", "movies") for c in (CONDITIONS[0], *conditions))
-    return {seed: clean[seed] - statistics.mean(other[seed] for other in others) for seed in clean}
+    common = sorted(set(clean).intersection(*others))
+    return {seed: clean[seed] - statistics.mean(other[seed] for other in others) for seed in common}
 
 
 def table_of_losses(rows: dict[Cell, dict[str, Any]]) -> str:
@@ -439,10 +440,17 @@ def with_holm(title: list[str], differences: list[list[dict[int, float]]], names
     """A row per list of differences by seed: each mean with its interval, and Holm's p over the whole table."""
     from scipy import stats
 
-    flat = [list(of_seeds.values()) for row in differences for of_seeds in row]
+    flat = [list(of_seeds.values()) for row in differences for of_seeds in row if len(of_seeds) > 1]
     adjusted = iter(holm([float(stats.ttest_1samp(values, 0.0).pvalue) for values in flat]))
     body = [
-        [name, *(f"{study.paired_difference(d, dict.fromkeys(d, 0.0))}, p = {next(adjusted):.3f}" for d in row)]
+        [
+            name,
+            *(
+                study.paired_difference(d, dict.fromkeys(d, 0.0))
+                + (f", p = {next(adjusted):.3f}" if len(d) > 1 else "")
+                for d in row
+            ),
+        ]
         for name, row in zip(names, differences, strict=True)
     ]
     return markdown([title, *body])

@@ -19,6 +19,14 @@ set -eu
 . "$(dirname "$0")/setup.sh"
 
 name=${1:-}
+unread="METHOD SUBSET TASK SEED" # ba-lora.sh's; nlg.sh and glue.sh hand their own on in an experiment of the name -
+if [ "$name" != - ]; then unread="$unread METHODS SUBSETS TASKS SEEDS MODEL DATA NUM_GPUS"; fi
+for variable in $unread; do
+    if [ -n "$(eval "echo \"\${$variable:-}\"")" ]; then
+        say "$variable is not read here: METHODS, SUBSETS, TASKS and SEEDS choose in nlg.sh and glue.sh, AXES, GPUS_PER_RUN and PATHS in experiment.sh" >&2
+        exit 2
+    fi
+done
 if [ $# -gt 0 ]; then shift; fi
 dry=${DRY_RUN:-} cluster='' engine='' resources='' last=''
 quoted() { printf " '%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"; }
@@ -43,6 +51,10 @@ if [ -x .venv/bin/python ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 if [ -z "$dry" ] && [ -n "$name" ]; then
     setup
     setup_experiments
+fi
+if ! python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' common yaml tyro torch 2>/dev/null; then
+    say "the project is not installed here: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt" >&2
+    exit 2
 fi
 if [ -z "$name" ]; then exec python experiments/grid.py; fi
 

@@ -20,6 +20,13 @@ if [ -n "${GPUS_PER_RUN:-}" ]; then
     exit 2
 fi
 
+for variable in AXES MODEL DATA; do
+    if [ -n "$(eval "echo \"\${$variable:-}\"")" ]; then
+        say "$variable is not read here: CONFIG names the model; TASKS, METHODS and SEEDS choose the runs" >&2
+        exit 2
+    fi
+done
+
 experiment() {
     cat <<EOF
 like: glue

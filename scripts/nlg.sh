@@ -16,6 +16,11 @@
 set -eu
 . "$(dirname "$0")/setup.sh"
 
+if [ -n "${AXES:-}" ]; then
+    say "AXES=$AXES: METHODS, SUBSETS and SEEDS choose the runs here" >&2
+    exit 2
+fi
+
 # option NAME VALUE   an entry of YAML where there is a value
 option() { if [ -n "$2" ]; then printf "%s: '%s', " "$1" "$2"; fi; }
 

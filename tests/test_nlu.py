@@ -1518,6 +1518,11 @@ def test_effects_of_terms_and_losses_are_those_of_the_rows():
     }
     pooled = robustness.losses(rows, "lora", "probe", robustness.LEVELS["noise 10, 20, 40"])
     assert pooled == pytest.approx({0: 20, 1: 21})
+    del rows[robustness.Cell("study", 1, "noise 40", "lora", "probe", 1e-3)]  # of a study that is not finished
+    assert robustness.losses(rows, "lora", "probe", robustness.LEVELS["noise 10, 20, 40"]) == pytest.approx({0: 20})
+    table = robustness.with_holm(["", "a", "b"], [[{0: 1.0}, {0: 1.0, 1: 2.0}]], ["row"])
+    assert table.splitlines()[2].count("not run") == 1
+    assert f"p = {1 - 2 * math.atan(3) / math.pi:.3f}" in table  # Student's t is 3, with one degree of freedom
 
 
 def test_what_the_page_says_of_holm_s_correction_is_so(kept_rows):

@@ -328,6 +328,47 @@ def test_a_second_start_leaves_the_plan_and_options_of_the_engine_arrive_as_type
     assert (output / "plan.json").read_bytes() == plan
 
 
+@pytest.mark.parametrize(
+    ("script", "variable"),
+    [
+        ("nlg.sh", "SUBSET"),
+        ("nlg.sh", "AXES"),
+        ("glue.sh", "METHOD"),
+        ("glue.sh", "MODEL"),
+        ("experiment.sh nlg", "SEEDS"),
+        ("experiment.sh nlg", "NUM_GPUS"),
+    ],
+)
+def test_a_variable_of_another_script_is_refused_in_one_line(script, variable):
+    name, *options = script.split()
+    environment = os.environ | {"DRY_RUN": "1", "PRICE": "no", variable: "7"}
+    ended = subprocess.run(
+        ["sh", f"scripts/{name}", *options], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert re.search(rf"{variable}( is not read here|=7): .*(METHODS|AXES)", ended.stderr)
+
+
+def test_the_list_of_experiments_without_an_installation_says_what_installs_it(tmp_path):
+    """A checkout without .venv, and a Python that has none of the packages, or no Python at all."""
+    (tmp_path / "scripts").mkdir()
+    for script in ("experiment.sh", "setup.sh"):
+        shutil.copy(ROOT / "scripts" / script, tmp_path / "scripts")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "dirname", "date", "sed", "basename"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    for python in ("none", "bare"):
+        if python == "bare":
+            (tools / "python").write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S \"$@\"\n")
+            (tools / "python").chmod(0o755)
+        for words in ([], ["nlg", "-n"]):
+            command = [shutil.which("sh"), str(tmp_path / "scripts/experiment.sh"), *words]
+            ended = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+            assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+            assert "pip install -r requirements.txt" in ended.stderr
+
+
 def test_glue_takes_no_number_of_gpus_and_says_so():
     environment = os.environ | {"DRY_RUN": "1", "GPUS_PER_RUN": "4"}
     ended = subprocess.run(["sh", "scripts/glue.sh"], env=environment, cwd=ROOT, capture_output=True, text=True)
