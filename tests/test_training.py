@@ -1,7 +1,10 @@
 """The data pipeline, the trainer's arithmetic and whole runs, on tiny models; PEFT and transformers are the peers."""
 
+import contextlib
 import copy
+import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -19,9 +22,11 @@ import torch
 import transformers
 import yaml
 from conftest import MERGED, ROOT, bits, encode_turn, make_model, make_tokenizer, read_jsonl, relative_error
+from safetensors.torch import load_file
 
 import train
 from common import chunked, estimates
+from common.cli import RunStopped
 from common.conversations import build_dataset
 from common.layers import TARGET_MODULES
 from common.packing import enable_packing
@@ -269,11 +274,21 @@ def test_the_teacher_is_the_untouched_base(tokenizer, data_file, tmp_path):
     assert relative_error(trainer.model.logits(batch), teacher) > 1e-3
 
 
-@pytest.mark.parametrize("alpha", [4, 8])
-@pytest.mark.parametrize("method", ["pissa", "lora"])
-def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
-    """PEFT's adapter under the stock Trainer and the stock loss, same data, seed and optimizer."""
-    ours = make_trainer(make_model(), tokenizer, data_file, tmp_path / "ours", method=method, alpha=float(alpha))
+@pytest.mark.parametrize(
+    ("method", "alpha", "weight_decay", "max_grad_norm"),
+    [
+        ("pissa", 4, 0.0, 1.0),
+        ("pissa", 8, 0.5, 0.0),
+        ("lora", 4, 0.5, 1.0),
+        ("lora", 8, 0.0, 0.0),
+        ("full", 4, 0.5, 0.0),
+    ],
+)
+def test_five_steps_equal_pefts(method, alpha, weight_decay, max_grad_norm, tokenizer, data_file, tmp_path):
+    """PEFT's adapter, or the whole model, under the stock Trainer and the stock loss, same data, seed and optimizer."""
+    optimizer = {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+    settings = {"method": method, "alpha": float(alpha)} | optimizer
+    ours = make_trainer(make_model(), tokenizer, data_file, tmp_path / "ours", **settings)
     theirs = make_model()
     config = peft.LoraConfig(
         r=4,
@@ -282,7 +297,7 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
         init_lora_weights="pissa" if method == "pissa" else True,
         task_type="CAUSAL_LM",
     )
-    theirs = peft.get_peft_model(theirs, config)
+    theirs = theirs if method == "full" else peft.get_peft_model(theirs, config)
     if method == "lora":  # the same random start
         for name, layer in train.adapter_layers(ours.model.model).items():
             theirs.base_model.model.get_submodule(name).lora_A["default"].weight.data = layer.lora_A.data.clone()
@@ -301,7 +316,7 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
-        weight_decay=0.0,
+        **optimizer,
         warmup_steps=1,
         lr_scheduler_type="cosine",
         max_steps=5,
@@ -313,6 +328,7 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
     )
     reference = transformers.Trainer(model=theirs, args=args, train_dataset=ours.train_dataset, data_collator=collate)
     start = {name: layer.merged_weight() for name, layer in train.adapter_layers(ours.model.model).items()}
+    start |= {name: weight.clone() for name, weight in ours.model.model.named_parameters() if method == "full"}
     our_loss = ours.train().mean_loss()
     transformers.set_seed(args.seed)  # accelerate's order of examples hangs on the last seed of the process
     their_loss = reference.train().training_loss
@@ -322,6 +338,36 @@ def test_five_steps_equal_pefts(method, alpha, tokenizer, data_file, tmp_path):
         expected = their_layer.base_layer.weight + their_layer.get_delta_weight("default")
         assert relative_error(layer.merged_weight(), expected) < 1e-4, name
         assert relative_error(layer.merged_weight(), start[name]) > 1e-3, "nothing was learnt"
+    for name, weight in ours.model.model.named_parameters() if method == "full" else ():
+        assert relative_error(weight, theirs.get_parameter(name)) < 1e-4, name
+        assert relative_error(weight, start[name]) > 1e-3, "nothing was learnt"
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_nan_in_the_gradients_alone_changes_no_bit(on_nonfinite, tokenizer, data_file, tmp_path, monkeypatch):
+    """Every term is finite, and in the second step one gradient is not: no weight and no moment of Adam moves."""
+    options = {"max_steps": 2, "gradient_accumulation": 1, "on_nonfinite": on_nonfinite}
+    trainer = make_trainer(make_model(), tokenizer, data_file, tmp_path / "out", **options)
+    first, calls = next(p for p in trainer.model.parameters() if p.requires_grad), itertools.count()
+    first.register_hook(lambda gradient: gradient * (math.nan if next(calls) else 1))
+    states, trainings, clip = [], [], Training.clip_gradients
+
+    def state(training) -> list[torch.Tensor]:
+        moments = [value for of_one in training.optimizer.state_dict()["state"].values() for value in of_one.values()]
+        return [tensor.clone() for tensor in (*training.trained.state_dict().values(), *moments)]
+
+    def watched(training):
+        states.append(state(training))
+        trainings[:] = [training]
+        return clip(training)
+
+    monkeypatch.setattr(Training, "clip_gradients", watched)
+    stops = pytest.raises(RunStopped, match="NaN or Inf in step 2: the gradients")
+    with stops if on_nonfinite == "stop" else contextlib.nullcontext():
+        trainer.train()
+    assert trainings[0].progress.skipped_steps == (on_nonfinite == "skip")
+    assert len(states) == 2 and len(states[1]) > len(states[0])  # there are moments
+    assert all(torch.equal(now, before) for now, before in zip(state(trainings[0]), states[1], strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -406,11 +452,28 @@ def test_the_mean_loss_is_over_every_step(checkpoint, data_file, tmp_path):
     assert means == pytest.approx(dict.fromkeys(means, sum(losses) / 5), rel=1e-4)
 
 
-def test_another_seed_is_another_run(checkpoint, data_file, tmp_path):
-    for seed in ("1", "2"):
-        run(checkpoint, data_file, tmp_path / seed, "--seed", seed)
-    one, two = (bits(tmp_path / seed / "adapter" / "adapter_model.safetensors") for seed in ("1", "2"))
-    assert one != two
+def test_another_seed_is_another_run(checkpoint, data_file, tmp_path, monkeypatch):
+    """Another random start, and another order of the 16 examples in each of two epochs. Dropout is seeded anew in every
+    micro-batch."""
+    orders, dropout, starts, forward = {}, [], [], train.BALoRAModel.forward
+    for seed in ("1", "3"):  # an epoch's order is that of seed + epoch
+        order = orders[seed] = []
+
+        def watched(self, inputs, *rest, order=order):
+            order.extend(inputs["example_ids"])
+            dropout.append(torch.initial_seed())
+            return forward(self, inputs, *rest)
+
+        monkeypatch.setattr(train.BALoRAModel, "forward", watched)
+        options = ("--method", "lora", "--batch-size", "4", "--gradient-accumulation", "2", "--max-steps", "4")
+        run(checkpoint, data_file, tmp_path / seed, "--seed", seed, *options, "--learning-rate", "1e-9")
+        tensors = load_file(tmp_path / seed / "adapter" / "adapter_model.safetensors")
+        starts.append(torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_A" in name]))
+    assert relative_error(*starts) > 1
+    epochs = [tuple(order[first : first + 16]) for order in orders.values() for first in (0, 16)]
+    assert len(set(epochs)) == 4
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert len(set(dropout)) == len(dropout) == 16
 
 
 def test_a_step_stays_in_few_files_and_no_library_calls_back(checkpoint, data_file, tmp_path):
