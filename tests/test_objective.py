@@ -14,7 +14,7 @@ import train
 from common import chunked, token_kernel
 from common.conversations import build_dataset, num_valid
 from common.layers import TARGET_MODULES, save_activations
-from common.packing import PER_SEQUENCE, enable_packing
+from common.packing import PER_SEQUENCE, attend_per_sequence, enable_packing
 from common.pretrained import head_is_linear
 from common.tables import load_records
 from common.teacher_cache import TeacherCache
@@ -267,6 +267,19 @@ def test_packed_batches_equal_padded_ones(architecture, sliding_window, tokenize
     assert_equal_gradients(loss_and_gradients(model, packed), expected)
 
 
+def test_dropout_in_packed_attention_doubles_the_half_of_the_weights_that_it_keeps():
+    """Queries of 0 attend n positions equally, and every value is 1: each output is 2/n times a count of kept weights,
+    with mean 1 and variance 1/n. Each head is a draw."""
+    query, value = torch.zeros(1, 4000, 11, 1), torch.ones(1, 4000, 11, 1)
+    torch.manual_seed(0)
+    layout = {"sequence_lengths": [5, 8], "shared_length": 2}
+    output, _ = attend_per_sequence(None, query, query, value, None, dropout=0.5, **layout)
+    for weights, n in zip(output[0, :, :, 0], [*range(1, 6), *range(3, 9)], strict=True):
+        assert torch.allclose(weights * n / 2, (weights * n / 2).round(), atol=1e-5)
+        assert weights.mean().item() == pytest.approx(1, abs=5 / math.sqrt(4000 * n))
+        assert weights.var().item() == pytest.approx(1 / n, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("prompts", "shared"),
     [
@@ -301,13 +314,23 @@ def test_a_beginning_is_shared_short_of_the_first_valid_position(prompts, shared
     assert start == len(row)
 
 
-def test_a_model_that_cannot_be_packed_says_so():
-    """GPT-2's absolute positions and its own attention: whatever enable_packing says must be true."""
-    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)
-    model = transformers.GPT2LMHeadModel(config).eval()
+@pytest.mark.parametrize(("architecture", "packable"), [("GPT2LMHeadModel", True), ("BloomForCausalLM", False)])
+@torch.no_grad()
+def test_a_model_that_cannot_be_packed_says_so(architecture, packable):
+    """By transformers' own logits of one sequence at a time. GPT-2 has absolute positions and its own attention. Bloom
+    takes two sequences for one, and attends across them."""
+    kind = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = kind(kind.config_class(**shape, initializer_range=0.3, bos_token_id=1, eos_token_id=1)).eval()
     before = model.config._attn_implementation
-    fits = enable_packing(model)
-    assert model.config._attn_implementation == (PER_SEQUENCE if fits else before)
+    one, two = torch.tensor([[3, 4, 5, 6, 9]]), torch.tensor([[3, 4, 21, 22]])
+    alone = torch.cat([model(one).logits[0], model(two).logits[0, 2:]])
+    assert enable_packing(model) == packable
+    assert model.config._attn_implementation == (PER_SEQUENCE if packable else before)
+    batch = {"input_ids": torch.cat([one, two[:, 2:]], dim=1), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 2, 3]])}
+    packed = model(**batch, sequence_lengths=[5, 4], shared_length=2, use_cache=False).logits[0]
+    assert (relative_error(packed, alone) < 1e-5) == packable
 
 
 @torch.no_grad()
@@ -465,10 +488,15 @@ def test_a_stale_cache_is_never_met(tokenizer, data_file, tmp_path):
 
 @pytest.mark.parametrize("variant", ["definition", "padded"])
 def test_twenty_steps_end_in_the_same_adapter(variant, tokenizer, data_file, tmp_path):
-    """The objective without logits against the definition, and packed batches against padded ones."""
+    """The objective without logits against the definition, and packed batches against padded ones. Each step has the
+    weights of the part of the training that was done before it."""
     options = {"max_steps": 20, "learning_rate": 1e-3, "lambda_consistency": 0.1, "lambda_spectral": 0.05}
+    options |= {"consistency_schedule": "cosine", "regularizer_schedule": "two_phase"}
     fused = make_trainer(make_model(), tokenizer, data_file, tmp_path / "fused", **options)
-    fused.train()
+    history = fused.train().progress.history
+    for name, schedule, weight in (("consistency", "cosine", 0.1), ("spectral", "two_phase", 0.05)):
+        expected = [oracle.lambda_at(schedule, weight, step / 20, 0.1) for step in range(20)]
+        assert [line[f"lambda_{name}"] for line in history] == pytest.approx(expected, rel=1e-6), name
     other = make_trainer(make_model(), tokenizer, data_file, tmp_path / "other", packing=variant != "padded", **options)
     if variant == "definition":
         other.model.forward = definition_forward(other.model)
