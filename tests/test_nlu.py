@@ -385,23 +385,37 @@ def test_features_are_what_the_final_layer_turns_into_logits(encoders, kind):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("num_classes", [1, 2, 3])
 def test_the_probe_on_raw_features_is_scikit_learns(num_classes, bias):
-    from sklearn.linear_model import LogisticRegression
+    """One of the features is constant. The penalty is the best on the validation examples, where another one is best
+    than on the training examples. One class: numbers, by ridge regression."""
+    from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.preprocessing import StandardScaler
 
-    rng = np.random.default_rng(0)
-    features = (rng.normal(size=(300, 6)) * [1, 2, 3, 4, 5, 60] + 7).astype(np.float32)
-    labels = np.argmax(features @ rng.normal(size=(6, num_classes)) + rng.normal(size=(300, num_classes)) * 9, axis=1)
-    fitted = fit_probe(features, labels.tolist(), features, labels.tolist(), bias=bias)
-    ours = softmax(apply_probe(fitted, features))
-    scaler = StandardScaler(with_mean=bias).fit(features)
+    rng = np.random.default_rng(4)
+    features = (rng.normal(size=(80, 12)) * np.geomspace(1, 60, 12) + 7).astype(np.float32)
+    features[:, 3] = 7
+    z = features @ rng.normal(size=(12, num_classes)) / 20 + rng.normal(size=(80, num_classes)) * 10
+    labels = z[:, 0] if num_classes == 1 else z.argmax(axis=1)
+    both = (features[:40], labels[:40], features[40:], labels[40:])
+    fitted = fit_probe(*both, bias=bias, regression=num_classes == 1)
+    ours = apply_probe(fitted, features)
+    scaler = StandardScaler(with_mean=bias).fit(features[:40])
+    scaled = scaler.transform(features)
     peers = [
-        LogisticRegression(C=C, fit_intercept=bias, max_iter=2000).fit(scaler.transform(features), labels)
+        Ridge(alpha=1 / C, fit_intercept=bias)
+        if num_classes == 1
+        else LogisticRegression(C=C, fit_intercept=bias, max_iter=2000)
         for C in classifiers.PROBE_PENALTIES
     ]
-    best = max(peers, key=lambda peer: peer.score(scaler.transform(features), labels))
-    assert np.abs(ours - best.predict_proba(scaler.transform(features))).max() < 1e-3
+    peers = [peer.fit(scaled[:40], labels[:40]) for peer in peers]
+    parts = [slice(40), slice(40, 80)]
+    best = [max(peers, key=lambda peer, part=part: peer.score(scaled[part], labels[part])) for part in parts]
+    assert best[1] is not best[0]
+    if num_classes == 1:
+        assert ours[:, 0] == pytest.approx(best[1].predict(scaled), rel=1e-3, abs=1e-4)
+    else:
+        assert np.abs(softmax(ours) - best[1].predict_proba(scaled)).max() < 1e-3
 
 
 def test_the_probes_head_is_where_every_method_starts(tmp_path, encoders):
@@ -1178,6 +1192,12 @@ def test_calibration_error_of_known_cases():
     assert calibration_error(sure, np.array([0] * 7 + [1] * 3)) == pytest.approx(0.3, abs=1e-6)
     three_quarters = np.log([[0.75, 0.25]] * 8)
     assert calibration_error(three_quarters, np.array([0] * 6 + [1] * 2)) == pytest.approx(0.0, abs=1e-9)
+    # Nine of ten are right at 0.95, and ten of ten at 0.55: (0.05 + 0.45) / 2, though one gap is negative.
+    mixed = np.log([[0.95, 0.05]] * 10 + [[0.55, 0.45]] * 10)
+    assert calibration_error(mixed, np.array([0] * 9 + [1] + [0] * 10)) == pytest.approx(0.25)
+    # Ten of ten at 0.70, and six of ten at 0.90: two of the fifteen bins; three bins would add up the gaps to 0.
+    mixed = np.log([[0.7, 0.3]] * 10 + [[0.9, 0.1]] * 10)
+    assert calibration_error(mixed, np.array([0] * 16 + [1] * 4)) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
