@@ -43,6 +43,7 @@ from common.checkpoints import (
     MANIFEST,
     TRAINED_TENSORS,
     Progress,
+    best_checkpoint,
     checkpoint_to_export,
     complete_checkpoints,
     load_progress,
@@ -55,7 +56,7 @@ from common.cli import RunStopped, UserError, parse_arguments
 from common.exports import read_adapter
 from common.layers import find_target_modules
 from common.runs import INCOMPLETE, LOCK, JsonLines, held_alone
-from common.training import Training
+from common.training import Interruption, Training
 
 SAVE_STEPS = 4
 STEPS = 24
@@ -423,6 +424,19 @@ def test_a_second_signal_leaves_at_once(folder, tmp_path):
     assert steps_done(output) == saved_step(output) == 0
 
 
+def test_nohup_outlives_its_terminal():
+    """A hang-up that the process ignored before training is ignored in it, and counts as no signal."""
+    before, interruption = signal.signal(signal.SIGHUP, signal.SIG_IGN), Interruption()
+    try:
+        with interruption.awaited():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal == 0
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert interruption.signal == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("method", ["full", "ba-lora"])
 def test_a_run_killed_before_its_export_takes_no_further_step(method, folder):
     """With a learning rate that is not 0 at the end, within an epoch: all steps are done, and the files are missing."""
@@ -540,20 +554,34 @@ def test_a_damaged_checkpoint_is_not_counted_among_those_that_are_kept(folder, u
     assert adapter_of(output) == adapter_of(uninterrupted)
 
 
-def test_the_best_state_is_read_whole_before_it_is_exported(tmp_path, capsys):
-    """Of the losses 1, 2 and 3 the first one's checkpoint is damaged: the second is exported, and the note says so."""
-    args = train.Arguments(model="m", data="d", output_dir=str(tmp_path), keep_best=True, keep_checkpoints=3)
+def validated_run(output: Path, losses: list[float], keep: int) -> tuple[SimpleNamespace, list[set[int]]]:
+    """A run of --keep-best with a checkpoint for each validation loss; the steps of those that stay after each step."""
+    args = train.Arguments(model="m", data="d", output_dir=str(output), keep_best=True, keep_checkpoints=keep)
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    progress = Progress(max_steps=3)
+    progress, there = Progress(max_steps=len(losses)), []
     state = SimpleNamespace(args=args, progress=progress, trained=model, is_main=True, agree=lambda value: value)
     state.identity, state.optimizer, state.extra = {}, SimpleNamespace(optimizer=optimizer), dict
-    for step in (1, 2, 3):
+    for step, loss in enumerate(losses, 1):
         progress.step = step
-        progress.history.append({"step": step, "eval_loss": float(step)})
+        progress.history.append({"step": step, "eval_loss": loss})
         write_checkpoint(state)
+        there.append({int(path.name.partition("-")[2]) for path in (output / "checkpoints").iterdir()})
+    return state, there
+
+
+def test_every_checkpoint_that_is_kept_keeps_the_best_state_of_its_own_past(tmp_path):
+    """Two are kept. After step 3 a resumed run may go on from step 2, whose best state is step 1's."""
+    assert validated_run(tmp_path, [2.0, 3.0, 1.0, 4.0], keep=2)[1] == [{1}, {1, 2}, {1, 2, 3}, {3, 4}]
+    equal = [{"step": step, "eval_loss": 2.0} for step in (1, 2)]
+    assert best_checkpoint(equal, [Path("checkpoint-2"), Path("checkpoint-1")]) == Path("checkpoint-1")
+
+
+def test_the_best_state_is_read_whole_before_it_is_exported(tmp_path, capsys):
+    """Of the losses 1, 2 and 3 the first one's checkpoint is damaged: the second is exported, and the note says so."""
+    state, _ = validated_run(tmp_path, [1.0, 2.0, 3.0], keep=3)
     assert Training.checkpoint_to_export(state).name == "checkpoint-1"
     damage(tmp_path / "checkpoints" / "checkpoint-1" / TRAINED_TENSORS)
     assert Training.checkpoint_to_export(state).name == "checkpoint-2"

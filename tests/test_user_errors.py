@@ -246,8 +246,11 @@ def test_ranks_that_no_launcher_started_are_refused(script, name, value, tmp_pat
     assert "steps" in capsys.readouterr().out
 
 
-def test_an_automatic_restart_deletes_nothing(tmp_path, checkpoint, data_file):
-    """By the real torchrun, with the variable that it sets."""
+def test_an_automatic_restart_deletes_nothing(tmp_path, checkpoint, data_file, train_error, monkeypatch):
+    """By Slurm's variable, and by the real torchrun with the variable that it sets."""
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_RESTART_COUNT", "1")
+        assert "this is a restart (SLURM_RESTART_COUNT is 1)" in train_error("--overwrite")
     (tmp_path / "failing.py").write_text(RESTART)
     (tmp_path / "out" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "failing.py"]
