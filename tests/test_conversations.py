@@ -862,6 +862,7 @@ def test_a_served_prompt_that_differs_is_refused():
         ({"messages": talk("Hi", " ")}, "example 1, message 2: an assistant turn that is empty"),
         ({"messages": [*MESSAGES, MESSAGES[1]]}, "example 1, message 5: two assistant turns in a row"),
         ({"messages": MESSAGES[1:]}, "example 1, message 1: an assistant turn without a turn before it to answer"),
+        ({"messages": [{"role": "system", "content": "a"}, *MESSAGES[1:]]}, "message 2: an assistant turn without"),
         ({"messages": MESSAGES[:1]}, "example 1 has no assistant turn"),
         ({"messages": MESSAGES, "tools": "[{}]"}, "example 1: the chat template has no place for tools"),
         ({"messages": [*MESSAGES, {"role": "tool", "content": "x"}]}, "drops message 5, of the role tool"),

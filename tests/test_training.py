@@ -387,12 +387,17 @@ def run(checkpoint, data_file, output_dir, *options) -> None:
 @torch.no_grad()
 def test_a_run_leaves_what_it_promises(method, checkpoint, data_file, tmp_path, capsys):
     out = tmp_path / "out"
+    with open(data_file, "a") as file:
+        file.write(json.dumps({"instruction": "Add 1 and 1", "output": ""}) + "\n")
     with torch.enable_grad():
         run(checkpoint, data_file, out, "--method", method)
     input_ids = torch.tensor([make_tokenizer()("Add 1 and 1")["input_ids"]])
     merged = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
     assert transformers.AutoTokenizer.from_pretrained(out / "merged").eos_token_id == 257
     base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    linear = [module for module in base.model.modules() if isinstance(module, torch.nn.Linear)]
+    factors = 0 if method == "full" else 4 * sum(sum(module.weight.shape) for module in linear)
+    whole = sum(weight.numel() for weight in base.parameters())
     assert relative_error(merged(input_ids).logits, base(input_ids).logits) > 1e-3
     unchanged = {k: v for k, v in base.config.to_dict().items() if k != "_name_or_path"}
     assert unchanged == {k: v for k, v in merged.config.to_dict().items() if k != "_name_or_path"}
@@ -417,6 +422,8 @@ def test_a_run_leaves_what_it_promises(method, checkpoint, data_file, tmp_path, 
 
     record = json.loads((out / "run.json").read_text())
     assert record["seed"] == 42
+    assert (record["examples"], record["dropped_examples"]) == (16, 1)
+    assert (record["trainable_parameters"], record["total_parameters"]) == (factors or whole, whole + factors)
     assert record["versions"]["torch"] == torch.__version__
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["method"] == method

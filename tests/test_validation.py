@@ -30,9 +30,12 @@ STEPS, EVAL_STEPS = 12, 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model with dropout, so that a random number too many shows; data to train on, and as much to validate on."""
+    """A model with dropout, so that a random number too many shows, and with settings that no greedy answer has; data
+    to train on, and as much to validate on."""
     folder = tmp_path_factory.mktemp("validation")
     save_tiny(folder / "base", attention_dropout=0.1)
+    own = transformers.GenerationConfig(do_sample=True, repetition_penalty=5.0, eos_token_id=257, pad_token_id=257)
+    own.save_pretrained(folder / "base")
     rows = sums(71, 7)
     for name, part in (("all", rows[:60]), ("held_out", rows[60:71])):
         write_jsonl(folder / f"{name}.jsonl", part)
@@ -183,7 +186,8 @@ def test_samples_are_the_merged_models_greedy_answers(watched):
     tokenizer = make_tokenizer()
     for line in last:
         input_ids = torch.tensor([encode_prompt(tokenizer, line["prompt"])])
-        output = model.generate(input_ids, do_sample=False, max_new_tokens=len(line["answer"].encode()))
+        length = len(line["answer"].encode())
+        output = model.generate(input_ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=length)
         answer = tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
         assert answer[:8] == line["answer"][:8]  # random weights: later tokens may hang on rounding
         assert line["answer"]
@@ -270,6 +274,7 @@ def test_the_best_state_is_exported_and_patience_ends_the_run(folder, overfittin
     record = json.loads((output / "run.json").read_text())
     assert record["steps"] == max(losses) == best + 6  # three validations later
     assert record["validation"]["exported_step"] == record["validation"]["best"]["step"] == best
+    assert record["validation"]["last"]["step"] == best + 6
     assert f"the state of step {best}" in text
     names = {path.name for path in (output / "checkpoints").iterdir()}
     assert names == {f"checkpoint-{best}", f"checkpoint-{best + 6}"}
