@@ -119,17 +119,9 @@ NOTHING = r"(?:there (?:is|are) )?(?:no (?:real |such )?(?:solutions?|values?)|n
 NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 COUNTS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NO_UNITS = r"(?!(?:and|base|infinity|minus|mod|or|over|percent|pi|plus|sqrt|times|to)\b)"
-SIGNS = {
-    "−": "-",
-    "π": r"\pi ",
-    "∞": r"\infty ",
-    "×": r"\times ",
-    "·": r"\cdot ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "≠": r"\ne ",
-}
-SIGNS |= {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "\u200b": "", "\u00a0": " "}
+# Characters that math-verify does not read everywhere; it reads π, ×, ∪ and others by itself.
+SIGNS = {"−": "-", "∞": r"\infty ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in "}
+SIGNS |= {"±": r"\pm ", "°": r"^\circ ", "\u200b": "", "\u00a0": " "}
 # An argument as TeX reads it: braces, one letter or digit, or a symbol such as \pi that has no argument of its own.
 ARGUMENT = r"\s*(\\(?!sqrt|[dt]?frac|left|text|mbox)[A-Za-z]+(?![A-Za-z])|[0-9A-Za-z]|\{[^{}]*\})"
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
@@ -137,8 +129,6 @@ SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 READINGS: tuple[tuple[str, Any], ...] = (
     (r"\A\s*\*\*(?!\*)([^*]+)\*\*\s*\Z", r"\1"),  # Markdown's bold
     (r"\A\$([^$]*)\$\Z|\A\\\((.*)\\\)\Z|\A\\\[(.*)\\\]\Z", lambda m: m[1] or m[2] or m[3] or ""),
-    (r"\A\\(?:boxed|fbox)\{([^{}]*)\}\Z", r"\1"),
-    (r"\A\\displaystyle\b", ""),
     (r"\A\\(?:text|mbox)\{\s*([-+]?[\d.][^{}]*)\}\Z", r"\1"),  # a number among the words
     ("|".join(SIGNS), lambda sign: SIGNS[sign[0]]),
     (r"[⁰¹²³⁴-⁹⁻]+", lambda digits: f"^{{{digits[0].translate(SUPERSCRIPTS)}}}"),
@@ -219,7 +209,7 @@ def _read(text: str) -> str:
 
 
 BASED = re.compile(r"(\d[0-9A-Z]*)_\{?(\d+)\}?")
-PERCENT = re.compile(rf"({NUMBER})\s*\\?%")
+PERCENT = re.compile(rf"([-+]?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|{NUMBER})\s*\\?%")
 DECIMAL = re.compile(r"[-+]?\d*\.\d+")
 CHOICE = re.compile(r"(?:\\text\{)?\(?([A-J])(?:\)|\Z)\}?")
 MARKED_CHOICE = re.compile(r"(?:\\text\{)?(?:\(([A-J])\)|([A-J])[.:)])\}?(?!\s*[-+=*/^])")
@@ -257,7 +247,7 @@ def _as_interval(text: str) -> str:
     if len(parts := OR.split(text)) > 1:
         intervals = [_as_interval(part) for part in parts]
         return text if any(map(operator.eq, parts, intervals)) else r" \cup ".join(intervals)
-    is_open = {"<": True, ">": True, r"\lt": True, r"\gt": True}
+    is_open = ("<", ">", r"\lt", r"\gt")
     if between := BETWEEN.fullmatch(text):
         low, left, right, high = between.groups()
         return f"{'(' if left in is_open else '['}{low},{high}{')' if right in is_open else ']'}"
@@ -290,11 +280,11 @@ def _decided(answer: str, gold: str) -> bool | None:
         return values[0] == values[1] and bool(numbers[0] or not numbers[1])
     percents = [PERCENT.fullmatch(text) for text in (answer, gold)]
     if any(percents):
-        value = Fraction(percents[0][1]) / 100 if percents[0] else _fraction(answer)
+        value = _fraction(percents[0][1]) / 100 if percents[0] else _fraction(answer)
         if value is None or not (percents[1] or _fraction(gold) is not None):
             return None
-        right = Fraction(percents[1][1]) / 100 if percents[1] else _fraction(gold)
-        return value == right or bool(percents[1] and not percents[0] and value == 100 * right)
+        right = _fraction(percents[1][1]) / 100 if percents[1] else _fraction(gold)
+        return value == right or (not percents[0] and value == 100 * right)
     choice, chosen = CHOICE.fullmatch(gold), MARKED_CHOICE.match(answer)
     if choice and chosen:
         return choice[1] == (chosen[1] or chosen[2]) and not FURTHER_CHOICE.match(answer, chosen.end())
