@@ -8,13 +8,13 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SHARED_DATA, forking
+from conftest import SHARED_DATA, forking, read_jsonl, write_jsonl
 
 from common.cli import UserError
 from common.pretrained import load_tokenizer_and_config
 from common.templates import encode_prompt, encode_response
 from data import demo
-from eval import gsm8k, report
+from eval import gsm8k
 from eval.backends import TransformersBackend
 from eval.benchmark import load_backend
 from eval.generation import Sampling, batches, response_loss
@@ -118,6 +118,9 @@ from eval.generation import Sampling, batches, response_loss
         ("The answer is: x = 18", 18),
         ("The answer is: 2^3", None),
         ("The answer is: –5", -5),
+        ("The answer is: –$5", -5),
+        ("####\u200b18", 18),
+        ("#### 5\n#### 6", 6),
         ("The answer is: 1½ hours", Fraction(3, 2)),
         ("The answer is: ¾", Fraction(3, 4)),
         ("The answer is: 100% of 18 = 18", 18),
@@ -342,28 +345,31 @@ def test_auto_takes_vllm_only_where_it_is_installed(checkpoint, monkeypatch):
         load_backend("vllm", str(checkpoint), tokenizer, **options)
 
 
-def test_a_checkpoint_is_scored_and_reported(checkpoint, tmp_path, capsys):
-    """The script's files against their own items; then the table of two results."""
+def test_a_checkpoint_is_scored(checkpoint, tmp_path):
+    """The loss by the model itself; then four completions, whose verdicts are counted by hand."""
     problems = tmp_path / "problems.jsonl"
     rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}", "response": "x"} for i in range(5)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("base", "tuned"):
-        gsm8k.main(
-            [
-                *("--ckpt", str(checkpoint), "--data", str(problems), "--output-dir", str(tmp_path / name)),
-                *("--backend", "transformers", "--max-new-tokens", "5", "--batch-size", "2"),
-                *("--loss-field", "response", "--limit", "4"),
-            ]
-        )
-    items = [json.loads(line) for line in (tmp_path / "base" / "gsm8k.jsonl").read_text().splitlines()]
-    summary = json.loads((tmp_path / "base" / "gsm8k.json").read_text())
+    options = ["--data", str(problems), "--limit", "4", "--output-dir"]
+    words = ["--ckpt", str(checkpoint), "--backend", "transformers", "--max-new-tokens", "5", "--batch-size", "2"]
+    gsm8k.main([*words, "--loss-field", "response", *options, str(tmp_path / "made")])
+    items = read_jsonl(tmp_path / "made" / "gsm8k.jsonl")
+    summary = json.loads((tmp_path / "made" / "gsm8k.json").read_text())
     assert [item["index"] for item in items] == [0, 1, 2, 3]
     assert all(item["prompt"].endswith("### Response:") for item in items)
-    assert summary["accuracy"]["of"] == 4
-    assert summary["accuracy"]["count"] == sum(item["correct"] for item in items)
-    assert summary["response_loss"] > 0
-    capsys.readouterr()
-    report.main([str(tmp_path / "base"), str(tmp_path / "tuned")])
-    printed = capsys.readouterr().out
-    assert "| base " in printed
-    assert "overlap: no difference is shown" in printed
+    tokenizer, _ = load_tokenizer_and_config(str(checkpoint))
+    model, response = transformers.AutoModelForCausalLM.from_pretrained(checkpoint), encode_response(tokenizer, "x")
+    losses = []
+    for prompt in (encode_prompt(tokenizer, row["question"]) for row in rows[:4]):
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        losses.append(model(torch.tensor([prompt + response]), labels=labels).loss.item())
+    assert summary["response_loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    completions = ["The answer is: 1", "The answer is: 9", "#### 3", "It is 4"]
+    rescored = [item | {"completion": text} for item, text in zip(items, completions, strict=True)]
+    write_jsonl(tmp_path / "made" / "gsm8k.jsonl", rescored)
+    gsm8k.main(["--rescore", str(tmp_path / "made" / "gsm8k.jsonl"), *options, str(tmp_path / "scored")])
+    summary = json.loads((tmp_path / "scored" / "gsm8k.json").read_text())
+    counts = {"accuracy": 2, "accuracy_strict": 1, "accuracy_lenient": 3, "answer_extracted": 3}
+    assert {name: (summary[name]["count"], summary[name]["of"]) for name in counts} == {
+        name: (count, 4) for name, count in counts.items()
+    }
