@@ -219,8 +219,26 @@ def test_scores_are_means_over_questions(run, stub):
     assert summary["second_turn"]["value"] == pytest.approx((10 + 4 + 1) / 3)
     assert summary["both_turns"]["value"] == pytest.approx((5.5 + 4 + 1) / 3)
     assert summary["by_category"]["writing"]["second_turn"]["value"] == 10
-    low, high = summary["first_turn"]["interval_95"]
-    assert 1 <= low <= 2 <= high <= 4
+    # Of 27 draws of three questions, 8 have the mean 1 and one has the mean 4: both more than 2.5 %.
+    assert summary["first_turn"]["interval_95"] == [1, 4]
+
+
+def test_each_category_has_fastchats_temperature(run, files, monkeypatch):
+    """fastchat/llm_judge/common.py, temperature_config."""
+    expected = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+    expected |= {"stem": 0.1, "humanities": 0.1}
+    rows = [{"question_id": i, "category": name, "turns": [f"<{name}>", "And?"]} for i, name in enumerate(expected)]
+    write_jsonl(files / "question.jsonl", rows)
+    generate, asked = mt_bench.Run.generate, []
+
+    def spied(self, prompts, sampling):
+        texts = map(self.tokenizer.decode, prompts)
+        asked.extend((name, sampling.temperature) for text in texts for name in expected if f"<{name}>" in text)
+        return generate(self, prompts, sampling)
+
+    monkeypatch.setattr(mt_bench.Run, "generate", spied)
+    run()
+    assert sorted(asked) == sorted(2 * [*expected.items()])
 
 
 @pytest.mark.parametrize(
