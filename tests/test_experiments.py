@@ -350,6 +350,8 @@ def test_the_best_rate_is_chosen_and_of_equals_the_smaller(tmp_path, monkeypatch
     assert [choose.best(rates, "max", within) for within in (0.34, 0.36)] == ["0.01", "0.001"]
     assert choose.best(rates, "min", 0.36) == "0.001"
     assert choose.best(rates | {"0.01": [math.nan, 0.5]}, "max") == "0.1"  # it diverged
+    assert [choose.is_at_edge(rate, rates) for rate in rates] == [True, False, True]
+    assert not choose.is_at_edge("2", {"2": [0.1], "10": [0.2]})  # of two values, each is at an edge
     with pytest.raises(UserError, match=r"a has no score 'gsm8k\.accuracy' to choose by"):
         choose.score_of(record("a"), "gsm8k.accuracy")
 
@@ -365,6 +367,14 @@ def test_answers_without_a_judge_are_named_in_the_table():
     assert columns == [("mt_bench", "first_turn"), ("forgetting", "forgetting")]
     rows = [[cell.strip() for cell in line.split("|")] for line in report.table(records, columns).splitlines()[2:]]
     assert [row[3:5] for row in rows] == [["not judged", "0.012"], ["4.500", "-"], ["-", "-"]]
+
+
+def test_the_table_has_the_mean_minutes_and_the_most_memory_of_the_seeds():
+    seeds = [
+        record(f"a-{n}", arm="a", time={"train_seconds": 60.0 * n, "seconds": None}, memory={"peak_gib": float(n)})
+        for n in (3, 1)
+    ]
+    assert report.table(seeds, []).splitlines()[-1].replace(" ", "").endswith("|2.0|3.00|")
 
 
 def test_records_that_were_kept_give_the_experiment_s_report(tmp_path, capsys):
