@@ -96,8 +96,8 @@ def test_every_measure_by_its_formula(run, tuned, checkpoint, monkeypatch, limit
     for name in expected[0][0]:
         overall = sum(means[name] * n for means, n in expected) / counts.sum()
         assert summary[name]["value"] == pytest.approx(overall, rel=1e-4)
-        low, high = summary[name]["interval_95"]
-        assert low <= summary[name]["value"] <= high
+        interval = intervals.ratio([means[name] * n for means, n in expected], counts.tolist())["interval_95"]
+        assert summary[name]["interval_95"] == pytest.approx(interval, rel=1e-3)
         assert summary[name]["of"] == 4
     assert summary["tokens"] == counts.sum()
     change = summary["loss_after"]["value"] - summary["loss_before"]["value"]
@@ -239,6 +239,9 @@ def test_distinct_answers_among_samples(run, tuned, tmp_path):
     assert found["answers"]["value"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert found["completions"]["value"] == pytest.approx((3 / 3 + 2 / 3) / 2)
     assert (found["answers"]["of"], found["samples"]) == (2, 3)
+    rows = [{"index": 0, "sample": n, "program": "return 1", "completion": text} for n, text in enumerate("xy")]
+    found = forgetting.distinct(str(write_jsonl(tmp_path / "humaneval.jsonl", rows)))
+    assert (found["answers"]["value"], found["completions"]["value"]) == (1 / 2, 2 / 2)
 
 
 # ------------------------------------------------------------------------------------------------ runs
