@@ -93,7 +93,7 @@ class PaddingCollator:
 
 
 def num_positions(batch: dict[str, Any]) -> int | Tensor:
-    """How many tokens of a micro-batch the model reads."""
+    """How many tokens the examples of a micro-batch have; a beginning that they share counts in each of them."""
     return sum(batch["sequence_lengths"]) if "sequence_lengths" in batch else batch["attention_mask"].sum()
 
 

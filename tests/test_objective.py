@@ -208,6 +208,21 @@ def test_chunks_follow_the_memory_budget():
         assert max(rows) - min(rows) <= 1
 
 
+@pytest.mark.parametrize(("name", "num_buffers"), [("task_alone", 1), ("no_teacher", 1), ("iclr2026", 2)])
+def test_the_logits_of_student_and_teacher_fit_the_budget_together(name, num_buffers, monkeypatch):
+    monkeypatch.setattr(token_kernel, "is_usable", lambda *_: False)
+    logits_of, sizes = chunked.logits_of, []
+
+    def spied(*args):
+        z = logits_of(*args)
+        sizes.append(z.numel() * z.element_size())
+        return z
+
+    monkeypatch.setattr(chunked, "logits_of", spied)
+    fused(make_inputs((64, 2**13, 4)), SETTINGS[name], memory_mib=1.0)
+    assert max(sizes) * num_buffers == 2**20  # of 64 rows with 32 KiB each
+
+
 # ---------------------------------------------------------------------------------------------- the model around it
 
 

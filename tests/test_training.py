@@ -66,6 +66,8 @@ def test_valid_positions_predict_exactly_the_response(tokenizer):
         if example["labels"][i + 1] != IGNORE_INDEX
     ]
     assert list(zip(batch["valid_positions"].tolist(), batch["targets"].tolist(), strict=True)) == expected
+    for made in (batch, train.PackingCollator()(examples)):  # the beginning that they share counts in each of them
+        assert train.num_positions(made) == sum(len(example["input_ids"]) for example in examples)
     prompt_end = len(encode_prompt(tokenizer, "a")) - 1
     assert batch["valid_positions"][0] == prompt_end  # the last prompt token predicts the first response token
 
@@ -91,7 +93,8 @@ def test_examples_without_a_response_token_are_dropped_and_counted(tokenizer):
 
 def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_path):
     """Test questions must not end up in the training; names and folders of the usual kinds."""
-    for name in ("python/train.jsonl", "python/test.jsonl", "metamath/train-00000.jsonl", "metamath/dev.jsonl"):
+    names = ["python/train.jsonl", "python/test.jsonl", "python/held_out.jsonl", "python/eval.jsonl"]
+    for name in (*names, "metamath/train-00000.jsonl", "metamath/dev.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"from": name}) + "\n")
 
