@@ -214,6 +214,8 @@ GOOD = '{"a": "b"}\n'
         ("a.json", "[\n" + GOOD + ",\n" + '{"a": }\n]', "line 4: no JSON"),
         ("a.json", '[\n{"a": "b"},\n]', "line 3: a comma before the list's end"),
         ("a.json", '[\n{"a": "b"}\n', "line 3: the list of objects ends"),
+        ("a.json", '[\n{"a": 1}\n] x', "line 3: there is more behind the list of objects"),
+        ("a.jsonl", "[" * 10**5, "line 1: nested too deeply"),
         ("a.jsonl.gz", GOOD, "Not a gzipped file"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3: 3 columns, where the first line has 2"),
         ("a.csv", 'a,b\n1,2\n"1,2\n', "line 3: not as csv: unexpected end of data"),
@@ -290,15 +292,6 @@ def test_random_lines_with_quotation_marks_are_rows_or_the_odd_one_is_named(seed
                 read_table(str(path), ["0"], "1")
             refused += 1
     assert refused == 50
-
-
-def test_held_out_files_are_not_trained(tmp_path):
-    for names, expected in ((("data", "eval"), "data"), (("train", "dev"), "train"), (("train", "held_out"), "train")):
-        folder = tmp_path / "_".join(["x", *expected, names[1][0]])
-        folder.mkdir()
-        for name in names:
-            (folder / f"{name}.jsonl").write_text(json.dumps({"from": name}) + "\n")
-        assert read(folder) == [{"from": expected}]
 
 
 def test_a_folder_is_read_with_its_links_and_without_what_is_hidden(tmp_path):
