@@ -474,9 +474,6 @@ def test_each_glue_task_runs_on_files_in_the_hubs_layout(tmp_path, encoders, tas
     details = {"confusion_matrix", "class_accuracy", "calibration_error", "macro_f1", "auc"} if classes > 1 else set()
     scores = summary["results"]["validation"]["ba-lora"]
     assert set(scores) == expected | details
-    for name in expected:
-        low, high = scores[name]["interval_95"]
-        assert low <= scores[name]["value"] <= high
     # The report finds the same score, which the predictions give when counted.
     found = results.load_run(str(tmp_path / "out"), None)
     rows = read_jsonl(tmp_path / "out" / "predictions.jsonl")

@@ -484,21 +484,9 @@ def test_the_last_of_two_single_values_counts_and_a_list_replaces_the_configurat
     assert (args.target_modules, args.seed, args.rank) == (["v_proj"], 1, 4)
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "expected"),
-    [
-        ("data.jsonl", "", "cannot read"),
-        ("data.jsonl", '{"instruction": "a", "output": ', "cannot read"),
-        ("data.txt", "a b", "cannot tell the format"),
-        ("data.parquet", "not parquet", "cannot read"),
-    ],
-)
-def test_unreadable_data(name, text, expected, train_error, tmp_path):
-    (tmp_path / name).write_text(text)
-    assert expected in train_error(data=tmp_path / name)
-
-
 def test_data_that_is_not_there(train_error, tmp_path):
+    (tmp_path / "data.txt").write_text("a b")
+    assert "cannot tell the format" in train_error(data=tmp_path / "data.txt")
     assert "no such data file" in train_error(data=tmp_path / "nowhere.jsonl")
     (tmp_path / "empty").mkdir()
     assert "holds no" in train_error(data=tmp_path / "empty")
