@@ -36,7 +36,7 @@ from common.runs import config_text
 from data import sentiment
 from eval import results
 from experiments import nlu_robustness as robustness
-from experiments import plans, price, study, tiny_models
+from experiments import plans, price, tiny_models
 
 WORDS = ["a", "the", "film", "is", "good", "bad", "great", "poor", "not", "very", "dull", "bright", "it", "was", "and"]
 WORDS += ["but", "or", "plot", "cast", "end"]
@@ -1414,17 +1414,6 @@ def test_imbalance_keeps_the_size_and_flips_nothing(pools, condition, positive):
     rows, labels = robustness.training_set(condition, 0)
     assert (labels == robustness.POOLS["train"].labels[rows]).all()
     assert (len(set(rows)), labels.sum()) == (600, positive)
-
-
-def test_paired_differences_are_the_paired_t_test():
-    from scipy import stats
-
-    ours, theirs = {0: 80.0, 1: 82.5, 2: 79.0, 3: 81.0, 4: 83.0}, {4: 80.0, 3: 80.5, 2: 78.0, 1: 82.0, 0: 80.5}
-    paired = stats.ttest_rel(list(ours.values()), [theirs[seed] for seed in ours])
-    low, high = paired.confidence_interval(0.95)
-    mean = np.mean([ours[seed] - theirs[seed] for seed in ours])
-    expected = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + ("*" if paired.pvalue < 0.05 else "")
-    assert study.paired_difference(ours, theirs) == expected
 
 
 def test_a_line_that_was_cut_short_costs_one_run(tmp_path):

@@ -105,6 +105,7 @@ def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_pa
     assert sources("train", "python") == ["python/train.jsonl"]
     assert sources("test") == ["python/test.jsonl"]
     assert sources("validation", "metamath") == ["metamath/dev.jsonl"]
+    assert sources("validation", "python") == ["python/eval.jsonl", "python/held_out.jsonl"]
 
 
 @pytest.mark.parametrize(("suffix", "sep"), [("csv", ","), ("tsv", "\t")])
