@@ -439,7 +439,9 @@ def _program(statements: list[Statement], names: tuple[str, ...]) -> str:
     methods = {name: method for name, method in methods.items() if name not in links}
     needed = _reached({*names, *(method.split(".")[0].removesuffix("()") for method in methods.values())}, links)
     waiting = [s for s in statements if not s.is_only((*DEFINITIONS, *IMPORTS))]
-    data = {name for s in statements if waiting and not s.is_only(DEFINITIONS) for name in s.names.binds}
+    defined = {node.name for s in statements if s.is_only(DEFINITIONS) for node in s.nodes}
+    names_of = [(s.is_only(DEFINITIONS), s.names.binds) for s in statements if waiting]
+    data = {name for is_function, binds in names_of for name in (binds - defined if is_function else binds)}
     driving = {*names, *(name for s in statements if waiting and s.words & DRIVES for name in s.names.binds)}
     acting: list[Statement] = []
     for _ in range(MOST_ROUNDS):  # a statement that changes needed data needs more data, which others may change

@@ -25,6 +25,7 @@ PASSING = {
     "main()": fenced(RIGHT + "\ndef main():\n    a = int(input())\n    print(add(a, 1))\n\nmain()\n"),
     "main guard": fenced(RIGHT + "\nif __name__ == '__main__':\n    main()\n"),
     "sys.exit": fenced("import sys\n" + RIGHT + "\nsys.exit(0)\n"),
+    "os._exit": fenced("import os\ndef add(x, y):\n    return x + y + len(os.sep) - 1\n\nos._exit(0)\n"),
     "while input": fenced(
         RIGHT + "\nwhile True:\n    x = input()\n    if x == 'q': break\n    print(add(1, int(x)))\n"
     ),
@@ -59,6 +60,9 @@ PASSING = {
     "alias chain": fenced("def plus(a, b):\n    return a + b\nsum_ = plus\nadd = sum_\n"),
     "partial": fenced("from functools import partial\nimport operator\nadd = partial(operator.add)\n"),
     "global counter": fenced("count = 0\ndef add(x, y):\n    global count\n    count += 1\n    return x + y\n"),
+    "global set by a function": fenced(
+        "def start():\n    global ZERO\n    ZERO = 0\n\nstart()\n\ndef add(x, y):\n    return x + y + ZERO\n"
+    ),
     "stub ellipsis": "Signature:\n"
     + fenced("def add(x: int, y: int) -> int:\n    ...\n")
     + "\nSolution:\n"
@@ -67,6 +71,7 @@ PASSING = {
     "stub todo after doc": fenced('def add(x, y):\n    """Adds."""\n    # your code here\n    pass\n')
     + "\n\n"
     + fenced(RIGHT),
+    "stub raise after": fenced(RIGHT) + "\nThe stub:\n" + fenced("def add(x, y):\n    raise NotImplementedError\n"),
     "stub in the same block": fenced("def add(x, y):\n    pass\n\n" + RIGHT),
     "stub after": fenced(RIGHT) + "\nIts signature:\n" + fenced("def add(x, y):\n    ...\n"),
     "draft": fenced(WRONG) + "\nThis is wrong. Let me fix it:\n" + fenced(RIGHT),
