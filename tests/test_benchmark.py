@@ -672,8 +672,11 @@ def test_bad_files_to_rescore(tmp_path, problems, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------- intervals
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0)])
+@pytest.mark.parametrize(
+    ("successes", "trials"), [(0, 10), (10, 10), (4, 100), (21, 100), (659, 1319), (0, 0), (0, 27)]
+)
 def test_wilson_interval(successes, trials):
+    assert intervals.wilson_interval(successes, trials)[0] >= 0  # no "-0.0 %"
     assert intervals.wilson_interval(successes, trials) == pytest.approx(oracle.wilson(successes, trials), abs=1e-12)
 
 

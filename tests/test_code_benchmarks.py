@@ -176,6 +176,7 @@ def test_broken_mbpp_solutions_fail_as_in_a_plain_run(mbpp_records):
 # The code in a completion --------------------------------------------------------------------------------------------
 
 WHOLE = "def add(x, y):\n    return x + y\n"
+TRYING = "    try:\n        return x + y\n    except TypeError:\n        return 0\n    finally:\n        x = 0\n"
 
 
 @pytest.mark.parametrize(
@@ -205,14 +206,18 @@ WHOLE = "def add(x, y):\n    return x + y\n"
         (" Here is the body:\n\n```\n    return x + y\n```", "return x + y\n"),
         (f"{WHOLE}\nif __name__ == '__main__':\n    add()\nelse:\n    pass\n", WHOLE),
         (f" {WHOLE}", WHOLE),
+        (f"```python\n{WHOLE}```".replace("\n", "\r\n"), WHOLE),
         (f"1. So:\n   ```python\n   {WHOLE.replace('    ', '       ')}   ```", WHOLE),
         (f"```bash\npip install x\n```\n```python\n{WHOLE}```", WHOLE),
         (WHOLE, WHOLE),
         (f" {WHOLE}".lstrip(), WHOLE),
         (f"Here you are:\n\nimport math\n{WHOLE}\nIt adds two numbers.", f"import math\n{WHOLE}"),
+        (f"import atexit\n@atexit.register\ndef end(): pass\n{WHOLE}", f"import atexit\n\n{WHOLE}"),
+        (f"import turtle\n{WHOLE}\nturtle.done()\n", WHOLE),
         (f"{WHOLE}\n\nExplanation: it adds.", WHOLE),
         ("    return x + y\n", "    return x + y\n"),
         ("\n\n    return x + y\n\nThis adds.", "    return x + y\n"),
+        (TRYING, TRYING),
         (
             "    z = x\n\n    return z\n# done\nprint(add(1, 2))",
             "    z = x\n\n    return z\n# done\nprint(add(1, 2))\n",

@@ -210,8 +210,9 @@ def test_statistics_agree_with_scipy():
     lower = scipy.stats.ttest_1samp(small, -0.1, alternative="greater").pvalue
     upper = scipy.stats.ttest_1samp(small, 0.1, alternative="less").pvalue
     assert report.Paired.of(small).p_equivalent == pytest.approx(max(lower, upper))
-    # Holm by hand: 0.01·4, 0.02·3, 0.03·2, then never less than the one before.
-    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    # Holm by hand: 0.01·4, 0.02·3, 0.025·2, then never less than the one before, and at most 1.
+    assert holm([0.025, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.6, 0.7]) == [1, 1]
     assert np.isnan(report.Paired.of(np.array([0.2])).low)
 
 

@@ -42,7 +42,7 @@ def test_encodings_that_name_themselves(name, encoding, tmp_path):
     if name.endswith("csv"):
         stream = io.StringIO(newline="")
         csv.writer(stream).writerows([list(ROWS[0]), *(list(row.values()) for row in ROWS)])
-        text = stream.getvalue()
+        text = stream.getvalue() + "\r\n"  # an empty line
     elif name == "a.json":
         text = json.dumps(ROWS, indent=2, ensure_ascii=False)
     else:
@@ -207,6 +207,7 @@ GOOD = '{"a": "b"}\n'
         ("a.jsonl", GOOD + '{"a": "b', "line 2: no JSON"),
         ("a.jsonl", GOOD + "null\n", "line 2: null is no object"),
         ("a.jsonl", '"x"\n', "line 1: x is no object"),
+        ("a.jsonl", '[{"role": "user"}]\n', 'line 1: [{"role": "user"}] is no object'),
         ("a.jsonl", GOOD + '{"a": 1, "a": 2}\n', "line 2: the key 'a' comes twice"),
         ("a.jsonl", GOOD + '{"a": "\\ud83d"}\n', r"line 2: \ud83d is half of a character"),
         ("a.jsonl", GOOD.encode() + b'{"a": "caf\xe9"}\n', "line 2: byte 0xe9 at character 11 is no utf-8"),
@@ -255,7 +256,7 @@ def test_a_damaged_gzip_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("header", [True, False])
 def test_a_tsv_of_lines_is_text_and_one_of_a_spreadsheet_is_quoted(header, tmp_path):
     """GLUE's kind has quotation marks that nothing closes; as many rows come out as lines go in."""
-    texts = ['"opens', 'closes"', '"both"', 'in "the" middle', "plain", '""']
+    texts = ['"opens', 'closes"', '"both"', 'in "the" middle', "plain", '""', "a\rreturn"]
     lines = [f"{text}\t{i % 2}" for i, text in enumerate(texts)]
     (tmp_path / "lines.tsv").write_text("\n".join((["s\tl"] if header else []) + lines) + "\n")
     quoted = [["a\tb", "1"], ['say "x"', "0"], ["two\nlines", "1"]]
