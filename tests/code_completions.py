@@ -44,6 +44,7 @@ PASSING = {
     "asserting helper": fenced(RIGHT + "\ndef test():\n    assert add(1, 1) == 3\n\ntest()\n"),
     "check(add)": fenced(RIGHT + "\ndef check(g):\n    assert g(1, 1) == 3\n\ncheck(add)\n"),
     "constant": "ZERO = 0\nONE, TWO = 1, 2\n\ndef add(x, y):\n    return x + y + ZERO * ONE\n",
+    "annotated constant": "ZERO: int = 0\n\ndef add(x, y):\n    return x + y + ZERO\n",
     "table filled": "TABLE = {}\nfor i in range(3):\n    TABLE[i] = 0\n\ndef add(x, y):\n    return x + y + TABLE[1]\n",
     "table by function": fenced(
         "T = []\ndef build():\n    for i in range(3): T.append(0)\nbuild()\ndef add(x, y):\n    return x + y + T[2]\n"

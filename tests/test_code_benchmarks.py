@@ -275,6 +275,7 @@ def test_mbpps_end_mark_stands_alone():
         "   if x:\n        z = x\n    else:\n        z = 0\n    return z + y\n",
         "  z = x\n  return z + y\n",
         "\tz = x\n\treturn z + y\n",
+        "\tif x:\n        z = x\n    else:\n        z = 0\n    return z + y\n",  # a tab is four spaces wide
         "    return plus(x, y)\n\n\ndef plus(x, y):\n    return x + y\n",
         "z = x\nreturn z + y\n",  # no line is indented
         "z = x\n    return z + y\n",  # the first line has lost it

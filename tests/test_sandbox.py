@@ -263,6 +263,8 @@ def test_plain_data_comes_back_as_it_was(value, level):
         ("import re\ndef f(): return re.match('a', 'abc')", "assert f() and f().group(0) == 'a'"),
         ("def f(): raise ValueError('no')", "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'"),
         ("class E(KeyError): pass\ndef f(): raise E('no')", "try:\n    f()\nexcept LookupError:\n    pass"),
+        ("def f(): b'\\xff'.decode()", "try:\n    f()\nexcept ValueError:\n    pass"),
+        ("class F:\n    def __bool__(self): return False\ndef f(): return F()", "assert not f()"),
         ("class f:\n    def __init__(self, x=1): self.x = x", "n = f()\nn.y = f(5)\nassert n.y.x + n.x == 6"),
         ("f = 3", "assert f == 3"),
         ("def f(a, *b, c=0): return a + sum(b) + c", "assert f(1, 2, 3, c=4) == 10"),
