@@ -347,6 +347,11 @@ def test_a_result_compares_as_in_a_plain_run(result, tests, level):
     assert verdict.passed == passes, verdict
 
 
+def test_no_reply_makes_pointers_of_bytes():
+    with pytest.raises(ValueError, match="an array of object"):
+        sandbox_inside._as_numpy(["|O", [1], bytes(8)])
+
+
 def test_an_array_of_numpy_may_be_an_argument(level):
     tests = "import numpy as np\nassert f(np.arange(6).reshape(2, 3), np.int64(2)) == 30"
     assert run("def f(x, n): return int(x.sum()) * n", tests).passed

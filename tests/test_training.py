@@ -94,6 +94,7 @@ def test_examples_without_a_response_token_are_dropped_and_counted(tokenizer):
 def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_path):
     """Test questions must not end up in the training; names and folders of the usual kinds."""
     names = ["python/train.jsonl", "python/test.jsonl", "python/held_out.jsonl", "python/eval.jsonl"]
+    names += ["code/data.jsonl", "code/eval.jsonl"]  # a name without a split's word counts as train, beside no train
     for name in (*names, "metamath/train-00000.jsonl", "metamath/dev.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"from": name}) + "\n")
@@ -103,6 +104,7 @@ def test_a_folder_that_tells_splits_apart_gives_the_one_that_is_asked_for(tmp_pa
 
     assert sources() == ["metamath/train-00000.jsonl", "python/train.jsonl"]
     assert sources("train", "python") == ["python/train.jsonl"]
+    assert sources("train", "code") == ["code/data.jsonl"]
     assert sources("test") == ["python/test.jsonl"]
     assert sources("validation", "metamath") == ["metamath/dev.jsonl"]
     assert sources("validation", "python") == ["python/eval.jsonl", "python/held_out.jsonl"]
