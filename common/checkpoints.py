@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from common.cli import RunStopped, UserError, first_line
 from common.pretrained import DIGEST_FORM, is_earlier_digest
-from common.runs import INCOMPLETE, NOT_IDENTITY, first_difference
+from common.runs import INCOMPLETE, NOT_IDENTITY, first_difference, sha256
 from common.tensors import num_ranks
 from common.validation import is_out_of_patience, losses_by_step, row_digests
 
@@ -269,7 +269,7 @@ def require_same_start(args: Any, checkpoint: Path | None, contents: Mapping[str
     others = NAMES_OF_CONTENTS | PATHS_OF_A_NODE
     mine = {name: value for name, value in dataclasses.asdict(args).items() if name not in others}
     mine |= {f"content of the {name}": contents.get(name) for name in ("base model", "data", "evaluation data")}
-    mine["checkpoint"] = checkpoint and f"{checkpoint} ({_sha256(checkpoint / MANIFEST)})"
+    mine["checkpoint"] = checkpoint and f"{checkpoint} ({sha256(checkpoint / MANIFEST)})"
     ranks = [mine] * num_ranks()
     if len(ranks) > 1:
         dist.all_gather_object(ranks, mine)
@@ -350,18 +350,13 @@ def write_checkpoint(training: Any) -> None:
 def _seal(folder: Path, identity: dict[str, Any]) -> None:
     """Writes the manifest and flushes everything to disk: a folder that is renamed after this is complete."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    made = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    made = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"identity": identity, "files": made}, indent=2) + "\n")
     for file in (*files, manifest, folder):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _delete_old_checkpoints(args: Any) -> None:
@@ -398,7 +393,7 @@ def checkpoint_problem(folder: Path, identity: dict[str, Any] | None = None, *, 
         for name, made in manifest["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != made["size"]:
                 return f"{name} is cut short or missing"
-            if read_all and _sha256(folder / name) != made["sha256"]:
+            if read_all and sha256(folder / name) != made["sha256"]:
                 return f"{name} is damaged: its bytes are not those that were written"
     except (OSError, ValueError, KeyError, TypeError):
         return "it has no readable manifest"

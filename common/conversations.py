@@ -205,7 +205,7 @@ class Conversation:
         return template.require_served(self.messages, pieces, self.tools, served, self.untrained)
 
     def notes(self, template: Template, pieces: Pieces, keys_read: list[set[str]]) -> list[str]:
-        """What is not used of the example, and what the template does to it, in the form that Notes counts.
+        """The example's unused columns and keys, and its changes by the template, in the form that Notes counts.
 
         Args:
             keys_read: the keys that the template reads in each of the first examples of this kind; gets this one's.

@@ -95,7 +95,7 @@ def spread(values: Iterable[float | None], digits: int, nothing: str = "-") -> s
 
 
 def not_finite(values: Sequence[float]) -> str:
-    """What stands in the place of a mean where a run diverged."""
+    """The text that a table has instead of a mean if a run diverged."""
     return f"not finite in {sum(not math.isfinite(value) for value in values)} of {len(values)}"
 
 

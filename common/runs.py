@@ -79,6 +79,12 @@ def first_difference(
 DATA = ("data", "validation_data", "test_data")  # a training's options that name files
 
 
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def contents_of(args: Any, names: Iterable[str] = DATA) -> dict[str, str]:
     """By argument, a digest of the files on this disk that it names; an argument that names a hub's data has none."""
     from common.tables import data_files
@@ -88,17 +94,19 @@ def contents_of(args: Any, names: Iterable[str] = DATA) -> dict[str, str]:
         given = getattr(args, name, None) or []
         digests = []
         for path in map(Path, [given] if isinstance(given, str) else given):
-            for file in data_files(path)[0] if path.is_dir() else [path] if path.is_file() else []:
-                with open(file, "rb") as stream:
-                    digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+            digests += map(sha256, data_files(path)[0] if path.is_dir() else [path] if path.is_file() else [])
         if digests:
             found[name] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:32]
     return found
 
 
 def changed_content(one: Mapping[str, Any], other: Mapping[str, Any], but: Collection[str] = ()) -> str | None:
-    """The first argument, `but` for some, of which the two summaries have files with different content, in a few
-    words. Older summaries lack the digests; they are not compared."""
+    """The first argument with different files in the two summaries, in a few words; None without any. Older summaries
+    lack the digests, and are not compared.
+
+    Args:
+        but: arguments that may differ.
+    """
     ours, theirs = one.get("contents") or {}, other.get("contents") or {}
     changed = [name for name in ours if name in theirs and name not in but and ours[name] != theirs[name]]
     return f"another content of --{changed[0].replace('_', '-')}" if changed else None
@@ -114,7 +122,11 @@ def config_text(args: Any) -> str:
 
 def require_same_run(output_dir: Path, args: Any, summary: Mapping[str, Any], but: Collection[str] = ()) -> None:
     """Raises a UserError where the finished run in `output_dir` was made with other settings than `args`, `but` for
-    these names, or with other data in the same files; `summary` is what the run wrote at its end."""
+    these names, or with other data in the same files.
+
+    Args:
+        summary: the results that the run wrote at its end.
+    """
     # Values that the finished run filled in.
     open_ones = {name for name in ("target_modules", "template") if getattr(args, name, None) is None}
     try:
@@ -531,7 +543,11 @@ def score_of(record: dict[str, Any], benchmark: str, name: str) -> float | None:
 
 
 def conditions(made: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Under what a run was made, as far as its record or its summary `made` says it: commit, torch, device, type."""
+    """The commit, the version of torch, the device and the number type of a run, as far as they are known.
+
+    Args:
+        made: the run's record or summary. settings: its arguments.
+    """
     version = made.get("commit") or ""
     found = {
         "commit": version[:10] + "+" * version.endswith("+"),
@@ -543,7 +559,7 @@ def conditions(made: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 
 def differing(seeds: Iterable[Mapping[str, str]]) -> str:
-    """What the seeds of one mean do not share of their `conditions`, in a few words; "" where they are alike."""
+    """The `conditions` that differ between the seeds of one mean, in a few words; "" if none does."""
     values: dict[str, dict[str, None]] = {}
     for one in seeds:
         for name, value in one.items():

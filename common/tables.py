@@ -394,7 +394,7 @@ def _rows_of(file: Path, has_header: bool) -> Iterator[tuple[Row, int]]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-DAMAGED = (OSError, EOFError, zlib.error)  # what a file on a failing disk raises, or a damaged or cut gzip
+DAMAGED = (OSError, EOFError, zlib.error)  # errors of a failing disk, and of a gzip that is damaged or cut
 
 
 def _unreadable(file: Path, line: int, what: str) -> UserError:

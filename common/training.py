@@ -246,7 +246,8 @@ class Training:
         self.contents = dict(contents or {})
         identity = checkpoints.checkpoint_identity(args, accumulation * self.num_ranks)
         self.identity = identity | {"contents": self.contents}
-        self._files = {} if quiet else contents_of(args)  # now, because the files may change while it trains
+        # Read now, because the files may change while the run trains. The first rank writes the summary.
+        self._files = contents_of(args) if self.is_main and not quiet else {}
         self.interruption = Interruption()
         self.is_over = self._interrupted = False
         self.extra: Callable[[], dict[str, tuple[dict[str, Tensor], dict[str, str]]]] = dict
@@ -531,7 +532,7 @@ class Training:
             print(f"warning: no tracker is told of this run ({first_line(error)})", file=sys.stderr)
 
     def _finish_trackers(self) -> None:
-        """Lets each tracker send what it still holds. A rank leaves without the exit hooks that would do so."""
+        """Lets each tracker send its last lines. A rank leaves without the exit hooks that would do so."""
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
             try:

@@ -90,7 +90,7 @@ MOST_ROUNDS = 10  # rounds in which statements that change needed data are added
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
 DATA = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp)
-DATA += (ast.BinOp, ast.UnaryOp, ast.Compare)  # expressions whose values nobody calls
+DATA += (ast.BinOp, ast.UnaryOp, ast.Compare)  # expressions that give no function
 
 
 class Names(NamedTuple):

@@ -118,7 +118,7 @@ class Row:
         return max((len(scores) for scores in self.scores.values()), default=0)
 
     def unlike(self) -> str:
-        """What the row's runs do not share, on a line of its own; "" where they are alike."""
+        """A line with the conditions that differ between the row's runs; "" if none does."""
         runs = {run.folder: run.conditions for members in self.origins.values() for run in members}
         found = differing(runs.values())
         return f"{self.method}: its runs differ in: {found}" if found else ""

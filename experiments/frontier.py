@@ -122,7 +122,11 @@ def at_level(runs: list[list[Point]], level: float) -> Point | None:
 
 
 def chosen_at_level(arms: dict[str, dict[int, list[list[Point]]]], above: float = 0.0) -> dict[str, dict[int, Point]]:
-    """Rule 2's points, of the seeds in which all compared arms have both rates; at a loss `above` the rule's level."""
+    """Rule 2's points, of the seeds in which all compared arms have both rates.
+
+    Args:
+        above: nats to add to the rule's level.
+    """
     seeds = {seed for arm in COMPARED[:1] for seed in arms.get(arm, {})}
     seeds = {seed for seed in seeds if all(len(arms.get(arm, {}).get(seed, [])) == 2 for arm in COMPARED)}
     found: dict[str, dict[int, Point]] = {}

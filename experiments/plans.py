@@ -261,7 +261,7 @@ def require_free(plan: Plan, values: dict[str, dict[str, dict[str, Any]]]) -> No
     """Raises a UserError where an option that follows -- would contradict the runs' names or the plan.
 
     Args:
-        values: by axis and label, what the label sets.
+        values: by axis and label, the settings of the label.
     """
     owners = dict.fromkeys(OF_THE_PLAN, "the plan")
     for axis, labels in values.items():
@@ -289,7 +289,7 @@ def tuning_runs(
     tune:
       learning-rate: [1e-4, 3e-4]    the option that is chosen, and its grid
       seed: [100, 101]               seeds of their own
-      score: gsm8k.accuracy          what is compared, the mean over those seeds
+      score: gsm8k.accuracy          the score that is compared, as the mean over those seeds
       mode: max                      or min, which a loss, a divergence and forgetting need
       within: 0.01                   the smallest value that is no further from the best is taken
       per: [method]                  axes that have a choice of their own (all but the seed); others stand at their
@@ -345,7 +345,7 @@ def tuned_option(where: str, part: dict[str, Any], values: dict[str, dict[str, d
     """The option that `part`'s tuning chooses.
 
     Args:
-        values: by axis and label, what the label sets.
+        values: by axis and label, the settings of the label.
 
     Raises:
         UserError: an entry of 'tune' that has no effect, or the opposite of what it says.
@@ -442,7 +442,7 @@ def check_report(plan: Plan, values: dict[str, dict[str, dict[str, Any]]]) -> No
     """Raises a UserError where 'report' names an axis, a label or an option that is not there.
 
     Args:
-        values: by axis and label, what the label sets, of the runs that were asked for.
+        values: by axis and label, the settings of the label, of the runs that were asked for.
     """
     options, where = plan.entries.get("report") or {}, f"{plan.experiment}: 'report'"
     baseline, pair, curve = options.get("baseline") or {}, options.get("effects"), options.get("curve")

@@ -102,7 +102,7 @@ def cell(members: list[Record], column: Column) -> str:
 
 
 def unlike(records: list[Record]) -> list[str]:
-    """For every arm whose seeds were made under different conditions, a line that names them."""
+    """A line for each arm with seeds that were made under different conditions, which it names."""
     found = {
         arm: runs.differing(runs.conditions(record, record["settings"]) for record in members)
         for arm, members in arms(records).items()
@@ -158,8 +158,8 @@ def differences(records: list[Record], columns: list[Column], axis: str, baselin
 
 
 def effects(records: list[Record], columns: list[Column], axes: list[str]) -> str:
-    """Two axes of two labels: the whole difference from (first, first) to (second, second), and its parts, apart for
-    what the other axes (but the seed) say.
+    """Two axes of two labels: the whole difference from (first, first) to (second, second), and its parts, for
+    each combination of the other axes' labels.
 
     Each part is the mean of what its change brings before and after the other one; the two add up to the whole. The
     interaction is how much more the second change brings where the first has been made.
